@@ -1,0 +1,38 @@
+"""Selection-based fine-tuning for Hugging Face PEFT.
+
+Importing this package registers the method `FPS` with PEFT:
+
+    import peft_fps
+    from peft import get_peft_model
+
+    model = get_peft_model(model, peft_fps.FPSConfig(budget=0.0077))
+    model.calibrate(train_dataloader)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from peft_fps.config import FPSConfig
+from peft_fps.model import FPSModel
+from peft_fps.registration import register
+from peft_fps.selecting import calibrate, selection_report
+from peft_fps.selection import LayerSelection, SelectionReport
+from peft_fps.training import FPSCallback
+
+
+try:
+    __version__ = version("peft-fps")
+except PackageNotFoundError:  # run from a source folder that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FPSCallback",
+    "FPSConfig",
+    "FPSModel",
+    "LayerSelection",
+    "SelectionReport",
+    "__version__",
+    "calibrate",
+    "selection_report",
+]
+
+register(FPSConfig, FPSModel)

@@ -1,0 +1,254 @@
+"""What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_fps.merging import MergeRecord, merge_entries, merge_is_finite, restore_entries
+from peft_fps.selection import LayerShape
+from peft_fps.sparse import (
+    Structure,
+    StructureError,
+    build_structure,
+    check_entries,
+    dense_delta,
+    even_row_counts,
+    unite_structures,
+)
+
+
+UNLOADED_COLUMN = -1
+"""Fills the columns of an adapter that was built from a saved config, until its tensors are loaded."""
+
+
+@dataclass
+class AdapterState:
+    """What all layers of one adapter share.
+
+    Attributes:
+        selected: its entries are those its config asks for: calibrated, loaded, or chosen by a score without data.
+        warned: the warning about training without calibration was given.
+        thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
+    """
+
+    selected: bool = False
+    warned: bool = False
+    thawed: list[nn.Parameter] = field(default_factory=list)
+
+
+@dataclass
+class _Derived:
+    """A structure and the very tensors it was derived from, to notice when they are replaced or overwritten."""
+
+    structure: Structure
+    columns: Tensor
+    row_counts: Tensor
+    versions: tuple[int, int]
+
+
+class FPSLayer(BaseTunerLayer):
+    """A frozen base layer with sparse changes.
+
+    Attributes:
+        module_path: path of the layer in the base model, for messages.
+        shape: neurons, fan-in and whether there is a bias; the weight is seen as `(neurons, inputs)`.
+        transposed: whether the weight is stored as `(inputs, neurons)`.
+        fps_values: per adapter `(nnz,)`, ΔW at the selected entries.
+        fps_bias: per adapter `(neurons,)`, bias delta; only with `bias="all"` and where the base layer has a bias.
+        fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
+        fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
+    """
+
+    adapter_layer_names = ("fps_values", "fps_bias")
+    other_param_names = ("fps_columns", "fps_row_counts", "fps_state")
+    cast_input_dtype_enabled = True
+    transposed = False
+
+    def _setup(self, base_layer: nn.Module, module_path: str, shape: LayerShape) -> None:
+        self.base_layer = base_layer
+        self.module_path = module_path
+        self.shape = shape
+        self.fps_values = nn.ParameterDict({})
+        self.fps_bias = nn.ParameterDict({})
+        self.fps_columns = BufferDict(persistent=True)
+        self.fps_row_counts = BufferDict(persistent=True)
+        self.fps_state: dict[str, AdapterState] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.merge_records: dict[str, MergeRecord] = {}
+        self._derived: dict[str, _Derived] = {}
+        self._united: dict[tuple[str, ...], tuple[list[Structure], Structure, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # derived data: a copy, or another process, checks the tensors anew and derives it again
+        return self.__dict__ | {"_derived": {}, "_united": {}}
+
+    def update_layer(
+        self, adapter_name: str, entries: int, bias: bool, state: AdapterState, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter with room for `entries` entries that are still to be selected or loaded.
+
+        Until then columns and values hold what no valid adapter holds, so that a load that skips a tensor is noticed.
+        """
+        weight = self.base_layer.weight
+        device, dtype, neurons = self._adapter_device(), weight.dtype, self.shape.neurons
+        self.fps_values[adapter_name] = nn.Parameter(torch.full((entries,), torch.nan, dtype=dtype, device=device))
+        if bias and self.shape.bias:
+            self.fps_bias[adapter_name] = nn.Parameter(torch.zeros(neurons, dtype=dtype, device=device))
+        self.fps_columns[adapter_name] = torch.full((entries,), UNLOADED_COLUMN, dtype=torch.int32, device=device)
+        self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
+        self.fps_state[adapter_name] = state
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_selection(self, adapter_name: str, columns: Tensor, row_counts: Tensor) -> None:
+        """Give the adapter new entries, `columns` `(nnz,)` and `row_counts` `(neurons,)`, and zero changes.
+
+        The parameters stay the same objects, since an optimizer may hold them already.
+        """
+        columns, row_counts = check_entries(columns, row_counts, self.shape.neurons, self.shape.inputs)
+        self.resize(adapter_name, columns.numel())
+        device = self.fps_columns[adapter_name].device
+        self.fps_columns[adapter_name] = columns.to(device, torch.int32)
+        self.fps_row_counts[adapter_name] = row_counts.to(device, torch.int32)
+        for parameter in self.adapter_parameters(adapter_name):
+            parameter.data.zero_()
+            parameter.grad = None
+
+    def resize(self, adapter_name: str, entries: int) -> None:
+        """Make room for another number of entries, whose columns and values are to be set next."""
+        values = self.fps_values[adapter_name]
+        if values.numel() != entries:
+            values.data = values.data.new_full((entries,), torch.nan)
+            values.grad = None
+            self.fps_columns[adapter_name] = self.fps_columns[adapter_name].new_full((entries,), UNLOADED_COLUMN)
+
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's values and, if it has one, its bias delta."""
+        return [held[adapter_name] for held in (self.fps_values, self.fps_bias) if adapter_name in held]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter's tensors and everything derived from them."""
+        super().delete_adapter(adapter_name)
+        self._derived.pop(adapter_name, None)
+        self._united.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's ΔW as a dense tensor in the shape and dtype of the base weight."""
+        weight = self.base_layer.weight
+        return dense_delta(self.fps_values[adapter_name].to(weight.dtype), self.structure(adapter_name), weight.shape)
+
+    def structure(self, adapter_name: str) -> Structure:
+        """Return where the adapter's entries lie, checking its tensors whenever they are not the ones last checked.
+
+        Raises:
+            ValueError: the tensors do not form a valid adapter of this layer, or were never loaded.
+        """
+        derived = self._derived.get(adapter_name)
+        if derived is not None and torch.compiler.is_compiling():
+            return derived.structure
+        columns, row_counts = self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
+        same = derived is not None and derived.columns is columns and derived.row_counts is row_counts
+        if derived is not None and same and derived.versions == (columns._version, row_counts._version):
+            return derived.structure
+        self.check_tensors(adapter_name)
+        structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
+        if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
+            columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
+            self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
+        versions = (columns._version, row_counts._version)
+        self._derived[adapter_name] = _Derived(structure, columns, row_counts, versions)
+        return structure
+
+    def awaits_loading(self, adapter_name: str) -> bool:
+        """Whether the adapter was built from a saved config and its columns were neither loaded nor selected."""
+        columns = self.fps_columns[adapter_name]
+        return columns.numel() > 0 and (columns.device.type == "meta" or not bool((columns != UNLOADED_COLUMN).any()))
+
+    def check_tensors(self, adapter_name: str) -> None:
+        """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
+        where = f"{self.module_path}: adapter {adapter_name!r}"
+        columns, values = self.fps_columns[adapter_name], self.fps_values[adapter_name]
+        if self.awaits_loading(adapter_name):
+            raise ValueError(
+                f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
+                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
+                "allocation is None."
+            )
+        try:
+            check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
+            if adapter_name in self.fps_bias and not bool(torch.isfinite(self.fps_bias[adapter_name]).all()):
+                raise StructureError("fps_bias contains NaN or infinity, expected finite values")
+        except StructureError as error:
+            raise ValueError(
+                f"{where}: {error}. Its tensors are damaged or incomplete; load an intact file."
+            ) from error
+
+    def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
+        """Return structure and values `(nnz,)` of the sum of the named adapters."""
+        if len(names) == 1:
+            return self.structure(names[0]), self.fps_values[names[0]]
+        structures = [self.structure(name) for name in names]
+        known = self._united.get(tuple(names))
+        if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
+            known = (structures, *unite_structures(structures))
+            self._united[tuple(names)] = known
+        _, united, places = known
+        values = torch.cat([self.fps_values[name].to(torch.promote_types(self.fps_values[name].dtype, torch.float32))
+                            for name in names])  # fmt: skip
+        return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' changes to the base layer in place, keeping the originals of the entries they touch.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weights would not be finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_values]
+        if safe_merge:
+            self.check_merge(names)
+        for name in names:
+            bias = self.fps_bias[name].data if name in self.fps_bias else None
+            values = self.fps_values[name].data
+            self.merge_records[name] = merge_entries(self.base_layer, self.structure(name), values, bias)
+            self.merged_adapters.append(name)
+
+    def check_merge(self, names: list[str]) -> None:
+        """Raise ValueError if merging one of the named adapters would write numbers that are not finite."""
+        for name in names:
+            if name not in self.fps_values or name in self.merged_adapters:
+                continue
+            bias = self.fps_bias[name].data if name in self.fps_bias else None
+            if not merge_is_finite(self.base_layer, self.structure(name), self.fps_values[name].data, bias):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "
+                    "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
+                )
+
+    def unmerge(self) -> None:
+        """Put the originals back, bit for bit, latest merge first."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            restore_entries(self.base_layer, self.merge_records.pop(self.merged_adapters.pop()))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
+        device = device or self._adapter_device()
+        for parameter in self.adapter_parameters(adapter_name):
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(device)
+        for buffers in (self.fps_columns, self.fps_row_counts):
+            if buffers[adapter_name].device.type != "meta":
+                buffers[adapter_name] = buffers[adapter_name].to(device)
+
+    def _adapter_device(self) -> torch.device:
+        """The weight's device, or where accelerate will bring a weight that it offloads."""
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if self.base_layer.weight.device.type == "meta" and hook is not None:
+            return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+        return self.base_layer.weight.device

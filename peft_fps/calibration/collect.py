@@ -1,0 +1,101 @@
+"""Hooks that gather input statistics while a model runs."""
+
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
+
+
+class Collector:
+    """Context in which every call of the given layers adds to its input statistics.
+
+    Layers that read one tensor (query, key and value projections) share its reduction.
+
+    Args:
+        layers: module that is called, and the base layer that says how it reads its input, by module path.
+        norm: `"l1"` or `"l2"`.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], norm: str) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        self._layers = layers
+        self._norm = norm
+        self._masks: list[tuple[str, Tensor]] = []
+        self._reduced: dict[int, tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
+        self._touched: dict[str, None] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Collector":
+        for path, (module, base) in self._layers.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(path, base), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._reduced.clear()
+
+    def start_batch(self, batch: Any) -> None:
+        """Note the padding masks of the batch that is about to run."""
+        self._reduced.clear()
+        self._touched.clear()
+        self._masks = []
+        if isinstance(batch, Mapping):
+            for key in ("decoder_attention_mask", "attention_mask"):
+                mask = batch.get(key)
+                if isinstance(mask, Tensor) and mask.dim() == 2:
+                    self._masks.append((key, mask))
+
+    def check_batch(self, index: int) -> None:
+        """Raise ValueError if the batch that has run brought an input that is not finite, naming the first module."""
+        for path in self._touched:
+            if not bool(torch.isfinite(self.statistics[path].sums).all()):
+                raise ValueError(
+                    f"{path}: its input holds NaN or infinity in calibration batch {index}, expected finite "
+                    "activations. Check that batch, or run the model in a wider dtype (float32). Nothing was changed."
+                )
+
+    def _hook(self, path: str, base: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._add(path, base, x)
+
+        return hook
+
+    def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
+        if x.numel() == 0:  # an expert that no token was routed to
+            return
+        sums, positions = self._reduce(path, base, x)
+        if path not in self.statistics:
+            self.statistics[path] = InputStatistics(torch.zeros_like(sums))
+        self.statistics[path].sums += sums
+        self.statistics[path].positions += positions
+        self._touched[path] = None
+
+    def _reduce(self, path: str, base: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        if isinstance(base, nn.Conv2d):
+            batched = x if x.dim() == 4 else x[None]
+            return patch_sums(pad_like(batched.detach(), base), base, self._norm)
+        mask = self._mask(path, x)
+        known = self._reduced.get(id(x))
+        if known is not None and known[0]() is x and known[1] == x._version:
+            return known[2]
+        sums, positions = column_sums(x.detach(), self._norm, mask)
+        # a weak reference: a tensor that is gone may have left its id to another one
+        self._reduced[id(x)] = (weakref.ref(x), x._version, (sums[None], positions))
+        return sums[None], positions
+
+    def _mask(self, path: str, x: Tensor) -> Tensor | None:
+        """The mask whose positions are those of `x`; in a decoder its own mask comes first."""
+        masks = self._masks if "decoder" in path.split(".") else self._masks[::-1]
+        for _, mask in masks:
+            if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1):
+                return mask
+        return None

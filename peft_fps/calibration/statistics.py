@@ -1,0 +1,91 @@
+"""Streaming sums of |a| or a² per input column, the statistics of FPS (arXiv 2510.27359, eqs. 3 and 4)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# Activations of padded batches are reduced in slices of at most this many elements, so that no whole copy is made.
+SLICE_ELEMENTS = 1 << 22
+
+
+@dataclass
+class InputStatistics:
+    """Running sums over the positions (tokens, patches) of a layer's input.
+
+    Attributes:
+        sums: `(groups, inputs)` float64, sum of |a| (`norm="l1"`) or of a² (`"l2"`); one group but for grouped
+            convolutions, whose neurons read different channels.
+        positions: number of positions summed.
+    """
+
+    sums: Tensor
+    positions: int = 0
+
+    def typical(self, norm: str) -> Tensor:
+        """Return mean |a| (`"l1"`, eq. 3) or root mean square (`"l2"`, eq. 4), `(groups, inputs)` float64."""
+        mean = self.sums / max(self.positions, 1)
+        return mean.sqrt() if norm == "l2" else mean
+
+
+def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    """Sum |a| or a² of every column over all positions, without a copy of the activations.
+
+    Args:
+        x: `(..., inputs)`.
+        norm: `"l1"` or `"l2"`.
+        mask: `(...)`, zero at positions to leave out (padding).
+
+    Returns:
+        `(inputs,)` float64, and the number of positions that counted.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return _power_sum(x, norm, (0,)), x.shape[0]
+    kept = mask.reshape(-1).nonzero()[:, 0]
+    total = x.new_zeros(x.shape[-1], dtype=torch.float64)
+    for places in kept.split(max(SLICE_ELEMENTS // x.shape[-1], 1)):
+        total += _power_sum(x[places], norm, (0,))
+    return total, kept.numel()
+
+
+def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, int]:
+    """Sum |a| or a² of every column of a convolution's input patches over all output positions.
+
+    A column is a channel within the group and a place in the kernel. Each is summed over a strided view, so that no
+    patch is copied out.
+
+    Args:
+        x: padded input, `(batch, channels, height, width)`.
+        convolution: gives kernel size, stride, dilation and groups.
+        norm: `"l1"` or `"l2"`.
+
+    Returns:
+        `(groups, inputs)` float64 with inputs = channels / groups · kernel height · kernel width, and the number of
+        output positions.
+    """
+    (kernel_h, kernel_w), (stride_h, stride_w) = convolution.kernel_size, convolution.stride
+    dilation_h, dilation_w = convolution.dilation
+    height = (x.shape[2] - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    width = (x.shape[3] - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    sums = []
+    for top in range(0, dilation_h * kernel_h, dilation_h):
+        rows = x[:, :, top : top + stride_h * (height - 1) + 1 : stride_h]
+        for left in range(0, dilation_w * kernel_w, dilation_w):
+            sums.append(_power_sum(rows[..., left : left + stride_w * (width - 1) + 1 : stride_w], norm, (0, 2, 3)))
+    return torch.stack(sums, dim=1).reshape(convolution.groups, -1), x.shape[0] * height * width
+
+
+def pad_like(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Pad `(batch, channels, height, width)` as the convolution does, in its padding mode."""
+    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
+    return F.pad(x, convolution._reversed_padding_repeated_twice, mode=mode)
+
+
+def _power_sum(x: Tensor, norm: str, dims: tuple[int, ...]) -> Tensor:
+    """Sum of |x| or x² over `dims`; reduced in float32 or better, and handed on in float64."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    reduced = torch.linalg.vector_norm(x, 1 if norm == "l1" else 2, dims, dtype=exact).to(torch.float64)
+    return reduced if norm == "l1" else reduced.square()

@@ -1,0 +1,21 @@
+"""The adapter on disk: how it is written, and everything that is checked before it is believed."""
+
+from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes
+from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
+from peft_fps.checkpoint.folder import WEIGHTS, check_folder
+from peft_fps.checkpoint.validation import Expected, check_adapter_tensors, check_whole_modules
+
+
+__all__ = [
+    "TENSORS",
+    "WEIGHTS",
+    "Expected",
+    "check_adapter_tensors",
+    "check_fingerprint",
+    "check_folder",
+    "check_whole_modules",
+    "decode",
+    "encode",
+    "encoded_bytes",
+    "fingerprint",
+]

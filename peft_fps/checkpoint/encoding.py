@@ -1,0 +1,53 @@
+"""How one module's part of an adapter is written to safetensors, and read again.
+
+| tensor | shape | dtype on disk |
+|---|---|---|
+| `fps_values` | `(nnz,)` | as trained, float32 by default |
+| `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
+| `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
+| `fps_bias` | `(neurons,)` | like values; only with `bias="all"` |
+"""
+
+import torch
+from torch import Tensor
+
+
+TENSORS = ("fps_values", "fps_columns", "fps_row_counts", "fps_bias")
+
+
+def column_dtype(inputs: int) -> torch.dtype:
+    """Dtype of columns on disk for a fan-in."""
+    return torch.uint16 if inputs <= 1 << 16 else torch.int32
+
+
+def count_dtype(largest: int) -> torch.dtype:
+    """Dtype of row counts on disk for the largest count."""
+    return torch.uint8 if largest < 1 << 8 else torch.uint16 if largest < 1 << 16 else torch.uint32
+
+
+def encode(name: str, tensor: Tensor, inputs: int) -> Tensor:
+    """Return a tensor as it is written to disk; `name` is one of `TENSORS`, `inputs` the module's fan-in."""
+    if name == "fps_columns":
+        return tensor.to(column_dtype(inputs))
+    if name == "fps_row_counts":
+        return tensor.to(count_dtype(int(tensor.max()) if tensor.numel() else 0))
+    return tensor
+
+
+def decode(name: str, tensor: Tensor) -> Tensor:
+    """Return a checked tensor from disk as it is held in memory: indices as int32, the rest as it is."""
+    return tensor.to(torch.int32) if name in ("fps_columns", "fps_row_counts") else tensor
+
+
+def encoded_bytes(row_counts: Tensor, inputs: int, value_size: int, biases: int) -> int:
+    """Bytes of one module's tensors on disk.
+
+    Args:
+        row_counts: `(neurons,)` entries per neuron.
+        inputs: fan-in.
+        value_size: bytes of one value.
+        biases: bias deltas, 0 or the number of neurons.
+    """
+    entries, largest = int(row_counts.sum()), int(row_counts.max()) if row_counts.numel() else 0
+    per_entry = value_size + column_dtype(inputs).itemsize
+    return entries * per_entry + row_counts.numel() * count_dtype(largest).itemsize + biases * value_size

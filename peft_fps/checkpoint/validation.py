@@ -1,0 +1,120 @@
+"""Everything that is checked about an adapter's tensors before a single one reaches the model.
+
+Sizes are compared with the model and the config, never taken from the file; indices are checked as int64 on whatever
+device they were read to; nothing is built from them before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_fps.sparse import StructureError, check_entries
+
+
+REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What config and model say about one module's part of the file."""
+
+    neurons: int
+    inputs: int
+    entries: int
+    bias: bool
+
+
+def check_adapter_tensors(
+    modules: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Expected], total_only: bool = False
+) -> None:
+    """Check the sparse tensors of an adapter file.
+
+    Args:
+        modules: module path to tensor name (`fps_values`, ...) to tensor, as read from the file.
+        expected: the same modules as config and model describe them.
+        total_only: the number of entries per module is free as long as their sum is as expected.
+
+    Raises:
+        ValueError: names module and tensor, found, expected and remedy; the first problem in module order.
+    """
+    for name in modules:
+        if name not in expected:
+            raise ValueError(f"{name}: the adapter file holds {sorted(modules[name])}, but this adapter does not "
+                             f"target that module. {REMEDY}")  # fmt: skip
+    found = 0
+    for name, wanted in expected.items():
+        tensors = modules.get(name, {})
+        names = {"fps_values", "fps_columns", "fps_row_counts"} | ({"fps_bias"} if wanted.bias else set())
+        if set(tensors) != names:
+            raise ValueError(
+                f"{name}: the adapter file holds {sorted(tensors) or 'nothing'}, expected {sorted(names)}. {REMEDY}"
+            )
+        try:
+            _check_module(tensors, wanted, total_only)
+        except StructureError as error:
+            raise ValueError(f"{name}: {error}. {REMEDY}") from error
+        found += tensors["fps_columns"].numel()
+    if found != sum(wanted.entries for wanted in expected.values()):
+        raise ValueError(
+            f"The adapter file holds {found:,} entries, expected {sum(w.entries for w in expected.values()):,} in "
+            f"{len(expected)} modules as the config says. {REMEDY}"
+        )
+
+
+def _check_module(tensors: Mapping[str, Tensor], wanted: Expected, total_only: bool) -> None:
+    columns, row_counts, values = (tensors[name] for name in ("fps_columns", "fps_row_counts", "fps_values"))
+    for name, tensor, allowed in (
+        ("fps_columns", columns, (torch.uint16, torch.int32)),
+        ("fps_row_counts", row_counts, (torch.uint8, torch.uint16, torch.uint32, torch.int32)),
+    ):
+        if tensor.dtype not in allowed:
+            raise StructureError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, allowed))}")
+    check_entries(columns, row_counts, wanted.neurons, wanted.inputs, values)
+    if not total_only and columns.numel() != wanted.entries:
+        raise StructureError(
+            f"fps_columns has {columns.numel()} elements, expected {wanted.entries} as the config says"
+        )
+    if wanted.bias:
+        _check_floating("fps_bias", tensors["fps_bias"], torch.Size([wanted.neurons]))
+
+
+def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check the tensors of modules that are saved whole against the model's own.
+
+    Args:
+        tensors: everything in the file that is no sparse tensor, by model key.
+        expected: model key to the tensor it will replace.
+
+    Raises:
+        ValueError: names the key, found, expected and remedy.
+    """
+    for key, tensor in tensors.items():
+        if key not in expected:
+            raise ValueError(
+                f"{key}: the adapter file holds this tensor, expected only sparse tensors of targeted modules and the "
+                f"modules named in modules_to_save; base weights are never loaded from an adapter. {REMEDY}"
+            )
+        try:
+            if expected[key].is_floating_point():
+                _check_floating("tensor", tensor, expected[key].shape)
+            elif tensor.dtype != expected[key].dtype or tensor.shape != expected[key].shape:  # counters of norm layers
+                raise StructureError(
+                    f"tensor has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, expected {expected[key].dtype} "
+                    f"and {tuple(expected[key].shape)}"
+                )
+        except StructureError as error:
+            raise ValueError(f"{key}: {error}. {REMEDY}") from error
+    for key in expected:
+        if key not in tensors:
+            raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {REMEDY}")
+
+
+def _check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if not tensor.is_floating_point():
+        raise StructureError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+    if tensor.shape != shape:
+        raise StructureError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise StructureError(f"{name} contains NaN or infinity, expected finite values")

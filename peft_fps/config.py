@@ -1,0 +1,258 @@
+"""What a user may ask for; every wrong value is refused when the config is built."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig
+
+from peft_fps.checkpoint import WEIGHTS, check_folder
+from peft_fps.registration import fps_type
+
+
+FORMAT_VERSION = 1
+DEFAULT_BUDGET = 0.0077
+
+Allocations = dict[str, dict[str, int]]
+
+
+@dataclass
+class FPSConfig(PeftConfig):
+    """Configuration of an FPS adapter: which entries of which weights are trained, and how they are chosen.
+
+    `FPSConfig()` trains 0.77 % of the base model's parameters, chosen by weight magnitude times input activation
+    (Feedforward-based Parameter Selection, arXiv 2510.27359), biases included.
+
+    Args:
+        budget: largest share of the base model's parameters that the adapter may train, selected entries and bias
+            deltas together; the output head is left out on both sides. Never exceeded, and used up to less than one
+            entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone (BitFit).
+        per_neuron: the other way to say it: entries per output neuron, K in the papers. Need not be whole; above a
+            neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
+        importance: score of a weight. `"activation"`: FPS, eqs. 2-6, needs `calibrate`. `"magnitude"`: |w| alone.
+            `"random"`: seeded, a control.
+        norm: typical magnitude of an input under `"activation"`: `"l1"` mean |a| (eq. 3), `"l2"` root mean square
+            (eq. 4).
+        weight_magnitude: multiply the activation with |w|; False gives eqs. 5 and 6.
+        granularity: `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ entries (the paper's final choice). `"layer"`: the same
+            number of entries per module, placed wherever the scores are best. `"model"`: the best entries of all
+            modules together.
+        bias: `"all"` trains a bias delta in every targeted module that has a bias (as GPS and FPS do); `"none"`.
+        target_modules: names, ends of names or a regular expression, as everywhere in PEFT; `"all-linear"`; None
+            means every linear and convolutional layer except the output head.
+        exclude_modules: names, ends of names or a regular expression of modules to leave out.
+        layers_to_transform: index or indices of the blocks to adapt; only with `target_modules` as names.
+        layers_pattern: name or names of the block list that the indices count.
+        modules_to_save: modules trained and saved whole. None means the output head of a `...For...Classification`
+            model, and nothing in other models; `[]` means nothing.
+        budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
+            given, else the share of that module's weights. The remaining modules share what is left of the budget.
+        init_weights: True starts from ΔW = 0. False draws random non-zero changes at random places (for tests).
+        seed: seed of the `"random"` importance.
+        format_version: version of the adapter file; newer ones than this package knows are refused.
+        check_base: what to do when an adapter meets a base model other than the one it was made from: `"error"` or
+            `"warn"`. A choice of the loading side, not saved.
+        plugin: name of the package to install and import before loading; informative.
+        allocation: filled in by the model: for each module its neurons, inputs and entries.
+        calibration: filled in by `calibrate`: how the entries were chosen.
+        base_fingerprint: filled in by the model: digest of a sample of the base weights.
+
+    Raises:
+        TypeError, ValueError: names the field, what was found and what is allowed.
+    """
+
+    budget: float | None = None
+    per_neuron: float | None = None
+    importance: Literal["activation", "magnitude", "random"] = "activation"
+    norm: Literal["l1", "l2"] = "l1"
+    weight_magnitude: bool = True
+    granularity: Literal["neuron", "layer", "model"] = "neuron"
+    bias: Literal["none", "all"] = "all"
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    budget_pattern: dict[str, float] = field(default_factory=dict)
+    init_weights: bool = True
+    seed: int = 0
+    format_version: int = FORMAT_VERSION
+    check_base: Literal["error", "warn"] = "error"
+    plugin: str = "peft_fps"
+    allocation: Allocations | None = None
+    calibration: dict[str, Any] | None = None
+    base_fingerprint: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = fps_type()
+        _check_version(self.format_version)
+        if self.budget is None and self.per_neuron is None:
+            self.budget = DEFAULT_BUDGET
+        if self.budget is not None and self.per_neuron is not None:
+            raise ValueError(
+                f"budget={self.budget} and per_neuron={self.per_neuron} were both given, expected at most one: the "
+                "budget is a share of all base parameters, per_neuron the number of entries per neuron."
+            )
+        _check_number("budget", self.budget, upper=1.0)
+        _check_number("per_neuron", self.per_neuron)
+        _check_choice("importance", self.importance, ("activation", "magnitude", "random"))
+        _check_choice("norm", self.norm, ("l1", "l2"))
+        _check_choice("granularity", self.granularity, ("neuron", "layer", "model"))
+        _check_choice("bias", self.bias, ("none", "all"))
+        _check_choice("check_base", self.check_base, ("error", "warn"))
+        for name in ("weight_magnitude", "init_weights", "inference_mode"):
+            _check_type(name, getattr(self, name), bool, "True or False")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}, expected an integer of at least 0 and below 2**63.")
+        self._check_modules()
+        self._check_patterns()
+        _check_allocation(self.allocation)
+        for name in ("calibration", "base_fingerprint"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), dict, "None or what an adapter_config.json holds")
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            _check_names(name, value, str | list | set | tuple | None)
+            if isinstance(value, str):
+                _check_regex(name, value)
+            elif value is not None:
+                setattr(self, name, set(value))
+        _check_names("modules_to_save", self.modules_to_save, list | set | tuple | None)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
+        _check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
+        indices = self.layers_to_transform
+        listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
+        if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in listed):
+            raise ValueError(
+                f"layers_to_transform is {indices!r}, expected the index of a block (0 or more) or a list of indices."
+            )
+        if isinstance(indices, (tuple, set)):
+            self.layers_to_transform = sorted(indices)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r} together with the regular expression "
+                        f"target_modules={self.target_modules!r}, expected a list of names for target_modules. Name "
+                        "the blocks in the expression instead."
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is None, expected both or only "
+                "the latter: the pattern says which list the indices count."
+            )
+
+    def _check_patterns(self) -> None:
+        _check_type("budget_pattern", self.budget_pattern, dict, "a dict from module name to a number")
+        for key, value in self.budget_pattern.items():
+            if not isinstance(key, str):
+                raise TypeError(f"budget_pattern has the key {key!r}, expected a module name or regular expression.")
+            _check_regex("budget_pattern", key)
+            _check_number(
+                f"budget_pattern[{key!r}]", value, upper=None if self.budget is None else 1.0, optional=False
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "FPSConfig":
+        """Load a config from a folder or the Hub; an adapter file that lies beside it is looked at as well.
+
+        So PEFT's loading calls refuse a pickled, unreadable or incomplete file before they touch a model.
+
+        Raises:
+            ValueError: there is no config, it is not valid, or the adapter file beside it is not.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        assert isinstance(config, cls)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if not folder.is_dir():
+            downloads, _, _ = cls._split_kwargs(kwargs)
+            try:  # the loading call that follows finds it in the cache
+                folder = Path(
+                    hf_hub_download(str(pretrained_model_name_or_path), WEIGHTS, subfolder=subfolder, **downloads)
+                ).parent
+            except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
+                return config
+        check_folder(folder, config.modules_to_save or [])
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain data in a fixed order, without `check_base`, which is the loading side's."""
+        data = super().to_dict()
+        del data["check_base"]
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the entries depend on data."""
+        return self.importance == "activation" and (self.budget or self.per_neuron) != 0
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"format_version is {version!r}, expected an integer of at least 1.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version is {version}, expected at most {FORMAT_VERSION}: the adapter was written by a newer "
+            "peft_fps. Upgrade with `pip install -U peft-fps`."
+        )
+
+
+def _check_number(name: str, value: Any, upper: float | None = None, optional: bool = True) -> None:
+    allowed = f"between 0 and {upper:g}" if upper is not None else "of at least 0"
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected a number {allowed}.")
+    if not 0 <= value <= (float("inf") if upper is None else upper) or value == float("inf"):
+        raise ValueError(f"{name} is {value!r}, expected a finite number {allowed}.")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_type(name: str, value: Any, expected: type, description: str) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {description}.")
+
+
+def _check_names(name: str, value: Any, types: Any) -> None:
+    wrong_member = not isinstance(value, str) and any(not isinstance(item, str) or not item for item in value or ())
+    if not isinstance(value, types) or wrong_member or value == "":
+        kinds = "a name or a list of names" if isinstance("", types) else "a list of names"
+        raise TypeError(f"{name} is {value!r}, expected None, {kinds} (strings that are not empty).")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
+
+
+def _check_allocation(allocation: Any) -> None:
+    if allocation is None:
+        return
+    _check_type("allocation", allocation, dict, "None or what an adapter_config.json holds")
+    for module, sizes in allocation.items():
+        where = f"allocation[{module!r}]"
+        if (
+            not isinstance(module, str)
+            or not isinstance(sizes, dict)
+            or set(sizes) != {"neurons", "inputs", "entries"}
+        ):
+            raise ValueError(f"{where} is {sizes!r}, expected the integers 'neurons', 'inputs' and 'entries'.")
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes.values()):
+            raise ValueError(f"{where} is {sizes!r}, expected integers of at least 0.")
+        if sizes["entries"] > sizes["neurons"] * sizes["inputs"]:
+            raise ValueError(f"{where} is {sizes!r}, expected at most neurons times inputs entries.")

@@ -1,0 +1,181 @@
+"""Tuner layers: how each kind of base layer multiplies with W + ΔW."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from peft_fps.adapters import FPSLayer
+from peft_fps.merging import restored_tensors
+from peft_fps.selection import LayerShape
+from peft_fps.sparse import Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
+
+
+class _Layer(nn.Module, FPSLayer):
+    """The forward that all kinds share; a kind adds `_product` and `_delta_product`."""
+
+    base_class: type[nn.Module]
+
+    def __init__(self, base_layer: nn.Module, module_path: str) -> None:
+        super().__init__()
+        self._setup(base_layer, module_path, layer_shape(base_layer))
+        self.in_features, self.out_features = self._features()
+
+    def _apply_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            return self._unmerged_forward(x)
+        names = (
+            [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.fps_values]
+        )
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._warn_if_unselected(names)
+        structure, values = self.applied(names)
+        bias_deltas = [self.fps_bias[name] for name in names if name in self.fps_bias]
+        if not self._owns_forward():
+            return self._beside_base(x, structure, values, bias_deltas, *args, **kwargs)
+        dtype = _autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        bias = self.base_layer.bias
+        for delta in bias_deltas:
+            bias = bias + delta
+        return self._product(x, values, None if bias is None else bias.to(x.dtype), structure)
+
+    def _owns_forward(self) -> bool:
+        """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return type(base).forward is self.base_class.forward and "forward" not in vars(base) and not hooked
+
+    def _beside_base(
+        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the base layer as it is, with its hooks, and add the change's own product."""
+        result = self.base_layer(x, *args, **kwargs)
+        delta = self._delta_product(x.to(_autocast_dtype(x) or self._cast_dtype(x, values)), values, structure)
+        for bias in bias_deltas:
+            delta = delta + (bias if delta.dim() < 4 else bias[:, None, None])
+        return result + delta.to(result.dtype)
+
+    def _cast_dtype(self, x: Tensor, values: Tensor) -> torch.dtype:
+        # peft.helpers.disable_input_dtype_casting clears the flag
+        return values.dtype if self.cast_input_dtype_enabled else x.dtype
+
+    def _unmerged_forward(self, x: Tensor) -> Tensor:
+        """The base layer's output although adapters are merged into it; writes nothing."""
+        records = [self.merge_records[name] for name in reversed(self.merged_adapters)]
+        return torch.func.functional_call(self.base_layer, restored_tensors(self.base_layer, records), (x,))
+
+    def _warn_if_unselected(self, names: list[str]) -> None:
+        for name in names:
+            state = self.fps_state[name]
+            if not (state.selected or state.warned):
+                state.warned = True
+                warnings.warn(
+                    f"Adapter {name!r} is being trained without calibration: its entries were chosen by weight "
+                    "magnitude alone. Add `model.calibrate(train_dataloader)` before training, or "
+                    "`callbacks=[FPSCallback()]` to the Trainer.",
+                    stacklevel=2,
+                )
+
+    def _features(self) -> tuple[int, int]:
+        return self.shape.inputs, self.shape.neurons
+
+    def _product(self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+        return sparse_linear(x, self.base_layer.weight, values, bias, structure)
+
+    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+        return sparse_delta_linear(x, values, structure)
+
+
+class Linear(_Layer):
+    """`torch.nn.Linear` with sparse changes: `y = x (W + ΔW)ᵀ + b + Δb`, weight `(out_features, in_features)`."""
+
+    base_class = nn.Linear
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        return self._apply_adapters(x, *args, **kwargs)
+
+
+class Conv1D(_Layer):
+    """transformers' `Conv1D` with sparse changes: linear, with the weight stored as `(in_features, out_features)`."""
+
+    base_class = TransformersConv1D
+    transposed = True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        return self._apply_adapters(x, *args, **kwargs)
+
+
+class Conv2d(_Layer):
+    """`torch.nn.Conv2d` with sparse changes; a neuron is an output channel, its inputs a flattened patch."""
+
+    base_class = nn.Conv2d
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(batch, in_channels, height, width)` to `(batch, out_channels, height', width')`."""
+        return self._apply_adapters(x, *args, **kwargs)
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.in_channels, self.base_layer.out_channels
+
+    def _product(self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+        x, padding = padded_input(self.base_layer, x)
+        base = self.base_layer
+        geometry = {"stride": base.stride, "padding": padding, "dilation": base.dilation, "groups": base.groups}
+        return sparse_conv2d(x, base.weight, values, bias, structure, **geometry)
+
+    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+        x, padding = padded_input(self.base_layer, x)
+        base = self.base_layer
+        delta = dense_delta(values, structure, base.weight.shape).to(x.dtype)
+        return F.conv2d(x, delta, None, base.stride, padding, base.dilation, base.groups)
+
+
+LAYERS: dict[type[nn.Module], type[_Layer]] = {
+    nn.Linear: Linear,
+    TransformersConv1D: Conv1D,
+    nn.Conv2d: Conv2d,
+}
+"""Tuner layer for each kind of base layer; subclasses of a kind count as the kind."""
+
+
+def layer_class(module: nn.Module) -> type[_Layer] | None:
+    """Return the tuner layer for a base layer, None if its kind is not supported."""
+    return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
+
+
+def layer_shape(base_layer: nn.Module) -> LayerShape:
+    """Return neurons, fan-in and bias of a supported base layer."""
+    shape = base_layer.weight.shape
+    neurons, inputs = (
+        (shape[1], shape[0]) if isinstance(base_layer, TransformersConv1D) else (shape[0], shape[1:].numel())
+    )
+    return LayerShape(neurons, inputs, getattr(base_layer, "bias", None) is not None)
+
+
+def padded_input(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return the input of a zero-padded convolution that equals `base` on `x`, and its padding.
+
+    Padding modes other than zeros, and uneven `"same"` padding, are applied to the input, as `nn.Conv2d` itself does.
+    """
+    sides = base._reversed_padding_repeated_twice
+    if base.padding_mode != "zeros":
+        return F.pad(x, sides, mode=base.padding_mode), (0, 0)
+    if isinstance(base.padding, str):
+        return F.pad(x, sides), (0, 0)
+    return x, base.padding
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast would give a product of `x`, None where it would leave it."""
+    kind = x.device.type
+    if x.dtype in (torch.float64, torch.complex64, torch.complex128) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -1,0 +1,141 @@
+"""Between PEFT's state dicts and the layers: encode on saving, check everything on loading."""
+
+from collections.abc import Mapping
+
+from peft.tuners.tuners_utils import delete_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_fps.checkpoint import TENSORS, Expected, check_adapter_tensors, check_whole_modules, decode, encode
+from peft_fps.config import FPSConfig
+from peft_fps.lookup import fps_layers
+from peft_fps.renames import current_names
+from peft_fps.targets import PREFIX
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def saved_state(
+    model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the adapter's tensors as they go to disk, by model key (with the adapter's name).
+
+    Raises:
+        ValueError: the adapter's tensors are not valid, so that no file is written that could not be loaded.
+    """
+    result = {}
+    for full_name, layer in fps_layers(model).items():
+        if adapter_name not in layer.fps_values:
+            continue
+        layer.check_tensors(adapter_name)
+        for name in TENSORS:
+            key = f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}"
+            if key in state_dict:
+                result[key] = encode(name, state_dict[key], layer.shape.inputs)
+    return result
+
+
+def load_state(
+    model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check the tensors of an adapter file and return them by model key, ready to be copied.
+
+    If anything is wrong, an adapter that was added to the model only to be loaded is taken out again.
+
+    Raises:
+        ValueError: names the module, what was found, what was expected and what to do.
+    """
+    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
+    by_path = {layer.module_path: (name, layer) for name, layer in layers.items()}
+    modules, others = _split(model, state_dict)
+    # a selection over the whole model fixes only the total; the split over modules is the file's
+    free = config.granularity == "model"
+    try:
+        check_adapter_tensors(modules, _expected(by_path, config, adapter_name), total_only=free)
+        check_whole_modules(others, _whole_modules(model, adapter_name))
+    except ValueError:
+        _withdraw(model, adapter_name)
+        raise
+    assert config.allocation is not None
+    result = dict(others)
+    for path, tensors in modules.items():
+        full_name, layer = by_path[path]
+        entries = tensors["fps_columns"].numel()
+        layer.resize(adapter_name, entries)
+        config.allocation[path]["entries"] = entries
+        layer.fps_state[adapter_name].selected = True
+        layer.fps_state[adapter_name].thawed.clear()
+        for name, tensor in tensors.items():
+            result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensor)
+    return result
+
+
+def _split(
+    model: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Split a checkpoint into sparse tensors by module path, and the rest by key."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in state_dict.items():
+        path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
+        if name.startswith(PREFIX):
+            modules.setdefault(path, {})[name] = tensor
+        else:
+            others[key] = tensor
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return current_names(inner, modules), others
+
+
+def _expected(by_path: Mapping[str, tuple[str, object]], config: FPSConfig, adapter_name: str) -> dict[str, Expected]:
+    expected = {}
+    for path, (_, layer) in by_path.items():
+        sizes = (config.allocation or {})[path]
+        expected[path] = Expected(
+            layer.shape.neurons,
+            layer.shape.inputs,
+            sizes["entries"],
+            adapter_name in layer.fps_bias,  # type: ignore[attr-defined]
+        )
+    return expected
+
+
+def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of `modules_to_save` and the like that a file of this adapter replaces, by model key."""
+    current = model.state_dict()
+    keys = [
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{stored}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for stored in module.adapter_state_dict_load_map(adapter_name).values()
+    ]
+    return {key: current[key] for key in keys}
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out that was injected from a saved config and never loaded; others stay as they are."""
+    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
+    if not any(layer.awaits_loading(adapter_name) for layer in layers.values()):
+        return
+    thawed = [p for layer in layers.values() for p in layer.fps_state[adapter_name].thawed]
+    alone = all(set(layer.fps_values) == {adapter_name} for layer in fps_layers(model).values())
+    delete_adapter(model, adapter_name, prefix=PREFIX)
+    for name, layer in layers.items():
+        if not layer.fps_values:
+            _replace(model, name, layer.base_layer)
+    if alone:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _replace(model, name, module.original_module)
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and configs.pop(adapter_name, None) is not None and not configs:
+            del module.peft_config
+    if alone:
+        for parameter in thawed:
+            parameter.requires_grad = True
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

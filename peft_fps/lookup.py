@@ -1,0 +1,47 @@
+"""Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
+
+from torch import nn
+
+from peft_fps.adapters import FPSLayer
+from peft_fps.config import FPSConfig
+
+
+def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
+    """Return all FPS layers by their full name in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FPSLayer)}
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
+    """Return the layers that carry the adapter, by their path in the base model."""
+    layers = fps_layers(model).values()
+    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Return the name of the one active FPS adapter.
+
+    Raises:
+        ValueError: none is active, or several are.
+    """
+    active = {name: None for layer in fps_layers(model).values() for name in layer.active_adapters}
+    if len(active) != 1:
+        found = f"the active adapters {sorted(active)}" if active else "no active FPS adapter"
+        raise ValueError(f"Found {found}, expected one. Say which one with adapter_name=...")
+    return next(iter(active))
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
+    """Return the config of an FPS adapter, which any wrapper of the model may hold.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
+            return configs[adapter_name]
+    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
+    raise ValueError(
+        f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
+        "add_adapter first."
+    )

@@ -1,0 +1,78 @@
+"""Fold a sparse change into a layer's weight and take it out again, bit for bit."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peft_fps.sparse import Structure, merged_entries
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """The originals of everything a merge overwrote, and how much of the change rounding swallowed.
+
+    Attributes:
+        positions: `(nnz,)` int64 positions in the flattened weight.
+        weight: `(nnz,)` original entries.
+        bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
+        changes: number of changes that are not zero, bias deltas included.
+        lost: number of these that left the stored number as it was.
+    """
+
+    positions: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    changes: int
+    lost: int
+
+
+def merge_entries(base: nn.Module, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
+    """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
+    before, after = merged_entries(base.weight, values, structure.positions)
+    _write(base.weight, structure.positions, after)
+    stored, wanted, bias = [before == after], [values != 0], None
+    if bias_delta is not None:
+        everywhere = torch.arange(bias_delta.numel(), device=bias_delta.device)
+        bias, bias_after = merged_entries(base.bias, bias_delta, everywhere)
+        _write(base.bias, everywhere, bias_after)
+        stored.append(bias == bias_after)
+        wanted.append(bias_delta != 0)
+    changed = torch.cat(wanted)
+    lost = int((torch.cat(stored) & changed).sum())
+    return MergeRecord(structure.positions, before, bias, int(changed.sum()), lost)
+
+
+def restore_entries(base: nn.Module, record: MergeRecord) -> None:
+    """Undo `merge_entries` in place."""
+    _write(base.weight, record.positions, record.weight)
+    if record.bias is not None:
+        _write(base.bias, torch.arange(record.bias.numel(), device=record.bias.device), record.bias)
+
+
+def restored_tensors(base: nn.Module, records: Iterable[MergeRecord]) -> dict[str, Tensor]:
+    """Return copies of the layer's weight and bias as they were before the merges `records`, latest merge first."""
+    weight = base.weight.detach().clone(memory_format=torch.contiguous_format)
+    bias = None if base.bias is None else base.bias.detach().clone()
+    for record in records:
+        weight.view(-1)[record.positions] = record.weight
+        bias = bias if record.bias is None else record.bias
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+def merge_is_finite(base: nn.Module, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> bool:
+    """Whether `merge_entries` would write finite numbers only."""
+    written = [merged_entries(base.weight, values, structure.positions)[1]]
+    if bias_delta is not None:
+        written.append((base.bias + bias_delta).to(base.bias.dtype))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in written)
+
+
+@torch.no_grad()
+def _write(target: Tensor, positions: Tensor, entries: Tensor) -> None:
+    """Write in place, through autograd's eyes, so that a backward that still needs the old numbers is refused."""
+    if target.is_contiguous():
+        target.view(-1).index_copy_(0, positions, entries)
+    else:  # channels-last convolutions, transposed views
+        target[torch.unravel_index(positions, target.shape)] = entries

@@ -1,0 +1,267 @@
+"""The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.config import FPSConfig
+from peft_fps.layers import layer_class
+from peft_fps.loading import load_state, saved_state
+from peft_fps.lookup import fps_layers
+from peft_fps.planning import plan
+from peft_fps.renames import current_names
+from peft_fps.selecting import calibrate, select_without_data, selection_report
+from peft_fps.selection import SelectionReport
+from peft_fps.targets import PREFIX, base_parameters, default_targets, trained_head
+
+
+NEGLIGIBLE_LOSS = 0.01
+"""Share of the changes that rounding may swallow in a merge before a warning is due."""
+
+
+class FPSModel(BaseTuner):
+    """A model with FPS adapters, made by `get_peft_model(model, FPSConfig(...))`.
+
+    Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
+    (`merge_and_unload`, `merge_adapter`, `set_adapter`, ...).
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: an `FPSConfig`, or a dict of them by adapter name. Each adapter gets a copy of its own.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: make the values on the meta device, to be loaded next.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = FPSLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- injection ----------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the model; called by PEFT.
+
+        Everything is checked before the first module is replaced.
+
+        Raises:
+            ValueError: a target cannot be adapted, the budget does not fit, or a saved config is another model's.
+        """
+        # the sizes that follow from this model are written into the config: the user's own object stays as it is
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        assert isinstance(config, FPSConfig)
+        saved = config.allocation is not None
+        thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
+        # a loaded config says what data it was selected for, and so does loading; a fresh one only says what it wants
+        self._state = AdapterState(selected=saved or not config.needs_calibration, thawed=thawed if saved else [])
+        self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        if not saved:
+            select_without_data(model, config, adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.modules_to_save is None:
+            peft_config.modules_to_save = trained_head(model) or None
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(model)
+        _maybe_include_all_linear_layers(peft_config, model)
+        if peft_config.allocation is not None:
+            peft_config.allocation = current_names(model, peft_config.allocation)
+        names = self._matched(peft_config, model)
+        plan(model, peft_config, names)
+
+    def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
+        """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
+        adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
+        names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
+        if self._state_dict_modules is not None:
+            return [name for name in names if name in self._state_dict_modules]
+        return [name for name in names if self._check_target_module_exists(config, name)]
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        matched = BaseTuner._check_target_module_exists(peft_config, key)
+        if isinstance(matched, _ExcludedModule) or peft_config.allocation is None:
+            return matched
+        return key in peft_config.allocation
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        entries = peft_config.allocation[current_key]["entries"]
+        if isinstance(target, FPSLayer):
+            layer = target
+        else:
+            kind = layer_class(target)
+            assert kind is not None, current_key
+            layer = kind(target, current_key)
+            layer.set_adapter(self.active_adapters, inference_mode=True)
+            setattr(parent, target_name, layer)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # its fused path reads the weight without calling the layer; any hook makes it step aside
+                layer.register_forward_pre_hook(_no_op)
+        layer.update_layer(
+            adapter_name, entries, peft_config.bias == "all", self._state, inference_mode=peft_config.inference_mode
+        )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT would also unfreeze the base model's biases for bias="all"; here bias deltas belong to the adapter
+        for _, parameter in base_parameters(model):
+            parameter.requires_grad = False
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        # PEFT allows one adapter with biases, since it trains the base model's; ours sum like all other values
+        pass
+
+    def disable_adapter_layers(self) -> None:
+        """Let the model compute as the base model does, biases included."""
+        self._enable_adapter_layers(enabled=False)
+
+    # --- verbs --------------------------------------------------------------------------------------------------
+
+    def calibrate(self, data: Any = None, **options: Any) -> SelectionReport:
+        """Choose the adapter's entries from data; see `peft_fps.calibrate` for the arguments."""
+        return calibrate(self.model, data, **options)
+
+    def selection_report(self, adapter_name: str | None = None) -> SelectionReport:
+        """Report the adapter's selection; see `peft_fps.selection_report`."""
+        return selection_report(self.model, adapter_name)
+
+    # --- merging ------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights in place; `unmerge_adapter` restores them bit for bit.
+
+        Args:
+            adapter_names: adapters to merge, in order; the active ones if None.
+            safe_merge: check all modules for NaN and infinity first and merge all or nothing.
+        """
+        with _whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        arguments = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
+        if not merge:
+            _unmerge_all(self.model)
+            return super()._unload_and_optionally_merge(merge=False, **arguments)
+        with _whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
+            return super()._unload_and_optionally_merge(merge=True, **arguments)
+
+    # --- state dict ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: Any, config: PeftConfig
+    ) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, FPSConfig)
+        return saved_state(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, FPSConfig)
+        return load_state(model, config, adapter_name, state_dict)
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={_short(kwargs['adapter_names'])} was passed to forward, expected none: FPS does not "
+                "mix adapters within a batch. Choose one for the whole batch with model.set_adapter(name)."
+            )
+        yield
+
+
+@contextmanager
+def _whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[None]:
+    """Check all layers before the first is merged, and say afterwards how much rounding swallowed."""
+    layers = fps_layers(model)
+    known = {name for layer in layers.values() for name in layer.fps_values}
+    if unknown := [name for name in adapter_names if name not in known]:
+        raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
+    for layer in layers.values():
+        for name in adapter_names:
+            if name in layer.fps_values:
+                layer.check_tensors(name)
+        if safe_merge:
+            layer.check_merge(list(adapter_names))
+    yield
+    records = [layer.merge_records[name] for layer in layers.values() for name in adapter_names
+               if name in layer.merge_records]  # fmt: skip
+    changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
+    if lost > NEGLIGIBLE_LOSS * changes:
+        dtypes = sorted({str(layer.base_layer.weight.dtype) for layer in layers.values()})
+        warnings.warn(
+            f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
+            f"last place of the {', '.join(dtypes)} weights. Load the base model in float32 to merge all of them, or "
+            "keep the adapter unmerged.",
+            stacklevel=4,
+        )
+
+
+def _unmerge_all(model: nn.Module) -> None:
+    for layer in fps_layers(model).values():
+        if layer.merged:
+            layer.unmerge()
+
+
+def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
+    return None
+
+
+def _module_of(key: str) -> str:
+    return key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.")
+
+
+def _short(names: Sequence[str]) -> str:
+    text = repr(names)
+    return text if len(text) < 80 else f"{text[:77]}..."

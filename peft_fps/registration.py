@@ -1,0 +1,74 @@
+"""Make FPS a member of PEFT's method enum and tables.
+
+PEFT has no entry point for methods that live outside of it, and its own registration demands an existing member of
+`PeftType`. So the member is added first, and every way of looking it up is checked afterwards.
+"""
+
+from enum import Enum
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+
+NAME = "FPS"
+
+
+def fps_type() -> PeftType:
+    """Return the `PeftType` member of this package, adding it on the first call.
+
+    Raises:
+        ImportError: this Python's enum internals do not take a further member.
+    """
+    if NAME not in PeftType.__members__:
+        _add_member()
+    member = PeftType[NAME]
+    if not (PeftType(NAME) is member is getattr(PeftType, NAME) and member in list(PeftType)):
+        raise ImportError(
+            f"PeftType took the member {NAME!r} only in part: expected the same object by call, item, attribute and "
+            "iteration. This Python's enum differs from those that peft_fps knows; please report its version."
+        )
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enter config, model and prefix in PEFT's tables; again after a reload, never over somebody else's FPS.
+
+    Raises:
+        ImportError: another package has registered a method of this name.
+    """
+    member = fps_type()
+    for table, ours in ((PEFT_TYPE_TO_CONFIG_MAPPING, config_cls), (PEFT_TYPE_TO_TUNER_MAPPING, model_cls)):
+        present = table.get(member)
+        if present is not None and _path(present) != _path(ours):
+            raise ImportError(
+                f"PEFT already has a method named {NAME!r}, {_path(present)}, expected none or {_path(ours)}. "
+                "Import only one of the two packages in a process."
+            )
+    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        table.pop(member, None)
+    register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def _add_member() -> None:
+    member: Any = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    # pickled by way of this module, so that a fresh process imports the plugin before it looks the member up
+    member.__reduce_ex__ = _reduce
+    type.__setattr__(PeftType, NAME, member)
+    internals: Any = PeftType
+    internals._member_names_.append(NAME)
+    internals._member_map_[NAME] = member
+    internals._value2member_map_[NAME] = member
+    if hasattr(Enum, "_hashable_values_") or hasattr(PeftType, "_hashable_values_"):
+        internals._hashable_values_.append(NAME)
+
+
+def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
+    return fps_type, ()
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,40 @@
+"""Module names change between generations of transformers; adapters saved under the old ones still find their modules.
+
+transformers knows these renames for checkpoints of base models (`encoder.layer.0.attention.attention.query` of a ViT
+became `layers.0.attention.q_proj`); the same table serves adapters.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from peft.utils.transformers_weight_conversion import get_model_conversion_mapping
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+
+
+Value = TypeVar("Value")
+
+
+def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return `named` with module paths of an older generation replaced by those of `model`.
+
+    Paths that exist in the model, and those that transformers knows no present name for, stay as they are.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    if not isinstance(model, PreTrainedModel) or all(name in modules for name in named):
+        return dict(named)
+    renamed = {}
+    for name, value in named.items():
+        current = name if name in modules else _rename(model, name)
+        renamed[current if current in modules else name] = value
+    return renamed
+
+
+def _rename(model: nn.Module, name: str) -> str:
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightRenaming):
+            for old, new in zip(conversion.source_patterns, conversion.target_patterns, strict=True):
+                name = re.sub(old, new, name)
+    return name

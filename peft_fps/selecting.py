@@ -1,0 +1,277 @@
+"""The verbs that choose and report an adapter's entries, on any model that carries one."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from peft_fps.adapters import FPSLayer
+from peft_fps.calibration import Collector, InputStatistics, batches, feed, undisturbed
+from peft_fps.checkpoint import encoded_bytes
+from peft_fps.config import FPSConfig
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers
+from peft_fps.selection import Candidate, LayerSelection, SelectionReport, importance, select_entries
+from peft_fps.targets import count_base_parameters
+
+
+Statistics = Mapping[str, InputStatistics]
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    adapter_name: str | None = None,
+    num_batches: int | None = None,
+    batch_size: int = 32,
+    collator: Callable[..., Any] | None = None,
+    progress: bool = True,
+    discard_values: bool = False,
+) -> SelectionReport:
+    """Choose the entries of an adapter as its config says, from one forward pass over data.
+
+    The pass runs the base model (adapters off) in evaluation mode without gradients; training modes, random states and
+    hooks are restored whatever happens. Padded positions are left out where a batch has an `attention_mask`. In a
+    distributed run every process brings its own share of the data, and all get the same selection. Modules that no
+    batch reached are named in a warning and selected by weight magnitude.
+
+    Args:
+        model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+        data: a `DataLoader`, a dataset (see `collator`), or an iterable of batches. A batch is a mapping passed by
+            name, a tuple whose first element is the input, or a tensor. Not needed if the importance uses no data.
+        adapter_name: the active adapter if None.
+        num_batches: stop after so many batches; the whole pass if None.
+        batch_size: examples per batch, if `data` is a dataset.
+        collator: turns a list of a dataset's examples into a batch; transformers' default collator if None.
+        progress: show a progress bar.
+        discard_values: allow calibration although training has begun; the learned changes are lost.
+
+    Returns:
+        What was selected; prints as a table.
+
+    Raises:
+        TypeError: the data is of an unknown kind.
+        ValueError: no data, activations that are not finite, or a model that is merged, offloaded without hooks, or
+            has been trained. The model is unchanged then.
+    """
+    adapter_name = adapter_name or active_adapter(model)
+    config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
+    _check_state(layers, adapter_name, discard_values)
+    statistics: Statistics = {}
+    record: dict[str, Any] = {key: getattr(config, key) for key in ("importance", "granularity", "seed")}
+    if config.needs_calibration:
+        statistics, counts = _observe(model, layers, config.norm, data, num_batches, batch_size, collator, progress)
+        record |= {"norm": config.norm, "weight_magnitude": config.weight_magnitude, **counts}
+        unreached = [path for path in layers if path not in statistics]
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} of {len(layers)} modules saw no input during calibration and are selected by "
+                f"weight magnitude: {', '.join(unreached)}.",
+                stacklevel=2,
+            )
+    _select(layers, config, adapter_name, statistics)
+    config.calibration = record
+    next(iter(layers.values())).fps_state[adapter_name].selected = True
+    return selection_report(model, adapter_name)
+
+
+def selection_report(model: nn.Module, adapter_name: str | None = None) -> SelectionReport:
+    """Return what an adapter has selected, per module and in total.
+
+    Args:
+        model: a model with an FPS adapter.
+        adapter_name: the active adapter if None.
+    """
+    adapter_name = adapter_name or active_adapter(model)
+    config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
+    rows = []
+    for path, layer in layers.items():
+        values, counts = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name]
+        biases = layer.shape.neurons if adapter_name in layer.fps_bias else 0
+        size = encoded_bytes(counts, layer.shape.inputs, values.element_size(), biases)
+        rows.append(LayerSelection(path, layer.shape.neurons, layer.shape.inputs, values.numel(), biases, size))
+    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    head = [p for wrapper in wrappers for name, p in wrapper.named_parameters() if f".{adapter_name}." in f".{name}"]
+    base = _base_model(model)
+    return SelectionReport(
+        layers=tuple(rows),
+        base_parameters=count_base_parameters(base),
+        head_parameters=sum(parameter.numel() for parameter in head),
+        head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
+        budget=config.budget,
+        method=_describe(config),
+    )
+
+
+def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) -> None:
+    """Give a new adapter its first entries: by magnitude where its importance needs data, else as it says.
+
+    With `init_weights=False`, random entries and random non-zero changes, drawn from torch's global generator.
+    """
+    layers = adapter_layers(model, adapter_name)
+    if any(layer.fps_columns[adapter_name].device.type == "meta" for layer in layers.values()):
+        return  # nothing to rank; the tensors are to be loaded
+    _select(layers, config, adapter_name, {}, None if config.init_weights else int(torch.randint(2**62, ())))
+    if not config.init_weights:
+        for layer in layers.values():
+            for parameter in layer.adapter_parameters(adapter_name):
+                # bounded away from zero, so that no change can vanish
+                noise = torch.rand(parameter.shape, dtype=torch.float32) + 0.5
+                sign = torch.randint(2, parameter.shape) * 2 - 1
+                parameter.data.copy_(noise * sign)
+
+
+def _check_state(layers: Mapping[str, FPSLayer], adapter_name: str, discard_values: bool) -> None:
+    for path, layer in layers.items():
+        if layer.merged:
+            raise ValueError(
+                f"{path}: found merged adapters {layer.merged_adapters}, expected none during calibration. Call "
+                "model.unmerge_adapter() first. Nothing was changed."
+            )
+        if layer.fps_values[adapter_name].device.type == "meta":
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors. Build it without "
+                "low_cpu_mem_usage. Nothing was changed."
+            )
+        trained = any(bool(p.detach().nan_to_num().any()) for p in layer.adapter_parameters(adapter_name))
+        if trained and not discard_values:
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since calibration chooses "
+                "new entries and would discard them. Calibrate before training, or pass discard_values=True. Nothing was "
+                "changed."
+            )
+
+
+def _observe(
+    model: nn.Module,
+    layers: Mapping[str, FPSLayer],
+    norm: str,
+    data: Any,
+    num_batches: int | None,
+    batch_size: int,
+    collator: Callable[..., Any] | None,
+    progress: bool,
+) -> tuple[Statistics, dict[str, int]]:
+    """Run the forward pass; returns statistics by module path, and the numbers of batches and examples."""
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches is {num_batches}, expected at least 1, or None for the whole pass.")
+    if data is None:
+        raise ValueError("importance='activation' needs data, found None. Pass the training DataLoader to calibrate.")
+    source = batches(data, collator, batch_size)
+    try:
+        total = min(len(source), num_batches or len(source))  # type: ignore[arg-type]
+    except TypeError:
+        total = num_batches
+    base = _base_model(model)
+    device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    examples, seen = 0, 0
+    hooked = {path: (layer, layer.get_base_layer()) for path, layer in layers.items()}
+    with undisturbed(base), _adapters_off(base), Collector(hooked, norm) as collector:
+        shown: Iterable[Any] = tqdm(islice(source, num_batches), total=total, disable=not progress, desc="Calibrating")
+        for batch in shown:
+            collector.start_batch(batch)
+            examples += feed(base, batch, device)
+            collector.check_batch(seen)
+            seen += 1
+    if not seen:
+        raise ValueError("The calibration data holds no batch, expected at least one. Nothing was changed.")
+    return collector.statistics, {"batches": seen, "examples": examples}
+
+
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let the layers compute as the base model does, without touching what is trainable."""
+    layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def _select(
+    layers: Mapping[str, FPSLayer],
+    config: FPSConfig,
+    adapter_name: str,
+    statistics: Statistics,
+    random_seed: int | None = None,
+) -> None:
+    """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
+    assert config.allocation is not None
+    candidates = {}
+    for path, layer in layers.items():
+        score = _scorer(layer, path, config, statistics, random_seed)
+        entries = config.allocation[path]["entries"]
+        candidates[path] = Candidate(layer.shape.neurons, layer.shape.inputs, entries, score)
+    for path, (columns, row_counts) in select_entries(candidates, config.granularity).items():
+        layers[path].set_selection(adapter_name, columns, row_counts)
+        config.allocation[path]["entries"] = columns.numel()
+
+
+def _scorer(
+    layer: FPSLayer, path: str, config: FPSConfig, statistics: Statistics, random_seed: int | None
+) -> Callable[[int, int], Tensor]:
+    base, shape = layer.get_base_layer(), layer.shape
+    activation = _activation(path, config.norm, statistics)
+    if activation is not None:
+        activation = activation.repeat_interleave(shape.neurons // activation.shape[0], dim=0)
+
+    def score(first: int, last: int) -> Tensor:
+        if config.importance == "random" or random_seed is not None:
+            seed = hashlib.sha256(f"{config.seed if random_seed is None else random_seed} {path} {first}".encode())
+            generator = torch.Generator().manual_seed(int.from_bytes(seed.digest()[:7], "big"))
+            rows = torch.empty(
+                last - first, shape.inputs, device=layer.fps_columns[next(iter(layer.fps_columns))].device
+            )
+            return importance.random(rows, generator)
+        with align_module_device(base):
+            weight = base.weight.detach()
+            rows = (weight.t() if layer.transposed else weight.flatten(1))[first:last]
+            if config.importance == "magnitude" or activation is None:
+                return importance.magnitude(rows)
+            driven = activation[first:last].to(rows.device)
+            if config.weight_magnitude:
+                return importance.weight_times_activation(rows, driven)
+            return importance.activation_alone(rows, driven)
+
+    return score
+
+
+def _activation(path: str, norm: str, statistics: Statistics) -> Tensor | None:
+    """Typical input of a module, `(groups, inputs)`; an equal one for all inputs of a module that saw none."""
+    if not statistics:
+        return None
+    if path in statistics:
+        return statistics[path].typical(norm)
+    # the mean of what the others saw keeps its scores comparable with theirs under granularity "model"
+    means = torch.stack([reached.typical(norm).mean().cpu() for reached in statistics.values()])
+    return means.mean()[None, None]
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _describe(config: FPSConfig) -> str:
+    how = {"activation": "weight magnitude", "magnitude": "weight magnitude", "random": f"chance (seed {config.seed})"}
+    text = how[config.importance]
+    if config.needs_calibration:
+        record = config.calibration
+        if record is None:
+            text += " until calibrated"
+        else:
+            typical = "mean |input|" if config.norm == "l1" else "root mean square of the input"
+            text = f"weight magnitude x {typical}" if config.weight_magnitude else typical
+            text += f" over {record.get('examples', 0):,} examples"
+    return f"{text}, granularity {config.granularity}"

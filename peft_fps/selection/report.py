@@ -1,0 +1,127 @@
+"""What was selected, as numbers and as a table."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """One targeted module: its neurons and fan-in, selected entries, bias deltas, and bytes in the adapter file."""
+
+    module: str
+    neurons: int
+    inputs: int
+    entries: int
+    biases: int
+    bytes: int
+
+    @property
+    def share(self) -> float:
+        """Selected share of the module's weights."""
+        return self.entries / (self.neurons * self.inputs)
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """Selection of a whole adapter; `str()` gives a table, `to_dict()` plain data.
+
+    Attributes:
+        layers: one row per targeted module.
+        base_parameters: parameters of the base model without its output head.
+        head_parameters: parameters of the trained output head (and other `modules_to_save`).
+        head_bytes: their bytes in the adapter file.
+        budget: the configured limit as a share of `base_parameters`, None where `per_neuron` was given.
+        method: one line on how the entries were chosen.
+    """
+
+    layers: tuple[LayerSelection, ...]
+    base_parameters: int
+    head_parameters: int
+    head_bytes: int
+    budget: float | None
+    method: str
+
+    @property
+    def entries(self) -> int:
+        """Selected weights of all modules."""
+        return sum(layer.entries for layer in self.layers)
+
+    @property
+    def biases(self) -> int:
+        """Bias deltas of all modules."""
+        return sum(layer.biases for layer in self.layers)
+
+    @property
+    def trained(self) -> int:
+        """Selected weights and bias deltas: what the budget counts."""
+        return self.entries + self.biases
+
+    @property
+    def bytes(self) -> int:
+        """Tensor bytes of the adapter file, head included."""
+        return sum(layer.bytes for layer in self.layers) + self.head_bytes
+
+    @property
+    def share(self) -> float:
+        """Trained share of the base model, head left out on both sides: what the budget limits."""
+        return self.trained / self.base_parameters
+
+    @property
+    def share_with_head(self) -> float:
+        """The papers' "Params (%)" as a share: the head counts in the numerator and not in the denominator."""
+        return (self.trained + self.head_parameters) / self.base_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, derived figures included."""
+        derived = ("entries", "biases", "trained", "bytes", "share", "share_with_head")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        rows = [("module", "neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.module,
+                    f"{layer.neurons:,}",
+                    f"{layer.inputs:,}",
+                    f"{layer.entries:,}",
+                    f"{layer.entries / layer.neurons:.2f}",
+                    f"{layer.share:.3%}",
+                    f"{layer.biases:,}",
+                    f"{layer.bytes:,}",
+                )
+            )
+        neurons = sum(layer.neurons for layer in self.layers)
+        weights = sum(layer.neurons * layer.inputs for layer in self.layers)
+        rows.append(
+            (
+                "total",
+                f"{neurons:,}",
+                "",
+                f"{self.entries:,}",
+                f"{self.entries / neurons:.2f}" if neurons else "",
+                f"{self.entries / weights:.3%}" if weights else "",
+                f"{self.biases:,}",
+                f"{self.bytes - self.head_bytes:,}",
+            )
+        )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        rule = "-" * len(lines[0])
+        limit = "" if self.budget is None else f", budget {self.budget:.3%}"
+        summary = [
+            f"selected by {self.method}",
+            f"trainable without head: {self.trained:,} of {self.base_parameters:,} ({self.share:.4%}{limit})",
+            f"trainable with head:    {self.trained + self.head_parameters:,} ({self.share_with_head:.4%}, "
+            "the papers' convention)",
+            f"adapter file:           {self.bytes:,} bytes, of these {self.head_bytes:,} for the head",
+        ]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])

@@ -1,0 +1,42 @@
+"""Top-k with a tie rule: among equal scores the lowest index wins, on every device and thread count.
+
+`torch.topk` leaves the order of ties open, and a stable sort costs many times more. So `topk` ranks, and only where it
+met equal scores (rare in float32, common with bfloat16 weights) the places are given again by score and index.
+"""
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Rank the k best columns of every row.
+
+    Args:
+        scores: `(rows, inputs)` float32, finite and not negative.
+        k: between 0 and `inputs`.
+
+    Returns:
+        Columns `(rows, k)` int64, best first, and their scores `(rows, k)`.
+    """
+    inputs = scores.shape[1]
+    # one more than asked for, to see whether the last place is shared
+    values, columns = scores.topk(min(k + 1, inputs), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(1).nonzero()[:, 0]
+    if tied.numel():
+        # bit patterns of non-negative floats are ordered like the floats; the low half prefers the lower index
+        index = torch.arange(inputs, device=scores.device)
+        keys = scores[tied].view(torch.int32).to(torch.int64) << 32 | (inputs - 1 - index)
+        columns[tied] = keys.topk(columns.shape[1], dim=1).indices
+        values[tied] = scores[tied].gather(1, columns[tied])
+    return columns[:, :k], values[:, :k]
+
+
+def top_k_flat(scores: Tensor, k: int) -> Tensor:
+    """Return the positions of the k largest elements of `scores` (any shape, flattened), ascending; `(k,)` int64."""
+    flat = scores.reshape(-1)
+    values, positions = flat.topk(min(k + 1, flat.numel()))
+    if 0 < k < flat.numel() and bool(values[k - 1] == values[k]):
+        above = (flat > values[k]).nonzero()[:, 0]
+        level = (flat == values[k]).nonzero()[: k - above.numel(), 0]
+        positions = torch.cat([above, level])
+    return positions[:k].sort().values

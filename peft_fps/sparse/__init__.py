@@ -1,0 +1,31 @@
+"""The maths of a frozen weight plus a sparse change: structure, composition, products and their gradients.
+
+Nothing in here knows of PEFT, transformers or modules: tensors in, tensors out.
+"""
+
+from peft_fps.sparse.autograd import sparse_conv2d, sparse_delta_linear, sparse_linear
+from peft_fps.sparse.compose import compose_weight, dense_delta, merged_entries
+from peft_fps.sparse.structure import (
+    Structure,
+    StructureError,
+    build_structure,
+    check_entries,
+    even_row_counts,
+    unite_structures,
+)
+
+
+__all__ = [
+    "Structure",
+    "StructureError",
+    "build_structure",
+    "check_entries",
+    "compose_weight",
+    "dense_delta",
+    "even_row_counts",
+    "merged_entries",
+    "sparse_conv2d",
+    "sparse_delta_linear",
+    "sparse_linear",
+    "unite_structures",
+]

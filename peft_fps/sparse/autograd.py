@@ -1,0 +1,185 @@
+"""Products with W + ΔW whose backward keeps neither a dense W + ΔW nor a dense ∂L/∂W.
+
+Saved for backward: the weight itself (an alias), the values, and of the input only the columns that some selected
+entry reads. The gradient of the values is a sampled dense-dense product, `(gᵀ x)` at the selected entries, formed
+over those columns in row chunks.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_fps.sparse.compose import compact_delta, compose_weight
+from peft_fps.sparse.structure import Structure
+
+
+def sampled_product(grad_output: Tensor, used_inputs: Tensor, structure: Structure) -> Tensor:
+    """Return `(grad_outputᵀ @ inputs)` at the selected entries only.
+
+    Args:
+        grad_output: `(tokens, neurons)`.
+        used_inputs: `(tokens, used)`, the input's columns `structure.union`.
+        structure: where the selected entries lie.
+
+    Returns:
+        `(nnz,)` in the dtype of `grad_output`.
+    """
+    if structure.positions.numel() == 0:
+        return grad_output.new_zeros(0)
+    parts = []
+    for chunk in structure.chunks:
+        product = grad_output[:, chunk.first_row : chunk.last_row].t() @ used_inputs
+        parts.append(product.reshape(-1)[structure.product_positions[chunk.first_entry : chunk.last_entry]])
+    return torch.cat(parts)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+        return F.linear(x, compose_weight(weight, values, structure, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, values, bias, structure = inputs
+        ctx.structure = structure
+        used = x.index_select(-1, structure.union) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(used, weight, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        used, weight, values = ctx.saved_tensors
+        need_x, _, need_values, need_bias, _ = ctx.needs_input_grad
+        grad_x = grad_values = grad_bias = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if need_x:
+                grad_x = grad_output @ compose_weight(weight, values, ctx.structure, grad_output.dtype)
+            tokens = grad_output.reshape(-1, ctx.structure.neurons)
+            if need_values:
+                grad_values = sampled_product(tokens, used.reshape(tokens.shape[0], -1), ctx.structure).to(
+                    values.dtype
+                )
+            if need_bias:
+                grad_bias = tokens.sum(0)
+        return grad_x, None, grad_values, grad_bias, None
+
+
+class _SparseDeltaLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+        return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, structure = inputs
+        ctx.structure, ctx.input_shape = structure, x.shape
+        ctx.save_for_backward(x.index_select(-1, structure.union) if ctx.needs_input_grad[1] else None, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        used, values = ctx.saved_tensors
+        structure = ctx.structure
+        grad_x = grad_values = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                part = grad_output @ compact_delta(values, structure, grad_output.dtype)
+                grad_x = part.new_zeros(ctx.input_shape).index_copy(-1, structure.union, part)
+            if ctx.needs_input_grad[1]:
+                tokens = grad_output.reshape(-1, structure.neurons)
+                grad_values = sampled_product(tokens, used.reshape(tokens.shape[0], -1), structure).to(values.dtype)
+        return grad_x, grad_values, None
+
+
+class _SparseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        structure: Structure,
+        geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int],
+    ) -> Tensor:
+        return F.conv2d(x, compose_weight(weight, values, structure, x.dtype), bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, values, bias, structure, geometry = inputs
+        ctx.structure, ctx.geometry, ctx.input_shape = structure, geometry, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, values = ctx.saved_tensors
+        structure, (stride, padding, dilation, groups) = ctx.structure, ctx.geometry
+        grad_x = grad_values = grad_bias = None
+        dtype = grad_output.dtype
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                composed = compose_weight(weight, values, structure, dtype)
+                grad_x = torch.nn.grad.conv2d_input(
+                    ctx.input_shape, composed, grad_output, stride, padding, dilation, groups
+                )
+            if ctx.needs_input_grad[2]:
+                # dense for the moment of this layer only: one patch embedding, not a network of matrices
+                grad_weight = torch.nn.grad.conv2d_weight(
+                    x, weight.shape, grad_output, stride, padding, dilation, groups
+                )
+                grad_values = grad_weight.reshape(-1)[structure.positions].to(values.dtype)
+            if ctx.needs_input_grad[3]:
+                grad_bias = grad_output.sum((0, 2, 3)) if grad_output.dim() == 4 else grad_output.sum((1, 2))
+        return grad_x, None, grad_values, grad_bias, None, None
+
+
+def sparse_linear(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+    """Return `x (W + ΔW)ᵀ + bias`; first-order gradients for `x`, `values` and `bias`, none for `weight`.
+
+    Args:
+        x: `(..., inputs)`; its dtype is the dtype of the product.
+        weight: stored weight, `(neurons, inputs)`, or `(inputs, neurons)` if `structure.transposed`.
+        values: `(nnz,)` ΔW at the selected entries.
+        bias: `(neurons,)` in the dtype of `x`, or None.
+        structure: where the selected entries lie.
+
+    Returns:
+        `(..., neurons)` in the dtype of `x`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseLinear.apply(x, weight, values, bias, structure)
+
+
+def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    """Return `x ΔWᵀ` alone, for base layers whose own forward must run; shapes and gradients as `sparse_linear`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseDeltaLinear.apply(x, values, structure)
+
+
+def sparse_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    structure: Structure,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the zero-padded 2-D convolution of `x` with W + ΔW, with the gradients of `sparse_linear`.
+
+    Args:
+        x: `(batch, channels, height, width)`.
+        weight: `(neurons, channels / groups, kernel height, kernel width)`.
+        values: `(nnz,)` ΔW at the selected entries, whose columns index the flattened last three dimensions.
+        bias: `(neurons,)` in the dtype of `x`, or None.
+        structure: where the selected entries lie.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseConv2d.apply(x, weight, values, bias, structure, (stride, padding, dilation, groups))

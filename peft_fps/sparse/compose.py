@@ -1,0 +1,57 @@
+"""W + ΔW, formed for the moment of a product or for good in a merge."""
+
+import torch
+from torch import Tensor
+
+from peft_fps.sparse.structure import Structure
+
+
+def merged_entries(weight: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the selected entries of `weight` before and after adding `values`.
+
+    The sum is formed in float32 (float64 where either side is) and rounded once to the weight's dtype, so that a
+    half-precision weight loses as little of the change as its dtype allows.
+
+    Args:
+        weight: stored weight of any shape.
+        values: `(nnz,)` change of the entries.
+        positions: `(nnz,)` int64 positions in the flattened weight, without repetition.
+
+    Returns:
+        Two `(nnz,)` tensors in the weight's dtype.
+    """
+    before = weight.reshape(-1)[positions]
+    exact = torch.promote_types(torch.promote_types(before.dtype, values.dtype), torch.float32)
+    return before, (before.to(exact) + values.to(exact)).to(weight.dtype)
+
+
+def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
+    """Return a new dense W + ΔW in `dtype` and the logical shape `(neurons, ...)`; the weight stays untouched.
+
+    Args:
+        weight: stored weight, `(neurons, inputs)`, `(inputs, neurons)` if `structure.transposed`, or a convolution's
+            `(neurons, channels, height, width)`.
+        values: `(nnz,)` change of the entries.
+        structure: where they lie.
+        dtype: dtype of the product that will use the result.
+    """
+    composed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
+    before = weight.reshape(-1)[structure.positions]
+    after = (before.to(exact) + values.to(exact)).to(dtype)
+    composed = composed.view(-1).index_copy(0, structure.positions, after).view(weight.shape)
+    return composed.t() if structure.transposed else composed
+
+
+def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tensor:
+    """Return ΔW as a dense tensor of the stored weight's `shape`, in the dtype of `values`."""
+    return values.new_zeros(shape.numel()).index_copy(0, structure.positions, values).view(shape)
+
+
+def compact_delta(values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
+    """Return ΔW over the columns that any entry reads, `(neurons, used)` in `dtype`."""
+    used = structure.union.numel()
+    parts = structure.product_positions.split([chunk.last_entry - chunk.first_entry for chunk in structure.chunks])
+    offset = [part + chunk.first_row * used for part, chunk in zip(parts, structure.chunks, strict=True)]
+    flat = values.new_zeros(structure.neurons * used, dtype=dtype)
+    return flat.index_copy(0, torch.cat(offset), values.to(dtype)).view(structure.neurons, used)

@@ -1,0 +1,150 @@
+"""Which modules of a model are adapted, which are its output head, and what the budget counts."""
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_fps.layers import LAYERS, layer_class
+
+
+PREFIX = "fps_"
+
+
+def output_head(model: nn.Module) -> list[str]:
+    """Return the names of the modules that turn features into outputs; empty if the model does not tell.
+
+    For a transformers model: its output embeddings (language models) and everything that stands beside the backbone
+    (`classifier`, `score`, ...). For others: what timm's `get_classifier()` returns.
+    """
+    heads: list[str] = []
+    if isinstance(model, PreTrainedModel):
+        backbone = getattr(model, "base_model_prefix", "")
+        if backbone and isinstance(getattr(model, backbone, None), nn.Module):
+            children = ((name, child) for name, child in model.named_children() if name != backbone)
+            heads = [name for name, child in children if next(child.parameters(), None) is not None]
+        embeddings = model.get_output_embeddings()
+    else:
+        find = getattr(model, "get_classifier", None)
+        embeddings = find() if callable(find) else None
+    if isinstance(embeddings, nn.Module):
+        name = next((name for name, module in model.named_modules() if module is embeddings), None)
+        if name and not any(name == head or name.startswith(f"{head}.") for head in heads):
+            heads.append(name)
+    return heads
+
+
+def trained_head(model: nn.Module) -> list[str]:
+    """Return the head modules that are trained whole by default: those of a `...For...Classification` model."""
+    return output_head(model) if type(model).__name__.endswith("Classification") else []
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of everything that belongs to the base model, adapters left out, each once."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        if isinstance(module, BaseTunerLayer):
+            yield from visit(module.base_layer, path)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield from visit(module.original_module, path)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}{name}", parameter
+            for name, child in module.named_children():
+                yield from visit(child, f"{path}{name}.")
+
+    yield from visit(model, "")
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of the base model without its output head: what a budget is a share of.
+
+    Output embeddings that are tied to the input embeddings count, since they are the backbone's.
+    """
+    heads = tuple(f"{head}." for head in output_head(model))
+    return sum(parameter.numel() for name, parameter in base_parameters(model) if not name.startswith(heads))
+
+
+def default_targets(model: nn.Module) -> set[str]:
+    """Return the names of all linear and convolutional layers outside the output head that can be adapted."""
+    heads = output_head(model)
+    inside = tuple(f"{head}." for head in heads)
+    skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    return {
+        name
+        for name, module in named_base_modules(model)
+        if isinstance(module, tuple(LAYERS)) and name not in heads and not name.startswith((*inside, *skipped))
+    }
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module as in the model before any adapter: tuner layers stand for their base layers."""
+    within: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in within):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            within.append(f"{name}.")
+            yield name, module.get_base_layer()
+        else:
+            yield name, module
+
+
+def check_target(model: nn.Module, name: str) -> nn.Module:
+    """Return the base layer at `name` if it can carry a sparse change.
+
+    Raises:
+        ValueError: says what stands there, what is expected, and what to do.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, BaseTunerLayer):
+        if not isinstance(module, tuple(LAYERS.values())):
+            raise ValueError(
+                f"{name} already carries an adapter of another method, {type(module).__module__}."
+                f"{type(module).__name__}, expected a base layer. Merge or unload that adapter first."
+            )
+        module = module.get_base_layer()
+    if PREFIX in name:
+        raise ValueError(
+            f"{name} contains {PREFIX!r}, by which PEFT and transformers recognise this method's own tensors: "
+            "deleting and loading adapters would go wrong silently. Rename the module, or leave it out with exclude_modules."
+        )
+    if layer_class(module) is None:
+        supported = ", ".join(base.__name__ for base in LAYERS)
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, expected one of {supported}. Leave it out of target_modules, or "
+            "train it whole with modules_to_save."
+        )
+    parent_name, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"{name} is read by torch.nn.MultiheadAttention without calling it, so an adapter there would have no "
+            "effect. Leave it out with exclude_modules."
+        )
+    weight = module.weight
+    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() < 2:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, "
+            "expected a dense floating weight. Quantised and partitioned (ZeRO-3) weights are not supported: load the "
+            "base model unquantised and whole."
+        )
+    return module
+
+
+def check_untied(model: nn.Module, names: list[str]) -> None:
+    """Raise ValueError if a targeted weight is also the weight of another module, which a merge would change along."""
+    targeted = {id(model.get_submodule(name).weight): name for name in names}
+    for owner, module in named_base_modules(model):
+        for own, parameter in module.named_parameters(recurse=False):
+            name = targeted.get(id(parameter))
+            if name is not None and owner != name:
+                raise ValueError(
+                    f"{name}.weight is the same tensor as {owner}.{own} (tied weights), expected a weight of its own: "
+                    f"merging would change {owner} along. Leave {name} out with exclude_modules, or untie the weights."
+                )
