@@ -64,12 +64,13 @@ class FPSLayer(BaseTunerLayer):
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
     """
 
+    base_layer: Any
     adapter_layer_names = ("fps_values", "fps_bias")
     other_param_names = ("fps_columns", "fps_row_counts", "fps_state")
     cast_input_dtype_enabled = True
     transposed = False
 
-    def _setup(self, base_layer: nn.Module, module_path: str, shape: LayerShape) -> None:
+    def _setup(self, base_layer: Any, module_path: str, shape: LayerShape) -> None:
         self.base_layer = base_layer
         self.module_path = module_path
         self.shape = shape

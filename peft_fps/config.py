@@ -127,7 +127,7 @@ class FPSConfig(PeftConfig):
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
         _check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
-        indices = self.layers_to_transform
+        indices: Any = self.layers_to_transform
         listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
         if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in listed):
             raise ValueError(

@@ -19,7 +19,7 @@ class _Layer(nn.Module, FPSLayer):
 
     base_class: type[nn.Module]
 
-    def __init__(self, base_layer: nn.Module, module_path: str) -> None:
+    def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__()
         self._setup(base_layer, module_path, layer_shape(base_layer))
         self.in_features, self.out_features = self._features()
@@ -128,8 +128,8 @@ class Conv2d(_Layer):
     def _product(self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
         x, padding = padded_input(self.base_layer, x)
         base = self.base_layer
-        geometry = {"stride": base.stride, "padding": padding, "dilation": base.dilation, "groups": base.groups}
-        return sparse_conv2d(x, base.weight, values, bias, structure, **geometry)
+        geometry = (base.stride, padding, base.dilation, base.groups)
+        return sparse_conv2d(x, base.weight, values, bias, structure, geometry)
 
     def _delta_product(self, x: Tensor, values: Tensor, structure: Structure) -> Tensor:
         x, padding = padded_input(self.base_layer, x)
@@ -151,7 +151,7 @@ def layer_class(module: nn.Module) -> type[_Layer] | None:
     return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
 
 
-def layer_shape(base_layer: nn.Module) -> LayerShape:
+def layer_shape(base_layer: Any) -> LayerShape:
     """Return neurons, fan-in and bias of a supported base layer."""
     shape = base_layer.weight.shape
     neurons, inputs = (
@@ -160,7 +160,7 @@ def layer_shape(base_layer: nn.Module) -> LayerShape:
     return LayerShape(neurons, inputs, getattr(base_layer, "bias", None) is not None)
 
 
-def padded_input(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def padded_input(base: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Return the input of a zero-padded convolution that equals `base` on `x`, and its padding.
 
     Padding modes other than zeros, and uneven `"same"` padding, are applied to the input, as `nn.Conv2d` itself does.

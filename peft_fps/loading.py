@@ -6,9 +6,10 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import TENSORS, Expected, check_adapter_tensors, check_whole_modules, decode, encode
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import fps_layers
+from peft_fps.lookup import base_model, fps_layers
 from peft_fps.renames import current_names
 from peft_fps.targets import PREFIX
 
@@ -83,11 +84,12 @@ def _split(
             modules.setdefault(path, {})[name] = tensor
         else:
             others[key] = tensor
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return current_names(inner, modules), others
+    return current_names(base_model(model), modules), others
 
 
-def _expected(by_path: Mapping[str, tuple[str, object]], config: FPSConfig, adapter_name: str) -> dict[str, Expected]:
+def _expected(
+    by_path: Mapping[str, tuple[str, FPSLayer]], config: FPSConfig, adapter_name: str
+) -> dict[str, Expected]:
     expected = {}
     for path, (_, layer) in by_path.items():
         sizes = (config.allocation or {})[path]
@@ -95,7 +97,7 @@ def _expected(by_path: Mapping[str, tuple[str, object]], config: FPSConfig, adap
             layer.shape.neurons,
             layer.shape.inputs,
             sizes["entries"],
-            adapter_name in layer.fps_bias,  # type: ignore[attr-defined]
+            adapter_name in layer.fps_bias,
         )
     return expected
 

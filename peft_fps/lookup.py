@@ -1,5 +1,6 @@
 """Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
 
+from peft import PeftModel
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
@@ -9,6 +10,11 @@ from peft_fps.config import FPSConfig
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
     """Return all FPS layers by their full name in `model`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FPSLayer)}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_fps.sparse import Structure, merged_entries
 
@@ -28,7 +29,7 @@ class MergeRecord:
     lost: int
 
 
-def merge_entries(base: nn.Module, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
+def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
     """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
     before, after = merged_entries(base.weight, values, structure.positions)
     _write(base.weight, structure.positions, after)
@@ -44,14 +45,14 @@ def merge_entries(base: nn.Module, structure: Structure, values: Tensor, bias_de
     return MergeRecord(structure.positions, before, bias, int(changed.sum()), lost)
 
 
-def restore_entries(base: nn.Module, record: MergeRecord) -> None:
+def restore_entries(base: Any, record: MergeRecord) -> None:
     """Undo `merge_entries` in place."""
     _write(base.weight, record.positions, record.weight)
     if record.bias is not None:
         _write(base.bias, torch.arange(record.bias.numel(), device=record.bias.device), record.bias)
 
 
-def restored_tensors(base: nn.Module, records: Iterable[MergeRecord]) -> dict[str, Tensor]:
+def restored_tensors(base: Any, records: Iterable[MergeRecord]) -> dict[str, Tensor]:
     """Return copies of the layer's weight and bias as they were before the merges `records`, latest merge first."""
     weight = base.weight.detach().clone(memory_format=torch.contiguous_format)
     bias = None if base.bias is None else base.bias.detach().clone()
@@ -61,7 +62,7 @@ def restored_tensors(base: nn.Module, records: Iterable[MergeRecord]) -> dict[st
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
-def merge_is_finite(base: nn.Module, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> bool:
+def merge_is_finite(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> bool:
     """Whether `merge_entries` would write finite numbers only."""
     written = [merged_entries(base.weight, values, structure.positions)[1]]
     if bias_delta is not None:

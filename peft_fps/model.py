@@ -118,18 +118,16 @@ class FPSModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         entries = peft_config.allocation[current_key]["entries"]
-        if isinstance(target, FPSLayer):
-            layer = target
-        else:
+        if not isinstance(target, FPSLayer):
             kind = layer_class(target)
             assert kind is not None, current_key
-            layer = kind(target, current_key)
-            layer.set_adapter(self.active_adapters, inference_mode=True)
-            setattr(parent, target_name, layer)
+            target = kind(target, current_key)
+            target.set_adapter(self.active_adapters, inference_mode=True)
+            setattr(parent, target_name, target)
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # its fused path reads the weight without calling the layer; any hook makes it step aside
-                layer.register_forward_pre_hook(_no_op)
-        layer.update_layer(
+                target.register_forward_pre_hook(_no_op)
+        target.update_layer(
             adapter_name, entries, peft_config.bias == "all", self._state, inference_mode=peft_config.inference_mode
         )
 
@@ -175,12 +173,11 @@ class FPSModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        arguments = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
         if not merge:
             _unmerge_all(self.model)
-            return super()._unload_and_optionally_merge(merge=False, **arguments)
+            return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
         with _whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
-            return super()._unload_and_optionally_merge(merge=True, **arguments)
+            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     # --- state dict ---------------------------------------------------------------------------------------------
 

@@ -45,8 +45,10 @@ def register(config_cls: type, model_cls: type) -> None:
                 f"PEFT already has a method named {NAME!r}, {_path(present)}, expected none or {_path(ours)}. "
                 "Import only one of the two packages in a process."
             )
-    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        table.pop(member, None)
+    tables: tuple[dict[PeftType, Any], ...]
+    tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+    for known in tables:
+        known.pop(member, None)
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
 
 

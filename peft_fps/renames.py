@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from peft.utils.transformers_weight_conversion import get_model_conversion_mapping
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 
@@ -32,7 +32,7 @@ def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Val
     return renamed
 
 
-def _rename(model: nn.Module, name: str) -> str:
+def _rename(model: PreTrainedModel, name: str) -> str:
     for conversion in get_model_conversion_mapping(model):
         if isinstance(conversion, WeightRenaming):
             for old, new in zip(conversion.source_patterns, conversion.target_patterns, strict=True):

@@ -1,28 +1,22 @@
 """The verbs that choose and report an adapter's entries, on any model that carries one."""
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import Collector, InputStatistics, batches, feed, undisturbed
+from peft_fps.calibration import Observed, observe
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers
-from peft_fps.selection import Candidate, LayerSelection, SelectionReport, importance, select_entries
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
+from peft_fps.scoring import Score, Statistics, random_scorer, scorer
+from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
 from peft_fps.targets import count_base_parameters
-
-
-Statistics = Mapping[str, InputStatistics]
 
 
 def calibrate(
@@ -68,7 +62,18 @@ def calibrate(
     statistics: Statistics = {}
     record: dict[str, Any] = {key: getattr(config, key) for key in ("importance", "granularity", "seed")}
     if config.needs_calibration:
-        statistics, counts = _observe(model, layers, config.norm, data, num_batches, batch_size, collator, progress)
+        base = base_model(model)
+        with _adapters_off(base):
+            statistics, counts = observe(
+                base,
+                {path: _observed(layer) for path, layer in layers.items()},
+                config.norm,
+                data,
+                num_batches=num_batches,
+                batch_size=batch_size,
+                collator=collator,
+                progress=progress,
+            )
         record |= {"norm": config.norm, "weight_magnitude": config.weight_magnitude, **counts}
         unreached = [path for path in layers if path not in statistics]
         if unreached:
@@ -77,7 +82,7 @@ def calibrate(
                 f"weight magnitude: {', '.join(unreached)}.",
                 stacklevel=2,
             )
-    _select(layers, config, adapter_name, statistics)
+    _select(layers, config, adapter_name, {p: scorer(layer, p, config, statistics) for p, layer in layers.items()})
     config.calibration = record
     next(iter(layers.values())).fps_state[adapter_name].selected = True
     return selection_report(model, adapter_name)
@@ -100,10 +105,9 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         rows.append(LayerSelection(path, layer.shape.neurons, layer.shape.inputs, values.numel(), biases, size))
     wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
     head = [p for wrapper in wrappers for name, p in wrapper.named_parameters() if f".{adapter_name}." in f".{name}"]
-    base = _base_model(model)
     return SelectionReport(
         layers=tuple(rows),
-        base_parameters=count_base_parameters(base),
+        base_parameters=count_base_parameters(base_model(model)),
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
@@ -119,7 +123,12 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
     layers = adapter_layers(model, adapter_name)
     if any(layer.fps_columns[adapter_name].device.type == "meta" for layer in layers.values()):
         return  # nothing to rank; the tensors are to be loaded
-    _select(layers, config, adapter_name, {}, None if config.init_weights else int(torch.randint(2**62, ())))
+    seed = None if config.init_weights else int(torch.randint(2**62, ()))
+    scores = {
+        path: scorer(layer, path, config, {}) if seed is None else random_scorer(layer, path, seed)
+        for path, layer in layers.items()
+    }
+    _select(layers, config, adapter_name, scores)
     if not config.init_weights:
         for layer in layers.values():
             for parameter in layer.adapter_parameters(adapter_name):
@@ -145,45 +154,9 @@ def _check_state(layers: Mapping[str, FPSLayer], adapter_name: str, discard_valu
         if trained and not discard_values:
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since calibration chooses "
-                "new entries and would discard them. Calibrate before training, or pass discard_values=True. Nothing was "
-                "changed."
+                "new entries and would discard them. Calibrate before training, or pass discard_values=True. Nothing "
+                "was changed."
             )
-
-
-def _observe(
-    model: nn.Module,
-    layers: Mapping[str, FPSLayer],
-    norm: str,
-    data: Any,
-    num_batches: int | None,
-    batch_size: int,
-    collator: Callable[..., Any] | None,
-    progress: bool,
-) -> tuple[Statistics, dict[str, int]]:
-    """Run the forward pass; returns statistics by module path, and the numbers of batches and examples."""
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}, expected at least 1, or None for the whole pass.")
-    if data is None:
-        raise ValueError("importance='activation' needs data, found None. Pass the training DataLoader to calibrate.")
-    source = batches(data, collator, batch_size)
-    try:
-        total = min(len(source), num_batches or len(source))  # type: ignore[arg-type]
-    except TypeError:
-        total = num_batches
-    base = _base_model(model)
-    device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    examples, seen = 0, 0
-    hooked = {path: (layer, layer.get_base_layer()) for path, layer in layers.items()}
-    with undisturbed(base), _adapters_off(base), Collector(hooked, norm) as collector:
-        shown: Iterable[Any] = tqdm(islice(source, num_batches), total=total, disable=not progress, desc="Calibrating")
-        for batch in shown:
-            collector.start_batch(batch)
-            examples += feed(base, batch, device)
-            collector.check_batch(seen)
-            seen += 1
-    if not seen:
-        raise ValueError("The calibration data holds no batch, expected at least one. Nothing was changed.")
-    return collector.statistics, {"batches": seen, "examples": examples}
 
 
 @contextmanager
@@ -200,67 +173,22 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _select(
-    layers: Mapping[str, FPSLayer],
-    config: FPSConfig,
-    adapter_name: str,
-    statistics: Statistics,
-    random_seed: int | None = None,
-) -> None:
+def _observed(layer: FPSLayer) -> Observed:
+    groups = getattr(layer.base_layer, "groups", 1)
+    assert isinstance(layer, nn.Module)
+    return Observed(layer, layer.base_layer, groups, layer.shape.inputs)
+
+
+def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
     """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
     assert config.allocation is not None
-    candidates = {}
-    for path, layer in layers.items():
-        score = _scorer(layer, path, config, statistics, random_seed)
-        entries = config.allocation[path]["entries"]
-        candidates[path] = Candidate(layer.shape.neurons, layer.shape.inputs, entries, score)
+    candidates = {
+        path: Candidate(layer.shape.neurons, layer.shape.inputs, config.allocation[path]["entries"], scores[path])
+        for path, layer in layers.items()
+    }
     for path, (columns, row_counts) in select_entries(candidates, config.granularity).items():
         layers[path].set_selection(adapter_name, columns, row_counts)
         config.allocation[path]["entries"] = columns.numel()
-
-
-def _scorer(
-    layer: FPSLayer, path: str, config: FPSConfig, statistics: Statistics, random_seed: int | None
-) -> Callable[[int, int], Tensor]:
-    base, shape = layer.get_base_layer(), layer.shape
-    activation = _activation(path, config.norm, statistics)
-    if activation is not None:
-        activation = activation.repeat_interleave(shape.neurons // activation.shape[0], dim=0)
-
-    def score(first: int, last: int) -> Tensor:
-        if config.importance == "random" or random_seed is not None:
-            seed = hashlib.sha256(f"{config.seed if random_seed is None else random_seed} {path} {first}".encode())
-            generator = torch.Generator().manual_seed(int.from_bytes(seed.digest()[:7], "big"))
-            rows = torch.empty(
-                last - first, shape.inputs, device=layer.fps_columns[next(iter(layer.fps_columns))].device
-            )
-            return importance.random(rows, generator)
-        with align_module_device(base):
-            weight = base.weight.detach()
-            rows = (weight.t() if layer.transposed else weight.flatten(1))[first:last]
-            if config.importance == "magnitude" or activation is None:
-                return importance.magnitude(rows)
-            driven = activation[first:last].to(rows.device)
-            if config.weight_magnitude:
-                return importance.weight_times_activation(rows, driven)
-            return importance.activation_alone(rows, driven)
-
-    return score
-
-
-def _activation(path: str, norm: str, statistics: Statistics) -> Tensor | None:
-    """Typical input of a module, `(groups, inputs)`; an equal one for all inputs of a module that saw none."""
-    if not statistics:
-        return None
-    if path in statistics:
-        return statistics[path].typical(norm)
-    # the mean of what the others saw keeps its scores comparable with theirs under granularity "model"
-    means = torch.stack([reached.typical(norm).mean().cpu() for reached in statistics.values()])
-    return means.mean()[None, None]
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _describe(config: FPSConfig) -> str:

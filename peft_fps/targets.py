@@ -1,6 +1,7 @@
 """Which modules of a model are adapted, which are its output head, and what the budget counts."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -45,9 +46,9 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of everything that belongs to the base model, adapters left out, each once."""
     seen: set[int] = set()
 
-    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+    def visit(module: Any, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(module, BaseTunerLayer):
-            yield from visit(module.base_layer, path)
+            yield from visit(module.get_base_layer(), path)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield from visit(module.original_module, path)
         else:
@@ -95,13 +96,13 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def check_target(model: nn.Module, name: str) -> nn.Module:
+def check_target(model: nn.Module, name: str) -> Any:
     """Return the base layer at `name` if it can carry a sparse change.
 
     Raises:
         ValueError: says what stands there, what is expected, and what to do.
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if isinstance(module, BaseTunerLayer):
         if not isinstance(module, tuple(LAYERS.values())):
             raise ValueError(
@@ -112,7 +113,8 @@ def check_target(model: nn.Module, name: str) -> nn.Module:
     if PREFIX in name:
         raise ValueError(
             f"{name} contains {PREFIX!r}, by which PEFT and transformers recognise this method's own tensors: "
-            "deleting and loading adapters would go wrong silently. Rename the module, or leave it out with exclude_modules."
+            "deleting and loading adapters would go wrong silently. Rename the module, or leave it out with "
+            "exclude_modules."
         )
     if layer_class(module) is None:
         supported = ", ".join(base.__name__ for base in LAYERS)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -11,17 +12,34 @@ from torch import Tensor, nn
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A layer to observe: the module that is called, and the base layer that says how it reads its input.
+
+    Attributes:
+        module: called with the layer's input.
+        base: a linear layer, or a convolution.
+        groups: groups of neurons that read different inputs (grouped convolutions), else 1.
+        inputs: fan-in of a neuron.
+    """
+
+    module: nn.Module
+    base: nn.Module
+    groups: int
+    inputs: int
+
+
 class Collector:
     """Context in which every call of the given layers adds to its input statistics.
 
     Layers that read one tensor (query, key and value projections) share its reduction.
 
     Args:
-        layers: module that is called, and the base layer that says how it reads its input, by module path.
+        layers: what to observe, by module path.
         norm: `"l1"` or `"l2"`.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], norm: str) -> None:
+    def __init__(self, layers: Mapping[str, Observed], norm: str) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._layers = layers
         self._norm = norm
@@ -31,8 +49,9 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        for path, (module, base) in self._layers.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(path, base), with_kwargs=True))
+        for path, layer in self._layers.items():
+            hook = self._hook(path, layer.base)
+            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(

@@ -45,7 +45,7 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     if mask is None:
         return _power_sum(x, norm, (0,)), x.shape[0]
     kept = mask.reshape(-1).nonzero()[:, 0]
-    total = x.new_zeros(x.shape[-1], dtype=torch.float64)
+    total = x.new_zeros(x.shape[-1], dtype=wide_dtype(x.device))
     for places in kept.split(max(SLICE_ELEMENTS // x.shape[-1], 1)):
         total += _power_sum(x[places], norm, (0,))
     return total, kept.numel()
@@ -84,8 +84,13 @@ def pad_like(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     return F.pad(x, convolution._reversed_padding_repeated_twice, mode=mode)
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of running sums: float64 but for Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _power_sum(x: Tensor, norm: str, dims: tuple[int, ...]) -> Tensor:
-    """Sum of |x| or x² over `dims`; reduced in float32 or better, and handed on in float64."""
+    """Sum of |x| or x² over `dims`; reduced in float32 or better, and handed on in a wider one."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    reduced = torch.linalg.vector_norm(x, 1 if norm == "l1" else 2, dims, dtype=exact).to(torch.float64)
+    reduced = torch.linalg.vector_norm(x, 1 if norm == "l1" else 2, dims, dtype=exact).to(wide_dtype(x.device))
     return reduced if norm == "l1" else reduced.square()

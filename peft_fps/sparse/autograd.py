@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
 from peft_fps.sparse.structure import Structure
+
+
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Stride, padding, dilation and groups of a 2-D convolution."""
 
 
 def sampled_product(grad_output: Tensor, used_inputs: Tensor, structure: Structure) -> Tensor:
@@ -102,7 +107,7 @@ class _SparseConv2d(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         structure: Structure,
-        geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int],
+        geometry: Geometry,
     ) -> Tensor:
         return F.conv2d(x, compose_weight(weight, values, structure, x.dtype), bias, *geometry)
 
@@ -122,14 +127,10 @@ class _SparseConv2d(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 composed = compose_weight(weight, values, structure, dtype)
-                grad_x = torch.nn.grad.conv2d_input(
-                    ctx.input_shape, composed, grad_output, stride, padding, dilation, groups
-                )
+                grad_x = conv2d_input(ctx.input_shape, composed, grad_output, stride, padding, dilation, groups)
             if ctx.needs_input_grad[2]:
                 # dense for the moment of this layer only: one patch embedding, not a network of matrices
-                grad_weight = torch.nn.grad.conv2d_weight(
-                    x, weight.shape, grad_output, stride, padding, dilation, groups
-                )
+                grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
                 grad_values = grad_weight.reshape(-1)[structure.positions].to(values.dtype)
             if ctx.needs_input_grad[3]:
                 grad_bias = grad_output.sum((0, 2, 3)) if grad_output.dim() == 4 else grad_output.sum((1, 2))
@@ -165,11 +166,7 @@ def sparse_conv2d(
     values: Tensor,
     bias: Tensor | None,
     structure: Structure,
-    *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """Return the zero-padded 2-D convolution of `x` with W + ΔW, with the gradients of `sparse_linear`.
 
@@ -179,7 +176,7 @@ def sparse_conv2d(
         values: `(nnz,)` ΔW at the selected entries, whose columns index the flattened last three dimensions.
         bias: `(neurons,)` in the dtype of `x`, or None.
         structure: where the selected entries lie.
-        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        geometry: stride, padding, dilation and groups, as in `torch.nn.functional.conv2d`.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _SparseConv2d.apply(x, weight, values, bias, structure, (stride, padding, dilation, groups))
+        return _SparseConv2d.apply(x, weight, values, bias, structure, geometry)
