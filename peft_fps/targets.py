@@ -1,5 +1,6 @@
 """Which modules of a model are adapted, which are its output head, and what the budget counts."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,28 +19,30 @@ def output_head(model: nn.Module) -> list[str]:
     """Return the names of the modules that turn features into outputs; empty if the model does not tell.
 
     For a transformers model: its output embeddings (language models) and everything that stands beside the backbone
-    (`classifier`, `score`, ...). For others: what timm's `get_classifier()` returns.
+    (`classifier`, `score`, ...). For a timm model, wrapped by transformers or not: what `get_classifier()` returns.
     """
     heads: list[str] = []
+    last: list[Any] = []
+    backbone: Any = model
     if isinstance(model, PreTrainedModel):
-        backbone = getattr(model, "base_model_prefix", "")
-        if backbone and isinstance(getattr(model, backbone, None), nn.Module):
-            children = ((name, child) for name, child in model.named_children() if name != backbone)
+        prefix = getattr(model, "base_model_prefix", "")
+        backbone = getattr(model, prefix, None) if prefix else None
+        if isinstance(backbone, nn.Module):
+            children = ((name, child) for name, child in model.named_children() if name != prefix)
             heads = [name for name, child in children if next(child.parameters(), None) is not None]
-        embeddings = model.get_output_embeddings()
-    else:
-        find = getattr(model, "get_classifier", None)
-        embeddings = find() if callable(find) else None
-    if isinstance(embeddings, nn.Module):
-        name = next((name for name, module in model.named_modules() if module is embeddings), None)
-        if name and not any(name == head or name.startswith(f"{head}.") for head in heads):
+        last.append(model.get_output_embeddings())
+    if callable(getattr(backbone, "get_classifier", None)):
+        last.append(backbone.get_classifier())
+    for name, module in model.named_modules():
+        inside = any(name == head or name.startswith(f"{head}.") for head in heads)
+        if any(module is head for head in last) and name and not inside:
             heads.append(name)
     return heads
 
 
 def trained_head(model: nn.Module) -> list[str]:
     """Return the head modules that are trained whole by default: those of a `...For...Classification` model."""
-    return output_head(model) if type(model).__name__.endswith("Classification") else []
+    return output_head(model) if re.search(r"For\w*Classification", type(model).__name__) else []
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
