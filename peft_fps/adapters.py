@@ -33,11 +33,15 @@ class AdapterState:
     Attributes:
         selected: its entries are those its config asks for: calibrated, loaded, or chosen by a score without data.
         warned: the warning about training without calibration was given.
+        calibration: how they were chosen from data, None if they were not or that is unknown.
+        base_fingerprint: of the base model, None where it could not be taken.
         thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
     """
 
     selected: bool = False
     warned: bool = False
+    calibration: dict[str, Any] | None = None
+    base_fingerprint: dict[str, str] | None = None
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 
@@ -157,7 +161,8 @@ class FPSLayer(BaseTunerLayer):
         if derived is not None and same and derived.versions == (columns._version, row_counts._version):
             return derived.structure
         self.check_tensors(adapter_name)
-        structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
+        with torch.inference_mode(False):  # what is derived during inference must serve training later
+            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
@@ -196,7 +201,8 @@ class FPSLayer(BaseTunerLayer):
         structures = [self.structure(name) for name in names]
         known = self._united.get(tuple(names))
         if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
-            known = (structures, *unite_structures(structures))
+            with torch.inference_mode(False):
+                known = (structures, *unite_structures(structures))
             self._united[tuple(names)] = known
         _, united, places = known
         values = torch.cat([self.fps_values[name].to(torch.promote_types(self.fps_values[name].dtype, torch.float32))

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 
-from peft_fps.checkpoint import WEIGHTS, check_folder
+from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
 from peft_fps.registration import fps_type
 
 
@@ -56,9 +56,11 @@ class FPSConfig(PeftConfig):
         check_base: what to do when an adapter meets a base model other than the one it was made from: `"error"` or
             `"warn"`. A choice of the loading side, not saved.
         plugin: name of the package to install and import before loading; informative.
-        allocation: filled in by the model: for each module its neurons, inputs and entries.
-        calibration: filled in by `calibrate`: how the entries were chosen.
-        base_fingerprint: filled in by the model: digest of a sample of the base weights.
+        allocation: filled in on saving, like all that follow: for each module its neurons, inputs and entries.
+        calibration: how the entries were chosen from data.
+        base_fingerprint: digest of a sample of the base weights.
+        whole_tensors: names of the tensors of modules that are saved whole.
+        pickled: whether the adapter was saved with `safe_serialization=False`; only then a pickled file is loaded.
 
     Raises:
         TypeError, ValueError: names the field, what was found and what is allowed.
@@ -85,10 +87,16 @@ class FPSConfig(PeftConfig):
     allocation: Allocations | None = None
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
+    whole_tensors: list[str] | None = None
+    pickled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = fps_type()
+        # Sizes that came with the config (from a file) bind; sizes that a model has written into it do not, so that
+        # one config object can serve several models. Likewise for targets and heads that a model has found itself.
+        self.from_file = self.allocation is not None
+        self.automatic: dict[str, Any] = {}
         _check_version(self.format_version)
         if self.budget is None and self.per_neuron is None:
             self.budget = DEFAULT_BUDGET
@@ -104,7 +112,7 @@ class FPSConfig(PeftConfig):
         _check_choice("granularity", self.granularity, ("neuron", "layer", "model"))
         _check_choice("bias", self.bias, ("none", "all"))
         _check_choice("check_base", self.check_base, ("error", "warn"))
-        for name in ("weight_magnitude", "init_weights", "inference_mode"):
+        for name in ("weight_magnitude", "init_weights", "inference_mode", "pickled"):
             _check_type(name, getattr(self, name), bool, "True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}, expected an integer of at least 0 and below 2**63.")
@@ -114,6 +122,7 @@ class FPSConfig(PeftConfig):
         for name in ("calibration", "base_fingerprint"):
             if getattr(self, name) is not None:
                 _check_type(name, getattr(self, name), dict, "None or what an adapter_config.json holds")
+        _check_names("whole_tensors", self.whole_tensors, list | None)
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -171,7 +180,8 @@ class FPSConfig(PeftConfig):
             ValueError: there is no config, it is not valid, or the adapter file beside it is not.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        assert isinstance(config, cls)
+        if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
+            return config
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if not folder.is_dir():
             downloads, _, _ = cls._split_kwargs(kwargs)
@@ -181,8 +191,13 @@ class FPSConfig(PeftConfig):
                 ).parent
             except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
                 return config
-        check_folder(folder, config.modules_to_save or [])
+        check_folder(folder, config.whole_tensors or [], config.pickled)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config to a folder, in which PEFT has just written the adapter's tensors."""
+        self.pickled = is_pickled(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data in a fixed order, without `check_base`, which is the loading side's."""

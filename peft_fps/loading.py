@@ -6,15 +6,20 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
-from peft_fps.checkpoint import TENSORS, Expected, check_adapter_tensors, check_whole_modules, decode, encode
+from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.checkpoint import (
+    PEFT_PREFIX,
+    TENSORS,
+    Expected,
+    check_adapter_tensors,
+    check_whole_modules,
+    decode,
+    encode,
+)
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import base_model, fps_layers
 from peft_fps.renames import current_names
 from peft_fps.targets import PREFIX
-
-
-PEFT_PREFIX = "base_model.model."
 
 
 def saved_state(
@@ -22,18 +27,27 @@ def saved_state(
 ) -> dict[str, Tensor]:
     """Return the adapter's tensors as they go to disk, by model key (with the adapter's name).
 
+    The config gets the record of what is saved: allocation, calibration, fingerprint.
+
     Raises:
         ValueError: the adapter's tensors are not valid, so that no file is written that could not be loaded.
     """
-    result = {}
+    result, allocation, state = {}, {}, AdapterState()
     for full_name, layer in fps_layers(model).items():
         if adapter_name not in layer.fps_values:
             continue
         layer.check_tensors(adapter_name)
+        state = layer.fps_state[adapter_name]
+        sizes = (layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
+        allocation[layer.module_path] = dict(zip(("neurons", "inputs", "entries"), sizes, strict=True))
         for name in TENSORS:
             key = f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}"
             if key in state_dict:
                 result[key] = encode(name, state_dict[key], layer.shape.inputs)
+    # several adapters may share one config object, so each writes its own record just before it is saved
+    config.allocation, config.calibration = allocation, state.calibration
+    config.base_fingerprint = state.base_fingerprint
+    config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in _whole_modules(model, adapter_name))
     return result
 
 
@@ -52,19 +66,18 @@ def load_state(
     modules, others = _split(model, state_dict)
     # a selection over the whole model fixes only the total; the split over modules is the file's
     free = config.granularity == "model"
+    expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
     try:
-        check_adapter_tensors(modules, _expected(by_path, config, adapter_name), total_only=free)
-        check_whole_modules(others, _whole_modules(model, adapter_name))
+        check_adapter_tensors(modules, expected, total_only=free)
+        current = model.state_dict()
+        check_whole_modules(others, {key: current[key] for key in _whole_modules(model, adapter_name).values()})
     except ValueError:
         _withdraw(model, adapter_name)
         raise
-    assert config.allocation is not None
     result = dict(others)
     for path, tensors in modules.items():
         full_name, layer = by_path[path]
-        entries = tensors["fps_columns"].numel()
-        layer.resize(adapter_name, entries)
-        config.allocation[path]["entries"] = entries
+        layer.resize(adapter_name, tensors["fps_columns"].numel())
         layer.fps_state[adapter_name].selected = True
         layer.fps_state[adapter_name].thawed.clear()
         for name, tensor in tensors.items():
@@ -87,31 +100,19 @@ def _split(
     return current_names(base_model(model), modules), others
 
 
-def _expected(
-    by_path: Mapping[str, tuple[str, FPSLayer]], config: FPSConfig, adapter_name: str
-) -> dict[str, Expected]:
-    expected = {}
-    for path, (_, layer) in by_path.items():
-        sizes = (config.allocation or {})[path]
-        expected[path] = Expected(
-            layer.shape.neurons,
-            layer.shape.inputs,
-            sizes["entries"],
-            adapter_name in layer.fps_bias,
-        )
-    return expected
+def _expected(layer: FPSLayer, adapter_name: str) -> Expected:
+    entries, bias = layer.fps_values[adapter_name].numel(), adapter_name in layer.fps_bias
+    return Expected(layer.shape.neurons, layer.shape.inputs, entries, bias)
 
 
-def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Tensors of `modules_to_save` and the like that a file of this adapter replaces, by model key."""
-    current = model.state_dict()
-    keys = [
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{stored}"
+def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Tensors of `modules_to_save` and the like: key in a checkpoint (without the adapter's name) to model key."""
+    return {
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}": f"{name.removeprefix('_fsdp_wrapped_module.')}.{stored}"
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
-        for stored in module.adapter_state_dict_load_map(adapter_name).values()
-    ]
-    return {key: current[key] for key in keys}
+        for key, stored in module.adapter_state_dict_load_map(adapter_name).items()
+    }
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:

@@ -1,6 +1,5 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,13 +59,16 @@ class FPSModel(BaseTuner):
         Raises:
             ValueError: a target cannot be adapted, the budget does not fit, or a saved config is another model's.
         """
-        # the sizes that follow from this model are written into the config: the user's own object stays as it is
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         assert isinstance(config, FPSConfig)
-        saved = config.allocation is not None
+        if not config.from_file:
+            config.allocation = config.calibration = None
         thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
-        # a loaded config says what data it was selected for, and so does loading; a fresh one only says what it wants
-        self._state = AdapterState(selected=saved or not config.needs_calibration, thawed=thawed if saved else [])
+        self._state = AdapterState(
+            selected=config.from_file or not config.needs_calibration,
+            calibration=config.calibration,
+            thawed=thawed if config.from_file else [],
+        )
         self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
         super().inject_adapter(
             model,
@@ -75,19 +77,21 @@ class FPSModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        if not saved:
+        self._state.base_fingerprint = config.base_fingerprint
+        if not config.from_file:
             select_without_data(model, config, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = trained_head(model) or None
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model)
+        for name, find in (("modules_to_save", trained_head), ("target_modules", default_targets)):
+            value = getattr(peft_config, name)
+            if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
+                peft_config.automatic[name] = find(model, peft_config)
+                setattr(peft_config, name, peft_config.automatic[name])
         _maybe_include_all_linear_layers(peft_config, model)
-        if peft_config.allocation is not None:
+        if peft_config.from_file:
             peft_config.allocation = current_names(model, peft_config.allocation)
         names = self._matched(peft_config, model)
         plan(model, peft_config, names)
@@ -226,11 +230,12 @@ def _whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: boo
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
     for layer in layers.values():
+        if safe_merge:
+            layer.check_merge(list(adapter_names))
+    for layer in layers.values():
         for name in adapter_names:
             if name in layer.fps_values:
                 layer.check_tensors(name)
-        if safe_merge:
-            layer.check_merge(list(adapter_names))
     yield
     records = [layer.merge_records[name] for layer in layers.values() for name in adapter_names
                if name in layer.merge_records]  # fmt: skip

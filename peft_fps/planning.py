@@ -28,8 +28,8 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str]) -> None:
     bases = {name: check_target(model, name) for name in names}
     check_untied(model, names)
     shapes = {name: layer_shape(base) for name, base in bases.items()}
-    if config.allocation is not None:
-        _check_allocation(config.allocation, shapes)
+    if config.from_file:
+        _check_allocation(config.allocation or {}, shapes)
     elif names:
         trained = {name: replace(s, bias=s.bias and config.bias == "all") for name, s in shapes.items()}
         entries = allocate(
@@ -44,8 +44,9 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str]) -> None:
             n: dict(zip(("neurons", "inputs", "entries"), size, strict=True)) for n, size in sizes.items()
         }
     found = fingerprint({name: _unmerged_weight(model, name) for name in names})
-    check_fingerprint(config.base_fingerprint, found, config.check_base)
-    config.base_fingerprint = config.base_fingerprint or found
+    if config.from_file:
+        check_fingerprint(config.base_fingerprint, found, config.check_base)
+    config.base_fingerprint = found
 
 
 def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mapping[str, LayerShape]) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.calibration import Observed, observe
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
@@ -39,12 +39,13 @@ def calibrate(
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
-        data: a `DataLoader`, a dataset (see `collator`), or an iterable of batches. A batch is a mapping passed by
-            name, a tuple whose first element is the input, or a tensor. Not needed if the importance uses no data.
+        data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
+            A batch is a mapping passed by name, a tuple whose first element is the input, or a tensor. Not needed if
+            the importance uses no data.
         adapter_name: the active adapter if None.
         num_batches: stop after so many batches; the whole pass if None.
-        batch_size: examples per batch, if `data` is a dataset.
-        collator: turns a list of a dataset's examples into a batch; transformers' default collator if None.
+        batch_size: examples per batch, if `data` holds examples.
+        collator: turns a list of examples into a batch; for datasets transformers' default collator if None.
         progress: show a progress bar.
         discard_values: allow calibration although training has begun; the learned changes are lost.
 
@@ -83,8 +84,8 @@ def calibrate(
                 stacklevel=2,
             )
     _select(layers, config, adapter_name, {p: scorer(layer, p, config, statistics) for p, layer in layers.items()})
-    config.calibration = record
-    next(iter(layers.values())).fps_state[adapter_name].selected = True
+    state = next(iter(layers.values())).fps_state[adapter_name]
+    state.selected, state.calibration = True, record
     return selection_report(model, adapter_name)
 
 
@@ -111,7 +112,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
-        method=_describe(config),
+        method=_describe(config, next(iter(layers.values())).fps_state[adapter_name]),
     )
 
 
@@ -181,25 +182,22 @@ def _observed(layer: FPSLayer) -> Observed:
 
 def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
     """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
-    assert config.allocation is not None
     candidates = {
-        path: Candidate(layer.shape.neurons, layer.shape.inputs, config.allocation[path]["entries"], scores[path])
+        path: Candidate(layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel(), scores[path])
         for path, layer in layers.items()
     }
     for path, (columns, row_counts) in select_entries(candidates, config.granularity).items():
         layers[path].set_selection(adapter_name, columns, row_counts)
-        config.allocation[path]["entries"] = columns.numel()
 
 
-def _describe(config: FPSConfig) -> str:
+def _describe(config: FPSConfig, state: AdapterState) -> str:
     how = {"activation": "weight magnitude", "magnitude": "weight magnitude", "random": f"chance (seed {config.seed})"}
     text = how[config.importance]
     if config.needs_calibration:
-        record = config.calibration
-        if record is None:
-            text += " until calibrated"
-        else:
-            typical = "mean |input|" if config.norm == "l1" else "root mean square of the input"
-            text = f"weight magnitude x {typical}" if config.weight_magnitude else typical
-            text += f" over {record.get('examples', 0):,} examples"
+        typical = "mean |input|" if config.norm == "l1" else "root mean square of the input"
+        text = f"weight magnitude x {typical}" if config.weight_magnitude else typical
+        if state.calibration is not None:
+            text += f" over {state.calibration.get('examples', 0):,} examples"
+        elif not state.selected:
+            text = "weight magnitude until calibrated"
     return f"{text}, granularity {config.granularity}"

@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_fps.config import FPSConfig
 from peft_fps.layers import LAYERS, layer_class
 
 
@@ -40,9 +41,9 @@ def output_head(model: nn.Module) -> list[str]:
     return heads
 
 
-def trained_head(model: nn.Module) -> list[str]:
+def trained_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
     """Return the head modules that are trained whole by default: those of a `...For...Classification` model."""
-    return output_head(model) if re.search(r"For\w*Classification", type(model).__name__) else []
+    return (output_head(model) or None) if re.search(r"For\w*Classification", type(model).__name__) else None
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -74,16 +75,32 @@ def count_base_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in base_parameters(model) if not name.startswith(heads))
 
 
-def default_targets(model: nn.Module) -> set[str]:
-    """Return the names of all linear and convolutional layers outside the output head that can be adapted."""
+def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
+    """Return the names of all linear and convolutional layers outside the output head that can be adapted.
+
+    With `layers_to_transform`, only of those blocks, as PEFT counts them: by the first number in a module's path, or
+    by the one behind `layers_pattern`.
+    """
     heads = output_head(model)
     inside = tuple(f"{head}." for head in heads)
     skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     return {
         name
         for name, module in named_base_modules(model)
-        if isinstance(module, tuple(LAYERS)) and name not in heads and not name.startswith((*inside, *skipped))
+        if isinstance(module, tuple(LAYERS))
+        and name not in heads
+        and not name.startswith((*inside, *skipped))
+        and _in_wanted_block(name, config)
     }
+
+
+def _in_wanted_block(name: str, config: FPSConfig) -> bool:
+    wanted, patterns = config.layers_to_transform, config.layers_pattern
+    if wanted is None:
+        return True
+    lists = ["[^.]*"] if not patterns else [patterns] if isinstance(patterns, str) else patterns
+    found = next((match for part in lists if (match := re.match(rf"(?:^|.*?\.){part}\.(\d+)\.", name))), None)
+    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,10 +15,10 @@ def batches(data: Any, collator: Callable[..., Any] | None, batch_size: int) -> 
     """Return an iterable of batches.
 
     Args:
-        data: a `DataLoader` or any iterable of batches; or a `datasets.Dataset` or torch `Dataset` of examples, which
-            is read in order.
+        data: a `DataLoader` or any iterable of batches; or examples, read in order: a `datasets.Dataset`, a torch
+            `Dataset`, or with a collator any sequence.
         collator: makes a batch of a list of examples; transformers' default for datasets if None.
-        batch_size: examples per batch, for datasets.
+        batch_size: examples per batch, for examples.
 
     Raises:
         TypeError: the data is a single batch, or cannot be iterated.
@@ -28,7 +28,7 @@ def batches(data: Any, collator: Callable[..., Any] | None, batch_size: int) -> 
             f"calibration data is a single {type(data).__name__}, expected a DataLoader, a dataset, or an iterable of "
             "batches. Put a single batch into a list."
         )
-    if _is_dataset(data):
+    if _is_dataset(data) or (collator is not None and not isinstance(data, DataLoader)):
         return DataLoader(data, batch_size=batch_size, collate_fn=collator or default_data_collator)
     if not isinstance(data, Iterable):
         raise TypeError(

@@ -2,11 +2,12 @@
 
 from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
-from peft_fps.checkpoint.folder import WEIGHTS, check_folder
+from peft_fps.checkpoint.folder import PEFT_PREFIX, WEIGHTS, check_folder, is_pickled
 from peft_fps.checkpoint.validation import Expected, check_adapter_tensors, check_whole_modules
 
 
 __all__ = [
+    "PEFT_PREFIX",
     "TENSORS",
     "WEIGHTS",
     "Expected",
@@ -18,4 +19,5 @@ __all__ = [
     "encode",
     "encoded_bytes",
     "fingerprint",
+    "is_pickled",
 ]

@@ -8,36 +8,43 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+PEFT_PREFIX = "base_model.model."
 
 
-def check_folder(folder: Path, whole_modules: Iterable[str]) -> None:
-    """Refuse a folder whose adapter file is pickled, unreadable, or lacks a module that is saved whole.
+def is_pickled(folder: Path) -> bool:
+    """Whether the folder holds a pickled adapter file and no safetensors."""
+    return (folder / PICKLED_WEIGHTS).exists() and not (folder / WEIGHTS).exists()
+
+
+def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool) -> None:
+    """Refuse a folder whose adapter file is unexpectedly pickled, unreadable, or lacks a tensor of a whole module.
 
     A folder without any adapter file passes: it holds a config alone.
 
     Args:
         folder: where `adapter_config.json` lies.
-        whole_modules: names of the modules the config says are saved whole (`modules_to_save`).
+        whole_tensors: tensors of modules saved whole (`modules_to_save`), as the config lists them.
+        pickled: whether the config says that the adapter was pickled on purpose.
 
     Raises:
         ValueError: names the file, what was found and what to do.
     """
     weights = folder / WEIGHTS
+    if is_pickled(folder) and not pickled:
+        raise ValueError(
+            f"{folder / PICKLED_WEIGHTS} is a pickled adapter, expected {WEIGHTS}. Save the adapter with "
+            "safe_serialization=True, or fetch it again."
+        )
     if not weights.exists():
-        if (folder / PICKLED_WEIGHTS).exists():
-            raise ValueError(
-                f"{folder / PICKLED_WEIGHTS} is a pickled adapter, expected {WEIGHTS}. Save the adapter with "
-                "safe_serialization=True."
-            )
         return
     try:
         with safe_open(weights, framework="pt") as file:
-            keys = list(file.keys())
+            found = {key.removeprefix(PEFT_PREFIX) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}. Fetch or save it again.") from error
-    for name in whole_modules:
-        if not any(f".{name}." in f".{key}" for key in keys):
-            raise ValueError(
-                f"{weights} holds no tensor of {name}, expected its weights, since modules_to_save names it. The file "
-                "is incomplete; fetch or save it again."
-            )
+    missing = [name for name in whole_tensors if name not in found]
+    if missing:
+        raise ValueError(
+            f"{weights} lacks {', '.join(missing)}, expected every tensor of the modules that are saved whole. The "
+            "file is incomplete; fetch or save it again."
+        )

@@ -94,8 +94,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
                 part = grad_output @ compact_delta(values, structure, grad_output.dtype)
                 grad_x = part.new_zeros(ctx.input_shape).index_copy(-1, structure.union, part)
             if ctx.needs_input_grad[1]:
-                tokens = grad_output.reshape(-1, structure.neurons)
-                grad_values = sampled_product(tokens, used.reshape(tokens.shape[0], -1), structure).to(values.dtype)
+                grad_values = sampled_product(grad_output, used, structure).to(values.dtype)
         return grad_x, grad_values, None
 
 
@@ -151,13 +150,16 @@ def sparse_linear(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None
         `(..., neurons)` in the dtype of `x`.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _SparseLinear.apply(x, weight, values, bias, structure)
+        # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
+        result = _SparseLinear.apply(x.reshape(-1, structure.inputs), weight, values, bias, structure)
+    return result.view(*x.shape[:-1], structure.neurons)
 
 
 def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
     """Return `x ΔWᵀ` alone, for base layers whose own forward must run; shapes and gradients as `sparse_linear`."""
     with torch.autocast(x.device.type, enabled=False):
-        return _SparseDeltaLinear.apply(x, values, structure)
+        result = _SparseDeltaLinear.apply(x.reshape(-1, structure.inputs), values, structure)
+    return result.view(*x.shape[:-1], structure.neurons)
 
 
 def sparse_conv2d(
