@@ -16,6 +16,8 @@ from peft_fps.sparse import (
     StructureError,
     build_structure,
     check_entries,
+    check_finite,
+    check_floating,
     dense_delta,
     even_row_counts,
     unite_structures,
@@ -104,7 +106,7 @@ class FPSLayer(BaseTunerLayer):
         device, dtype, neurons = self._adapter_device(), weight.dtype, self.shape.neurons
         self.fps_values[adapter_name] = nn.Parameter(torch.full((entries,), torch.nan, dtype=dtype, device=device))
         if bias and self.shape.bias:
-            self.fps_bias[adapter_name] = nn.Parameter(torch.zeros(neurons, dtype=dtype, device=device))
+            self.fps_bias[adapter_name] = nn.Parameter(torch.full((neurons,), torch.nan, dtype=dtype, device=device))
         self.fps_columns[adapter_name] = torch.full((entries,), UNLOADED_COLUMN, dtype=torch.int32, device=device)
         self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
         self.fps_state[adapter_name] = state
@@ -187,8 +189,9 @@ class FPSLayer(BaseTunerLayer):
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
-            if adapter_name in self.fps_bias and not bool(torch.isfinite(self.fps_bias[adapter_name]).all()):
-                raise StructureError("fps_bias contains NaN or infinity, expected finite values")
+            if adapter_name in self.fps_bias:
+                check_floating("fps_bias", self.fps_bias[adapter_name], torch.Size([self.shape.neurons]))
+                check_finite("fps_bias", self.fps_bias[adapter_name])
         except StructureError as error:
             raise ValueError(
                 f"{where}: {error}. Its tensors are damaged or incomplete; load an intact file."

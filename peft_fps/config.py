@@ -119,9 +119,12 @@ class FPSConfig(PeftConfig):
         self._check_modules()
         self._check_patterns()
         _check_allocation(self.allocation)
-        for name in ("calibration", "base_fingerprint"):
-            if getattr(self, name) is not None:
-                _check_type(name, getattr(self, name), dict, "None or what an adapter_config.json holds")
+        if self.calibration is not None:
+            _check_type("calibration", self.calibration, dict, "None or what an adapter_config.json holds")
+        digest: Any = self.base_fingerprint
+        strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
+        if digest is not None and not strings:
+            raise ValueError(f"base_fingerprint is {digest!r}, expected None or the strings 'sha256' and 'dtype'.")
         _check_names("whole_tensors", self.whole_tensors, list | None)
 
     def _check_modules(self) -> None:

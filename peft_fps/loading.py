@@ -132,8 +132,10 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
                 _replace(model, name, module.original_module)
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict) and configs.pop(adapter_name, None) is not None and not configs:
-            del module.peft_config
+        if isinstance(configs, dict):  # one dict that tuner and base model share
+            configs.pop(adapter_name, None)
+            if not configs:
+                del module.peft_config
     if alone:
         for parameter in thawed:
             parameter.requires_grad = True

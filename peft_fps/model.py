@@ -70,13 +70,18 @@ class FPSModel(BaseTuner):
             thawed=thawed if config.from_file else [],
         )
         self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except Exception:
+            # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
+            self.peft_config.pop(adapter_name, None)
+            raise
         self._state.base_fingerprint = config.base_fingerprint
         if not config.from_file:
             select_without_data(model, config, adapter_name)

@@ -28,13 +28,14 @@ def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Val
     renamed = {}
     for name, value in named.items():
         current = name if name in modules else _rename(model, name)
-        renamed[current if current in modules else name] = value
+        # a name that is taken stays under its old name, to be refused as one that the model does not have
+        renamed[current if current in modules and (current == name or current not in named) else name] = value
     return renamed
 
 
 def _rename(model: PreTrainedModel, name: str) -> str:
     for conversion in get_model_conversion_mapping(model):
-        if isinstance(conversion, WeightRenaming):
-            for old, new in zip(conversion.source_patterns, conversion.target_patterns, strict=True):
-                name = re.sub(old, new, name)
+        if isinstance(conversion, WeightRenaming) and len(conversion.target_patterns) == 1:
+            for old in conversion.source_patterns:
+                name = re.sub(old, conversion.target_patterns[0], name)
     return name

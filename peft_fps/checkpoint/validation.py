@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_fps.sparse import StructureError, check_entries
+from peft_fps.sparse import StructureError, check_entries, check_finite, check_floating
 
 
 REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
@@ -77,7 +77,7 @@ def _check_module(tensors: Mapping[str, Tensor], wanted: Expected, total_only: b
             f"fps_columns has {columns.numel()} elements, expected {wanted.entries} as the config says"
         )
     if wanted.bias:
-        _check_floating("fps_bias", tensors["fps_bias"], torch.Size([wanted.neurons]))
+        _check_trained("fps_bias", tensors["fps_bias"], torch.Size([wanted.neurons]))
 
 
 def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -98,7 +98,7 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
             )
         try:
             if expected[key].is_floating_point():
-                _check_floating("tensor", tensor, expected[key].shape)
+                _check_trained("tensor", tensor, expected[key].shape)
             elif tensor.dtype != expected[key].dtype or tensor.shape != expected[key].shape:  # counters of norm layers
                 raise StructureError(
                     f"tensor has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, expected {expected[key].dtype} "
@@ -111,10 +111,6 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
             raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {REMEDY}")
 
 
-def _check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if not tensor.is_floating_point():
-        raise StructureError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
-    if tensor.shape != shape:
-        raise StructureError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise StructureError(f"{name} contains NaN or infinity, expected finite values")
+def _check_trained(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    check_floating(name, tensor, shape)
+    check_finite(name, tensor)

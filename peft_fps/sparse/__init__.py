@@ -10,6 +10,8 @@ from peft_fps.sparse.structure import (
     StructureError,
     build_structure,
     check_entries,
+    check_finite,
+    check_floating,
     even_row_counts,
     unite_structures,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "StructureError",
     "build_structure",
     "check_entries",
+    "check_finite",
+    "check_floating",
     "compose_weight",
     "dense_delta",
     "even_row_counts",

@@ -17,6 +17,10 @@ from torch import Tensor
 PRODUCT_ELEMENTS = 1 << 22
 
 
+VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of trained tensors; the eight-bit ones lack the operators that checks and sums need."""
+
+
 class StructureError(ValueError):
     """Columns, row counts and values do not describe a valid sparse change of the weight."""
 
@@ -61,6 +65,20 @@ def even_row_counts(entries: int, neurons: int) -> Tensor:
     return counts
 
 
+def check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raise StructureError unless a trained tensor has a fitting dtype and the given shape."""
+    if tensor.dtype not in VALUE_DTYPES:
+        raise StructureError(f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16 to 64 bits")
+    if tensor.shape != shape:
+        raise StructureError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise StructureError if a trained tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise StructureError(f"{name} contains NaN or infinity, expected finite values")
+
+
 def check_entries(
     columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -98,10 +116,7 @@ def check_entries(
             f"fps_columns has {columns.numel()} elements, expected the sum of fps_row_counts, {total}"
         )
     if values is not None:
-        if not values.is_floating_point():
-            raise StructureError(f"fps_values has dtype {values.dtype}, expected a floating dtype")
-        if values.shape != columns.shape:
-            raise StructureError(f"fps_values has shape {tuple(values.shape)}, expected {tuple(columns.shape)}")
+        check_floating("fps_values", values, columns.shape)
     if total:
         low, high = int(columns.min()), int(columns.max())
         if low < 0 or high >= inputs:
@@ -113,8 +128,8 @@ def check_entries(
             raise StructureError(
                 f"fps_columns is not strictly increasing within neuron {row}, expected sorted, unique"
             )
-        if values is not None and not bool(torch.isfinite(values).all()):
-            raise StructureError("fps_values contains NaN or infinity, expected finite values")
+    if values is not None:
+        check_finite("fps_values", values)
     return columns, row_counts
 
 
