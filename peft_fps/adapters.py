@@ -173,9 +173,13 @@ class FPSLayer(BaseTunerLayer):
         return structure
 
     def awaits_loading(self, adapter_name: str) -> bool:
-        """Whether the adapter was built from a saved config and its columns were neither loaded nor selected."""
+        """Whether the adapter was built from a saved config and its tensors were neither loaded nor selected."""
         columns = self.fps_columns[adapter_name]
-        return columns.numel() > 0 and (columns.device.type == "meta" or not bool((columns != UNLOADED_COLUMN).any()))
+        if columns.device.type == "meta":
+            return True
+        if columns.numel():
+            return not bool((columns != UNLOADED_COLUMN).any())
+        return adapter_name in self.fps_bias and bool(self.fps_bias[adapter_name].isnan().all())
 
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
@@ -183,8 +187,8 @@ class FPSLayer(BaseTunerLayer):
         columns, values = self.fps_columns[adapter_name], self.fps_values[adapter_name]
         if self.awaits_loading(adapter_name):
             raise ValueError(
-                f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
-                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
+                f"{where} was built from a saved config, and its tensors were not loaded. Load an adapter file that "
+                "holds fps_columns and fps_bias, select entries with model.calibrate(...), or start from an FPSConfig whose "
                 "allocation is None."
             )
         try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
+    REMEDY,
     TENSORS,
     Expected,
     check_adapter_tensors,
@@ -63,11 +64,11 @@ def load_state(
     """
     layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
     by_path = {layer.module_path: (name, layer) for name, layer in layers.items()}
-    modules, others = _split(model, state_dict)
     # a selection over the whole model fixes only the total; the split over modules is the file's
     free = config.granularity == "model"
     expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
     try:
+        modules, others = _split(model, state_dict)
         check_adapter_tensors(modules, expected, total_only=free)
         current = model.state_dict()
         check_whole_modules(others, {key: current[key] for key in _whole_modules(model, adapter_name).values()})
@@ -94,7 +95,9 @@ def _split(
     for key, tensor in state_dict.items():
         path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
         if name.startswith(PREFIX):
-            modules.setdefault(path, {})[name] = tensor
+            if name in modules.setdefault(path, {}):
+                raise ValueError(f"{path}: the adapter file holds {name} twice, expected it once. {REMEDY}")
+            modules[path][name] = tensor
         else:
             others[key] = tensor
     return current_names(base_model(model), modules), others

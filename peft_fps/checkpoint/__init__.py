@@ -3,11 +3,12 @@
 from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.folder import PEFT_PREFIX, WEIGHTS, check_folder, is_pickled
-from peft_fps.checkpoint.validation import Expected, check_adapter_tensors, check_whole_modules
+from peft_fps.checkpoint.validation import REMEDY, Expected, check_adapter_tensors, check_whole_modules
 
 
 __all__ = [
     "PEFT_PREFIX",
+    "REMEDY",
     "TENSORS",
     "WEIGHTS",
     "Expected",

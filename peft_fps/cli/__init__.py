@@ -1,0 +1,19 @@
+"""The `peft-fps` command."""
+
+import sys
+from importlib.util import find_spec
+
+
+REQUIRED = ("typer", "rich", "datasets", "PIL", "sklearn")
+"""Modules that the command needs beyond the library's own dependencies: the extra `cli`."""
+
+
+def main() -> None:
+    """Run the command; the entry point of `peft-fps`."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        sys.stderr.write(f"peft-fps: {', '.join(missing)} not installed, install peft-fps[cli]\n")
+        raise SystemExit(1)
+    from peft_fps.cli.app import app
+
+    app()

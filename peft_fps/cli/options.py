@@ -1,0 +1,94 @@
+"""What one run of `peft-fps finetune` is asked to do."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_fps.config import FPSConfig
+
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+RESULTS, ADAPTER, MERGED = "results.json", "adapter", "merged"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of `peft-fps finetune`, named as on the command line, where each is explained.
+
+    `model=None` and `data=None` stand for the embedded model and the embedded digits.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    budget: float | None = None
+    per_neuron: float | None = None
+    importance: str = "activation"
+    granularity: str = "neuron"
+    bias: str = "all"
+    calibration_batches: int | None = None
+    epochs: int = 50
+    learning_rate: float = 3e-3
+    batch_size: int = 32
+    precision: str = "fp32"
+    seed: int = 0
+    output: Path = Path("runs/finetune")
+    overwrite: bool = False
+
+    def fps_config(self) -> FPSConfig:
+        """Return the config of the adapter.
+
+        Raises:
+            TypeError, ValueError: a value is not allowed, or two contradict each other.
+        """
+        return FPSConfig(
+            budget=self.budget,
+            per_neuron=self.per_neuron,
+            importance=self.importance,  # type: ignore[arg-type]  # checked by the config itself
+            granularity=self.granularity,  # type: ignore[arg-type]
+            bias=self.bias,  # type: ignore[arg-type]
+            seed=self.seed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data."""
+        return asdict(self) | {"output": str(self.output)}
+
+    def check_paths(self) -> None:
+        """Look at the paths before anything is loaded.
+
+        Raises:
+            ValueError: the model or the data cannot be there, or the output folder holds something and `overwrite` is
+                off.
+        """
+        for option, value in (("--model", self.model), ("--data", self.data)):
+            if value is not None:
+                check_path(option, value)
+                if self.overwrite and self.output.resolve() in Path(value).expanduser().resolve().parents:
+                    raise ValueError(f"{option} is {value!r}, which lies in the folder to be overwritten.")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"--output is {str(self.output)!r}, which is a file, expected a folder.")
+        if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
+            raise ValueError(
+                f"--output is {str(self.output)!r}, which is not empty: choose another folder or add --overwrite."
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def clear_output(self) -> None:
+        """Remove what an earlier run of this command left in the output folder, and nothing else."""
+        for name in (ADAPTER, MERGED):
+            shutil.rmtree(self.output / name, ignore_errors=True)
+        (self.output / RESULTS).unlink(missing_ok=True)
+
+
+def check_path(option: str, value: str) -> None:
+    """Refuse a value that can only be meant as a local path and does not exist.
+
+    Anything else that does not exist may be the name of something on the Hub: `name` or `owner/name`.
+    """
+    written_as_path = value.startswith(("/", ".", "~", "\\")) or value.count("/") > 1
+    if written_as_path and not Path(value).expanduser().exists():
+        raise ValueError(f"{option} is {value!r}: there is no such file or folder.")

@@ -1,0 +1,123 @@
+"""The stages of `peft-fps finetune`, in order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from transformers import AutoModelForImageClassification, set_seed
+
+from peft_fps.cli.data import load_images
+from peft_fps.cli.linear_head import fit_linear_head
+from peft_fps.cli.measure import Stopwatch, folder_bytes, peak_memory, versions
+from peft_fps.cli.models import classifier, interpolates, load_model, load_processor, upstream_deprecations
+from peft_fps.cli.options import ADAPTER, DEFAULT_MODEL, MERGED, RESULTS, FinetuneOptions
+from peft_fps.cli.pixels import Collator, ImageSplit, prepare
+from peft_fps.cli.predict import Agreement, Predictor
+from peft_fps.cli.train import calibration_loader, train, training_arguments, worker_count
+
+
+def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
+    """Fine-tune, evaluate, save, merge and verify; returns what `results.json` holds.
+
+    The test split is read once for the linear head, once for the fine-tuned model and once for each check that its
+    saved forms predict the same. Nothing is chosen on it.
+
+    Args:
+        options: what the user asked for.
+        console: where the stages and the selection report are shown.
+
+    Raises:
+        ValueError, TypeError, OSError: an option, the model or the data cannot be used.
+    """
+    config = options.fps_config()
+    options.check_paths()
+    set_seed(options.seed)
+    stopwatch = Stopwatch(console)
+    name = options.model or str(DEFAULT_MODEL)
+
+    with stopwatch.stage("load"):
+        data = load_images(options.data, options.seed, options.image_column, options.label_column)
+        base, processor = load_model(name, data.classes, options.seed), load_processor(name, options.image_size)
+        splits = {part: ImageSplit(getattr(data, part), processor) for part in ("train", "validation", "test")}
+        workers = worker_count(prepare(splits))
+    collator = Collator(options.image_size is not None and interpolates(base))
+    arguments = training_arguments(options, len(data.train), workers)
+    predictor = Predictor(arguments.device, options.batch_size, collator, workers)
+
+    with stopwatch.stage("linear head"):
+        head = classifier(base)
+        features = {part: predictor.features(base, head, split, f"Features, {part}") for part, split in splits.items()}
+        linear = fit_linear_head(*((features[part], splits[part].labels) for part in ("train", "validation")))
+
+    with stopwatch.stage("calibrate"):
+        with upstream_deprecations():
+            model: Any = get_peft_model(base, config)
+        loader = calibration_loader(options, splits["train"], collator, workers)
+        report = model.calibrate(loader, num_batches=options.calibration_batches)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+    with stopwatch.stage("train"):
+        loss = train(model, arguments, splits["train"], collator)
+
+    with stopwatch.stage("evaluate"):
+        logits = {part: predictor.logits(model, splits[part], f"Predicting {part}") for part in ("validation", "test")}
+        before = {part: linear.accuracy(features[part], splits[part].labels) for part in logits}
+        after = {part: accuracy(logits[part], splits[part].labels) for part in logits}
+
+    with stopwatch.stage("save"):
+        options.clear_output()
+        model.save_pretrained(options.output / ADAPTER)
+
+    with stopwatch.stage("merge"):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(options.output / MERGED)
+        processor.save_pretrained(options.output / MERGED)
+        del base, model, merged
+
+    with stopwatch.stage("verify"):
+        fresh = load_model(name, data.classes, options.seed)
+        with upstream_deprecations():
+            reloaded = PeftModel.from_pretrained(fresh, options.output / ADAPTER)
+        plain = AutoModelForImageClassification.from_pretrained(options.output / MERGED, dtype=torch.float32)
+        agreement = {
+            kind: Agreement.of(logits["test"], predictor.logits(saved, splits["test"], f"Predicting, {kind}"))
+            for kind, saved in (("merged", plain), ("reloaded", reloaded))
+        }
+
+    results = {
+        "options": options.to_dict(),
+        "model": name if options.model else "embedded",
+        "data": options.data or "embedded",
+        "images": {part: len(split) for part, split in splits.items()},
+        "classes": data.classes,
+        "image_shape": list(splits["train"][0]["pixel_values"].shape),
+        "accuracy": {part: {"before": before[part], "after": after[part]} for part in after},
+        "linear_head": {"C": linear.strength, "validation_accuracy": linear.validation},
+        "training_loss": loss,
+        "trainable_parameters": report.trained + report.head_parameters,
+        "selection": report.to_dict(),
+        "adapter_bytes": folder_bytes(options.output / ADAPTER),
+        "merged_bytes": folder_bytes(options.output / MERGED),
+        "peak_memory": peak_memory(arguments.device),
+        "seconds": stopwatch.seconds,
+        "agreement": {kind: checked.to_dict() for kind, checked in agreement.items()},
+        "device": str(arguments.device),
+        "versions": versions(),
+    }
+    write_json(options.output / RESULTS, results)
+    return results
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of rows of `logits`, `(images, classes)`, that are largest at `labels`, `(images,)`."""
+    return float(accuracy_score(labels.numpy(), logits.argmax(-1).numpy()))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain data, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

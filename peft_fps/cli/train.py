@@ -1,0 +1,83 @@
+"""Training with transformers' Trainer."""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from peft_fps.cli.options import FinetuneOptions
+from peft_fps.cli.pixels import Collator, ImageSplit
+
+
+WARM_UP = 0.1
+"""Share of the steps over which the learning rate rises; it falls along a cosine from there."""
+LOGGED = 10
+"""Number of times that the loss is shown."""
+
+
+def training_arguments(options: FinetuneOptions, images: int, workers: int) -> TrainingArguments:
+    """Return the arguments of the Trainer: Adam without weight decay, no checkpoints, no reports.
+
+    Args:
+        options: what the user asked for.
+        images: number of training images.
+        workers: processes that prepare images.
+    """
+    steps = options.epochs * math.ceil(images / options.batch_size)
+    return TrainingArguments(
+        output_dir=str(options.output),  # nothing is written there: no checkpoints, no reports
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARM_UP,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on the CPU has to be asked for
+        bf16=options.precision == "bf16",
+        seed=options.seed,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers,
+        logging_steps=math.ceil(steps / LOGGED),
+        logging_nan_inf_filter=False,
+    )
+
+
+def train(model: nn.Module, arguments: TrainingArguments, images: ImageSplit, collator: Collator) -> float:
+    """Train the model in place; returns the mean training loss.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    trainer = Trainer(model=model, args=arguments, train_dataset=images, data_collator=collator)
+    loss = float(trainer.train().training_loss)
+    # under bf16 the Trainer leaves its autocast on the model's forward
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if not math.isfinite(loss):
+        raise ValueError(f"The training loss is {loss}: training diverged. Try a lower --learning-rate.")
+    return loss
+
+
+def calibration_loader(options: FinetuneOptions, images: ImageSplit, collator: Collator, workers: int) -> Any:
+    """Return a DataLoader over the training images, in an order that the seed alone decides."""
+    generator = torch.Generator().manual_seed(options.seed)
+    return DataLoader(
+        images,
+        batch_size=options.batch_size,
+        shuffle=True,
+        generator=generator,
+        collate_fn=collator,
+        num_workers=workers,
+    )
+
+
+def worker_count(kept: bool) -> int:
+    """Return the number of processes that prepare images: none if they are prepared already."""
+    return 0 if kept else min(4, os.cpu_count() or 1)
