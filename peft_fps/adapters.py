@@ -179,7 +179,8 @@ class FPSLayer(BaseTunerLayer):
             return True
         if columns.numel():
             return not bool((columns != UNLOADED_COLUMN).any())
-        return adapter_name in self.fps_bias and bool(self.fps_bias[adapter_name].isnan().all())
+        bias = self.fps_bias[adapter_name] if adapter_name in self.fps_bias else None
+        return bias is not None and (bias.device.type == "meta" or bool(bias.isnan().all()))
 
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
@@ -187,9 +188,9 @@ class FPSLayer(BaseTunerLayer):
         columns, values = self.fps_columns[adapter_name], self.fps_values[adapter_name]
         if self.awaits_loading(adapter_name):
             raise ValueError(
-                f"{where} was built from a saved config, and its tensors were not loaded. Load an adapter file that "
-                "holds fps_columns and fps_bias, select entries with model.calibrate(...), or start from an FPSConfig whose "
-                "allocation is None."
+                f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
+                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose allocation "
+                "is None."
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
@@ -237,7 +238,10 @@ class FPSLayer(BaseTunerLayer):
             if name not in self.fps_values or name in self.merged_adapters:
                 continue
             bias = self.fps_bias[name].data if name in self.fps_bias else None
-            if not merge_is_finite(self.base_layer, self.structure(name), self.fps_values[name].data, bias):
+            finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.adapter_parameters(name))
+            if not finite or not merge_is_finite(
+                self.base_layer, self.structure(name), self.fps_values[name].data, bias
+            ):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "
                     "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."

@@ -124,8 +124,16 @@ class FPSConfig(PeftConfig):
         digest: Any = self.base_fingerprint
         strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
         if digest is not None and not strings:
-            raise ValueError(f"base_fingerprint is {digest!r}, expected None or the strings 'sha256' and 'dtype'.")
+            raise ValueError(
+                f"base_fingerprint is {digest!r} of type {type(digest).__name__}, expected None or a dict with the "
+                "strings 'sha256' and 'dtype'."
+            )
         _check_names("whole_tensors", self.whole_tensors, list | None)
+        if self.from_file and self.modules_to_save and self.whole_tensors is None:
+            raise ValueError(
+                f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
+                "names of the tensors saved whole. The config is incomplete; fetch or save it again."
+            )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):

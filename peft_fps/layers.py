@@ -102,8 +102,11 @@ class Linear(_Layer):
         return self._apply_adapters(x, *args, **kwargs)
 
 
-class Conv1D(_Layer):
-    """transformers' `Conv1D` with sparse changes: linear, with the weight stored as `(in_features, out_features)`."""
+class Conv1DLinear(_Layer):
+    """transformers' `Conv1D` with sparse changes: linear, with the weight stored as `(in_features, out_features)`.
+
+    "Linear" is in the name because PEFT finds wrapped linear layers by it (`target_modules="all-linear"`).
+    """
 
     base_class = TransformersConv1D
     transposed = True
@@ -140,7 +143,7 @@ class Conv2d(_Layer):
 
 LAYERS: dict[type[nn.Module], type[_Layer]] = {
     nn.Linear: Linear,
-    TransformersConv1D: Conv1D,
+    TransformersConv1D: Conv1DLinear,
     nn.Conv2d: Conv2d,
 }
 """Tuner layer for each kind of base layer; subclasses of a kind count as the kind."""

@@ -18,7 +18,7 @@ from peft_fps.planning import plan
 from peft_fps.renames import current_names
 from peft_fps.selecting import calibrate, select_without_data, selection_report
 from peft_fps.selection import SelectionReport
-from peft_fps.targets import PREFIX, base_parameters, default_targets, trained_head
+from peft_fps.targets import PREFIX, base_parameters, default_targets, in_wanted_block, trained_head
 
 
 NEGLIGIBLE_LOSS = 0.01
@@ -95,7 +95,10 @@ class FPSModel(BaseTuner):
             if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
                 peft_config.automatic[name] = find(model, peft_config)
                 setattr(peft_config, name, peft_config.automatic[name])
+        shorthand = str(peft_config.target_modules).lower() == "all-linear"
         _maybe_include_all_linear_layers(peft_config, model)
+        if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
+            peft_config.target_modules = {n for n in peft_config.target_modules if in_wanted_block(n, peft_config)}
         if peft_config.from_file:
             peft_config.allocation = current_names(model, peft_config.allocation)
         names = self._matched(peft_config, model)

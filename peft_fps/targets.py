@@ -90,11 +90,12 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
         if isinstance(module, tuple(LAYERS))
         and name not in heads
         and not name.startswith((*inside, *skipped))
-        and _in_wanted_block(name, config)
+        and in_wanted_block(name, config)
     }
 
 
-def _in_wanted_block(name: str, config: FPSConfig) -> bool:
+def in_wanted_block(name: str, config: FPSConfig) -> bool:
+    """Whether a module path lies in one of the blocks that `layers_to_transform` names, or none are named."""
     wanted, patterns = config.layers_to_transform, config.layers_pattern
     if wanted is None:
         return True

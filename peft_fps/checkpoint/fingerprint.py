@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 SAMPLES_PER_WEIGHT = 256
+PRIME = 1_000_003
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Return the digest of evenly spaced entries of the targeted base weights; None for weights on the meta device.
+    """Return the digest of a fixed sample of the targeted base weights; None for weights on the meta device.
 
     The entries are rounded to bfloat16 first, so that a base loaded in bfloat16 or upcast to float32 keeps its digest.
 
@@ -29,7 +30,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
     for name in sorted(weights):
         weight = weights[name].detach().reshape(-1)
         count = min(SAMPLES_PER_WEIGHT, weight.numel())
-        places = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
+        # a prime stride, so that the sample visits all columns whatever the shape
+        places = torch.arange(count, device=weight.device) * PRIME % max(weight.numel(), 1)
         sample = weight[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
         digest.update(f"{name}{tuple(weights[name].shape)}".encode())
         digest.update(sample.astype("<i2").tobytes())

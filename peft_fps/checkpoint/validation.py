@@ -41,8 +41,10 @@ def check_adapter_tensors(
     """
     for name in modules:
         if name not in expected:
-            raise ValueError(f"{name}: the adapter file holds {sorted(modules[name])}, but this adapter does not "
-                             f"target that module. {REMEDY}")  # fmt: skip
+            raise ValueError(
+                f"{name}: the adapter file holds {sorted(modules[name])}, expected tensors of the modules that this "
+                f"adapter targets alone. {REMEDY}"
+            )
     found = 0
     for name, wanted in expected.items():
         tensors = modules.get(name, {})
