@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_fps.merging import MergeRecord, merge_entries, merge_is_finite, restore_entries
+from peft_fps.merging import MergeRecord, merge_entries, restore_entries, trial_copy
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
     Structure,
@@ -55,6 +55,11 @@ class _Derived:
     columns: Tensor
     row_counts: Tensor
     versions: tuple[int, int]
+
+
+def _version(tensor: Tensor) -> int:
+    """Number of in-place changes so far; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class FPSLayer(BaseTunerLayer):
@@ -159,8 +164,9 @@ class FPSLayer(BaseTunerLayer):
         if derived is not None and torch.compiler.is_compiling():
             return derived.structure
         columns, row_counts = self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
+        versions = (_version(columns), _version(row_counts))
         same = derived is not None and derived.columns is columns and derived.row_counts is row_counts
-        if derived is not None and same and derived.versions == (columns._version, row_counts._version):
+        if derived is not None and same and derived.versions == versions:
             return derived.structure
         self.check_tensors(adapter_name)
         with torch.inference_mode(False):  # what is derived during inference must serve training later
@@ -168,19 +174,19 @@ class FPSLayer(BaseTunerLayer):
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
-        versions = (columns._version, row_counts._version)
+        versions = (_version(columns), _version(row_counts))
         self._derived[adapter_name] = _Derived(structure, columns, row_counts, versions)
         return structure
 
     def awaits_loading(self, adapter_name: str) -> bool:
         """Whether the adapter was built from a saved config and its tensors were neither loaded nor selected."""
         columns = self.fps_columns[adapter_name]
-        if columns.device.type == "meta":
+        if any(tensor.device.type == "meta" for tensor in (columns, *self.adapter_parameters(adapter_name))):
             return True
         if columns.numel():
             return not bool((columns != UNLOADED_COLUMN).any())
-        bias = self.fps_bias[adapter_name] if adapter_name in self.fps_bias else None
-        return bias is not None and (bias.device.type == "meta" or bool(bias.isnan().all()))
+        bias = self.fps_bias.get(adapter_name)
+        return bias is not None and bool(bias.detach().isnan().all())
 
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
@@ -189,8 +195,8 @@ class FPSLayer(BaseTunerLayer):
         if self.awaits_loading(adapter_name):
             raise ValueError(
                 f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
-                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose allocation "
-                "is None."
+                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
+                "allocation is None."
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
@@ -233,15 +239,15 @@ class FPSLayer(BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def check_merge(self, names: list[str]) -> None:
-        """Raise ValueError if merging one of the named adapters would write numbers that are not finite."""
-        for name in names:
-            if name not in self.fps_values or name in self.merged_adapters:
-                continue
-            bias = self.fps_bias[name].data if name in self.fps_bias else None
-            finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.adapter_parameters(name))
-            if not finite or not merge_is_finite(
-                self.base_layer, self.structure(name), self.fps_values[name].data, bias
-            ):
+        """Raise ValueError if merging the named adapters, one after the other, would write NaN or infinity."""
+        pending = [name for name in names if name in self.fps_values and name not in self.merged_adapters]
+        trial = trial_copy(self.base_layer) if pending else None
+        for name in pending:
+            finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in self.adapter_parameters(name))
+            if finite:
+                bias = self.fps_bias[name].data if name in self.fps_bias else None
+                finite = merge_entries(trial, self.structure(name), self.fps_values[name].data, bias).finite
+            if not finite:
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "
                     "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
@@ -256,6 +262,8 @@ class FPSLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
+        if adapter_name not in self.fps_values:
+            return
         device = device or self._adapter_device()
         for parameter in self.adapter_parameters(adapter_name):
             if parameter.device.type != "meta":

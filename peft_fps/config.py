@@ -49,7 +49,8 @@ class FPSConfig(PeftConfig):
         modules_to_save: modules trained and saved whole. None means the output head of a `...For...Classification`
             model, and nothing in other models; `[]` means nothing.
         budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
-            given, else the share of that module's weights. The remaining modules share what is left of the budget.
+            given, else the share of that module's weights. Where several keys match, the longest counts. The remaining
+            modules share what is left of the budget.
         init_weights: True starts from ΔW = 0. False draws random non-zero changes at random places (for tests).
         seed: seed of the `"random"` importance.
         format_version: version of the adapter file; newer ones than this package knows are refused.
@@ -121,6 +122,10 @@ class FPSConfig(PeftConfig):
         _check_allocation(self.allocation)
         if self.calibration is not None:
             _check_type("calibration", self.calibration, dict, "None or what an adapter_config.json holds")
+            examples = self.calibration.get("examples", 0)
+            if isinstance(examples, bool) or not isinstance(examples, int):
+                raise ValueError(f"calibration has examples={examples!r}, expected an integer.")
+        _check_type("plugin", self.plugin, str, "a package name")
         digest: Any = self.base_fingerprint
         strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
         if digest is not None and not strings:
@@ -145,7 +150,8 @@ class FPSConfig(PeftConfig):
                 setattr(self, name, set(value))
         _check_names("modules_to_save", self.modules_to_save, list | set | tuple | None)
         if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)
+            given: Any = self.modules_to_save
+            self.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
         _check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
         indices: Any = self.layers_to_transform
         listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
@@ -191,6 +197,9 @@ class FPSConfig(PeftConfig):
             ValueError: there is no config, it is not valid, or the adapter file beside it is not.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, cls):  # whatever a file says, what to do about another base is the caller's choice
+            config.check_base = kwargs.get("check_base", "error")
+            _check_choice("check_base", config.check_base, ("error", "warn"))
         if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
             return config
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -219,7 +228,7 @@ class FPSConfig(PeftConfig):
     @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
-        return self.importance == "activation" and (self.budget or self.per_neuron) != 0
+        return self.importance == "activation" and (self.per_neuron if self.budget is None else self.budget) != 0
 
 
 def _check_version(version: Any) -> None:
@@ -253,8 +262,8 @@ def _check_type(name: str, value: Any, expected: type, description: str) -> None
 
 
 def _check_names(name: str, value: Any, types: Any) -> None:
-    wrong_member = not isinstance(value, str) and any(not isinstance(item, str) or not item for item in value or ())
-    if not isinstance(value, types) or wrong_member or value == "":
+    members = value if isinstance(value, (list, set, tuple)) else ()
+    if not isinstance(value, types) or value == "" or any(not isinstance(item, str) or not item for item in members):
         kinds = "a name or a list of names" if isinstance("", types) else "a list of names"
         raise TypeError(f"{name} is {value!r}, expected None, {kinds} (strings that are not empty).")
 

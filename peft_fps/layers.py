@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.merging import restored_tensors
+from peft_fps.merging import unmerged_copy
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
 
@@ -58,7 +58,7 @@ class _Layer(nn.Module, FPSLayer):
         result = self.base_layer(x, *args, **kwargs)
         delta = self._delta_product(x.to(_autocast_dtype(x) or self._cast_dtype(x, values)), values, structure)
         for bias in bias_deltas:
-            delta = delta + (bias if delta.dim() < 4 else bias[:, None, None])
+            delta = delta + self._along_neurons(bias)
         return result + delta.to(result.dtype)
 
     def _cast_dtype(self, x: Tensor, values: Tensor) -> torch.dtype:
@@ -68,7 +68,8 @@ class _Layer(nn.Module, FPSLayer):
     def _unmerged_forward(self, x: Tensor) -> Tensor:
         """The base layer's output although adapters are merged into it; writes nothing."""
         records = [self.merge_records[name] for name in reversed(self.merged_adapters)]
-        return torch.func.functional_call(self.base_layer, restored_tensors(self.base_layer, records), (x,))
+        result: Tensor = unmerged_copy(self.base_layer, records)(x)
+        return result
 
     def _warn_if_unselected(self, names: list[str]) -> None:
         for name in names:
@@ -81,6 +82,10 @@ class _Layer(nn.Module, FPSLayer):
                     "`callbacks=[FPSCallback()]` to the Trainer.",
                     stacklevel=2,
                 )
+
+    def _along_neurons(self, bias: Tensor) -> Tensor:
+        """Shape a `(neurons,)` bias so that it adds to the layer's output."""
+        return bias
 
     def _features(self) -> tuple[int, int]:
         return self.shape.inputs, self.shape.neurons
@@ -124,6 +129,9 @@ class Conv2d(_Layer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `(batch, in_channels, height, width)` to `(batch, out_channels, height', width')`."""
         return self._apply_adapters(x, *args, **kwargs)
+
+    def _along_neurons(self, bias: Tensor) -> Tensor:
+        return bias[:, None, None]
 
     def _features(self) -> tuple[int, int]:
         return self.base_layer.in_channels, self.base_layer.out_channels

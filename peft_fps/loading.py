@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from peft.tuners.tuners_utils import delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -81,6 +82,9 @@ def load_state(
         layer.resize(adapter_name, tensors["fps_columns"].numel())
         layer.fps_state[adapter_name].selected = True
         layer.fps_state[adapter_name].thawed.clear()
+        for parameter in layer.adapter_parameters(adapter_name):  # never narrower than the file
+            wide = torch.promote_types(parameter.dtype, tensors["fps_values"].dtype)
+            parameter.data = parameter.data.to(wide)
         for name, tensor in tensors.items():
             result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensor)
     return result

@@ -1,5 +1,6 @@
 """Fold a sparse change into a layer's weight and take it out again, bit for bit."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ class MergeRecord:
         bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
         changes: number of changes that are not zero, bias deltas included.
         lost: number of these that left the stored number as it was.
+        finite: whether everything written is finite.
     """
 
     positions: Tensor
@@ -27,22 +29,25 @@ class MergeRecord:
     bias: Tensor | None
     changes: int
     lost: int
+    finite: bool
 
 
 def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
     """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
     before, after = merged_entries(base.weight, values, structure.positions)
     _write(base.weight, structure.positions, after)
-    stored, wanted, bias = [before == after], [values != 0], None
+    stored, wanted, written, bias = [before == after], [values != 0], [after], None
     if bias_delta is not None:
         everywhere = torch.arange(bias_delta.numel(), device=bias_delta.device)
         bias, bias_after = merged_entries(base.bias, bias_delta, everywhere)
         _write(base.bias, everywhere, bias_after)
         stored.append(bias == bias_after)
         wanted.append(bias_delta != 0)
+        written.append(bias_after)
     changed = torch.cat(wanted)
     lost = int((torch.cat(stored) & changed).sum())
-    return MergeRecord(structure.positions, before, bias, int(changed.sum()), lost)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in written)
+    return MergeRecord(structure.positions, before, bias, int(changed.sum()), lost, finite)
 
 
 def restore_entries(base: Any, record: MergeRecord) -> None:
@@ -52,22 +57,20 @@ def restore_entries(base: Any, record: MergeRecord) -> None:
         _write(base.bias, torch.arange(record.bias.numel(), device=record.bias.device), record.bias)
 
 
-def restored_tensors(base: Any, records: Iterable[MergeRecord]) -> dict[str, Tensor]:
-    """Return copies of the layer's weight and bias as they were before the merges `records`, latest merge first."""
-    weight = base.weight.detach().clone(memory_format=torch.contiguous_format)
-    bias = None if base.bias is None else base.bias.detach().clone()
+def trial_copy(base: Any) -> Any:
+    """Return a layer that computes as `base` does, hooks included, with copies of its weight and bias."""
+    trial = copy.copy(base)
+    copies = {name: p if p is None else p.detach().clone() for name, p in base._parameters.items()}
+    trial.__dict__["_parameters"] = copies
+    return trial
+
+
+def unmerged_copy(base: Any, records: Iterable[MergeRecord]) -> Any:
+    """Return a copy of the layer as it was before the merges `records`, latest merge first; `base` stays untouched."""
+    trial = trial_copy(base)
     for record in records:
-        weight.view(-1)[record.positions] = record.weight
-        bias = bias if record.bias is None else record.bias
-    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-
-
-def merge_is_finite(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> bool:
-    """Whether `merge_entries` would write finite numbers only."""
-    written = [merged_entries(base.weight, values, structure.positions)[1]]
-    if bias_delta is not None:
-        written.append((base.bias + bias_delta).to(base.bias.dtype))
-    return all(bool(torch.isfinite(tensor).all()) for tensor in written)
+        restore_entries(trial, record)
+    return trial
 
 
 @torch.no_grad()

@@ -18,7 +18,14 @@ from peft_fps.planning import plan
 from peft_fps.renames import current_names
 from peft_fps.selecting import calibrate, select_without_data, selection_report
 from peft_fps.selection import SelectionReport
-from peft_fps.targets import PREFIX, base_parameters, default_targets, in_wanted_block, trained_head
+from peft_fps.targets import (
+    PREFIX,
+    base_parameters,
+    check_adapter_name,
+    default_targets,
+    in_wanted_block,
+    trained_head,
+)
 
 
 NEGLIGIBLE_LOSS = 0.01
@@ -61,8 +68,9 @@ class FPSModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FPSConfig)
-        if not config.from_file:
-            config.allocation = config.calibration = None
+        if not config.from_file:  # left by an earlier save
+            config.allocation = config.calibration = config.base_fingerprint = None
+        check_adapter_name(model, adapter_name)
         thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
         self._state = AdapterState(
             selected=config.from_file or not config.needs_calibration,
@@ -82,7 +90,6 @@ class FPSModel(BaseTuner):
             # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
             self.peft_config.pop(adapter_name, None)
             raise
-        self._state.base_fingerprint = config.base_fingerprint
         if not config.from_file:
             select_without_data(model, config, adapter_name)
 
@@ -99,10 +106,13 @@ class FPSModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
             peft_config.target_modules = {n for n in peft_config.target_modules if in_wanted_block(n, peft_config)}
+        saved_names: dict[str, str] = {}
         if peft_config.from_file:
-            peft_config.allocation = current_names(model, peft_config.allocation)
+            current = current_names(model, peft_config.allocation)
+            saved_names = dict(zip(current, peft_config.allocation, strict=True))
+            peft_config.allocation = current
         names = self._matched(peft_config, model)
-        plan(model, peft_config, names)
+        self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
 
     def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
         """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
@@ -115,7 +125,7 @@ class FPSModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         matched = BaseTuner._check_target_module_exists(peft_config, key)
-        if isinstance(matched, _ExcludedModule) or peft_config.allocation is None:
+        if isinstance(matched, _ExcludedModule) or not peft_config.from_file:
             return matched
         return key in peft_config.allocation
 
@@ -129,7 +139,6 @@ class FPSModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        entries = peft_config.allocation[current_key]["entries"]
         if not isinstance(target, FPSLayer):
             kind = layer_class(target)
             assert kind is not None, current_key
@@ -140,7 +149,11 @@ class FPSModel(BaseTuner):
                 # its fused path reads the weight without calling the layer; any hook makes it step aside
                 target.register_forward_pre_hook(_no_op)
         target.update_layer(
-            adapter_name, entries, peft_config.bias == "all", self._state, inference_mode=peft_config.inference_mode
+            adapter_name,
+            self._entries[current_key],
+            peft_config.bias == "all",
+            self._state,
+            inference_mode=peft_config.inference_mode,
         )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -244,9 +257,14 @@ def _whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: boo
         for name in adapter_names:
             if name in layer.fps_values:
                 layer.check_tensors(name)
+    before = {(path, name) for path, layer in layers.items() for name in layer.merged_adapters}
     yield
-    records = [layer.merge_records[name] for layer in layers.values() for name in adapter_names
-               if name in layer.merge_records]  # fmt: skip
+    records = [
+        layer.merge_records[name]
+        for path, layer in layers.items()
+        for name in layer.merged_adapters
+        if (path, name) not in before
+    ]
     changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
     if lost > NEGLIGIBLE_LOSS * changes:
         dtypes = sorted({str(layer.base_layer.weight.dtype) for layer in layers.values()})

@@ -2,25 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.config import FPSConfig
 from peft_fps.layers import layer_shape
-from peft_fps.merging import restored_tensors
+from peft_fps.merging import unmerged_copy
 from peft_fps.selection import LayerShape, allocate
 from peft_fps.targets import check_target, check_untied, count_base_parameters
 
 
-def plan(model: nn.Module, config: FPSConfig, names: list[str]) -> None:
-    """Check the targeted modules and complete the config with their sizes and the base model's fingerprint.
+def plan(
+    model: nn.Module, config: FPSConfig, names: list[str], saved_names: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, str] | None]:
+    """Check the targeted modules, and return their numbers of entries and the base model's fingerprint.
 
     Args:
         model: base model, with or without other adapters.
-        config: of the new adapter; `allocation` and `base_fingerprint` are compared if present, else filled in.
+        config: of the new adapter; sizes and fingerprint that came from a file are compared with the model.
         names: modules to adapt.
+        saved_names: the names under which the file knows them, where these differ.
 
     Raises:
         ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
@@ -28,25 +32,25 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str]) -> None:
     bases = {name: check_target(model, name) for name in names}
     check_untied(model, names)
     shapes = {name: layer_shape(base) for name, base in bases.items()}
+    weights = {name: _unmerged_weight(model, name) for name in names}
+    found = fingerprint(weights)
     if config.from_file:
-        _check_allocation(config.allocation or {}, shapes)
-    elif names:
-        trained = {name: replace(s, bias=s.bias and config.bias == "all") for name, s in shapes.items()}
-        entries = allocate(
-            trained,
-            base_parameters=count_base_parameters(model),
-            budget=config.budget,
-            per_neuron=config.per_neuron,
-            budget_pattern=config.budget_pattern,
-        ).entries
-        sizes = {name: (shape.neurons, shape.inputs, entries[name]) for name, shape in shapes.items()}
-        config.allocation = {
-            n: dict(zip(("neurons", "inputs", "entries"), size, strict=True)) for n, size in sizes.items()
-        }
-    found = fingerprint({name: _unmerged_weight(model, name) for name in names})
-    if config.from_file:
-        check_fingerprint(config.base_fingerprint, found, config.check_base)
-    config.base_fingerprint = found
+        assert config.allocation is not None
+        _check_allocation(config.allocation, shapes)
+        as_saved = fingerprint({saved_names.get(name, name): weight for name, weight in weights.items()})
+        check_fingerprint(config.base_fingerprint, as_saved, config.check_base)
+        return {name: sizes["entries"] for name, sizes in config.allocation.items()}, found
+    if not names:
+        return {}, found  # PEFT says which targets were not found
+    trained = {name: replace(s, bias=s.bias and config.bias == "all") for name, s in shapes.items()}
+    allocation = allocate(
+        trained,
+        base_parameters=count_base_parameters(model),
+        budget=config.budget,
+        per_neuron=config.per_neuron,
+        budget_pattern=config.budget_pattern,
+    )
+    return allocation.entries, found
 
 
 def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mapping[str, LayerShape]) -> None:
@@ -66,11 +70,11 @@ def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mappi
             )
 
 
-def _unmerged_weight(model: nn.Module, name: str):  # type: ignore[no-untyped-def]
-    layer = model.get_submodule(name)
+def _unmerged_weight(model: nn.Module, name: str) -> Tensor:
+    layer: Any = model.get_submodule(name)
     if not isinstance(layer, FPSLayer):
         return layer.weight
     if not layer.merged:
         return layer.base_layer.weight
     records = [layer.merge_records[adapter] for adapter in reversed(layer.merged_adapters)]
-    return restored_tensors(layer.base_layer, records)["weight"]
+    return unmerged_copy(layer.base_layer, records).weight

@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_fps.checkpoint import TENSORS
 from peft_fps.config import FPSConfig
 from peft_fps.layers import LAYERS, layer_class
 
@@ -117,6 +118,16 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError for a name by which PEFT would take tensors of other modules for the adapter's."""
+    parts = {part for name, _ in base_parameters(model) for part in name.split(".")}
+    if adapter_name in parts | set(TENSORS) | {"base_layer", "modules_to_save", "original_module"}:
+        raise ValueError(
+            f"The adapter's name {adapter_name!r} is also part of a module's path, by which PEFT would confuse their "
+            "tensors when saving. Choose another adapter name."
+        )
+
+
 def check_target(model: nn.Module, name: str) -> Any:
     """Return the base layer at `name` if it can carry a sparse change.
 
@@ -150,6 +161,11 @@ def check_target(model: nn.Module, name: str) -> Any:
             f"{name} is read by torch.nn.MultiheadAttention without calling it, so an adapter there would have no "
             "effect. Leave it out with exclude_modules."
         )
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"{name}.weight is computed from other tensors (a parametrization), expected a parameter that a merge can "
+            "write to. Remove the parametrization, or leave the module out with exclude_modules."
+        )
     weight = module.weight
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() < 2:
         raise ValueError(
@@ -161,7 +177,15 @@ def check_target(model: nn.Module, name: str) -> Any:
 
 
 def check_untied(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError if a targeted weight is also the weight of another module, which a merge would change along."""
+    """Raise ValueError if a targeted module or its weight is used elsewhere too, which a merge would change along."""
+    bases = {id(module): name for name, module in named_base_modules(model) if name in set(names)}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        name = bases.get(id(module))
+        if name is not None and alias != name and not alias.startswith(f"{name}."):
+            raise ValueError(
+                f"{name} and {alias} are the same module, expected a module with one name: an adapter would act under "
+                "one of them, a merge under both. Leave it out with exclude_modules, or copy the module."
+            )
     targeted = {id(model.get_submodule(name).weight): name for name in names}
     for owner, module in named_base_modules(model):
         for own, parameter in module.named_parameters(recurse=False):

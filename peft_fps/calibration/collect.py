@@ -1,5 +1,6 @@
 """Hooks that gather input statistics while a model runs."""
 
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
+
+
+CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn).*\.(k|v|key|value)(_proj)?$", re.IGNORECASE)
+"""Paths of the modules of a decoder that read the encoder's states."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Collector:
         self._layers = layers
         self._norm = norm
         self._masks: list[tuple[str, Tensor]] = []
-        self._reduced: dict[int, tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
+        self._reduced: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
         self._touched: dict[str, None] = {}
         self._handles: list[Any] = []
 
@@ -103,17 +108,20 @@ class Collector:
             batched = x if x.dim() == 4 else x[None]
             return patch_sums(pad_like(batched.detach(), base), base, self._norm)
         mask = self._mask(path, x)
-        known = self._reduced.get(id(x))
-        if known is not None and known[0]() is x and known[1] == x._version:
+        key = (id(x), id(mask))
+        version = 0 if x.is_inference() else x._version
+        known = self._reduced.get(key)
+        if known is not None and known[0]() is x and known[1] == version:
             return known[2]
         sums, positions = column_sums(x.detach(), self._norm, mask)
         # a weak reference: a tensor that is gone may have left its id to another one
-        self._reduced[id(x)] = (weakref.ref(x), x._version, (sums[None], positions))
+        self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions
 
     def _mask(self, path: str, x: Tensor) -> Tensor | None:
-        """The mask whose positions are those of `x`; in a decoder its own mask comes first."""
-        masks = self._masks if "decoder" in path.split(".") else self._masks[::-1]
+        """The mask whose positions are those of `x`; a decoder's own comes first where it reads its own states."""
+        own = "decoder" in path.split(".") and not CROSS_ATTENTION.search(path)
+        masks = self._masks if own else self._masks[::-1]
         for _, mask in masks:
             if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1):
                 return mask

@@ -43,8 +43,8 @@ def observe(
         ValueError: no data, or an input that is not finite.
         TypeError: data of an unknown kind.
     """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}, expected at least 1, or None for the whole pass.")
+    if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+        raise ValueError(f"num_batches is {num_batches!r}, expected an integer of at least 1, or None for all.")
     if data is None:
         raise ValueError("importance='activation' needs data, found None. Pass the training DataLoader to calibrate.")
     source = batches(data, collator, batch_size)

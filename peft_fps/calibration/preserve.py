@@ -23,6 +23,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {device.type for device in devices} or {"cuda"}:
             indices = [device.index or 0 for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         try:
             model.eval()

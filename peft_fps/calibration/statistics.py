@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# Activations of padded batches are reduced in slices of at most this many elements, so that no whole copy is made.
-SLICE_ELEMENTS = 1 << 22
+RUN = 4096
+"""Positions that are reduced in one go: few enough for float32, many enough to be fast."""
 
 
 @dataclass
@@ -42,13 +42,16 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
         `(inputs,)` float64, and the number of positions that counted.
     """
     x = x.reshape(-1, x.shape[-1])
-    if mask is None:
-        return _power_sum(x, norm, (0,)), x.shape[0]
-    kept = mask.reshape(-1).nonzero()[:, 0]
     total = x.new_zeros(x.shape[-1], dtype=wide_dtype(x.device))
-    for places in kept.split(max(SLICE_ELEMENTS // x.shape[-1], 1)):
-        total += _power_sum(x[places], norm, (0,))
-    return total, kept.numel()
+    kept = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
+    count = x.shape[0] if kept is None else kept.numel()
+    # short runs, each in float32, added up in float64: long float32 sums drift
+    for first in range(0, count, RUN):
+        run = x[first : first + RUN] if kept is None else x[kept[first : first + RUN]]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        power = torch.linalg.vector_norm(run, 1 if norm == "l1" else 2, 0, dtype=exact).to(total.dtype)
+        total += power if norm == "l1" else power.square()
+    return total, count
 
 
 def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, int]:
@@ -74,7 +77,7 @@ def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, in
     for top in range(0, dilation_h * kernel_h, dilation_h):
         rows = x[:, :, top : top + stride_h * (height - 1) + 1 : stride_h]
         for left in range(0, dilation_w * kernel_w, dilation_w):
-            sums.append(_power_sum(rows[..., left : left + stride_w * (width - 1) + 1 : stride_w], norm, (0, 2, 3)))
+            sums.append(_power_sum(rows[..., left : left + stride_w * (width - 1) + 1 : stride_w], norm))
     return torch.stack(sums, dim=1).reshape(convolution.groups, -1), x.shape[0] * height * width
 
 
@@ -89,8 +92,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _power_sum(x: Tensor, norm: str, dims: tuple[int, ...]) -> Tensor:
-    """Sum of |x| or x² over `dims`; reduced in float32 or better, and handed on in a wider one."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    reduced = torch.linalg.vector_norm(x, 1 if norm == "l1" else 2, dims, dtype=exact).to(wide_dtype(x.device))
-    return reduced if norm == "l1" else reduced.square()
+def _power_sum(x: Tensor, norm: str) -> Tensor:
+    """Sum of |x| or x² of `(batch, channels, height, width)` per channel, in a wide dtype."""
+    power = x.abs() if norm == "l1" else x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    return power.sum((0, 2, 3), dtype=wide_dtype(x.device))

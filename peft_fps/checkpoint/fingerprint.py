@@ -14,6 +14,8 @@ from torch import Tensor
 
 SAMPLES_PER_WEIGHT = 256
 PRIME = 1_000_003
+COMPARABLE = {"bfloat16", "float32", "float64"}
+"""Dtypes between which a cast keeps the sample as rounded to bfloat16."""
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
@@ -53,7 +55,7 @@ def check_fingerprint(saved: dict[str, str] | None, found: dict[str, str] | None
     if saved is None or found is None or saved.get("sha256") == found["sha256"]:
         return
     where = f"base weights: found fingerprint {found['sha256'][:12]}, expected {str(saved.get('sha256'))[:12]}"
-    if saved.get("dtype") != found["dtype"]:
+    if saved.get("dtype") != found["dtype"] and not {saved.get("dtype"), found["dtype"]} <= COMPARABLE:
         warnings.warn(
             f"{where}. The base was in {saved.get('dtype')} when the adapter was made and is in {found['dtype']} now, "
             "so its identity cannot be decided. Load the base model in its original dtype to be sure.",

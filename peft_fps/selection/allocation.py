@@ -97,7 +97,8 @@ def allocate(
 
 def _match_patterns(layers: Mapping[str, LayerShape], patterns: Mapping[str, float]) -> dict[str, float]:
     fixed: dict[str, float] = {}
-    for pattern, value in patterns.items():
+    # the longest first, then by name: files do not keep the order of keys
+    for pattern, value in sorted(patterns.items(), key=lambda item: (-len(item[0]), item[0])):
         matched = [name for name in layers if re.match(rf"(.*\.)?({pattern})$", name)]
         if not matched:
             raise ValueError(

@@ -132,7 +132,7 @@ class _SparseConv2d(torch.autograd.Function):
                 grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
                 grad_values = grad_weight.reshape(-1)[structure.positions].to(values.dtype)
             if ctx.needs_input_grad[3]:
-                grad_bias = grad_output.sum((0, 2, 3)) if grad_output.dim() == 4 else grad_output.sum((1, 2))
+                grad_bias = grad_output.sum((0, 2, 3))
         return grad_x, None, grad_values, grad_bias, None, None
 
 
@@ -173,12 +173,14 @@ def sparse_conv2d(
     """Return the zero-padded 2-D convolution of `x` with W + ΔW, with the gradients of `sparse_linear`.
 
     Args:
-        x: `(batch, channels, height, width)`.
+        x: `(batch, channels, height, width)`, or one image without the batch dimension.
         weight: `(neurons, channels / groups, kernel height, kernel width)`.
         values: `(nnz,)` ΔW at the selected entries, whose columns index the flattened last three dimensions.
         bias: `(neurons,)` in the dtype of `x`, or None.
         structure: where the selected entries lie.
         geometry: stride, padding, dilation and groups, as in `torch.nn.functional.conv2d`.
     """
+    batched = x if x.dim() == 4 else x[None]
     with torch.autocast(x.device.type, enabled=False):
-        return _SparseConv2d.apply(x, weight, values, bias, structure, geometry)
+        result = _SparseConv2d.apply(batched, weight, values, bias, structure, geometry)
+    return result if x.dim() == 4 else result[0]

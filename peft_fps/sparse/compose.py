@@ -39,7 +39,7 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
     exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
     before = weight.reshape(-1)[structure.positions]
     after = (before.to(exact) + values.to(exact)).to(dtype)
-    composed = composed.view(-1).index_copy(0, structure.positions, after).view(weight.shape)
+    composed.view(-1).index_copy_(0, structure.positions, after)
     return composed.t() if structure.transposed else composed
 
 

@@ -75,7 +75,8 @@ def check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise StructureError if a trained tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(tensor).all()):
+    # detached: a check must leave nothing in the graph, or recomputation under checkpointing would differ
+    if not bool(torch.isfinite(tensor.detach()).all()):
         raise StructureError(f"{name} contains NaN or infinity, expected finite values")
 
 

@@ -1,0 +1,159 @@
+"""Whatever holds data becomes batches, and a batch a call."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from transformers import BatchEncoding, BatchFeature
+
+from peft_fps.calibration import batches, feed
+
+
+CPU = torch.device("cpu")
+
+
+class Numbers(Dataset):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.tensor([float(index)]), "label": index}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"x": torch.tensor([float(i)])} for i in range(5))
+
+
+def stack(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator of one's own."""
+    return {"mine": torch.stack([torch.as_tensor(example["x"]) for example in examples])}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Numbers(),
+        Stream(),
+        datasets.Dataset.from_dict({"x": [[float(i)] for i in range(5)]}),
+        datasets.Dataset.from_dict({"x": [[float(i)] for i in range(5)]}).with_format("torch"),
+        datasets.Dataset.from_dict({"x": [[float(i)] for i in range(5)]}).to_iterable_dataset(),
+    ],
+    ids=["torch", "torch-stream", "datasets", "datasets-torch", "datasets-stream"],
+)
+def test_datasets_are_batched_in_order(data: Any):
+    found = list(batches(data, None, 2))
+    assert [batch["x"].tolist() for batch in found] == [[[0.0], [1.0]], [[2.0], [3.0]], [[4.0]]]
+    found = list(batches(data, stack, 3))
+    assert [batch["mine"].flatten().tolist() for batch in found] == [[0.0, 1.0, 2.0], [3.0, 4.0]]
+
+
+def test_the_default_collator_names_labels_as_transformers_does():
+    assert set(next(iter(batches(Numbers(), None, 4)))) == {"x", "labels"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(Numbers(), batch_size=2),
+        [torch.zeros(2)],
+        ({"x": i} for i in range(2)),
+        TensorDataset(torch.ones(1)),
+    ],
+    ids=["loader", "list", "generator", "tensors"],
+)
+def test_other_iterables_are_batches_already(data: Any):
+    if isinstance(data, TensorDataset):  # examples are tuples, which need a collator
+        assert [batch.tolist() for batch in batches(data, lambda tuples: torch.cat([t[0][None] for t in tuples]), 4)]
+    else:
+        assert batches(data, None, 2) is data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"x": torch.zeros(2)},
+        BatchEncoding({"x": torch.zeros(2)}),
+        BatchFeature({"x": torch.zeros(2)}),
+        torch.zeros(2),
+        "text",
+        b"bytes",
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_a_single_batch_is_refused_with_the_remedy(data: Any):
+    with pytest.raises(TypeError, match=rf"single {type(data).__name__}.*Put a single batch into a list"):
+        batches(data, None, 2)
+
+
+@pytest.mark.parametrize("data", [3, None, nn.Linear(1, 1)], ids=["int", "None", "module"])
+def test_what_cannot_be_iterated_is_refused(data: Any):
+    with pytest.raises(TypeError, match=rf"of type {type(data).__name__}, expected a DataLoader"):
+        batches(data, None, 2)
+
+
+# --- feeding --------------------------------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
+        self.seen.append({"x": x, "mask": mask})
+
+
+class Anything(Recorder):
+    def forward(self, x: Tensor, **others: Any) -> None:
+        self.seen.append({"x": x, **others})
+
+
+X, Y = torch.arange(6.0).view(3, 2), torch.tensor([7, 8, 9])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        X,
+        (X, Y),
+        [X, Y],
+        (X,),
+        {"x": X},
+        {"x": X, "unknown": Y, "labels": Y},
+        ({"x": X}, Y),
+        BatchEncoding({"x": X, "other": Y}),
+    ],
+    ids=["tensor", "tuple", "list", "only", "mapping", "more-names", "mapping-and-labels", "encoding"],
+)
+def test_feed(batch: Any):
+    model = Recorder()
+    assert feed(model, batch, CPU) == 3
+    (seen,) = model.seen
+    assert torch.equal(seen["x"], X)
+    assert seen["mask"] is None
+
+
+def test_a_model_that_takes_any_name_gets_all():
+    model = Anything()
+    assert feed(model, {"x": X, "labels": Y, "text": ["a", "b", "c"]}, CPU) == 3
+    (seen,) = model.seen
+    assert set(seen) == {"x", "labels", "text"}
+
+
+def test_names_that_forward_takes_are_passed():
+    model = Recorder()
+    feed(model, {"mask": Y, "x": X}, CPU)
+    assert torch.equal(model.seen[0]["mask"], Y)
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [], (), ["text"], [3, X]], ids=repr)
+def test_a_batch_of_another_kind_is_refused(batch: Any):
+    model = Recorder()
+    with pytest.raises(TypeError, match=rf"of type {type(batch).__name__}, expected a mapping of tensors"):
+        feed(model, batch, CPU)
+    assert not model.seen

@@ -1,0 +1,286 @@
+"""The command as a user runs it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
+from typer.testing import CliRunner
+
+import peft_fps
+from peft_fps.cli import REQUIRED, main
+from peft_fps.cli.app import app
+from peft_fps.cli.data import load_images
+
+
+DEFAULT_MODEL = Path(peft_fps.__file__).parent / "cli" / "default_model"
+SHARED = Path(__file__).parents[3] / "shared"
+STAGES = ["load", "linear head", "calibrate", "train", "evaluate", "save", "merge", "verify"]
+OPTIONS = (
+    *("--model", "--data", "--image-column", "--label-column", "--image-size"),
+    *("--budget", "--per-neuron", "--importance", "--granularity", "--bias", "--calibration-batches"),
+    *("--epochs", "--learning-rate", "--batch-size", "--precision", "--seed", "--output", "--overwrite", "--verbose"),
+)
+
+
+def run(*arguments, columns="200"):
+    return CliRunner().invoke(app, ["finetune", *map(str, arguments)], env={"COLUMNS": columns, "NO_COLOR": "1"})
+
+
+def logits_of(model, pixels, **options):
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(pixel_values=part, **options).logits for part in pixels.split(100)])
+
+
+def test_help_is_a_page_to_work_from():
+    result = run("--help")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert result.exit_code == 0
+    for option in OPTIONS:
+        assert re.search(rf"{option}\b", text), option
+    assert "0.0077" in text
+    assert text.count("$ peft-fps finetune") >= 4
+
+
+def test_the_help_examples_name_options_that_exist():
+    result = run("--help")
+    for line in re.findall(r"\$ peft-fps finetune(.*)", result.output):
+        assert set(re.findall(r"--[a-z-]+", line)) <= set(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "digits"
+    return run("--epochs", 2, "--calibration-batches", 4, "--output", output), output
+
+
+def test_embedded_default_ends_with_the_table(digits_run):
+    result, output = digits_run
+    assert result.exit_code == 0, result.output
+    assert "selected by weight magnitude x mean |input| over 128 examples" in result.output
+    results = json.loads((output / "results.json").read_text())
+    for part in ("validation", "test"):
+        for moment in ("before", "after"):
+            assert f"{results['accuracy'][part][moment]:.2%}" in result.output
+    assert f"{results['adapter_bytes']:,} bytes" in result.output
+    assert list(results["seconds"]) == STAGES
+    assert results["images"] == {"train": 800, "validation": 200, "test": 797}
+    assert results["options"]["epochs"] == 2
+    assert results["peak_memory"]["bytes"] > 100 * 2**20
+
+
+def test_embedded_default_saves_what_it_measured(digits_run):
+    _, output = digits_run
+    results = json.loads((output / "results.json").read_text())
+    test = load_images(None, seed=0).test
+    processor = AutoImageProcessor.from_pretrained(output / "merged")
+    pixels = processor(list(test.images["image"]), return_tensors="pt")["pixel_values"]
+    merged = logits_of(AutoModelForImageClassification.from_pretrained(output / "merged"), pixels)
+    accuracy = (merged.argmax(-1) == torch.tensor(test.labels)).double().mean().item()
+    assert results["accuracy"]["test"]["after"] == pytest.approx(accuracy)
+    base = AutoModelForImageClassification.from_pretrained(
+        DEFAULT_MODEL, num_labels=10, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    adapted = logits_of(PeftModel.from_pretrained(base, output / "adapter"), pixels)
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
+    assert results["agreement"]["merged"]["holds"]
+    assert results["agreement"]["reloaded"]["holds"]
+
+
+def test_embedded_default_counts_what_it_saved(digits_run):
+    _, output = digits_run
+    results = json.loads((output / "results.json").read_text())
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    trained = sum(
+        tensor.numel() for name, tensor in tensors.items() if not name.endswith(("fps_columns", "fps_row_counts"))
+    )
+    assert results["trainable_parameters"] == trained
+    assert results["adapter_bytes"] == sum(file.stat().st_size for file in (output / "adapter").iterdir())
+    assert results["selection"]["share"] <= 0.0077
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "merged", "results.json"]
+    assert (output / "merged" / "preprocessor_config.json").exists()
+
+
+def test_a_folder_of_photographs(image_folder, tiny_model, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--batch-size", 4]
+    result = run(*arguments, "--epochs", 8, "--learning-rate", 0.01, "--seed", 3, "--output", output)
+    assert result.exit_code == 0, result.output
+    results = json.loads((output / "results.json").read_text())
+    assert results["classes"] == ["blue", "red"]
+    assert results["accuracy"]["test"]["after"] == 1.0  # one channel is bright
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert [config["budget"], config["seed"]] == [0.2, 3]
+    merged = ViTForImageClassification.from_pretrained(output / "merged")
+    assert merged.config.id2label == {0: "blue", 1: "red"}
+
+
+def test_the_same_seed_gives_the_same_adapter(image_folder, tiny_model, tmp_path):
+    saved = {}
+    for name, seed in {"first": 5, "again": 5, "other": 6}.items():
+        arguments = ["--model", tiny_model, "--data", image_folder, "--epochs", 1, "--per-neuron", 2, "--seed", seed]
+        assert run(*arguments, "--output", tmp_path / name).exit_code == 0
+        saved[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved["again"][key], tensor) for key, tensor in saved["first"].items())
+    assert any(not torch.equal(saved["other"][key], tensor) for key, tensor in saved["first"].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "bf16"],
+        ["--image-size", "48"],
+        ["--importance", "random", "--bias", "none", "--granularity", "layer"],
+        ["--importance", "magnitude", "--granularity", "model"],
+        ["--budget", "0"],
+    ],
+    ids=" ".join,
+)
+def test_other_options(image_folder, tiny_model, tmp_path, options):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--epochs", 1, "--output", tmp_path / "out"]
+    if "--budget" not in options:
+        arguments += ["--budget", 0.2]
+    result = run(*arguments, *options)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    side = 48 if "--image-size" in options else 32
+    assert results["image_shape"] == [3, side, side]
+    assert results["agreement"]["merged"]["holds"]
+
+
+def test_images_that_do_not_fit_in_memory(image_folder, tiny_model, tmp_path, monkeypatch):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
+    assert run(*arguments, "--output", tmp_path / "kept").exit_code == 0
+    monkeypatch.setattr("peft_fps.cli.pixels.MEMORY_LIMIT", 0)
+    result = run(*arguments, "--output", tmp_path / "lazy")
+    assert result.exit_code == 0, result.output
+    kept, lazy = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("kept", "lazy"))
+    for key, tensor in kept.items():
+        torch.testing.assert_close(lazy[key], tensor)
+
+
+def test_a_merged_model_that_differs_is_an_error(image_folder, tiny_model, tmp_path, monkeypatch):
+    honest = AutoModelForImageClassification.from_pretrained
+
+    def tampered(folder, **options):
+        model = honest(folder, **options)
+        if Path(folder).name == "merged":
+            model.classifier.bias.data[0] += 0.01
+        return model
+
+    monkeypatch.setattr("peft_fps.cli.run.AutoModelForImageClassification.from_pretrained", tampered)
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
+    result = run(*arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "does not predict what the trained model does" in result.output
+    agreement = json.loads((tmp_path / "out" / "results.json").read_text())["agreement"]
+    assert agreement["merged"]["largest_difference"] == pytest.approx(0.01, abs=1e-5)
+    assert [agreement["merged"]["holds"], agreement["reloaded"]["holds"]] == [False, True]
+
+
+def test_a_full_output_folder_is_left_alone(image_folder, tiny_model, tmp_path):
+    output = tmp_path / "out"
+    (output / "adapter").mkdir(parents=True)
+    (output / "adapter" / "old.txt").write_text("old")
+    (output / "mine.txt").write_text("mine")
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1, "--output", output]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.strip().count("\n") == 0
+    assert "not empty" in result.output
+    assert (output / "adapter" / "old.txt").exists()
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert not (output / "adapter" / "old.txt").exists()
+    assert (output / "mine.txt").read_text() == "mine"
+
+
+def test_a_model_that_would_be_overwritten_is_refused(image_folder, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "out" / "merged")
+    arguments = ["--model", tmp_path / "out" / "merged", "--data", image_folder, "--output", tmp_path / "out"]
+    result = run(*arguments, "--overwrite")
+    assert result.exit_code == 1
+    assert "lies in the folder to be overwritten" in result.output
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "./no/such/folder"], 1, "--data is './no/such/folder': there is no such file or folder."),
+        (["--model", "./no/such/folder"], 1, "--model is './no/such/folder': there is no such file or folder."),
+        (["--budget", "2"], 1, "budget is 2.0, expected a finite number between 0 and 1."),
+        (["--budget", "0.1", "--per-neuron", "2"], 1, "budget=0.1 and per_neuron=2.0 were both given"),
+        (["--budget", "0.0001"], 1, "budget"),
+        (["--epochs", "0"], 2, "--epochs"),
+        (["--learning-rate", "0"], 2, "0.0 is not a positive number"),
+        (["--learning-rate", "nan"], 2, "nan is not a positive number"),
+        (["--importance", "astrology"], 2, "astrology"),
+        (["--precision", "fp8"], 2, "fp8"),
+        (["--seed", "-1"], 2, "--seed"),
+        (["--nonsense"], 2, "--nonsense"),
+    ],
+)
+def test_mistakes_end_with_one_clear_message(tmp_path, arguments, code, message):
+    result = run(*arguments, "--output", tmp_path / "out", "--epochs", "1", *arguments)
+    assert result.exit_code == code
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_training_that_diverges_says_so(image_folder, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 2, "--batch-size", 1]
+    result = run(*arguments, "--learning-rate", 1e30, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "lower --learning-rate" in result.output
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_library_is_one_line(monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert name in error
+    assert "peft-fps[cli]" in error
+
+
+def test_the_command_runs_as_a_process():
+    code = "import sys; from peft_fps.cli import main; sys.argv = ['peft-fps', 'finetune', '--help']; main()"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Usage: peft-fps finetune" in result.stdout
+
+
+@pytest.mark.skipif(not (SHARED / "tasks").is_dir(), reason="no folder shared/ beside the repository")
+def test_a_real_vit_on_real_photographs(tmp_path):
+    data = tmp_path / "hands"
+    data.mkdir()
+    source = SHARED / "tasks" / "sign_digits"
+    for split, rows in {"train": 64, "validation": 32, "test": 32}.items():
+        part = load_dataset("parquet", data_files=str(source / f"{split}.parquet"), split="train")
+        part.shuffle(seed=0).select(range(rows)).to_parquet(data / f"{split}.parquet")
+    shutil.copy(source / "meta.json", data)
+    model = SHARED / "models" / "vit-tiny-patch16-224-tinyimagenet"
+    result = run("--model", model, "--data", data, "--image-size", 64, "--epochs", 2, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["classes"] == list("0123456789")
+    assert results["images"] == {"train": 64, "validation": 32, "test": 32}
+    assert results["image_shape"] == [3, 64, 64]
+    assert results["agreement"]["merged"]["different_predictions"] == 0
+    assert results["agreement"]["reloaded"]["different_predictions"] == 0
+    assert results["selection"]["base_parameters"] == 5_524_416

@@ -1,0 +1,31 @@
+"""Settings that hold for all tests: offline, two threads, no hypothesis deadline."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "peft_fps",
+    deadline=None,
+    max_examples=25,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(  # pytest --hypothesis-profile=search
+    "search", settings.get_profile("peft_fps"), max_examples=400, derandomize=False, print_blob=True
+)
+settings.load_profile("peft_fps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # peft asks every transformers model for the property under its old name
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -1,0 +1,67 @@
+"""Top-k against a sort by score and index."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_fps.selection import top_k, top_k_flat
+from tests.selection.naive import best
+
+
+TIED = [0.0, 0.5, 0.5078125, 1.0, 3.0, 1e-40, 3e38]  # few values, as bfloat16 weights have; a denormal, a huge one
+SCORES = st.one_of(st.sampled_from(TIED), st.floats(0, 2.0**100, width=32, allow_subnormal=False))
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> list[list[float]]:
+    inputs = draw(st.integers(1, 9))
+    return draw(st.lists(st.lists(SCORES, min_size=inputs, max_size=inputs), min_size=1, max_size=5))
+
+
+@given(matrices(), st.data())
+def test_top_k_of_rows(scores: list[list[float]], data: st.DataObject):
+    k = data.draw(st.integers(0, len(scores[0])))
+    tensor = torch.tensor(scores)
+    columns, values = top_k(tensor, k)
+    expected = [best([(score, i) for i, score in enumerate(row)], k) for row in tensor.tolist()]
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == expected
+    assert values.tolist() == [[row[i] for i in chosen] for row, chosen in zip(tensor.tolist(), expected, strict=True)]
+
+
+@given(matrices(), st.data())
+def test_top_k_flat(scores: list[list[float]], data: st.DataObject):
+    tensor = torch.tensor(scores)
+    k = data.draw(st.integers(0, tensor.numel()))
+    positions = top_k_flat(tensor, k)
+    flat = tensor.reshape(-1).tolist()
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == sorted(best([(score, i) for i, score in enumerate(flat)], k))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("k", [1, 7, 100, 999])
+def test_ties_of_bfloat16_scores_go_to_the_lowest_index(k: int, threads: int):
+    scores = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)).abs().bfloat16().float()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        columns, _ = top_k(scores, k)
+        flat = top_k_flat(scores, k)
+    finally:
+        torch.set_num_threads(before)
+    assert columns.tolist() == [best([(score, i) for i, score in enumerate(row)], k) for row in scores.tolist()]
+    assert flat.tolist() == sorted(best([(score, i) for i, score in enumerate(scores.reshape(-1).tolist())], k))
+
+
+def test_equal_scores_select_the_first():
+    columns, _ = top_k(torch.ones(3, 50), 4)
+    assert columns.tolist() == [[0, 1, 2, 3]] * 3
+    assert top_k_flat(torch.zeros(3, 50), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_strided_scores():
+    scores = torch.tensor([[3.0, 1, 3, 2], [1, 1, 0, 1]]).t().contiguous().t()
+    assert top_k(scores, 2)[0].tolist() == [[0, 2], [0, 1]]
+    assert top_k_flat(scores, 3).tolist() == [0, 2, 3]

@@ -1,0 +1,363 @@
+"""Products with W + ΔW and their gradients, against autograd through a dense W + ΔW."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_fps.sparse import (
+    Structure,
+    autograd,
+    build_structure,
+    sparse_conv2d,
+    sparse_delta_linear,
+    sparse_linear,
+    structure,
+)
+from tests.helpers import bits, csr, flat_positions, normal, selections
+
+
+Selection = tuple[int, list[list[int]]]
+
+ROWS, INPUTS = [[0, 3], [], [0, 3, 5], [0, 1, 2, 3, 4, 5], [5]], 6
+LEADING = [(), (4,), (2, 3), (2, 1, 3)]
+PLAIN = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups
+
+
+def built(rows: list[list[int]] = ROWS, inputs: int = INPUTS, transposed: bool = False) -> Structure:
+    return build_structure(*csr(rows), len(rows), inputs, transposed)
+
+
+def scattered(weight: Tensor, values: Tensor, rows: list[list[int]], inputs: int, transposed: bool = False) -> Tensor:
+    """W + ΔW in the logical shape, differentiable by autograd."""
+    places = torch.tensor(flat_positions(rows, inputs, transposed), dtype=torch.int64)
+    dense = (weight.reshape(-1).index_put((places,), values, accumulate=True)).view(weight.shape)
+    return dense.t() if transposed else dense
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def assert_same_function(
+    ours: Callable[..., Tensor], naive: Callable[..., Tensor], *tensors: Tensor, **tolerance: Any
+):
+    """The same result, and the same gradients for all arguments."""
+    left, right = leaves(*tensors), leaves(*tensors)
+    result, expected = ours(*left), naive(*right)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, **tolerance)
+    grad = normal(*expected.shape, seed=9).to(expected.dtype)
+    result.backward(grad)
+    expected.backward(grad)
+    for ours_leaf, naive_leaf in zip(left, right, strict=True):
+        assert ours_leaf.grad is not None
+        torch.testing.assert_close(ours_leaf.grad, naive_leaf.grad, **tolerance)
+
+
+@contextmanager
+def saved_tensors():
+    """Tensors that autograd keeps for backward within the block."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+@given(selections(), st.sampled_from(LEADING), st.booleans(), st.sampled_from([1, 6, 1 << 22]))
+def test_sparse_linear(
+    transposed: bool, selection: Selection, leading: tuple[int, ...], bias: bool, product_elements: int
+):
+    inputs, rows = selection
+    weight = normal(*((inputs, len(rows)) if transposed else (len(rows), inputs)), dtype=torch.float64)
+    x, values = normal(*leading, inputs, seed=1), normal(sum(map(len, rows)), seed=2)
+    arguments = [x.double(), values.double()] + ([normal(len(rows), seed=3).double()] if bias else [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
+        where = built(rows, inputs, transposed)
+    assert_same_function(
+        lambda x, values, b=None: sparse_linear(x, weight, values, b, where),
+        lambda x, values, b=None: F.linear(x, scattered(weight, values, rows, inputs, transposed), b),
+        *arguments,
+    )
+
+
+@given(selections(), st.sampled_from(LEADING), st.sampled_from([1, 6, 1 << 22]))
+def test_sparse_delta_linear(selection: Selection, leading: tuple[int, ...], product_elements: int):
+    inputs, rows = selection
+    none = torch.zeros(len(rows), inputs, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
+        where = built(rows, inputs)
+    assert_same_function(
+        lambda x, values: sparse_delta_linear(x, values, where),
+        lambda x, values: F.linear(x, scattered(none, values, rows, inputs)),
+        normal(*leading, inputs, seed=1).double(),
+        normal(sum(map(len, rows)), seed=2).double(),
+    )
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda: normal(3, 2 * INPUTS)[:, ::2], id="strided-columns"),
+        pytest.param(lambda: normal(INPUTS, 3).t(), id="transposed"),
+        pytest.param(lambda: normal(4, 3, INPUTS).transpose(0, 1), id="swapped-tokens"),
+        pytest.param(lambda: normal(1, INPUTS).expand(3, INPUTS), id="expanded"),
+    ],
+)
+@pytest.mark.parametrize("contiguous_weight", [True, False], ids=["", "strided-weight"])
+def test_non_contiguous_tensors(view: Callable[[], Tensor], contiguous_weight: bool):
+    weight = normal(5, INPUTS) if contiguous_weight else normal(INPUTS, 5).t()
+    x, values = view(), normal(12, seed=2)
+    dense = scattered(weight.contiguous(), values, ROWS, INPUTS)
+    torch.testing.assert_close(sparse_linear(x, weight, values, None, built()), F.linear(x, dense))
+    torch.testing.assert_close(sparse_delta_linear(x, values, built()), F.linear(x, dense - weight))
+    # the gradient that arrives may be strided, too
+    left, right = leaves(values, values)
+    (sparse_linear(x, weight, left, None, built()).t() if x.dim() == 2 else left.sum()).sum().backward()
+    (
+        F.linear(x, scattered(weight.contiguous(), right, ROWS, INPUTS)) if x.dim() == 2 else right.sum()
+    ).sum().backward()
+    torch.testing.assert_close(left.grad, right.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32-weight", "half-weight"])
+def test_half_precision_products(dtype: torch.dtype, weight_dtype: torch.dtype | None):
+    weight, x = normal(5, INPUTS).to(weight_dtype or dtype), normal(7, INPUTS, seed=1).to(dtype)
+    bias = normal(5, seed=3).to(dtype)
+    (values,) = leaves(0.1 * normal(12, seed=2))
+    result = sparse_linear(x, weight, values, bias, built())
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    (exact_values,) = leaves(values)
+    expected = F.linear(x.float(), scattered(weight.float(), exact_values, ROWS, INPUTS), bias.float())
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, **tolerance)
+    result.sum().backward()
+    expected.sum().backward()
+    assert values.grad is not None
+    assert values.grad.dtype == torch.float32
+    torch.testing.assert_close(values.grad, exact_values.grad, **tolerance)
+
+
+def test_autocast_leaves_the_dtype_to_the_input():
+    weight, x, values = normal(5, INPUTS), normal(7, INPUTS, seed=1), normal(12, seed=2).requires_grad_()
+    plain = sparse_linear(x, weight, values, None, built())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sparse_linear(x, weight, values, None, built())
+        beside = sparse_delta_linear(x, values, built())
+        inside.sum().backward()
+    assert torch.equal(inside, plain)
+    assert beside.dtype == torch.float32
+    (expected,) = torch.autograd.grad(plain.sum(), values)
+    assert torch.equal(values.grad, expected)
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------------
+
+
+RANGES = ((1, 3), (0, 2), (1, 2))  # of stride, padding, dilation
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[list[int]], tuple[Any, ...]]:
+    groups, inputs, outputs = draw(st.sampled_from([(1, 2, 3), (2, 4, 4), (3, 3, 6)]))
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    geometry = tuple(draw(st.tuples(st.integers(low, high), st.integers(low, high))) for low, high in RANGES)
+    size = draw(st.tuples(st.integers(5, 7), st.integers(5, 7)))
+    weight = normal(outputs, inputs // groups, *kernel, dtype=torch.float64)
+    fan_in = weight[0].numel()
+    row = st.one_of(st.sets(st.integers(0, fan_in - 1), max_size=4).map(sorted), st.just(list(range(fan_in))))
+    rows = draw(st.lists(row, min_size=outputs, max_size=outputs))
+    return normal(draw(st.integers(1, 2)), inputs, *size, seed=1).double(), weight, rows, (*geometry, groups)
+
+
+@given(convolutions(), st.booleans())
+def test_sparse_conv2d(case: tuple[Tensor, Tensor, list[list[int]], tuple[Any, ...]], bias: bool):
+    x, weight, rows, geometry = case
+    where = built(rows, weight[0].numel())
+    arguments = [x, normal(sum(map(len, rows)), seed=2).double()]
+    assert_same_function(
+        lambda x, values, b=None: sparse_conv2d(x, weight, values, b, where, geometry),
+        lambda x, values, b=None: F.conv2d(x, scattered(weight, values, rows, weight[0].numel()), b, *geometry),
+        *arguments,
+        *([normal(len(rows), seed=3).double()] if bias else []),
+    )
+
+
+def test_sparse_conv2d_of_a_single_image():
+    weight, rows = normal(3, 2, 2, 2, dtype=torch.float64), [[0, 7], [], [1]]
+    assert_same_function(
+        lambda x, values, b: sparse_conv2d(x, weight, values, b, built(rows, 8), PLAIN),
+        lambda x, values, b: F.conv2d(x, scattered(weight, values, rows, 8), b),
+        normal(2, 5, 4, seed=1).double(),
+        normal(3, seed=2).double(),
+        normal(3, seed=3).double(),
+    )
+
+
+def test_sparse_conv2d_in_channels_last_memory():
+    weight, rows = normal(4, 3, 2, 2), [[0, 11], [], [3], list(range(12))]
+    x = normal(2, 3, 6, 6, seed=1).to(memory_format=torch.channels_last)
+    values = normal(15, seed=2)
+    for stored in (weight, weight.to(memory_format=torch.channels_last)):
+        assert_same_function(
+            lambda x, values, stored=stored: sparse_conv2d(x, stored, values, None, built(rows, 12), PLAIN),
+            lambda x, values: F.conv2d(x, scattered(weight, values, rows, 12)),
+            x,
+            values,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+# --- what holds for all of them -------------------------------------------------------------------------------------
+
+
+def products() -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
+    """Function of (x, values, bias), its arguments, and the weight."""
+    weight, kernel = normal(5, INPUTS, dtype=torch.float64), normal(4, 2, 2, 2, dtype=torch.float64)
+    x, image, rows = normal(2, 3, INPUTS, seed=1), normal(1, 4, 4, 3, seed=1), [[0, 7], [], [3], list(range(8))]
+    geometry = ((2, 1), (1, 0), (1, 2), 2)
+    values, bias = normal(12, seed=2), normal(5, seed=3)
+    return {
+        "linear": (lambda x, v, b: sparse_linear(x, weight, v, b, built()), [x, values, bias], weight),
+        "transposed": (
+            lambda x, v, b: sparse_linear(x, weight.t(), v, b, built(transposed=True)),
+            [x, values, bias],
+            weight,
+        ),
+        "delta": (lambda x, v, b: sparse_delta_linear(x, v, built()) + b, [x, values, bias], weight),
+        "conv": (
+            lambda x, v, b: sparse_conv2d(x, kernel, v, b, built(rows, 8), geometry),
+            [image, normal(11, seed=2), bias[:4]],
+            kernel,
+        ),
+    }
+
+
+KINDS = list(products())
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed", "delta"])
+@pytest.mark.parametrize("shape", [(0, INPUTS), (2, 0, INPUTS)], ids=str)
+def test_no_tokens_at_all(kind: str, shape: tuple[int, ...]):
+    function, (_, values, bias), _ = products()[kind]
+    x, values, bias = leaves(torch.zeros(shape, dtype=torch.float64), values.double(), bias.double())
+    result = function(x, values, bias)
+    assert result.shape == (*shape[:-1], len(ROWS))
+    result.sum().backward()
+    assert x.grad.shape == shape
+    assert not values.grad.any()
+    assert not bias.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str):
+    function, arguments, _ = products()[kind]
+    assert torch.autograd.gradcheck(function, leaves(*(tensor.double() for tensor in arguments)), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_derivative_is_refused(kind: str):
+    function, arguments, _ = products()[kind]
+    x, values, bias = leaves(*(tensor.double() for tensor in arguments))
+    (first,) = torch.autograd.grad(function(x, values, bias).square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch):
+    function, arguments, weight = products()[kind]
+    weight.requires_grad_()
+    arguments = [tensor.double().requires_grad_(need) for tensor, need in zip(arguments, wanted, strict=True)]
+    result = function(*arguments)
+    done: list[str] = []
+    for module, name in ((autograd, "compose_weight"), (autograd, "sampled_product"), (autograd, "conv2d_weight")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, original=original: (done.append(name), original(*args))[1]
+        )
+    result.sum().backward()
+    assert [tensor.grad is not None for tensor in arguments] == list(wanted)
+    assert weight.grad is None
+    need_x, need_values, _ = wanted
+    assert ("compose_weight" in done) == need_x
+    assert bool({"sampled_product", "conv2d_weight"} & set(done)) == need_values
+
+
+def test_without_a_gradient_to_come_nothing_is_saved():
+    with saved_tensors() as kept:
+        for function, arguments, _ in products().values():
+            assert not function(*(tensor.double() for tensor in arguments)).requires_grad
+    assert kept == []
+
+
+@pytest.mark.parametrize("leading", [(50,), (10, 5)], ids=str)
+@pytest.mark.parametrize("train_values", [True, False], ids=["values", "frozen-values"])
+def test_linear_saves_the_weight_itself_and_the_used_columns_only(leading: tuple[int, ...], train_values: bool):
+    rows, inputs = [[2, 17], [17], [], [2, 30]] * 10, 40  # 40 neurons read three columns
+    weight, values = normal(40, inputs), normal(50, seed=2).requires_grad_(train_values)
+    x = normal(*leading, inputs, seed=1).requires_grad_()
+    with saved_tensors() as kept:
+        sparse_linear(x, weight, values, normal(40, seed=3), built(rows, inputs))
+    # all tokens of three columns, the weight and the values
+    assert sorted(tensor.numel() for tensor in kept) == sorted([50 * 3] * train_values + [40 * inputs, 50])
+    (saved_weight,) = [tensor for tensor in kept if tensor.shape == weight.shape]
+    assert saved_weight.data_ptr() == weight.data_ptr()
+
+
+def test_delta_linear_saves_the_used_columns_and_no_weight():
+    rows, inputs = [[2, 17], [17], [], [2, 30]] * 10, 40
+    with saved_tensors() as kept:
+        sparse_delta_linear(
+            normal(50, inputs).requires_grad_(), normal(50, seed=2).requires_grad_(), built(rows, inputs)
+        )
+    assert sorted(tensor.numel() for tensor in kept) == [50, 50 * 3]
+
+
+def test_conv2d_saves_no_second_weight():
+    weight, rows = normal(16, 8, 3, 3), [[0, 71]] * 16
+    x, values = normal(2, 8, 5, 5, seed=1).requires_grad_(), normal(32, seed=2).requires_grad_()
+    with saved_tensors() as kept:
+        sparse_conv2d(x, weight, values, None, built(rows, 72), PLAIN)
+    aliases = {x.data_ptr(), weight.data_ptr(), values.data_ptr()}
+    assert {tensor.data_ptr() for tensor in kept} <= aliases
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_gradient_for_the_weight_whose_bytes_stay(kind: str):
+    function, arguments, weight = products()[kind]
+    weight.requires_grad_()
+    before = bits(weight)
+    function(*leaves(*(tensor.double() for tensor in arguments))).sum().backward()
+    assert weight.grad is None
+    assert bits(weight) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_gradients(kind: str):
+    function, arguments, _ = products()[kind]
+    x, values, bias = (tensor.double() for tensor in arguments)
+    found = torch.func.grad(lambda x, v, b: function(x, v, b).square().sum(), argnums=(0, 1, 2))(x, values, bias)
+    expected = leaves(x, values, bias)
+    function(*expected).square().sum().backward()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.grad)

@@ -1,0 +1,168 @@
+"""Checks of selections from anywhere, and the index tensors derived from them."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_fps.sparse import (
+    StructureError,
+    build_structure,
+    check_entries,
+    even_row_counts,
+    structure,
+    unite_structures,
+)
+from tests.helpers import csr, flat_positions, selections
+
+
+VALID = {"columns": torch.tensor([0, 2, 1]), "row_counts": torch.tensor([2, 1]), "neurons": 2, "inputs": 3}
+VALUES = torch.tensor([0.5, -1.0, 2.0])
+
+
+def changed(**replaced: object) -> dict[str, object]:
+    return VALID | replaced
+
+
+@pytest.mark.parametrize(
+    ("entries", "found", "expected"),
+    [
+        pytest.param(changed(columns=torch.tensor([0.0, 2, 1])), "torch.float32", "integer", id="float-columns"),
+        pytest.param(changed(columns=torch.tensor([True, False, True])), "torch.bool", "integer", id="bool-columns"),
+        pytest.param(changed(columns=torch.tensor([0j, 2, 1])), "torch.complex64", "integer", id="complex-columns"),
+        pytest.param(changed(row_counts=torch.tensor([2.0, 1])), "torch.float32", "integer", id="float-counts"),
+        pytest.param(changed(row_counts=torch.tensor([True, True])), "torch.bool", "integer", id="bool-counts"),
+        pytest.param(changed(columns=torch.tensor([[0, 2, 1]])), "(1, 3)", "one dimension", id="2d-columns"),
+        pytest.param(changed(columns=torch.tensor(0)), "()", "one dimension", id="0d-columns"),
+        pytest.param(changed(row_counts=torch.tensor([[2, 1]])), "(1, 2)", "one dimension", id="2d-counts"),
+        pytest.param(changed(row_counts=torch.tensor([3])), "1 elements", "one per neuron, 2", id="too-few-counts"),
+        pytest.param(changed(row_counts=torch.tensor([1, 1, 1])), "3 elements", "neuron, 2", id="too-many-counts"),
+        pytest.param(changed(row_counts=torch.tensor([4, -1])), "[-1, 4]", "[0, 3]", id="negative-count"),
+        pytest.param(
+            changed(columns=torch.tensor([0, 1, 2, 2]), row_counts=torch.tensor([4, 0])),
+            "[0, 4]",
+            "[0, 3]",
+            id="count-above-inputs",
+        ),
+        pytest.param(changed(row_counts=torch.tensor([2, 2])), "3 elements", "sum of fps_row_counts, 4", id="sum"),
+        pytest.param(changed(columns=torch.tensor([0, 2])), "2 elements", "sum of fps_row_counts, 3", id="missing"),
+        pytest.param(changed(columns=torch.tensor([-1, 2, 1])), "[-1, 2]", "[0, 2]", id="negative-column"),
+        pytest.param(changed(columns=torch.tensor([0, 3, 1])), "[0, 3]", "[0, 2]", id="column-at-inputs"),
+        pytest.param(changed(columns=torch.tensor([2, 0, 1])), "within neuron 0", "sorted, unique", id="unsorted"),
+        pytest.param(changed(columns=torch.tensor([1, 1, 1])), "within neuron 0", "sorted, unique", id="repeated"),
+        pytest.param(
+            changed(columns=torch.tensor([0, 2, 1]), row_counts=torch.tensor([1, 2])),
+            "within neuron 1",
+            "sorted, unique",
+            id="unsorted-in-last",
+        ),
+        pytest.param(changed(values=torch.tensor([1, 2, 3])), "torch.int64", "floating", id="integer-values"),
+        pytest.param(changed(values=VALUES[:2]), "(2,)", "(3,)", id="too-few-values"),
+        pytest.param(changed(values=VALUES[None]), "(1, 3)", "(3,)", id="2d-values"),
+        pytest.param(changed(values=VALUES * torch.nan), "NaN or infinity", "finite", id="nan"),
+        pytest.param(changed(values=torch.tensor([1, torch.inf, 0])), "NaN or infinity", "finite", id="infinity"),
+        pytest.param(changed(values=torch.tensor([1, -torch.inf, 0])), "NaN or infinity", "finite", id="-infinity"),
+    ],
+)
+def test_bad_entries_are_refused_with_found_and_expected(entries: dict[str, object], found: str, expected: str):
+    with pytest.raises(StructureError, match=f"{re.escape(found)}.*expected.*{re.escape(expected)}"):
+        check_entries(**entries)
+
+
+def test_structure_errors_are_value_errors_and_stop_a_build():
+    with pytest.raises(ValueError, match="strictly increasing within neuron 0"):
+        build_structure(torch.tensor([2, 0, 1]), torch.tensor([2, 1]), 2, 3)
+
+
+@pytest.mark.parametrize("columns", [torch.uint8, torch.uint16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("counts", [torch.uint8, torch.uint16, torch.uint32, torch.int32], ids=str)
+@pytest.mark.parametrize("values", [None, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_valid_entries_come_back_as_int64(columns: torch.dtype, counts: torch.dtype, values: torch.dtype | None):
+    given_values = None if values is None else VALUES.to(values)
+    found = check_entries(VALID["columns"].to(columns), VALID["row_counts"].to(counts), 2, 3, given_values)
+    assert [tensor.dtype for tensor in found] == [torch.int64, torch.int64]
+    assert found[0].tolist() == [0, 2, 1]
+    assert found[1].tolist() == [2, 1]
+
+
+def test_largest_small_integers_keep_their_value():
+    columns, counts = torch.tensor([0, 65535]).to(torch.uint16), torch.tensor([2]).to(torch.uint8)
+    assert check_entries(columns, counts, 1, 65536)[0].tolist() == [0, 65535]
+    with pytest.raises(StructureError, match=r"\[0, 65535\], expected \[0, 65534\]"):
+        check_entries(columns, counts, 1, 65535)
+
+
+def test_no_entries_at_all_are_valid():
+    columns, counts = check_entries(torch.tensor([], dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 2, 3)
+    assert columns.numel() == 0
+    assert counts.tolist() == [0, 0]
+    empty = build_structure(columns, counts, 2, 3)
+    assert (empty.positions.numel(), empty.union.numel(), empty.product_positions.numel()) == (0, 0, 0)
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_even_row_counts_spread_the_surplus_over_the_first(entries: int, neurons: int):
+    expected = [0] * neurons
+    for i in range(entries):
+        expected[i % neurons] += 1
+    assert even_row_counts(entries, neurons).tolist() == expected
+
+
+@given(selections(), st.booleans(), st.sampled_from([1, 3, 8, 1 << 22]))
+def test_build_structure_against_naive_positions(
+    selection: tuple[int, list[list[int]]], transposed: bool, product_elements: int
+):
+    inputs, rows = selection
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
+        built = build_structure(*csr(rows), len(rows), inputs, transposed)
+    assert (built.neurons, built.inputs, built.transposed) == (len(rows), inputs, transposed)
+    assert built.positions.tolist() == flat_positions(rows, inputs, transposed)
+    union = sorted({column for row in rows for column in row})
+    assert built.union.tolist() == union
+
+    # the chunks are runs of whole rows, one behind the other, with the entries of these rows
+    row, entry = 0, 0
+    for chunk in built.chunks:
+        assert (chunk.first_row, chunk.first_entry) == (row, entry)
+        assert chunk.last_row > chunk.first_row
+        inside = rows[chunk.first_row : chunk.last_row]
+        assert chunk.last_entry - chunk.first_entry == sum(map(len, inside))
+        assert len(inside) * len(union) <= product_elements or len(inside) == 1
+        expected = [i * len(union) + union.index(column) for i, columns in enumerate(inside) for column in columns]
+        assert built.product_positions[chunk.first_entry : chunk.last_entry].tolist() == expected
+        row, entry = chunk.last_row, chunk.last_entry
+    assert (row, entry) == (len(rows), sum(map(len, rows)))
+
+
+def test_all_rows_are_one_chunk_where_the_product_fits(monkeypatch: pytest.MonkeyPatch):
+    rows = [[0, 1], [1, 3], [0, 3]]
+    monkeypatch.setattr(structure, "PRODUCT_ELEMENTS", 9)  # three used columns
+    assert len(build_structure(*csr(rows), 3, 4).chunks) == 1
+    monkeypatch.setattr(structure, "PRODUCT_ELEMENTS", 8)
+    assert [chunk.last_row for chunk in build_structure(*csr(rows), 3, 4).chunks] == [2, 3]
+
+
+@st.composite
+def several_selections(draw: st.DrawFn) -> tuple[int, list[list[list[int]]]]:
+    inputs, neurons = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    row = st.sets(st.integers(0, inputs - 1)).map(sorted)
+    several = st.lists(st.lists(row, min_size=neurons, max_size=neurons), min_size=1, max_size=4)
+    return inputs, draw(several)
+
+
+@given(several_selections(), st.booleans())
+def test_unite_structures_against_naive_set_union(several: tuple[int, list[list[list[int]]]], transposed: bool):
+    inputs, lists = several
+    neurons = len(lists[0])
+    built = [build_structure(*csr(rows), neurons, inputs, transposed) for rows in lists]
+    united, places = unite_structures(built)
+    union = [sorted(set().union(*(rows[i] for rows in lists))) for i in range(neurons)]
+    assert united.positions.tolist() == flat_positions(union, inputs, transposed)
+    assert united.union.tolist() == sorted({column for row in union for column in row})
+    assert (united.neurons, united.inputs, united.transposed) == (neurons, inputs, transposed)
+    entries = [(i, column) for i, row in enumerate(union) for column in row]
+    expected = [entries.index((i, column)) for rows in lists for i, row in enumerate(rows) for column in row]
+    assert places.tolist() == expected

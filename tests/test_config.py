@@ -1,0 +1,429 @@
+"""What a user may ask for: every wrong value is refused, and the file keeps what was asked."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from peft_fps import FPSConfig
+from tests.helpers import adapted, finish, start_python, tiny_vit
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SIZES = {"neurons": 2, "inputs": 3, "entries": 4}
+
+FULL: dict[str, Any] = {
+    "budget": None,
+    "per_neuron": 2.5,
+    "importance": "random",
+    "norm": "l2",
+    "weight_magnitude": False,
+    "granularity": "model",
+    "bias": "none",
+    "target_modules": ["value", "query"],
+    "exclude_modules": ["key"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["layers", "blocks"],
+    "modules_to_save": ["head", "classifier"],
+    "budget_pattern": {"query": 1, "value": 2.5},
+    "init_weights": False,
+    "seed": 7,
+    "allocation": {"layers.0.query": SIZES},
+    "calibration": {"batches": 3, "examples": 12},
+    "base_fingerprint": {"sha256": "0" * 64, "dtype": "float32"},
+    "whole_tensors": ["classifier.weight", "head.weight"],
+    "task_type": "FEATURE_EXTRACTION",
+    "base_model_name_or_path": "some/model",
+    "revision": "main",
+    "inference_mode": True,
+}
+
+
+def nan() -> float:
+    return float("nan")
+
+
+# --- defaults -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_papers_budget():
+    assert FPSConfig() == FPSConfig(budget=0.0077)
+    found = FPSConfig()
+    assert (found.budget, found.per_neuron, found.importance, found.norm) == (0.0077, None, "activation", "l1")
+    assert (found.granularity, found.bias, found.weight_magnitude, found.init_weights) == ("neuron", "all", True, True)
+    assert found.target_modules is None
+    assert found.peft_type == "FPS"
+    assert FPSConfig(per_neuron=3).budget is None
+
+
+@pytest.mark.parametrize("peft_type", [None, "LORA", "FPS"])
+def test_the_type_is_always_fps(peft_type: str | None):
+    assert FPSConfig(peft_type=peft_type).peft_type.value == "FPS"
+
+
+def test_construction_does_not_warn(recwarn: pytest.WarningsRecorder):
+    FPSConfig()
+    FPSConfig(**FULL)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, True),
+        ({"per_neuron": 1}, True),
+        ({"importance": "magnitude"}, False),
+        ({"importance": "random"}, False),
+        ({"budget": 0}, False),
+        ({"per_neuron": 0}, False),
+    ],
+    ids=str,
+)
+def test_needs_calibration(options: dict[str, Any], needed: bool):
+    assert FPSConfig(**options).needs_calibration is needed
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_lists_of_modules_become_sets(name: str, kind: type):
+    assert getattr(FPSConfig(**{name: kind(["b", "a"])}), name) == {"a", "b"}
+    assert getattr(FPSConfig(**{name: r"a.*\.b"}), name) == r"a.*\.b"
+    assert getattr(FPSConfig(**{name: kind([])}), name) == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(0, 0), (3, 3), ([0], [0]), ([2, 1], [2, 1]), ((0, 1), [0, 1]), ({1}, [1])]
+)
+def test_blocks_to_transform(given: Any, kept: Any):
+    assert FPSConfig(target_modules=["query"], layers_to_transform=given).layers_to_transform == kept
+    assert FPSConfig(target_modules="all-linear", layers_to_transform=given, layers_pattern="h").layers_pattern == "h"
+
+
+@pytest.mark.parametrize("budget", [0, 0.0, 1, 1.0, 1e-9])
+def test_budgets_at_the_edge(budget: float):
+    assert FPSConfig(budget=budget).budget == budget
+    assert FPSConfig(per_neuron=1000 * budget).per_neuron == 1000 * budget
+
+
+# --- wrong values ---------------------------------------------------------------------------------------------------
+
+
+WRONG = [
+    # field, wrong value, part of what is allowed
+    ("budget", -0.1, "between 0 and 1"),
+    ("budget", 1.5, "between 0 and 1"),
+    ("budget", nan(), "between 0 and 1"),
+    ("budget", float("inf"), "between 0 and 1"),
+    ("budget", "0.1", "number between 0 and 1"),
+    ("budget", True, "number between 0 and 1"),
+    ("budget", [0.1], "number between 0 and 1"),
+    ("per_neuron", -1, "at least 0"),
+    ("per_neuron", nan(), "finite number of at least 0"),
+    ("per_neuron", float("inf"), "finite"),
+    ("per_neuron", "2", "number of at least 0"),
+    ("per_neuron", False, "number of at least 0"),
+    ("importance", "gradients", "'activation', 'magnitude', 'random'"),
+    ("importance", None, "'activation', 'magnitude', 'random'"),
+    ("importance", ["activation"], "'activation', 'magnitude', 'random'"),
+    ("norm", "l3", "'l1', 'l2'"),
+    ("norm", 2, "'l1', 'l2'"),
+    ("weight_magnitude", 1, "True or False"),
+    ("weight_magnitude", None, "True or False"),
+    ("granularity", "block", "'neuron', 'layer', 'model'"),
+    ("granularity", True, "'neuron', 'layer', 'model'"),
+    ("bias", True, "'none', 'all'"),
+    ("bias", "lora_only", "'none', 'all'"),
+    ("target_modules", "", "not empty"),
+    ("target_modules", 3, "a name or a list of names"),
+    ("target_modules", ["query", 3], "a name or a list of names"),
+    ("target_modules", ["query", ""], "not empty"),
+    ("target_modules", {"query": 1}, "a name or a list of names"),
+    ("target_modules", "(", "regular expression"),
+    ("exclude_modules", b"query", "a name or a list of names"),
+    ("exclude_modules", [None], "a name or a list of names"),
+    ("exclude_modules", "[", "regular expression"),
+    ("layers_to_transform", -1, "0 or more"),
+    ("layers_to_transform", [0, -1], "0 or more"),
+    ("layers_to_transform", True, "list of indices"),
+    ("layers_to_transform", 1.0, "list of indices"),
+    ("layers_to_transform", "0", "list of indices"),
+    ("layers_pattern", "layers", "layers_to_transform"),
+    ("layers_pattern", 3, "a name or a list of names"),
+    ("modules_to_save", "classifier", "a list of names"),
+    ("modules_to_save", [""], "not empty"),
+    ("modules_to_save", 1, "a list of names"),
+    ("budget_pattern", ["query"], "dict"),
+    ("budget_pattern", None, "dict"),
+    ("budget_pattern", {3: 0.1}, "module name"),
+    ("budget_pattern", {"(": 0.1}, "regular expression"),
+    ("budget_pattern", {"query": 1.5}, "between 0 and 1"),
+    ("budget_pattern", {"query": -1}, "between 0 and 1"),
+    ("budget_pattern", {"query": None}, "number"),
+    ("budget_pattern", {"query": "1"}, "number"),
+    ("init_weights", "gaussian", "True or False"),
+    ("init_weights", None, "True or False"),
+    ("seed", -1, "at least 0"),
+    ("seed", 2**63, "below 2**63"),
+    ("seed", 1.0, "integer"),
+    ("seed", True, "integer"),
+    ("seed", None, "integer"),
+    ("format_version", 2, "at most 1"),
+    ("format_version", 0, "at least 1"),
+    ("format_version", "1", "integer"),
+    ("format_version", True, "integer"),
+    ("format_version", None, "integer"),
+    ("check_base", "ignore", "'error', 'warn'"),
+    ("check_base", None, "'error', 'warn'"),
+    ("plugin", 3, ""),
+    ("plugin", None, ""),
+    ("inference_mode", "no", "True or False"),
+    ("task_type", "GUESSING", "SEQ_CLS"),
+    ("allocation", [SIZES], "expected None or"),
+    ("allocation", {"query": {"neurons": 2, "inputs": 3}}, "'entries'"),
+    ("allocation", {"query": [2, 3, 4]}, "'entries'"),
+    ("allocation", {"query": SIZES | {"more": 1}}, "'entries'"),
+    ("allocation", {"query": SIZES | {"entries": -1}}, "at least 0"),
+    ("allocation", {"query": SIZES | {"entries": 1.0}}, "integers"),
+    ("allocation", {"query": SIZES | {"neurons": True}}, "integers"),
+    ("allocation", {"query": SIZES | {"entries": 7}}, "at most neurons times inputs"),
+    ("allocation", {3: SIZES}, "'entries'"),
+    ("calibration", ["batches"], "expected None or"),
+    ("base_fingerprint", "0" * 64, "expected None or"),
+    ("base_fingerprint", {"sha256": 5, "dtype": "float32"}, "expected None or"),
+    ("whole_tensors", "classifier.weight", "list of names"),
+    ("whole_tensors", [3], "list of names"),
+    ("pickled", "yes", "True or False"),
+    ("pickled", None, "True or False"),
+]
+
+
+def refusal(options: dict[str, Any]) -> str:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        FPSConfig(**options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG, ids=[f"{name}-{value!r}" for name, value, _ in WRONG])
+def test_a_wrong_value_is_refused_with_field_found_and_allowed(name: str, value: Any, allowed: str):
+    message = refusal({name: value})
+    found = (
+        next(iter(value.values())) if name in ("budget_pattern", "allocation") and isinstance(value, dict) else value
+    )
+    assert name.replace("task_type", "task type") in message
+    assert repr(found) in message or str(found) in message or repr(next(iter(value))) in message
+    assert allowed in message
+
+
+def test_every_field_has_a_wrong_value():
+    informative = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}  # PEFT's own
+    assert {name for name, _, _ in WRONG} == {field.name for field in fields(FPSConfig)} - informative
+
+
+def test_budget_and_k_exclude_each_other():
+    message = refusal({"budget": 0.01, "per_neuron": 2})
+    assert "budget=0.01" in message
+    assert "per_neuron=2" in message
+    assert "at most one" in message
+
+
+@pytest.mark.parametrize(
+    "options", [{"layers_to_transform": 0}, {"layers_to_transform": [1], "layers_pattern": "h"}], ids=str
+)
+def test_blocks_with_a_regular_expression_are_refused(options: dict[str, Any]):
+    message = refusal({"target_modules": r".*query", **options})
+    assert "layers_to_transform is" in message
+    assert "'.*query'" in message
+    assert "list of names" in message
+
+
+def test_a_pattern_is_a_number_of_entries_with_k():
+    assert FPSConfig(per_neuron=1, budget_pattern={"query": 12}).budget_pattern == {"query": 12}
+    assert "at least 0" in refusal({"per_neuron": 1, "budget_pattern": {"query": -1}})
+
+
+def test_a_saved_config_lists_the_tensors_saved_whole():
+    message = refusal(FULL | {"whole_tensors": None})
+    assert "whole_tensors is None" in message
+    assert "['head', 'classifier']" in message
+
+
+def test_a_newer_format_says_how_to_upgrade():
+    assert "pip install -U peft-fps" in refusal({"format_version": 2})
+
+
+# --- copies and files -----------------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads((folder / CONFIG).read_text())
+    change(data)
+    (folder / CONFIG).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.25}, FULL], ids=["default", "budget", "full"])
+@pytest.mark.parametrize("loader", [FPSConfig, PeftConfig], ids=["FPSConfig", "PeftConfig"])
+def test_round_trips(options: dict[str, Any], loader: type[PeftConfig], tmp_path: Path):
+    config = FPSConfig(**options)
+    config.save_pretrained(tmp_path)
+    assert loader.from_pretrained(str(tmp_path)) == config
+    assert FPSConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert copy.deepcopy(config) == config
+    assert (tmp_path / CONFIG).read_text() == json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def test_the_file_says_what_was_asked(tmp_path: Path):
+    FPSConfig(**FULL).save_pretrained(tmp_path)
+    data = json.loads((tmp_path / CONFIG).read_text())
+    assert {name: data[name] for name in FULL} == FULL | {"target_modules": ["query", "value"]}
+    assert (data["peft_type"], data["format_version"], data["plugin"]) == ("FPS", 1, "peft_fps")
+
+
+def test_patterns_keep_their_order_in_the_file(tmp_path: Path):
+    # the first pattern that matches a module wins
+    config = FPSConfig(per_neuron=1, budget_pattern={"query": 7, "block.1.query": 1})
+    config.save_pretrained(tmp_path)
+    assert list(FPSConfig.from_pretrained(str(tmp_path)).budget_pattern) == ["query", "block.1.query"]
+
+
+def test_check_base_is_not_saved(tmp_path: Path):
+    config = FPSConfig(check_base="warn")
+    assert "check_base" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert "check_base" not in (tmp_path / CONFIG).read_text()
+    assert FPSConfig.from_pretrained(str(tmp_path)).check_base == "error"
+    assert FPSConfig.from_pretrained(str(tmp_path), check_base="warn").check_base == "warn"
+
+
+HASHED = """
+import sys, peft_fps
+names = {f"module{i}" for i in range(20)}
+for name, saved in (("list", sorted(names)), ("set", names)):
+    config = peft_fps.FPSConfig(target_modules=names, exclude_modules=names, modules_to_save=saved,
+                                layers_to_transform={3, 1}, layers_pattern=names)
+    config.save_pretrained(f"{sys.argv[1]}/{name}")
+"""
+
+
+@pytest.fixture(scope="module")
+def written_twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders written by two processes that iterate over sets in different orders."""
+    folders = [tmp_path_factory.mktemp(seed) for seed in ("one", "two")]
+    for process in [start_python(HASHED, str(f), PYTHONHASHSEED=str(i)) for i, f in enumerate(folders)]:
+        finish(process)
+    return folders
+
+
+@pytest.mark.parametrize("modules_to_save", ["list", "set"])
+def test_the_file_is_the_same_bytes_in_every_process(modules_to_save: str, written_twice: list[Path]):
+    one, two = ((folder / modules_to_save / CONFIG).read_bytes() for folder in written_twice)
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"format_version": 2}, "at most 1", id="newer"),
+        pytest.param({"budget": "0.1"}, "budget is '0.1'", id="wrong-type"),
+        pytest.param({"importance": "os.system"}, "importance is 'os.system'", id="wrong-choice"),
+        pytest.param({"allocation": {"query": SIZES | {"entries": 7}}}, "allocation", id="wrong-allocation"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_every_loader(change: dict[str, Any], message: str, tmp_path: Path):
+    FPSConfig().save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda data: data.update(change))
+    for loader in (FPSConfig, PeftConfig):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            loader.from_pretrained(str(tmp_path))
+
+
+def test_a_file_of_another_version_with_unknown_fields_loads_with_peft_warning(tmp_path: Path):
+    FPSConfig(budget=0.01).save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda data: data.update(from_the_future=1))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert FPSConfig.from_pretrained(str(tmp_path)) == FPSConfig(budget=0.01)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=CONFIG):
+        FPSConfig.from_pretrained(str(tmp_path))
+
+
+# --- the adapter file beside it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a saved adapter with a trained head."""
+    adapted(tiny_vit()).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {CONFIG, WEIGHTS}
+    return tmp_path
+
+
+def load(folder: Path) -> PeftModel:
+    return PeftModel.from_pretrained(tiny_vit(), str(folder))
+
+
+def refused(folder: Path, message: str) -> None:
+    """By loading the config alone, and by loading the adapter onto a model, which stays plain."""
+    with pytest.raises(ValueError, match=message):
+        FPSConfig.from_pretrained(str(folder))
+    model = tiny_vit()
+    names = set(dict(model.named_modules()))
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, str(folder))
+    assert set(dict(model.named_modules())) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_intact_folder_is_accepted(saved: Path):
+    assert FPSConfig.from_pretrained(str(saved)).modules_to_save == ["classifier"]
+    load(saved)
+
+
+def test_a_config_alone_is_accepted(saved: Path):
+    (saved / WEIGHTS).unlink()
+    assert FPSConfig.from_pretrained(str(saved)).modules_to_save == ["classifier"]
+
+
+def test_a_pickled_adapter_is_refused_unread(saved: Path):
+    (saved / WEIGHTS).unlink()
+    (saved / "adapter_model.bin").write_bytes(b"not even a pickle")
+    refused(saved, "adapter_model.bin.*expected adapter_model.safetensors.*safe_serialization=True")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+def test_an_unreadable_adapter_is_refused(damage: str, saved: Path):
+    content = (saved / WEIGHTS).read_bytes()
+    bad = {"empty": b"", "cut": content[: len(content) // 2], "noise": b"\xff" * 100}[damage]
+    (saved / WEIGHTS).write_bytes(bad)
+    refused(saved, f"{WEIGHTS} is not a readable safetensors file")
+
+
+def test_a_missing_tensor_of_a_whole_module_is_refused(saved: Path):
+    tensors = load_file(saved / WEIGHTS)
+    kept = {key: tensor for key, tensor in tensors.items() if "classifier" not in key}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, saved / WEIGHTS)
+    refused(saved, r"lacks classifier.bias, classifier.weight, expected every tensor")
+
+
+def test_a_subfolder_is_looked_at_as_well(saved: Path, tmp_path: Path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (saved / CONFIG).rename(inner / CONFIG)
+    (inner / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ValueError, match="inner.*not a readable safetensors file"):
+        FPSConfig.from_pretrained(str(tmp_path), subfolder="inner")
+
+
+def test_a_loaded_adapter_computes_what_was_saved(saved: Path):
+    x = torch.zeros(1, 3, 16, 16)
+    assert torch.equal(load(saved).eval()(x).logits, adapted(tiny_vit())(x).logits)

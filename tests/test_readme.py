@@ -1,0 +1,57 @@
+"""The README's programs run as printed, and its commands are those that CI runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_quickstart_runs_as_printed(tmp_path: Path) -> None:
+    program = next(block for block in blocks("python") if "merge_and_unload" in block)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    accuracy = float(re.search(r"test accuracy ([0-9.]+)", run.stdout)[1])
+    assert accuracy > 0.9
+    assert "budget 0.770%" in run.stdout
+    assert (tmp_path / "runs/quickstart/adapter/adapter_model.safetensors").exists()
+
+
+def test_programs_are_valid_python() -> None:
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize(
+    "command", ['pip install ".[cli]" && peft-fps finetune', 'pip install ".[test]" && python -m pytest']
+)
+def test_ci_runs_the_printed_commands(command: str) -> None:
+    assert command in [line for block in blocks("bash") for line in block.splitlines()]
+    ci = ROOT / ".ci" / "run"
+    if not ci.exists():
+        pytest.skip("the CI script is not part of a source distribution")
+    assert command in ci.read_text().splitlines()
+
+
+def test_budget_table_is_the_arithmetic_of_vit_b_16() -> None:
+    neurons, parameters = 768 + 12 * (4 * 768 + 3072 + 768), 85_798_656
+    rows = re.findall(r"^\| (\d+)[^|]* \| ([0-9,]+) \| ([0-9.]+) % \| ([0-9.]+) % \|$", README, re.MULTILINE)
+    assert [int(k) for k, *_ in rows][:5] == [0, 1, 2, 5, 6]
+    for k, trained, share, with_head in rows[:5]:
+        expected = neurons * int(k) + neurons
+        assert int(trained.replace(",", "")) == expected
+        assert share == f"{100 * expected / parameters:.3f}"
+        assert with_head == f"{100 * (expected + 769 * 100) / parameters:.3f}"

@@ -1,0 +1,222 @@
+"""`FPSCallback`: calibration as the first thing a Trainer run does, and nothing else is different for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from peft_fps import FPSCallback, FPSConfig
+from peft_fps.training import callback as module
+from tests.helpers import adapted, images, layers_of, selected_columns, tiny_vit
+from tests.training.test_trainer import EXAMPLES, arguments, dropping, trained_state, trainer
+
+
+BATCHES = [{"pixel_values": torch.stack([e["pixel_values"] for e in EXAMPLES[i : i + 4]])} for i in (0, 4, 8)]
+
+
+def uncalibrated(**options: Any) -> PeftModel:
+    return get_peft_model(dropping(tiny_vit()), FPSConfig(**{"per_neuron": 2, **options}))
+
+
+def selections(model: nn.Module) -> dict[str, list[list[int]]]:
+    return {path: selected_columns(layer) for path, layer in layers_of(model).items()}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of every calibration that a callback starts."""
+    found: list[dict[str, Any]] = []
+    calibrate: Callable[..., Any] = module.calibrate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found.append(kwargs)
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "calibrate", counted)
+    return found
+
+
+def seen_in_training(model: nn.Module) -> list[float]:
+    """Starts a list of a number per training batch that tells which examples it held, in order."""
+    seen: list[float] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            weights = torch.arange(1.0, kwargs["pixel_values"].shape[0] + 1)
+            seen.append(float(kwargs["pixel_values"].sum((1, 2, 3)) @ weights))
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return seen
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one epoch": {"max_steps": 3},
+    "several epochs": {"max_steps": 7},
+    "accumulation": {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    "last batch dropped": {"max_steps": 4, "per_device_train_batch_size": 5, "dataloader_drop_last": True},
+    "own data seed": {"max_steps": 4, "data_seed": 5},
+    "sequential": {"max_steps": 4, "train_sampling_strategy": "sequential"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("granularity", ["neuron", "model"])
+def test_equals_calibration_by_hand(granularity: str, options: str, tmp_path: Path) -> None:
+    """Bit for bit: order of the data and dropout are those of a run without the callback."""
+    by_hand, by_callback = uncalibrated(granularity=granularity), uncalibrated(granularity=granularity)
+    first = trainer(by_callback, tmp_path, [FPSCallback()], **OPTIONS[options])
+    again, data = seen_in_training(by_callback), first.get_train_dataloader()
+    expected = seen_in_training(by_hand)
+    first.train()
+
+    by_hand.calibrate([{"pixel_values": batch["pixel_values"]} for batch in data], progress=False)
+    trainer(by_hand, tmp_path, **OPTIONS[options]).train()
+
+    assert selections(by_callback) == selections(by_hand)
+    assert again == expected
+    assert trained_state(by_callback) == trained_state(by_hand)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_some_batches_only(accumulation: int, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    """A loader that was left in the middle starts anew, and accumulates as before."""
+    options = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
+    by_hand, by_callback = uncalibrated(), uncalibrated()
+    batch = next(iter(trainer(by_hand, tmp_path, **options).get_train_dataloader()))
+    again, expected = seen_in_training(by_callback), seen_in_training(by_hand)
+    trainer(by_callback, tmp_path, [FPSCallback(num_batches=1)], **options).train()
+    assert [call["num_batches"] for call in calls] == [1]
+
+    by_hand.calibrate([{"pixel_values": batch["pixel_values"]}], progress=False)
+    trainer(by_hand, tmp_path, **options).train()
+    assert selections(by_callback) == selections(by_hand)
+    assert again == expected
+    assert trained_state(by_callback) == trained_state(by_hand)
+    assert "4 examples" in str(by_callback.selection_report())
+
+
+def test_once_at_the_start_on_all_training_data(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    model, other = uncalibrated(), uncalibrated()
+    run = trainer(model, tmp_path, [FPSCallback()], max_steps=8)
+    run.train()
+    run.train()
+    assert len(calls) == 1
+    assert "12 examples" in str(model.selection_report())
+    other.calibrate(BATCHES, progress=False)
+    assert selections(model) == selections(other)
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    class Watch(TrainerCallback):
+        found: dict[str, list[list[int]]] | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.found = self.found or selections(kwargs["model"])
+
+    watch, model, other = Watch(), uncalibrated(), uncalibrated()
+    trainer(model, tmp_path, [FPSCallback(), watch]).train()
+    other.calibrate(BATCHES, progress=False)
+    assert watch.found == selections(other)
+
+
+@pytest.mark.parametrize("state", ["calibrated", "loaded", "trained", "by magnitude"])
+def test_an_adapter_that_has_its_selection_keeps_it(state: str, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    model = uncalibrated()
+    if state == "by magnitude":
+        model = adapted(tiny_vit(), filled=False)
+    else:
+        model.calibrate([{"pixel_values": images(seed=77)}], progress=False)
+    if state == "trained":
+        trainer(model, tmp_path).train()
+    if state == "loaded":
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny_vit(), tmp_path / "adapter", is_trainable=True)
+    before = selections(model)
+    trainer(model, tmp_path, [FPSCallback()]).train()
+    assert calls == []
+    assert selections(model) == before
+
+
+def test_resuming_keeps_the_selection(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    model, again = uncalibrated(granularity="model"), uncalibrated(granularity="model")
+    trainer(model, tmp_path, [FPSCallback()], **options).train()
+    trainer(again, tmp_path, [FPSCallback()], **options).train(resume_from_checkpoint=True)
+    assert len(calls) == 1
+    assert selections(again) == selections(model)
+
+
+def test_one_callback_for_several_runs(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    shared = FPSCallback()
+    for _ in range(2):
+        trainer(uncalibrated(), tmp_path, [shared]).train()
+    assert len(calls) == 2
+
+
+def test_the_active_adapter_is_calibrated(tmp_path: Path) -> None:
+    model = uncalibrated()
+    model.add_adapter("other", FPSConfig(per_neuron=1, target_modules=["fc2"]))
+    before = selections(model)
+    model.set_adapter("other")
+    trainer(model, tmp_path, [FPSCallback()]).train()
+    assert selections(model) == before
+    assert "12 examples" in str(model.selection_report("other"))
+    assert "until calibrated" in str(model.selection_report("default"))
+
+
+def test_a_model_without_an_adapter_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no active FPS adapter"):
+        trainer(tiny_vit(), tmp_path, [FPSCallback()]).train()
+
+
+def test_bad_calibration_data_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    bad = [*EXAMPLES[:8], {"pixel_values": torch.full((3, 16, 16), float("nan")), "labels": 0}]
+    model = uncalibrated()
+    before = trained_state(model)
+    with pytest.raises(ValueError, match=r"vit\..*NaN or infinity in calibration batch"):
+        Trainer(model, arguments(tmp_path), train_dataset=bad, callbacks=[FPSCallback()]).train()
+    assert trained_state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("progress", "disable_tqdm", "shown"),
+    [(None, True, False), (None, False, True), (False, False, False), (True, True, True)],
+)
+def test_the_progress_bar_follows_the_trainer(
+    progress: bool | None,
+    disable_tqdm: bool,
+    shown: bool,
+    tmp_path: Path,
+    calls: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer(uncalibrated(), tmp_path, [FPSCallback(progress=progress)], disable_tqdm=disable_tqdm, max_steps=1).train()
+    assert [call["progress"] for call in calls] == [shown]
+    assert ("Calibrating" in capsys.readouterr().err) == shown
+
+
+def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="peft_fps"):
+        trainer(uncalibrated(), tmp_path, [FPSCallback()], max_steps=1).train()
+    assert "12 examples" in caplog.text
+
+
+def test_values_of_the_optimizer_are_the_calibrated_ones(tmp_path: Path) -> None:
+    """The optimizer exists before the sizes are known where these depend on the calibration."""
+    model = uncalibrated(granularity="model")
+    sizes = [layer.fps_values["default"].numel() for layer in layers_of(model).values()]
+    run = trainer(model, tmp_path, [FPSCallback()])
+    run.train()
+    assert [layer.fps_values["default"].numel() for layer in layers_of(model).values()] != sizes
+    held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    for layer in layers_of(model).values():
+        values: Tensor = layer.fps_values["default"]
+        assert id(values) in held
+        if values.numel():
+            assert run.optimizer.state[values]["exp_avg"].shape == values.shape
+            assert bool(values.any())
