@@ -192,6 +192,11 @@ class FPSLayer(BaseTunerLayer):
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
         where = f"{self.module_path}: adapter {adapter_name!r}"
         columns, values = self.fps_columns[adapter_name], self.fps_values[adapter_name]
+        if any(parameter.device.type == "meta" for parameter in self.adapter_parameters(adapter_name)):
+            raise ValueError(
+                f"{where} has its values on the meta device, expected loaded tensors. Load an adapter file, or build "
+                "the adapter without low_cpu_mem_usage."
+            )
         if self.awaits_loading(adapter_name):
             raise ValueError(
                 f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "

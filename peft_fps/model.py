@@ -22,6 +22,7 @@ from peft_fps.targets import (
     PREFIX,
     base_parameters,
     check_adapter_name,
+    check_whole_modules_present,
     default_targets,
     in_wanted_block,
     trained_head,
@@ -111,6 +112,7 @@ class FPSModel(BaseTuner):
             current = current_names(model, peft_config.allocation)
             saved_names = dict(zip(current, peft_config.allocation, strict=True))
             peft_config.allocation = current
+        check_whole_modules_present(model, peft_config.modules_to_save or [])
         names = self._matched(peft_config, model)
         self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
 

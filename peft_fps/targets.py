@@ -128,6 +128,18 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
+    """Raise ValueError if a module to be trained whole is offloaded, where its copy would get no gradient."""
+    for name, module in named_base_modules(model):
+        wanted = any(name == whole or name.endswith(f".{whole}") for whole in names)
+        offloaded = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
+        if wanted and offloaded:
+            raise ValueError(
+                f"{name} is to be trained whole (modules_to_save), but accelerate offloads it, so that it would get "
+                "no gradient. Keep it on a device with device_map, or pass modules_to_save=[]."
+            )
+
+
 def check_target(model: nn.Module, name: str) -> Any:
     """Return the base layer at `name` if it can carry a sparse change.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
 
 
-CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn).*\.(k|v|key|value)(_proj)?$", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
 """Paths of the modules of a decoder that read the encoder's states."""
 
 

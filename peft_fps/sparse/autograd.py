@@ -62,13 +62,10 @@ class _SparseLinear(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             if need_x:
                 grad_x = grad_output @ compose_weight(weight, values, ctx.structure, grad_output.dtype)
-            tokens = grad_output.reshape(-1, ctx.structure.neurons)
             if need_values:
-                grad_values = sampled_product(tokens, used.reshape(tokens.shape[0], -1), ctx.structure).to(
-                    values.dtype
-                )
+                grad_values = sampled_product(grad_output, used, ctx.structure).to(values.dtype)
             if need_bias:
-                grad_bias = tokens.sum(0)
+                grad_bias = grad_output.sum(0)
         return grad_x, None, grad_values, grad_bias, None
 
 

@@ -208,8 +208,8 @@ TWO = {
 
 def test_pattern_with_k():
     found = by_k(TWO, 2, budget_pattern={"query": 7, "block.1.query": 1, "head": 0})
-    # the first that matches wins, and the end of a name is enough
-    assert found.entries == {"block.0.query": 70, "block.0.value": 20, "block.1.query": 70, "head": 0}
+    # the longest that matches wins, and the end of a name is enough
+    assert found.entries == {"block.0.query": 70, "block.0.value": 20, "block.1.query": 10, "head": 0}
 
 
 def test_pattern_with_a_share_of_the_module_leaves_the_rest_to_the_others():
