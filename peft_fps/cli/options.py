@@ -30,8 +30,8 @@ class FinetuneOptions:
     granularity: str = "neuron"
     bias: str = "all"
     calibration_batches: int | None = None
-    epochs: int = 50
-    learning_rate: float = 3e-3
+    epochs: int = 30
+    learning_rate: float = 1e-2
     batch_size: int = 32
     precision: str = "fp32"
     seed: int = 0
