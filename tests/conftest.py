@@ -1,4 +1,4 @@
-"""Settings that hold for all tests: offline, one thread (tiny products wait longer for each other than they compute), no deadline."""
+"""Settings that hold for all tests: offline, one thread (tiny products wait for each other), no deadline."""
 
 import os
 
