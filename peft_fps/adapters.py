@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_fps.merging import MergeRecord, merge_entries, restore_entries, trial_copy
+from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
     Structure,
@@ -37,6 +37,7 @@ class AdapterState:
         warned: the warning about training without calibration was given.
         calibration: how they were chosen from data, None if they were not or that is unknown.
         base_fingerprint: of the base model, None where it could not be taken.
+        saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
     """
 
@@ -44,6 +45,7 @@ class AdapterState:
     warned: bool = False
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
+    saved_inputs: str = "auto"
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 
@@ -251,7 +253,8 @@ class FPSLayer(BaseTunerLayer):
             finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in self.adapter_parameters(name))
             if finite:
                 bias = self.fps_bias[name].data if name in self.fps_bias else None
-                finite = merge_entries(trial, self.structure(name), self.fps_values[name].data, bias).finite
+                record = merge_entries(trial, self.structure(name), self.fps_values[name].data, bias)
+                finite = is_finite(trial, record)
             if not finite:
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "

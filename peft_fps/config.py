@@ -51,6 +51,11 @@ class FPSConfig(PeftConfig):
         budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
             given, else the share of that module's weights. Where several keys match, the longest counts. The remaining
             modules share what is left of the budget.
+        saved_inputs: what a layer keeps of its input for backward. `"columns"`: a copy of the columns that some
+            selected entry reads, shared by layers that read one tensor. `"bfloat16"`: the same copy at half the size,
+            with gradients of the values as exact as that. `"rebuild"`: nothing, where the columns can be formed again
+            from what a normalisation or an activation keeps anyway; least memory, a few per cent more time, the same
+            gradients. `"auto"`: rebuilt where the copy would exceed half of the input, else copied.
         init_weights: True starts from ΔW = 0. False draws random non-zero changes at random places (for tests).
         seed: seed of the `"random"` importance.
         format_version: version of the adapter file; newer ones than this package knows are refused.
@@ -80,6 +85,7 @@ class FPSConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     budget_pattern: dict[str, float] = field(default_factory=dict)
+    saved_inputs: Literal["auto", "rebuild", "columns", "bfloat16"] = "auto"
     init_weights: bool = True
     seed: int = 0
     format_version: int = FORMAT_VERSION
@@ -112,6 +118,7 @@ class FPSConfig(PeftConfig):
         _check_choice("norm", self.norm, ("l1", "l2"))
         _check_choice("granularity", self.granularity, ("neuron", "layer", "model"))
         _check_choice("bias", self.bias, ("none", "all"))
+        _check_choice("saved_inputs", self.saved_inputs, ("auto", "rebuild", "columns", "bfloat16"))
         _check_choice("check_base", self.check_base, ("error", "warn"))
         for name in ("weight_magnitude", "init_weights", "inference_mode", "pickled"):
             _check_type(name, getattr(self, name), bool, "True or False")
@@ -199,7 +206,7 @@ class FPSConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, cls):  # whatever a file says, what to do about another base is the caller's choice
             config.check_base = kwargs.get("check_base", "error")
-            _check_choice("check_base", config.check_base, ("error", "warn"))
+        _check_choice("check_base", config.check_base, ("error", "warn"))
         if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
             return config
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.selection import LayerShape
-from peft_fps.sparse import Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
+from peft_fps.sparse import Kept, Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
 
 
 class _Layer(nn.Module, FPSLayer):
@@ -37,13 +38,13 @@ class _Layer(nn.Module, FPSLayer):
         structure, values = self.applied(names)
         bias_deltas = [self.fps_bias[name] for name in names if name in self.fps_bias]
         if not self._owns_forward():
-            return self._beside_base(x, structure, values, bias_deltas, *args, **kwargs)
-        dtype = _autocast_dtype(x)
-        x = x if dtype is None else x.to(dtype)
+            return self._beside_base(x, structure, values, bias_deltas, names, *args, **kwargs)
+        dtype = _autocast_dtype(x) or x.dtype
         bias = self.base_layer.bias
         for delta in bias_deltas:
             bias = bias + delta
-        return self._product(x, values, None if bias is None else bias.to(x.dtype), structure)
+        kept = self._kept(x, dtype, values, structure, names)
+        return self._product(x.to(dtype), values, None if bias is None else bias.to(dtype), structure, kept)
 
     def _owns_forward(self) -> bool:
         """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""
@@ -52,11 +53,19 @@ class _Layer(nn.Module, FPSLayer):
         return type(base).forward is self.base_class.forward and "forward" not in vars(base) and not hooked
 
     def _beside_base(
-        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], *args: Any, **kwargs: Any
+        self,
+        x: Tensor,
+        structure: Structure,
+        values: Tensor,
+        bias_deltas: list[Tensor],
+        names: list[str],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Run the base layer as it is, with its hooks, and add the change's own product."""
         result = self.base_layer(x, *args, **kwargs)
-        delta = self._delta_product(x.to(_autocast_dtype(x) or self._cast_dtype(x, values)), values, structure)
+        dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
+        delta = self._delta_product(x.to(dtype), values, structure, self._kept(x, dtype, values, structure, names))
         for bias in bias_deltas:
             delta = delta + self._along_neurons(bias)
         return result + delta.to(result.dtype)
@@ -90,11 +99,21 @@ class _Layer(nn.Module, FPSLayer):
     def _features(self) -> tuple[int, int]:
         return self.shape.inputs, self.shape.neurons
 
-    def _product(self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
-        return sparse_linear(x, self.base_layer.weight, values, bias, structure)
+    def _kept(
+        self, x: Tensor, dtype: torch.dtype, values: Tensor, structure: Structure, names: list[str]
+    ) -> Kept | None:
+        """What a product in `dtype` keeps of the input for backward; None where it is to decide itself."""
+        if not (values.requires_grad and torch.is_grad_enabled()):
+            return None
+        return keep_input(x, dtype, structure, self.fps_state[names[0]].saved_inputs)
 
-    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure) -> Tensor:
-        return sparse_delta_linear(x, values, structure)
+    def _product(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
+    ) -> Tensor:
+        return sparse_linear(x, self.base_layer.weight, values, bias, structure, kept)
+
+    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None) -> Tensor:
+        return sparse_delta_linear(x, values, structure, kept)
 
 
 class Linear(_Layer):
@@ -136,13 +155,20 @@ class Conv2d(_Layer):
     def _features(self) -> tuple[int, int]:
         return self.base_layer.in_channels, self.base_layer.out_channels
 
-    def _product(self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+    def _kept(
+        self, x: Tensor, dtype: torch.dtype, values: Tensor, structure: Structure, names: list[str]
+    ) -> Kept | None:
+        return None
+
+    def _product(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
+    ) -> Tensor:
         x, padding = padded_input(self.base_layer, x)
         base = self.base_layer
         geometry = (base.stride, padding, base.dilation, base.groups)
         return sparse_conv2d(x, base.weight, values, bias, structure, geometry)
 
-    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None) -> Tensor:
         x, padding = padded_input(self.base_layer, x)
         base = self.base_layer
         delta = dense_delta(values, structure, base.weight.shape).to(x.dtype)

@@ -19,6 +19,7 @@ from peft_fps.checkpoint import (
     encode,
 )
 from peft_fps.config import FPSConfig
+from peft_fps.inputs import unwatch_producers
 from peft_fps.lookup import base_model, fps_layers
 from peft_fps.renames import current_names
 from peft_fps.targets import PREFIX
@@ -134,6 +135,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         if not layer.fps_values:
             _replace(model, name, layer.base_layer)
     if alone:
+        unwatch_producers(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 _replace(model, name, module.original_module)

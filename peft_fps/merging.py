@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.sparse import Structure, merged_entries
+from peft_fps.sparse import Structure, merged_entries, sums
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class MergeRecord:
     """The originals of everything a merge overwrote, and how much of the change rounding swallowed.
 
     Attributes:
-        positions: `(nnz,)` int64 positions in the flattened weight.
+        positions: `(nnz,)` positions in the flattened weight.
         weight: `(nnz,)` original entries.
         bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
-        changes: number of changes that are not zero, bias deltas included.
+        changes: number of changes that are not zero, bias deltas included; counted only where the weight has less
+            precision than the sum, 0 elsewhere.
         lost: number of these that left the stored number as it was.
-        finite: whether everything written is finite.
     """
 
     positions: Tensor
@@ -29,32 +29,49 @@ class MergeRecord:
     bias: Tensor | None
     changes: int
     lost: int
-    finite: bool
 
 
+@torch.no_grad()
 def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
     """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
-    before, after = merged_entries(base.weight, values, structure.positions)
-    _write(base.weight, structure.positions, after)
-    stored, wanted, written, bias = [before == after], [values != 0], [after], None
+    positions, bias, changes, lost = structure.positions, None, 0, 0
+    if base.weight.dtype == values.dtype == torch.float32 and base.weight.is_contiguous():
+        before = base.weight.reshape(-1).index_select(0, positions)
+        base.weight.view(-1).index_add_(0, positions, values)
+    else:
+        before, after = merged_entries(base.weight, values, positions)
+        _write(base.weight, positions, after)
+        changes, lost = _swallowed(before, after, values)
     if bias_delta is not None:
-        everywhere = torch.arange(bias_delta.numel(), device=bias_delta.device)
-        bias, bias_after = merged_entries(base.bias, bias_delta, everywhere)
-        _write(base.bias, everywhere, bias_after)
-        stored.append(bias == bias_after)
-        wanted.append(bias_delta != 0)
-        written.append(bias_after)
-    changed = torch.cat(wanted)
-    lost = int((torch.cat(stored) & changed).sum())
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in written)
-    return MergeRecord(structure.positions, before, bias, int(changed.sum()), lost, finite)
+        bias, bias_after = sums(base.bias.detach().clone(), bias_delta)
+        base.bias.copy_(bias_after)
+        changes_of_bias, lost_of_bias = _swallowed(bias, bias_after, bias_delta)
+        changes, lost = changes + changes_of_bias, lost + lost_of_bias
+    return MergeRecord(positions, before, bias, changes, lost)
 
 
+@torch.no_grad()
 def restore_entries(base: Any, record: MergeRecord) -> None:
     """Undo `merge_entries` in place."""
     _write(base.weight, record.positions, record.weight)
     if record.bias is not None:
-        _write(base.bias, torch.arange(record.bias.numel(), device=record.bias.device), record.bias)
+        base.bias.copy_(record.bias)
+
+
+def is_finite(base: Any, record: MergeRecord) -> bool:
+    """Whether everything that the merge wrote into the layer is finite."""
+    written = [base.weight.detach().reshape(-1).index_select(0, record.positions)]
+    if record.bias is not None:
+        written.append(base.bias.detach())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in written)
+
+
+def _swallowed(before: Tensor, after: Tensor, change: Tensor) -> tuple[int, int]:
+    """Return how many changes were not zero, and how many of these rounding swallowed; 0, 0 for full precision."""
+    if before.dtype.itemsize >= torch.promote_types(change.dtype, torch.float32).itemsize:
+        return 0, 0
+    wanted = change != 0
+    return int(wanted.sum()), int((wanted & (before == after)).sum())
 
 
 def trial_copy(base: Any) -> Any:
@@ -73,9 +90,9 @@ def unmerged_copy(base: Any, records: Iterable[MergeRecord]) -> Any:
     return trial
 
 
-@torch.no_grad()
 def _write(target: Tensor, positions: Tensor, entries: Tensor) -> None:
     """Write in place, through autograd's eyes, so that a backward that still needs the old numbers is refused."""
+    positions = positions.to(torch.int64)
     if target.is_contiguous():
         target.view(-1).index_copy_(0, positions, entries)
     else:  # channels-last convolutions, transposed views

@@ -1,6 +1,5 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.config import FPSConfig
+from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.layers import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
@@ -27,10 +27,7 @@ from peft_fps.targets import (
     in_wanted_block,
     trained_head,
 )
-
-
-NEGLIGIBLE_LOSS = 0.01
-"""Share of the changes that rounding may swallow in a merge before a warning is due."""
+from peft_fps.whole_merge import whole_merge
 
 
 class FPSModel(BaseTuner):
@@ -76,6 +73,7 @@ class FPSModel(BaseTuner):
         self._state = AdapterState(
             selected=config.from_file or not config.needs_calibration,
             calibration=config.calibration,
+            saved_inputs=config.saved_inputs,
             thawed=thawed if config.from_file else [],
         )
         self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
@@ -91,6 +89,7 @@ class FPSModel(BaseTuner):
             # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
             self.peft_config.pop(adapter_name, None)
             raise
+        watch_producers(model)
         if not config.from_file:
             select_without_data(model, config, adapter_name)
 
@@ -190,7 +189,7 @@ class FPSModel(BaseTuner):
             adapter_names: adapters to merge, in order; the active ones if None.
             safe_merge: check all modules for NaN and infinity first and merge all or nothing.
         """
-        with _whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
+        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -200,10 +199,11 @@ class FPSModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        unwatch_producers(self.model)
         if not merge:
             _unmerge_all(self.model)
             return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
-        with _whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
+        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     # --- state dict ---------------------------------------------------------------------------------------------
@@ -243,39 +243,6 @@ class FPSModel(BaseTuner):
                 "mix adapters within a batch. Choose one for the whole batch with model.set_adapter(name)."
             )
         yield
-
-
-@contextmanager
-def _whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[None]:
-    """Check all layers before the first is merged, and say afterwards how much rounding swallowed."""
-    layers = fps_layers(model)
-    known = {name for layer in layers.values() for name in layer.fps_values}
-    if unknown := [name for name in adapter_names if name not in known]:
-        raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
-    for layer in layers.values():
-        if safe_merge:
-            layer.check_merge(list(adapter_names))
-    for layer in layers.values():
-        for name in adapter_names:
-            if name in layer.fps_values:
-                layer.check_tensors(name)
-    before = {(path, name) for path, layer in layers.items() for name in layer.merged_adapters}
-    yield
-    records = [
-        layer.merge_records[name]
-        for path, layer in layers.items()
-        for name in layer.merged_adapters
-        if (path, name) not in before
-    ]
-    changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
-    if lost > NEGLIGIBLE_LOSS * changes:
-        dtypes = sorted({str(layer.base_layer.weight.dtype) for layer in layers.values()})
-        warnings.warn(
-            f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
-            f"last place of the {', '.join(dtypes)} weights. Load the base model in float32 to merge all of them, or "
-            "keep the adapter unmerged.",
-            stacklevel=4,
-        )
 
 
 def _unmerge_all(model: nn.Module) -> None:

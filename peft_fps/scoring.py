@@ -31,7 +31,7 @@ def scorer(layer: FPSLayer, path: str, config: FPSConfig, statistics: Statistics
     if config.importance == "random":
         return random_scorer(layer, path, config.seed)
     activation = statistics[path].typical(config.norm) if path in statistics else None
-    equal = _mean_activation(config.norm, statistics)
+    equal = 1.0 if path in statistics else _mean_activation(config.norm, statistics)
 
     def score(first: int, last: int) -> Tensor:
         with align_module_device(layer.base_layer):

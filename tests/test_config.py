@@ -180,6 +180,8 @@ WRONG = [
     ("format_version", "1", "integer"),
     ("format_version", True, "integer"),
     ("format_version", None, "integer"),
+    ("saved_inputs", "all", "'auto', 'rebuild', 'columns', 'bfloat16'"),
+    ("saved_inputs", None, "'auto', 'rebuild', 'columns', 'bfloat16'"),
     ("check_base", "ignore", "'error', 'warn'"),
     ("check_base", None, "'error', 'warn'"),
     ("plugin", 3, ""),

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-RUN = 4096
-"""Positions that are reduced in one go: few enough for float32, many enough to be fast."""
+RUN_ELEMENTS = 1 << 18
+"""Elements that are reduced in one go: few enough for float32 sums and for the cache, many enough to be fast."""
 
 
 @dataclass
@@ -46,11 +46,11 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     kept = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
     count = x.shape[0] if kept is None else kept.numel()
     # short runs, each in float32, added up in float64: long float32 sums drift
-    for first in range(0, count, RUN):
-        run = x[first : first + RUN] if kept is None else x[kept[first : first + RUN]]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        power = torch.linalg.vector_norm(run, 1 if norm == "l1" else 2, 0, dtype=exact).to(total.dtype)
-        total += power if norm == "l1" else power.square()
+    length = max(RUN_ELEMENTS // max(x.shape[1], 1), 1)
+    for first in range(0, count, length):
+        run = x[first : first + length] if kept is None else x[kept[first : first + length]]
+        run = run.to(torch.promote_types(x.dtype, torch.float32))
+        total += (run.abs() if norm == "l1" else run.square()).sum(0).to(total.dtype)
     return total, count
 
 

@@ -4,7 +4,8 @@ Nothing in here knows of PEFT, transformers or modules: tensors in, tensors out.
 """
 
 from peft_fps.sparse.autograd import sparse_conv2d, sparse_delta_linear, sparse_linear
-from peft_fps.sparse.compose import compose_weight, dense_delta, merged_entries
+from peft_fps.sparse.compose import compose_weight, dense_delta, merged_entries, sums
+from peft_fps.sparse.keeping import Kept, Reading, keep_columns, keep_whole
 from peft_fps.sparse.structure import (
     Structure,
     StructureError,
@@ -18,6 +19,8 @@ from peft_fps.sparse.structure import (
 
 
 __all__ = [
+    "Kept",
+    "Reading",
     "Structure",
     "StructureError",
     "build_structure",
@@ -27,9 +30,12 @@ __all__ = [
     "compose_weight",
     "dense_delta",
     "even_row_counts",
+    "keep_columns",
+    "keep_whole",
     "merged_entries",
     "sparse_conv2d",
     "sparse_delta_linear",
     "sparse_linear",
+    "sums",
     "unite_structures",
 ]

@@ -1,8 +1,8 @@
 """Products with W + ΔW whose backward keeps neither a dense W + ΔW nor a dense ∂L/∂W.
 
 Saved for backward: the weight itself (an alias), the values, and of the input only the columns that some selected
-entry reads. The gradient of the values is a sampled dense-dense product, `(gᵀ x)` at the selected entries, formed
-over those columns in row chunks.
+entry reads (see `keeping`). The gradient of the values is a sampled dense-dense product, `(gᵀ x)` at the selected
+entries (see `products`).
 """
 
 from typing import Any
@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
+from peft_fps.sparse.keeping import NOTHING, Kept, Reading, keep_columns
+from peft_fps.sparse.products import added_product, adding_is_cheaper, sampled_product
 from peft_fps.sparse.structure import Structure
 
 
@@ -21,69 +23,55 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 """Stride, padding, dilation and groups of a 2-D convolution."""
 
 
-def sampled_product(grad_output: Tensor, used_inputs: Tensor, structure: Structure) -> Tensor:
-    """Return `(grad_outputᵀ @ inputs)` at the selected entries only.
-
-    Args:
-        grad_output: `(tokens, neurons)`.
-        used_inputs: `(tokens, used)`, the input's columns `structure.union`.
-        structure: where the selected entries lie.
-
-    Returns:
-        `(nnz,)` in the dtype of `grad_output`.
-    """
-    if structure.positions.numel() == 0:
-        return grad_output.new_zeros(0)
-    parts = []
-    for chunk in structure.chunks:
-        product = grad_output[:, chunk.first_row : chunk.last_row].t() @ used_inputs
-        parts.append(product.reshape(-1)[structure.product_positions[chunk.first_entry : chunk.last_entry]])
-    return torch.cat(parts)
-
-
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
+    ) -> Tensor:
         return F.linear(x, compose_weight(weight, values, structure, x.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, values, bias, structure = inputs
+        x, weight, values, _, structure, kept = inputs
         ctx.structure = structure
-        used = x.index_select(-1, structure.union) if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(used, weight, values)
+        kept = _kept(ctx.needs_input_grad[2], x, structure, kept)
+        ctx.columns = kept.columns
+        ctx.save_for_backward(weight, values, *kept.tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        used, weight, values = ctx.saved_tensors
-        need_x, _, need_values, need_bias, _ = ctx.needs_input_grad
+        weight, values, *tensors = ctx.saved_tensors
+        need_x, _, need_values, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_values = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
-            if need_x:
-                grad_x = grad_output @ compose_weight(weight, values, ctx.structure, grad_output.dtype)
             if need_values:
-                grad_values = sampled_product(grad_output, used, ctx.structure).to(values.dtype)
+                grad_values, grad_bias = sampled_product(grad_output, ctx.columns(*tensors), ctx.structure)
+                grad_values = grad_values.to(values.dtype)
             if need_bias:
-                grad_bias = grad_output.sum(0)
-        return grad_x, None, grad_values, grad_bias, None
+                grad_bias = grad_output.sum(0) if grad_bias is None else grad_bias.to(grad_output.dtype)
+            if need_x:  # last: whoever comes next in the graph finds it in the cache
+                grad_x = grad_output @ compose_weight(weight, values, ctx.structure, grad_output.dtype)
+        return grad_x, None, grad_values, grad_bias if need_bias else None, None, None
 
 
 class _SparseDeltaLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    def forward(x: Tensor, values: Tensor, structure: Structure, kept: Kept | None) -> Tensor:
         return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, structure = inputs
+        x, values, structure, kept = inputs
         ctx.structure, ctx.input_shape = structure, x.shape
-        ctx.save_for_backward(x.index_select(-1, structure.union) if ctx.needs_input_grad[1] else None, values)
+        kept = _kept(ctx.needs_input_grad[1], x, structure, kept)
+        ctx.columns = kept.columns
+        ctx.save_for_backward(values, *kept.tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        used, values = ctx.saved_tensors
+        values, *tensors = ctx.saved_tensors
         structure = ctx.structure
         grad_x = grad_values = None
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -91,8 +79,16 @@ class _SparseDeltaLinear(torch.autograd.Function):
                 part = grad_output @ compact_delta(values, structure, grad_output.dtype)
                 grad_x = part.new_zeros(ctx.input_shape).index_copy(-1, structure.union, part)
             if ctx.needs_input_grad[1]:
-                grad_values = sampled_product(grad_output, used, structure).to(values.dtype)
-        return grad_x, grad_values, None
+                grad_values, _ = sampled_product(grad_output, ctx.columns(*tensors), structure)
+                grad_values = grad_values.to(values.dtype)
+        return grad_x, grad_values, None, None
+
+
+def _kept(needed: bool, x: Tensor, structure: Structure, kept: Kept | None) -> Kept:
+    """What the caller wants to be kept of `x`, or else its needed columns; nothing if the values are not trained."""
+    if not needed:
+        return NOTHING
+    return kept or keep_columns(x, structure, Reading())
 
 
 class _SparseConv2d(torch.autograd.Function):
@@ -127,13 +123,20 @@ class _SparseConv2d(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 # dense for the moment of this layer only: one patch embedding, not a network of matrices
                 grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
-                grad_values = grad_weight.reshape(-1)[structure.positions].to(values.dtype)
+                grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
             if ctx.needs_input_grad[3]:
                 grad_bias = grad_output.sum((0, 2, 3))
         return grad_x, None, grad_values, grad_bias, None, None
 
 
-def sparse_linear(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    structure: Structure,
+    kept: Kept | None = None,
+) -> Tensor:
     """Return `x (W + ΔW)ᵀ + bias`; first-order gradients for `x`, `values` and `bias`, none for `weight`.
 
     Args:
@@ -142,20 +145,26 @@ def sparse_linear(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None
         values: `(nnz,)` ΔW at the selected entries.
         bias: `(neurons,)` in the dtype of `x`, or None.
         structure: where the selected entries lie.
+        kept: what to keep for backward of the input, its needed columns if None.
 
     Returns:
         `(..., neurons)` in the dtype of `x`.
     """
+    flat = x.reshape(-1, structure.inputs)
     with torch.autocast(x.device.type, enabled=False):
-        # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
-        result = _SparseLinear.apply(x.reshape(-1, structure.inputs), weight, values, bias, structure)
+        if not torch.is_grad_enabled() and adding_is_cheaper(flat, weight, values, structure):
+            result = F.linear(flat, weight.t() if structure.transposed else weight, bias)
+            result += added_product(flat, values, structure)
+        else:
+            # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
+            result = _SparseLinear.apply(flat, weight, values, bias, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
 
 
-def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure, kept: Kept | None = None) -> Tensor:
     """Return `x ΔWᵀ` alone, for base layers whose own forward must run; shapes and gradients as `sparse_linear`."""
     with torch.autocast(x.device.type, enabled=False):
-        result = _SparseDeltaLinear.apply(x.reshape(-1, structure.inputs), values, structure)
+        result = _SparseDeltaLinear.apply(x.reshape(-1, structure.inputs), values, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
 
 

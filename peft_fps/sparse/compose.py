@@ -15,14 +15,18 @@ def merged_entries(weight: Tensor, values: Tensor, positions: Tensor) -> tuple[T
     Args:
         weight: stored weight of any shape.
         values: `(nnz,)` change of the entries.
-        positions: `(nnz,)` int64 positions in the flattened weight, without repetition.
+        positions: `(nnz,)` positions in the flattened weight, without repetition.
 
     Returns:
         Two `(nnz,)` tensors in the weight's dtype.
     """
-    before = weight.reshape(-1)[positions]
-    exact = torch.promote_types(torch.promote_types(before.dtype, values.dtype), torch.float32)
-    return before, (before.to(exact) + values.to(exact)).to(weight.dtype)
+    return sums(weight.reshape(-1).index_select(0, positions), values)
+
+
+def sums(before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `before`, and `before + change` in its dtype, formed in float32 or better and rounded once."""
+    exact = torch.promote_types(torch.promote_types(before.dtype, change.dtype), torch.float32)
+    return before, (before.to(exact) + change.to(exact)).to(before.dtype)
 
 
 def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
@@ -36,22 +40,24 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
         dtype: dtype of the product that will use the result.
     """
     composed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
-    before = weight.reshape(-1)[structure.positions]
-    after = (before.to(exact) + values.to(exact)).to(dtype)
-    composed.view(-1).index_copy_(0, structure.positions, after)
+    if weight.dtype == values.dtype == dtype == torch.float32:
+        composed.view(-1).index_add_(0, structure.positions, values)
+    else:
+        exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
+        before = weight.reshape(-1).index_select(0, structure.positions)
+        after = (before.to(exact) + values.to(exact)).to(dtype)
+        composed.view(-1).index_copy_(0, structure.positions.to(torch.int64), after)
     return composed.t() if structure.transposed else composed
 
 
 def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tensor:
     """Return ΔW as a dense tensor of the stored weight's `shape`, in the dtype of `values`."""
-    return values.new_zeros(shape.numel()).index_copy(0, structure.positions, values).view(shape)
+    return values.new_zeros(shape.numel()).index_add(0, structure.positions, values).view(shape)
 
 
 def compact_delta(values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
     """Return ΔW over the columns that any entry reads, `(neurons, used)` in `dtype`."""
     used = structure.union.numel()
-    parts = structure.product_positions.split([chunk.last_entry - chunk.first_entry for chunk in structure.chunks])
-    offset = [part + chunk.first_row * used for part, chunk in zip(parts, structure.chunks, strict=True)]
     flat = values.new_zeros(structure.neurons * used, dtype=dtype)
-    return flat.index_copy(0, torch.cat(offset), values.to(dtype)).view(structure.neurons, used)
+    places = structure.rows.to(torch.int64) * used + structure.union_positions
+    return flat.index_copy(0, places, values.to(dtype)).view(structure.neurons, used)

@@ -7,7 +7,7 @@ A selection is a CSR pattern over the weight seen as `(neurons, inputs)`:
                                        neuron 2: column 2
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class RowChunk:
     last_entry: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Structure:
     """Index tensors derived once from a selection and used by every forward, backward and merge.
 
@@ -43,19 +43,26 @@ class Structure:
         neurons: rows of the weight seen as `(neurons, inputs)`.
         inputs: its columns.
         transposed: True where the weight is stored as `(inputs, neurons)` (transformers' `Conv1D`).
-        positions: `(nnz,)` int64, where each entry lies in the flattened stored weight.
+        positions: `(nnz,)` where each entry lies in the flattened stored weight; int32 if that suffices, like all
+            index tensors of this length.
+        rows: `(nnz,)` the neuron of each entry.
+        row_starts: `(neurons + 1,)` the first entry of each neuron, and the number of entries.
         union: `(used,)` int64, the sorted inputs that at least one entry reads.
-        product_positions: `(nnz,)` int64, where each entry lies in its row chunk's `(rows, used)` product.
+        union_positions: `(nnz,)` where the input of each entry lies in `union`.
         chunks: row chunks, each with a product of at most `PRODUCT_ELEMENTS` elements (or a single row).
+        shared: index tensors derived for sharing kept columns with other readers of an input, see `keeping`.
     """
 
     neurons: int
     inputs: int
     transposed: bool
     positions: Tensor
+    rows: Tensor
+    row_starts: Tensor
     union: Tensor
-    product_positions: Tensor
+    union_positions: Tensor
     chunks: tuple[RowChunk, ...]
+    shared: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
 
 def even_row_counts(entries: int, neurons: int) -> Tensor:
@@ -154,13 +161,17 @@ def build_structure(
     bounds = offsets[torch.tensor([*starts, neurons], device=offsets.device)].tolist()
     chunks = tuple(RowChunk(*chunk) for chunk in zip(starts, ends, bounds[:-1], bounds[1:], strict=True))
 
+    small = torch.int32 if neurons * inputs < 2**31 else torch.int64
+    positions = columns * neurons + rows if transposed else rows * inputs + columns
     return Structure(
         neurons=neurons,
         inputs=inputs,
         transposed=transposed,
-        positions=columns * neurons + rows if transposed else rows * inputs + columns,
+        positions=positions.to(small),
+        rows=rows.to(small),
+        row_starts=offsets.to(small),
         union=union,
-        product_positions=rows % rows_per_chunk * used + union_positions,
+        union_positions=union_positions.to(small),
         chunks=chunks,
     )
 
@@ -173,7 +184,7 @@ def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
         place among the united entries.
     """
     first = structures[0]
-    stored = torch.cat([structure.positions for structure in structures])
+    stored = torch.cat([structure.positions for structure in structures]).to(torch.int64)
     if first.transposed:
         stored = stored % first.neurons * first.inputs + stored // first.neurons
     entries, places = torch.unique(stored, return_inverse=True)

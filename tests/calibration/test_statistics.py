@@ -38,7 +38,7 @@ def test_masked_positions_are_left_out(kept: list[list[bool]], slice_elements: i
     x, mask = normal(len(kept), 4, 5), torch.tensor(kept)
     inside = x.reshape(-1, 5)[mask.reshape(-1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "RUN", slice_elements)
+        patch.setattr(statistics, "RUN_ELEMENTS", slice_elements)
         for norm in ("l1", "l2"):
             for given_mask in (mask, mask.long(), mask.float()):
                 sums, positions = column_sums(x, norm, given_mask)

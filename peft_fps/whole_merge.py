@@ -1,0 +1,47 @@
+"""Merging a whole model: everything is checked before the first layer changes."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from peft_fps.adapters import FPSLayer
+
+
+NEGLIGIBLE_LOSS = 0.01
+"""Share of the changes that rounding may swallow in a merge before a warning is due."""
+
+
+@contextmanager
+def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[None]:
+    """Check all layers before the first is merged, and say afterwards how much rounding swallowed."""
+    layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
+    known = {name for layer in layers for name in layer.fps_values}
+    if unknown := [name for name in adapter_names if name not in known]:
+        raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
+    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_values]
+    for layer in layers if safe_merge else ():
+        layer.check_merge(list(adapter_names))
+    for layer, name in pairs:
+        layer.structure(name)  # checks the tensors, unless they are the ones last checked
+    for layer, name in pairs:
+        if not all(parameter.detach().sum().isfinite() for parameter in layer.adapter_parameters(name)):
+            layer.check_tensors(name)  # a sum may also overflow
+    before = {(id(layer), name) for layer in layers for name in layer.merged_adapters}
+    yield
+    records = [
+        layer.merge_records[name]
+        for layer in layers
+        for name in layer.merged_adapters
+        if (id(layer), name) not in before
+    ]
+    changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
+    if lost > NEGLIGIBLE_LOSS * changes:
+        dtypes = sorted({str(layer.base_layer.weight.dtype) for layer in layers})
+        warnings.warn(
+            f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
+            f"last place of the {', '.join(dtypes)} weights. Load the base model in float32 to merge all of them, or "
+            "keep the adapter unmerged.",
+            stacklevel=4,
+        )
