@@ -45,7 +45,7 @@ class AdapterState:
     warned: bool = False
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
-    saved_inputs: str = "auto"
+    saved_inputs: str = "rebuild"
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 

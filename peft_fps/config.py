@@ -51,11 +51,11 @@ class FPSConfig(PeftConfig):
         budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
             given, else the share of that module's weights. Where several keys match, the longest counts. The remaining
             modules share what is left of the budget.
-        saved_inputs: what a layer keeps of its input for backward. `"columns"`: a copy of the columns that some
-            selected entry reads, shared by layers that read one tensor. `"bfloat16"`: the same copy at half the size,
-            with gradients of the values as exact as that. `"rebuild"`: nothing, where the columns can be formed again
-            from what a normalisation or an activation keeps anyway; least memory, a few per cent more time, the same
-            gradients. `"auto"`: rebuilt where the copy would exceed half of the input, else copied.
+        saved_inputs: what a layer keeps of its input for backward. `"rebuild"`: nothing, where a normalisation or an
+            activation keeps what its output, the layer's input, can be formed from again; elsewhere as `"columns"`.
+            `"columns"`: a copy of the columns that some selected entry reads, shared by layers that read one tensor.
+            The gradients are the same, bit for bit. `"bfloat16"`: that copy at half the size, with gradients of the
+            values as exact as that.
         init_weights: True starts from ΔW = 0. False draws random non-zero changes at random places (for tests).
         seed: seed of the `"random"` importance.
         format_version: version of the adapter file; newer ones than this package knows are refused.
@@ -85,7 +85,7 @@ class FPSConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     budget_pattern: dict[str, float] = field(default_factory=dict)
-    saved_inputs: Literal["auto", "rebuild", "columns", "bfloat16"] = "auto"
+    saved_inputs: Literal["rebuild", "columns", "bfloat16"] = "rebuild"
     init_weights: bool = True
     seed: int = 0
     format_version: int = FORMAT_VERSION
@@ -118,7 +118,7 @@ class FPSConfig(PeftConfig):
         _check_choice("norm", self.norm, ("l1", "l2"))
         _check_choice("granularity", self.granularity, ("neuron", "layer", "model"))
         _check_choice("bias", self.bias, ("none", "all"))
-        _check_choice("saved_inputs", self.saved_inputs, ("auto", "rebuild", "columns", "bfloat16"))
+        _check_choice("saved_inputs", self.saved_inputs, ("rebuild", "columns", "bfloat16"))
         _check_choice("check_base", self.check_base, ("error", "warn"))
         for name in ("weight_magnitude", "init_weights", "inference_mode", "pickled"):
             _check_type(name, getattr(self, name), bool, "True or False")

@@ -5,21 +5,22 @@ again from that, bit for bit. Attention keeps its output, which may be the very 
 neither holds, the needed columns are copied, once for all layers that read one tensor.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import activations
 
+from peft_fps.latest import Latest
 from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole
 
 
-NORMS = (nn.LayerNorm, nn.RMSNorm)
-"""Normalisations over the last dimension; so are transformers' own classes named `...RMSNorm`."""
-
-ELEMENTWISE = (
+PRODUCERS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
     nn.GELU,
     nn.SiLU,
     activations.GELUActivation,
@@ -29,7 +30,7 @@ ELEMENTWISE = (
     activations.GELUTanh,
     activations.SiLUActivation,
 )
-"""Activations that keep their input for backward."""
+"""Modules that keep their input for backward, and give the same output for it; so do transformers' own RMSNorms."""
 
 KEEPS_OUTPUT = ("ScaledDotProduct", "Relu")
 """How the names of autograd nodes begin that keep their output for backward."""
@@ -40,19 +41,36 @@ VIEWS = ("ViewBackward0", "TransposeBackward0", "PermuteBackward0", "ReshapeAlia
 
 @dataclass(frozen=True)
 class Producer:
-    """The module call that produced a tensor, noted on that tensor."""
+    """The module call that produced a tensor.
+
+    Attributes:
+        module: what was called.
+        tensors: its input and its parameters, as they were in the call.
+        versions: of these tensors.
+        autocast: whether it was on, and its dtype.
+    """
 
     module: nn.Module
-    input: Tensor
-    version: int
+    tensors: list[Tensor]
+    versions: list[int]
     autocast: tuple[bool, torch.dtype]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the tensors are still held and still those of the call."""
+        return bool(self.tensors) and self.versions == [tensor._version for tensor in self.tensors]
+
+
+_producer: Latest[Producer] = Latest()
+_reading: Latest[tuple[torch.dtype, Reading]] = Latest()
 
 
 def watch_producers(model: nn.Module) -> None:
-    """Let normalisations and activations note on their outputs how to form them again."""
+    """Let normalisations and activations note how to form their outputs again."""
     for module in model.modules():
-        rebuildable = isinstance(module, NORMS + ELEMENTWISE) or type(module).__name__.endswith("RMSNorm")
-        if rebuildable and _note_producer not in module._forward_hooks.values():
+        kind = type(module)
+        norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.")
+        if (norm or kind in PRODUCERS) and _note_producer not in module._forward_hooks.values():
             module.register_forward_hook(_note_producer)
 
 
@@ -78,60 +96,59 @@ def keep_input(x: Tensor, product_dtype: torch.dtype, structure: Structure, save
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.grad_fn is None:
         return None
     with torch.no_grad():
-        producer = getattr(x, "_fps_producer", None)
-        if producer is not None and producer.version == x._version and _is_rebuilt(structure, saved_inputs):
-            return _keep_source(producer, product_dtype, structure)
+        producer = _producer.get(x)
+        if saved_inputs == "rebuild" and producer is not None and producer.unchanged:
+            return _keep_source(producer, product_dtype)
         flat = x.detach().reshape(-1, structure.inputs)
-        if x.dtype == product_dtype and (_memory_is_kept(x) or structure.union.numel() == structure.inputs):
+        alias = x.dtype == product_dtype and flat.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        if alias and (_memory_is_kept(x) or structure.union.numel() == structure.inputs):
             return keep_whole(flat)
         kept_dtype = torch.bfloat16 if saved_inputs == "bfloat16" else product_dtype
-        key = (x._version, kept_dtype)
-        if getattr(x, "_fps_reading", (None,))[0] != key:
-            x._fps_reading = (key, Reading())  # type: ignore[attr-defined]
-        reading: Reading = x._fps_reading[1]  # type: ignore[attr-defined]
+        known_dtype, reading = _reading.get(x) or (None, Reading())
+        if known_dtype != kept_dtype:
+            reading = Reading()
+            _reading.set(x, (kept_dtype, reading))
         return keep_columns(flat, structure, reading, kept_dtype, product_dtype)
 
 
-def _is_rebuilt(structure: Structure, saved_inputs: str) -> bool:
-    """Whether an input that can be rebuilt is; under "auto", if the copy would be more than half of it."""
-    return saved_inputs == "rebuild" or (saved_inputs == "auto" and 2 * structure.union.numel() > structure.inputs)
-
-
 def _note_producer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: note the call on its output, if calling the class's own forward again gives that output again."""
+    """Forward hook: note the call, if calling the class's own forward again gives that output again."""
     if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.grad_fn is not None):
         return
-    alone = len(module._forward_hooks) == 1 and "forward" not in vars(module)
-    if alone and len(args) == 1 and isinstance(args[0], Tensor) and args[0].requires_grad and args[0] is not output:
+    hooks = (module._forward_pre_hooks, _global_forward_pre_hooks, _global_forward_hooks)
+    alone = len(module._forward_hooks) == 1 and not any(hooks) and "forward" not in vars(module)
+    source = args[0] if len(args) == 1 else None
+    if alone and isinstance(source, Tensor) and source is not output and _keeps_input(module, source):
         kind = output.device.type
         enabled = torch.is_autocast_enabled(kind)
+        tensors = [source.detach(), *(parameter.detach() for parameter in module.parameters())]
         autocast = (enabled, torch.get_autocast_dtype(kind) if enabled else output.dtype)
-        output._fps_producer = Producer(module, args[0], output._version, autocast)  # type: ignore[attr-defined]
+        _producer.set(output, Producer(module, tensors, [tensor._version for tensor in tensors], autocast))
 
 
-def _keep_source(producer: Producer, dtype: torch.dtype, structure: Structure) -> Kept:
+def _keeps_input(module: nn.Module, source: Tensor) -> bool:
+    """Whether the graph holds the module's input for the module's own backward."""
+    # other norms than LayerNorm compute in float32, and keep a float32 copy of a smaller input
+    return source.requires_grad and ("RMSNorm" not in type(module).__name__ or source.dtype.itemsize >= 4)
+
+
+def _keep_source(producer: Producer, dtype: torch.dtype) -> Kept:
     """Keep the input of the module that produced a layer's input, and its parameters, all of them held already."""
     module, (enabled, autocast_dtype) = producer.module, producer.autocast
-    parameters = list(module.parameters())
+    names = [name for name, _ in module.named_parameters()]
 
     def columns(source: Tensor, *parameters: Tensor) -> Tensor:
-        elementwise = isinstance(module, ELEMENTWISE)
+        producer.tensors.clear()  # the note has served its purpose
         with torch.autocast(source.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled):
-            if elementwise:
-                source = source.index_select(-1, structure.union)
-            output = type(module).forward(module, source)
-        return output.reshape(-1, output.shape[-1]).to(dtype)
+            output = functional_call(module, dict(zip(names, parameters, strict=True)), (source,))
+        return output.detach().reshape(-1, output.shape[-1]).to(dtype)
 
-    return Kept((producer.input.detach(), *parameters), columns)
+    return Kept(tuple(producer.tensors), columns)
 
 
 def _memory_is_kept(x: Tensor) -> bool:
     """Whether the node that computed `x`, views aside, keeps this very memory for its own backward."""
-    return any(node.name().startswith(KEEPS_OUTPUT) for node in _behind_views(x.grad_fn))
-
-
-def _behind_views(node: Any) -> Iterator[Any]:
+    node: Any = x.grad_fn
     while node is not None and node.name() in VIEWS:
         node = node.next_functions[0][0]
-    if node is not None:
-        yield node
+    return node is not None and node.name().startswith(KEEPS_OUTPUT)

@@ -6,11 +6,10 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from peft_fps.cli import flags
+from peft_fps.cli import benchmark, flags
+from peft_fps.cli.errors import fail
 from peft_fps.cli.options import FinetuneOptions
 
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="peft-fps",
@@ -19,12 +18,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(benchmark.app, name="benchmark")
 DEFAULTS = FinetuneOptions()
 DEFAULT_IMPORTANCE = flags.Importance(DEFAULTS.importance)
 DEFAULT_GRANULARITY = flags.Granularity(DEFAULTS.granularity)
 DEFAULT_BIAS = flags.Bias(DEFAULTS.bias)
 DEFAULT_PRECISION = flags.Precision(DEFAULTS.precision)
-LONGEST_ERROR = 600
 
 
 @app.callback()
@@ -111,18 +110,9 @@ def finetune(
     try:
         results = run(options, console)
     except (ValueError, TypeError, OSError) as error:
-        if verbose:
-            logger.exception("the error in full")
-        typer.echo(f"Error: {one_line(error)}", err=True)
-        raise typer.Exit(1) from error
+        fail(error, verbose)
     console.print(summary(results))
     console.print(f"saved in {output}", markup=False, highlight=False, soft_wrap=True)
     if not all(checked["holds"] for checked in results["agreement"].values()):
         typer.echo("Error: what was saved does not predict what the trained model does; see the table.", err=True)
         raise typer.Exit(1)
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line; of a very long one, the beginning."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_ERROR else f"{text[: LONGEST_ERROR - 3]}..."

@@ -71,6 +71,8 @@ def keep_columns(
     product_dtype = product_dtype or x.dtype
 
     def columns(*pieces: Tensor) -> Tensor:
+        reading.pieces.clear()  # who reads the tensor after backward has begun starts anew
+        reading.columns.clear()
         if places is None:
             return pieces[0].to(product_dtype)
         return torch.cat(pieces, 1).index_select(1, places).to(product_dtype)

@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import (
+    Reading,
     Structure,
     autograd,
     build_structure,
+    keep_columns,
+    keep_whole,
     sparse_conv2d,
     sparse_delta_linear,
     sparse_linear,
     structure,
 )
+from peft_fps.sparse import products as ways
 from tests.helpers import bits, csr, flat_positions, normal, selections
 
 
@@ -361,3 +365,63 @@ def test_functional_gradients(kind: str):
     function(*expected).square().sum().backward()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other.grad)
+
+
+# --- the way does not matter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dots", [True, False], ids=["dots", "columns"])
+@pytest.mark.parametrize("kernel", ["0", "1"], ids=["", "kernel"])
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_gradients_by_every_way(kind: str, kernel: str, dots: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    monkeypatch.setattr(ways, "dots_are_cheaper", lambda structure: dots)
+    weight = normal(5, INPUTS) if kind == "linear" else torch.zeros(5, INPUTS)
+    assert_same_function(
+        lambda x, v, b: (
+            sparse_linear(x, weight, v, b, built()) if kind == "linear" else sparse_delta_linear(x, v, built()) + b
+        ),
+        lambda x, v, b: F.linear(x, scattered(weight, v, ROWS, INPUTS), b),
+        normal(300, INPUTS, seed=1),
+        normal(12, seed=2),
+        normal(5, seed=3),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["values", "bias", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", ["0", "1"], ids=["", "kernel"])
+def test_the_gradient_of_the_bias(
+    kernel: str, dtype: torch.dtype, wanted: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    x, bias, grad = normal(70, INPUTS, seed=1).to(dtype), normal(5, seed=3).to(dtype), normal(70, 5).to(dtype)
+    values = normal(12, seed=2).requires_grad_(wanted[0])
+    bias.requires_grad_(wanted[1])
+    sparse_linear(x, normal(5, INPUTS).to(dtype), values, bias, built()).backward(grad)
+    assert [values.grad is not None, bias.grad is not None] == list(wanted)
+    if bias.grad is not None:
+        assert bias.grad.dtype == dtype
+        torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("way", ["whole", "columns", "none"])
+def test_what_is_given_is_kept(kind: str, way: str):
+    (x, values), weight, grad = leaves(normal(7, INPUTS, seed=1), normal(12, seed=2)), normal(5, INPUTS), normal(7, 5)
+    data = x.detach()
+    kept = {"whole": keep_whole(data), "columns": keep_columns(data, built(), Reading()), "none": None}[way]
+    with saved_tensors() as saved:
+        if kind == "linear":
+            result = sparse_linear(x, weight, values, None, built(), kept)
+        else:
+            result = sparse_delta_linear(x, values, built(), kept)
+    if kept is not None:
+        own = {weight.data_ptr(), values.data_ptr()}
+        assert [t.data_ptr() for t in saved if t.data_ptr() not in own] == [t.data_ptr() for t in kept.tensors]
+    result.backward(grad)
+    dense = grad.double().t() @ data.double()
+    expected = torch.stack([dense[row, column] for row, columns in enumerate(ROWS) for column in columns])
+    torch.testing.assert_close(values.grad.double(), expected, rtol=1e-4, atol=1e-5)

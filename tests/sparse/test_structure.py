@@ -99,7 +99,8 @@ def test_no_entries_at_all_are_valid():
     assert columns.numel() == 0
     assert counts.tolist() == [0, 0]
     empty = build_structure(columns, counts, 2, 3)
-    assert (empty.positions.numel(), empty.union.numel(), empty.product_positions.numel()) == (0, 0, 0)
+    assert [t.tolist() for t in (empty.positions, empty.rows, empty.union, empty.union_positions)] == [[]] * 4
+    assert empty.row_starts.tolist() == [0, 0, 0]
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -122,6 +123,10 @@ def test_build_structure_against_naive_positions(
     assert built.positions.tolist() == flat_positions(rows, inputs, transposed)
     union = sorted({column for row in rows for column in row})
     assert built.union.tolist() == union
+    entries = [(row, column) for row, columns in enumerate(rows) for column in columns]
+    assert built.rows.tolist() == [row for row, _ in entries]
+    assert built.union_positions.tolist() == [union.index(column) for _, column in entries]
+    assert built.row_starts.tolist() == [sum(map(len, rows[:row])) for row in range(len(rows) + 1)]
 
     # the chunks are runs of whole rows, one behind the other, with the entries of these rows
     row, entry = 0, 0
@@ -131,8 +136,6 @@ def test_build_structure_against_naive_positions(
         inside = rows[chunk.first_row : chunk.last_row]
         assert chunk.last_entry - chunk.first_entry == sum(map(len, inside))
         assert len(inside) * len(union) <= product_elements or len(inside) == 1
-        expected = [i * len(union) + union.index(column) for i, columns in enumerate(inside) for column in columns]
-        assert built.product_positions[chunk.first_entry : chunk.last_entry].tolist() == expected
         row, entry = chunk.last_row, chunk.last_entry
     assert (row, entry) == (len(rows), sum(map(len, rows)))
 
@@ -143,6 +146,31 @@ def test_all_rows_are_one_chunk_where_the_product_fits(monkeypatch: pytest.Monke
     assert len(build_structure(*csr(rows), 3, 4).chunks) == 1
     monkeypatch.setattr(structure, "PRODUCT_ELEMENTS", 8)
     assert [chunk.last_row for chunk in build_structure(*csr(rows), 3, 4).chunks] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("neurons", "inputs", "dtype"),
+    [
+        (2, 2**30 - 1, torch.int32),
+        (2, 2**30, torch.int64),
+        (1, 2**31 - 1, torch.int32),
+        (1, 2**31, torch.int64),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+def test_index_tensors_are_small_where_every_position_fits(
+    neurons: int, inputs: int, dtype: torch.dtype, transposed: bool
+):
+    rows = [[]] * (neurons - 1) + [[0, inputs - 1]]
+    built = build_structure(*csr(rows), neurons, inputs, transposed)
+    for tensor in (built.positions, built.rows, built.row_starts, built.union_positions):
+        assert tensor.dtype == dtype
+    assert built.union.dtype == torch.int64
+    assert built.positions.tolist() == flat_positions(rows, inputs, transposed)
+    assert built.positions[-1] == neurons * inputs - 1
+    united, places = unite_structures([built, built])
+    assert united.positions.tolist() == built.positions.tolist()
+    assert (places.dtype, places.tolist()) == (torch.int64, [0, 1, 0, 1])
 
 
 @st.composite

@@ -1,0 +1,195 @@
+"""Every way to the product at the selected entries, against a dense product in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_fps.sparse import Structure, build_structure, products, structure
+from peft_fps.sparse.kernels import cpu
+from tests.helpers import csr, normal, selections
+
+
+Rows = list[list[int]]
+Operands = tuple[Tensor, Tensor, Rows]
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda matrix: matrix,
+    "transposed": lambda matrix: matrix.t().contiguous().t(),
+    "strided columns": lambda matrix: matrix.repeat_interleave(2, 1)[:, ::2],
+    "strided tokens": lambda matrix: matrix.repeat_interleave(3, 0)[::3],
+    "part of a row": lambda matrix: torch.cat([matrix, matrix, matrix], 1)[:, matrix.shape[1] : 2 * matrix.shape[1]],
+    "one token, expanded": lambda matrix: matrix[:1].expand_as(matrix),
+    "one number, expanded": lambda matrix: matrix[:1, :1].expand_as(matrix) if matrix.numel() else matrix,
+}
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 0.02, "atol": 0.05},
+    torch.float16: {"rtol": 0.002, "atol": 0.01},
+}
+FULL = [torch.float32, torch.float64]
+ALL = list(TOLERANCE)
+
+
+def built(rows: Rows, inputs: int) -> Structure:
+    return build_structure(*csr(rows), len(rows), inputs)
+
+
+def naive(grad: Tensor, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Entries of the dense product, and the column sums; `x` has all columns."""
+    dense = grad.double().t() @ x.double()
+    entries = [dense[row, column] for row, columns in enumerate(rows) for column in columns]
+    return torch.stack(entries) if entries else dense.new_zeros(0), grad.double().sum(0)
+
+
+def used_columns(x: Tensor, rows: Rows) -> Tensor:
+    return x[:, sorted({column for row in rows for column in row})]
+
+
+def assert_product(found: Tensor, expected: Tensor, tolerance: dict[str, float]) -> None:
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+
+
+@st.composite
+def operands(draw: st.DrawFn, least_tokens: int = 0) -> Operands:
+    """Gradient, all columns of the input, and the selected ones; rows may be uneven, empty or full."""
+    inputs, rows = draw(selections())
+    tokens, seed = draw(st.integers(least_tokens, 11)), draw(st.integers(0, 99))
+    grad = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(tokens, len(rows), seed=seed))
+    x = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(tokens, inputs, seed=seed + 100))
+    return grad, x, rows
+
+
+def cast(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return grad.to(dtype), x.to(dtype)  # strides are kept, except for expanded ones, which `.to` makes dense
+
+
+# --- each way -------------------------------------------------------------------------------------------------------
+
+
+@given(operands(), st.sampled_from(ALL), st.sampled_from([1, 5, 1 << 22]))
+def test_product_by_columns(case: Operands, dtype: torch.dtype, product_elements: int):
+    *both, rows = case
+    grad, x = cast(*both, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
+        where = built(rows, x.shape[1])
+    found = products.product_by_columns(grad, used_columns(x, rows), where)
+    assert found.dtype == dtype
+    assert_product(found, naive(grad, x, rows)[0], TOLERANCE[dtype])
+
+
+@given(operands(least_tokens=1), st.sampled_from(FULL), st.sampled_from([1, 3, 4, 800]))
+def test_product_by_dots(case: Operands, dtype: torch.dtype, tile: int):
+    *both, rows = case
+    grad, x = cast(*both, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "TILE_TOKENS", tile)
+        found = products.product_by_dots(grad, used_columns(x, rows), built(rows, x.shape[1]))
+    assert found.dtype == dtype
+    assert_product(found, naive(grad, x, rows)[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [799, 800, 801, 1700])
+def test_dots_over_more_tokens_than_a_tile(tokens: int):
+    rows = [[0, 3, 5], [], [2], [0, 1, 2, 3, 4, 5]]
+    grad, x = normal(tokens, 4, dtype=torch.float64), normal(tokens, 6, seed=1, dtype=torch.float64)
+    found = products.product_by_dots(grad, x, built(rows, 6))
+    assert_product(found, naive(grad, x, rows)[0], {"rtol": 1e-11, "atol": 1e-11})
+
+
+# --- the choice between them ----------------------------------------------------------------------------------------
+
+
+WAYS = {"any": {}, "without the kernel": {"kernel": False}}
+WAYS |= {f"by {way}": {"kernel": False, "dots": way == "dots"} for way in ("columns", "dots")}
+
+
+def choose(patch: pytest.MonkeyPatch, kernel: bool = True, dots: bool | None = None) -> None:
+    if not kernel:
+        patch.setenv(cpu.SWITCH, "0")
+    if dots is not None:
+        patch.setattr(products, "dots_are_cheaper", lambda structure: dots)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@given(operands(), st.sampled_from(ALL), st.booleans())
+def test_sampled_product(way: str, case: Operands, dtype: torch.dtype, whole: bool):
+    *both, rows = case
+    grad, x = cast(*both, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        choose(patch, **WAYS[way])
+        found, sums = products.sampled_product(grad, x if whole else used_columns(x, rows), built(rows, x.shape[1]))
+    expected, expected_sums = naive(grad, x, rows)
+    for tensor in (found, sums):
+        assert tensor.dtype in (dtype, torch.float32)
+    assert_product(found, expected, TOLERANCE[dtype])
+    assert_product(sums, expected_sums, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_expanded_gradients_as_those_of_a_sum(way: str, monkeypatch: pytest.MonkeyPatch):
+    rows, x = [[0, 3], [], [1, 2, 3]], normal(7, 4)
+    choose(monkeypatch, **WAYS[way])
+    for grad in (torch.ones(()).expand(7, 3), normal(3).expand(7, 3), normal(7, 1).expand(7, 3)):
+        found, sums = products.sampled_product(grad, x, built(rows, 4))
+        assert_product(found, naive(grad, x, rows)[0], TOLERANCE[torch.float32])
+        assert_product(sums, naive(grad, x, rows)[1], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+def test_without_tokens_or_entries(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    choose(monkeypatch, **WAYS[way])
+    for tokens, rows in ((0, [[0, 2], [], [1]]), (5, [[], [], []]), (0, [[], [], []])):
+        grad, x = cast(normal(tokens, 3), normal(tokens, 4, seed=1), dtype)
+        for inputs in (x, used_columns(x, rows)):
+            found, sums = products.sampled_product(grad, inputs, built(rows, 4))
+            assert found.tolist() == [0] * sum(map(len, rows))
+            assert_product(sums, grad.double().sum(0), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("dtype", FULL, ids=str)
+def test_repetition_gives_the_same_bits(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    choose(monkeypatch, **WAYS[way])
+    rows = [sorted({(7 * row + 3 * i) % 40 for i in range(row % 9)}) for row in range(50)]
+    grad, x = cast(normal(900, 50), normal(900, 40, seed=1), dtype)
+    first = products.sampled_product(grad, x, built(rows, 40))
+    for inputs in (x, x.clone()):
+        again = products.sampled_product(grad.clone(), inputs, built(rows, 40))
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("neurons", "inputs", "per_neuron", "dots"),
+    [(8, 8, 2, False), (3000, 16, 2, False), (16, 3000, 200, False), (400, 400, 400, False), (1, 50, 50, False)]
+    + [(1024, 1024, 4, True), (3072, 768, 16, True)],
+)
+def test_dots_are_for_large_unions(neurons: int, inputs: int, per_neuron: int, dots: bool):
+    step = max(inputs // per_neuron, 1)
+    rows = [sorted({(row + step * i) % inputs for i in range(per_neuron)}) for row in range(neurons)]
+    assert products.dots_are_cheaper(built(rows, inputs)) is dots
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("dots", [True, False], ids=["dots", "columns"])
+def test_the_way_that_was_chosen_is_taken(dtype: torch.dtype, dots: bool, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+
+    def note(name: str) -> Callable[..., Any]:
+        original = getattr(products, name)
+        return lambda *args: (taken.append(name), original(*args))[1]
+
+    choose(monkeypatch, kernel=False, dots=dots)
+    for name in ("product_by_columns", "product_by_dots"):
+        monkeypatch.setattr(products, name, note(name))
+    products.sampled_product(*cast(normal(3, 2), normal(3, 4, seed=1), dtype), built([[0, 3], [1]], 4))
+    # half precision has no dots along the tokens
+    assert taken == ["product_by_dots" if dots and dtype in FULL else "product_by_columns"]

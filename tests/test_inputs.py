@@ -1,0 +1,832 @@
+"""What layers keep of their inputs: the right gradients from it, and no more memory than there must be."""
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
+from transformers import activations
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tests.helpers import (
+    adapted,
+    dense_change,
+    dense_reference,
+    fill,
+    layers_of,
+    normal,
+    selected_columns,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_vit,
+)
+from tests.helpers import images as image_inputs
+from tests.helpers import tokens as token_inputs
+
+
+WIDTH, TOKENS = 24, (3, 5)
+EXACT = ("rebuild", "columns")
+CHOICES = (*EXACT, "bfloat16")
+READERS = ["query", "key", "value"]
+
+
+class Attention(nn.Module):
+    """Attention in two heads of a tensor to itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads.flip(-1), heads).transpose(1, 2).flatten(2)
+
+
+class Net(nn.Module):
+    """A plain layer, something that produces a tensor, and three layers that read it."""
+
+    def __init__(self, middle: nn.Module, neurons: int = 8) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, WIDTH)
+        self.middle = middle
+        self.query, self.key, self.value = (nn.Linear(WIDTH, neurons, bias=i != 1) for i in range(3))
+        self.between: Callable[[Tensor, Tensor], Any] = lambda source, y: y
+        self.around_reading: Callable[..., Tensor] = lambda function, *args: function(*args)
+
+    def read(self, y: Tensor) -> Tensor:
+        return self.query(y) * self.key(y).sigmoid() + self.value(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        y = self.middle(h)
+        y = self.between(h, y)
+        return self.around_reading(self.read, y)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer-norm": lambda: nn.LayerNorm(WIDTH),
+    "rms-norm": lambda: nn.RMSNorm(WIDTH),
+    "llama-norm": lambda: LlamaRMSNorm(WIDTH),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu-tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "transformers-gelu": activations.GELUActivation,
+    "fast-gelu": activations.FastGELUActivation,
+    "new-gelu": activations.NewGELUActivation,
+    "quick-gelu": activations.QuickGELUActivation,
+    "transformers-gelu-tanh": activations.GELUTanh,
+    "transformers-silu": activations.SiLUActivation,
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu-in-place": lambda: nn.ReLU(inplace=True),
+    "silu-in-place": lambda: nn.SiLU(inplace=True),
+    "attention": Attention,
+    "nothing": nn.Identity,
+    "norm-activation": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()),
+    "dropout-in-eval": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.5)),
+}
+MIDDLES = NORMS | ACTIVATIONS | OTHERS
+SOME = ["layer-norm", "rms-norm", "llama-norm", "gelu", "relu", "attention"]
+
+
+def net(middle: Callable[[], nn.Module], neurons: int = 8, outside: Callable[[nn.Module], Any] | None = None) -> Net:
+    """The same at every call; `outside` changes it before it gets an adapter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net(middle(), neurons)
+        with torch.no_grad():
+            for parameter in model.middle.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    if outside is not None:
+        outside(model)
+    return model.eval()
+
+
+def wrapped(saved_inputs: str, middle: str | Callable[[], nn.Module], per_neuron: int = 2, **options: Any) -> Any:
+    build = MIDDLES[middle] if isinstance(middle, str) else middle
+    return adapted(net(build, **options), saved_inputs=saved_inputs, target_modules=READERS, per_neuron=per_neuron)
+
+
+def inputs(seed: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return normal(*TOKENS, 6, seed=seed).to(dtype).requires_grad_()
+
+
+Step = Callable[[nn.Module, Tensor], Tensor]
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().sum()
+
+
+def gradients(model: Any, step: Step = loss) -> dict[str, Tensor]:
+    """Gradients of the input, of values and bias deltas, and of everything else that is trained."""
+    x = inputs(dtype=next(model.parameters()).dtype)
+    model.zero_grad()
+    step(model, x).backward()
+    found = {"input": x.grad} if x.grad is not None else {}
+    return found | {name: p.grad for name, p in model.base_model.model.named_parameters() if p.requires_grad}
+
+
+def dense_gradients(model: Any, step: Step = loss) -> dict[str, Tensor]:
+    """The same by autograd through the dense W + ΔW, without the package's own layers and hooks."""
+    base = copy.deepcopy(model).unload()
+    for module in base.modules():
+        assert not module._forward_hooks or any(h.__module__ == __name__ for h in module._forward_hooks.values())
+    plain = dense_reference(base, model, ["default"])
+    trained = [name for name, p in model.base_model.model.named_parameters() if p.requires_grad and "fps" not in name]
+    for parameter in plain.parameters():
+        parameter.requires_grad_()
+    x = inputs(dtype=next(model.parameters()).dtype)
+    step(plain, x).backward()
+    found = {"input": x.grad} if x.grad is not None else {}
+    for path, layer in layers_of(model).items():
+        module = plain.get_submodule(path)
+        found[f"{path}.fps_values.default"] = module.weight.grad[dense_change(layer) != 0]
+        if module.bias is not None:
+            found[f"{path}.fps_bias.default"] = module.bias.grad
+    return found | {name: plain.get_parameter(name).grad for name in trained}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], error: float = 1e-5) -> None:
+    """Errors relative to the size of a whole gradient."""
+    assert set(found) == set(expected)
+    for name, grad in expected.items():
+        assert float((found[name].double() - grad.double()).norm()) <= error * float(grad.double().norm()), name
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == []
+
+
+def assert_right(build: Callable[[str], Any], step: Step = loss, error: float = 1e-5) -> None:
+    """Every choice gives the gradients of the dense weight, and those that lose nothing give nearly the same ones."""
+    exact = [gradients(build(choice), step) for choice in EXACT]
+    reference = dense_gradients(build("columns"), step)
+    for one in exact:
+        assert_close(one, reference, error)
+        assert_close(one, exact[0], 1e-6)
+    assert_close(gradients(build("bfloat16"), step), reference, max(error, 0.01))
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_neuron", [1, 7])
+@pytest.mark.parametrize("middle", list(MIDDLES))
+def test_gradients_are_those_of_a_dense_weight(middle: str, per_neuron: int):
+    assert_right(lambda choice: wrapped(choice, middle, per_neuron))
+
+
+@pytest.mark.parametrize("kernel", ["0", "1"], ids=["without-kernel", "with-kernel"])
+@pytest.mark.parametrize("per_neuron", [1, 7])
+@pytest.mark.parametrize("middle", list(MIDDLES))
+def test_what_is_rebuilt_is_the_same_bit_for_bit(
+    middle: str, per_neuron: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    expected = gradients(wrapped("columns", middle, per_neuron))
+    assert_equal(gradients(wrapped("rebuild", middle, per_neuron)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's remark on its rms_norm
+@pytest.mark.parametrize("middle", list(MIDDLES))
+@pytest.mark.parametrize("kernel", ["0", "1"], ids=["without-kernel", "with-kernel"])
+def test_gradients_under_autocast(middle: str, kernel: str, monkeypatch: pytest.MonkeyPatch):
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model(x)
+        return result.float().square().sum()
+
+    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    exact = [gradients(wrapped(choice, middle), step) for choice in CHOICES]
+    for one in exact:
+        assert_close(one, exact[0], 0 if kernel == "1" else 0.02)
+        assert_close(one, dense_gradients(wrapped("columns", middle)), 0.05)
+
+
+@pytest.mark.parametrize("middle", SOME)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_in_other_dtypes(middle: str, dtype: torch.dtype):
+    def build(choice: str) -> Any:
+        model = adapted(net(MIDDLES[middle]).to(dtype), saved_inputs=choice, target_modules=READERS)
+        return model
+
+    reference = dense_gradients(build("columns").float())
+    for choice in CHOICES:
+        # llama's norm computes in float32 whatever it gets
+        exact = dtype == torch.float64 and choice != "bfloat16" and middle != "llama-norm"
+        assert_close(gradients(build(choice)), reference, 1e-5 if exact else 0.05)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("part", ["all", "readers"])
+@pytest.mark.parametrize("middle", [*SOME, "nothing", "silu-in-place"])
+def test_gradient_checkpointing_changes_nothing(middle: str, part: str, reentrant: bool):
+    again = partial(checkpoint, use_reentrant=reentrant)
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        return (again(model, x) if part == "all" else model(x)).square().sum()
+
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle)
+        if part == "readers":
+            model.base_model.model.around_reading = again
+        return model
+
+    assert_right(build, step)
+    for choice in EXACT:
+        assert_equal(gradients(build(choice), step), gradients(wrapped(choice, middle)))
+
+
+@pytest.mark.parametrize("middle", SOME)
+def test_two_micro_batches_before_one_backward(middle: str):
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        return loss(model, x) + loss(model, x.detach() * 0.5 + 1) + loss(model, x.flip(0))
+
+    assert_right(lambda choice: wrapped(choice, middle), step)
+
+
+@pytest.mark.parametrize("middle", SOME)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_two_backwards_through_one_graph(middle: str, choice: str):
+    model = wrapped(choice, middle)
+    once, x = gradients(model), inputs()
+    model.zero_grad()
+    kept = loss(model, x)
+    kept.backward(retain_graph=True)
+    kept.backward()
+    twice = {"input": x.grad} | {n: p.grad for n, p in model.base_model.model.named_parameters() if p.requires_grad}
+    assert_equal(twice, {name: 2 * grad for name, grad in once.items()})
+    with pytest.raises(RuntimeError, match="second time"):
+        kept.backward()
+
+
+@pytest.mark.parametrize("middle", SOME)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_backwards_in_another_order_than_forwards(middle: str, choice: str):
+    model, batches = wrapped(choice, middle), [inputs(seed) for seed in range(3)]
+    expected = []
+    for x in batches:
+        expected.append(torch.autograd.grad(loss(model, x), x)[0])
+    losses = [loss(model, x) for x in batches]
+    for place in (1, 2, 0):
+        assert torch.equal(torch.autograd.grad(losses[place], batches[place])[0], expected[place])
+
+
+@pytest.mark.parametrize("middle", list(NORMS))
+def test_norms_that_are_trained_themselves(middle: str):
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle)
+        model.base_model.model.middle.requires_grad_()
+        return model
+
+    assert "middle.weight" in gradients(build("rebuild"))
+    assert_right(build)
+
+
+@pytest.mark.parametrize("middle", ["layer-norm", "gelu"])
+def test_inputs_without_a_gradient(middle: str):
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        return loss(model, x.detach())
+
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle)
+        model.base_model.model.before.requires_grad_(False)
+        return model
+
+    assert_right(build, step)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda y: y.transpose(0, 1), lambda y: y[:, 1:4], lambda y: y[:1].expand(3, -1, -1), lambda y: y.clone()]
+    + [lambda y: y.flip(-1), lambda y: y.view(-1, WIDTH), lambda y: y.transpose(1, 2).clone().transpose(1, 2)],
+    ids=["transpose", "slice", "expand", "clone", "flip", "view", "strided"],
+)
+@pytest.mark.parametrize("middle", SOME)
+def test_readers_of_a_view(middle: str, layout: Callable[[Tensor], Tensor]):
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle)
+        model.base_model.model.between = lambda source, y: layout(y)
+        return model
+
+    assert_right(build)
+
+
+def test_values_of_one_adapter_with_another_choice():
+    for first, second in (("columns", "rebuild"), ("rebuild", "columns")):
+        model = wrapped(first, "layer-norm")
+        model.add_adapter("other", copy.copy(model.peft_config["default"]))
+        model.peft_config["other"].saved_inputs = second
+        fill(model, "other", seed=3)
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            found = gradients(model)
+            plain = dense_reference(copy.deepcopy(model).unload(), model, [name]).requires_grad_()
+            loss(plain, inputs()).backward()
+            for path in READERS:
+                expected = plain.get_submodule(path).weight.grad[dense_change(layers_of(model)[path], name) != 0]
+                torch.testing.assert_close(found[f"{path}.fps_values.{name}"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_bert, tiny_gpt2, tiny_llama], ids=["vit", "bert", "gpt2", "llama"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*use_cache=True. is incompatible with gradient checkpointing")
+def test_whole_models(build: Callable[[], Any], choice: str, reentrant: bool | None):
+    model = adapted(build(), saved_inputs=choice, modules_to_save=[], per_neuron=4)
+    x = image_inputs() if build is tiny_vit else token_inputs()
+    if reentrant is not None:
+        if reentrant:
+            model.base_model.model.enable_input_require_grads()
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for module in model.modules():
+        module.training = True  # checkpointing is for training only
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model(x).logits.square().sum().backward()
+    plain = dense_reference(build(), model, ["default"]).requires_grad_()
+    plain(x).logits.square().sum().backward()
+    for path, layer in layers_of(model).items():
+        grad, change = plain.get_submodule(path).weight.grad, dense_change(layer)
+        if build is tiny_gpt2:
+            grad, change = grad.t(), change.t()
+        expected, found = grad[change != 0], layer.fps_values["default"].grad
+        error = 0.02 if choice == "bfloat16" else 1e-4
+        assert float((found - expected).norm()) <= error * float(expected.norm()) + 1e-6, path
+
+
+# --- what must not be rebuilt ---------------------------------------------------------------------------------------
+
+
+def double_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output + 1
+
+
+def change_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.mul_(3)
+
+
+def replace_input(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0] * 2 + 1,)
+
+
+def hook(kind: str, function: Callable[..., Any], **options: Any) -> Callable[[nn.Module], None]:
+    def register(model: nn.Module) -> None:
+        getattr(model.get_submodule("middle"), f"register_{kind}hook")(function, **options)
+
+    return register
+
+
+HOOKS = {
+    "output": hook("forward_", double_output),
+    "output-first": hook("forward_", double_output, prepend=True),
+    "output-in-place": hook("forward_", change_output),
+    "input": hook("forward_pre_", replace_input),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", list(HOOKS))
+@pytest.mark.parametrize("middle", ["layer-norm", "rms-norm", "llama-norm", "transformers-gelu", "silu"])
+def test_hooks_of_the_producer(middle: str, kind: str, when: str):
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle, 7, outside=HOOKS[kind] if when == "before" else None)
+        if when == "after":
+            HOOKS[kind](model.base_model.model)
+        return model
+
+    assert_right(build)
+
+
+def test_hooks_of_all_modules():
+    def only_norms(module: nn.Module, args: Any, output: Any) -> Any:
+        return 2 * output + 1 if isinstance(module, nn.LayerNorm) else None
+
+    handle = register_module_forward_hook(only_norms)
+    try:
+        assert_right(lambda choice: wrapped(choice, "layer-norm", 7))
+    finally:
+        handle.remove()
+
+
+def test_a_forward_put_over_the_producers_own():
+    def build(choice: str) -> Any:
+        model = wrapped(choice, "layer-norm", 7)
+        norm = model.base_model.model.middle
+        norm.forward = lambda x: 2 * F.layer_norm(x, (WIDTH,), norm.weight, norm.bias)
+        return model
+
+    exact = [gradients(build(choice)) for choice in EXACT]
+    for one in exact:
+        assert_equal(one, exact[-1])
+
+
+class Gated(nn.GELU):
+    """An activation that is not computed element by element."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * input.flip(-1)
+
+
+class Softened(nn.LayerNorm):
+    """A norm with an argument of its own."""
+
+    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(input).softmax(-1)
+
+
+class NoisyRMSNorm(nn.Module):
+    """A norm that gives another result every time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.rms_norm(x, x.shape[-1:]), 0.5)
+
+
+@pytest.mark.parametrize("middle", [Gated, lambda: Softened(WIDTH)], ids=["activation", "norm"])
+def test_subclasses_of_producers(middle: Callable[[], nn.Module]):
+    assert_right(lambda choice: wrapped(choice, middle, 7))
+
+
+def test_norms_that_are_random():
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return loss(model, x)
+
+    assert_right(lambda choice: wrapped(choice, NoisyRMSNorm, 7), step)
+
+
+def test_producers_called_with_more_than_a_tensor():
+    class Calls(nn.Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.norm, self.way = Softened(WIDTH), way
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.way == "name":
+                return self.norm(input=x)
+            return self.norm(x, 3.0) if self.way == "position" else self.norm(x, scale=3.0)
+
+    for way in ("name", "position", "keyword"):
+        assert_right(lambda choice, way=way: wrapped(choice, lambda: Calls(way), 7))
+
+
+@pytest.mark.parametrize("middle", ["layer-norm", "llama-norm", "gelu"])
+def test_parameters_that_are_put_in_for_one_call(middle: str):
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        other = {name: 2 * p.detach() + 1 for name, p in model.named_parameters() if "middle" in name}
+        return torch.func.functional_call(model, other, (x,)).square().sum()
+
+    assert_right(lambda choice: wrapped(choice, middle, 7), step)
+
+
+# --- changes in place -----------------------------------------------------------------------------------------------
+
+
+def change_y(source: Tensor, y: Tensor) -> Tensor:
+    return y.mul_(2)
+
+
+def change_source(source: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        source.copy_(source.flip(-1))  # norms do not notice another scale
+    return y
+
+
+@pytest.mark.parametrize("of", ["values", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [change_y, change_source], ids=["output", "input"])
+@pytest.mark.parametrize("middle", [*SOME, "nothing"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_change_before_the_product_is_no_silent_mistake(
+    choice: str, middle: str, change: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, of: str
+):
+    """The readers' gradients are right, or refused, if what their input was made from is changed before them."""
+
+    def build(choice: str) -> Any:
+        model = adapted(net(MIDDLES[middle]), saved_inputs=choice, target_modules=READERS, per_neuron=7).to(dtype)
+        model.base_model.model.between = change
+        return model
+
+    assert_right_or_refused(build, choice, of, 1e-5 if dtype == torch.float32 and choice != "bfloat16" else 0.03)
+
+
+@pytest.mark.parametrize("of", ["values", "all"])
+@pytest.mark.parametrize("middle", [*SOME, "nothing"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("place", ["source", "y", "weight"])
+def test_a_change_after_the_product_is_no_silent_mistake(choice: str, middle: str, place: str, of: str):
+    if place == "weight" and middle not in NORMS:
+        return
+
+    def build(choice: str) -> Any:
+        model = wrapped(choice, middle, 7)
+        base = model.base_model.model
+
+        def between(source: Tensor, y: Tensor) -> Tensor:
+            base.changed = [{"source": source, "y": y, "weight": getattr(base.middle, "weight", None)}[place]]
+            return y
+
+        def around(function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+            result = function(y)
+            with torch.no_grad():
+                (changed,) = base.changed
+                changed.copy_(changed.flip(-1))
+            return result
+
+        base.between, base.around_reading = between, around
+        return model
+
+    def build_untouched(choice: str) -> Any:
+        return wrapped(choice, middle, 7)
+
+    assert_right_or_refused(build, choice, of, 1e-5 if choice != "bfloat16" else 0.03, build_untouched)
+
+
+def assert_right_or_refused(
+    build: Callable[[str], Any], choice: str, of: str, error: float, same: Callable[[str], Any] | None = None
+) -> None:
+    """Gradients of the values alone, or of all, are those of W + ΔW in float64, unless autograd refuses them."""
+    model, plain_model = build(choice), (same or build)("columns")
+    values = {name: p for name, p in model.base_model.model.named_parameters() if "fps_values" in name}
+    x = inputs(dtype=next(model.parameters()).dtype)
+    try:
+        result = loss(model, x)
+        found = torch.autograd.grad(result, [*values.values(), *([x] if of == "all" else [])])
+    except RuntimeError as refusal:
+        assert "modified by an inplace operation" in str(refusal)  # noqa: PT017
+        return
+    plain = dense_reference(copy.deepcopy(plain_model).unload(), plain_model, ["default"]).requires_grad_(False)
+    weights = [plain.get_submodule(path).weight.requires_grad_() for path in READERS]
+    x = inputs(dtype=next(model.parameters()).dtype)
+    expected = torch.autograd.grad(loss(plain, x), weights)
+    for path, grad, whole in zip(READERS, found, expected, strict=False):
+        at_entries = whole[dense_change(layers_of(plain_model)[path]) != 0]
+        assert float((grad.double() - at_entries.double()).norm()) <= error * float(at_entries.double().norm()), path
+
+
+# --- what is saved --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saved_storages(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that the graph keeps, by its address; those of the model itself are left out."""
+    kept: list[Tensor] = []  # holds them, so that no address is used twice
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def saved(model: nn.Module, context: Callable[[], Any] = nullcontext, dtype: torch.dtype = torch.float32) -> int:
+    with saved_storages(model) as found, context():
+        result = model(inputs(dtype=dtype))
+    assert result.requires_grad
+    return sum(found.values())
+
+
+def frozen(middle: str | Callable[[], nn.Module], **options: Any) -> nn.Module:
+    return net(MIDDLES[middle] if isinstance(middle, str) else middle, **options).requires_grad_(False)
+
+
+def unions(model: Any) -> list[set[int]]:
+    return [{column for row in selected_columns(layer) for column in row} for layer in layers_of(model).values()]
+
+
+def copied(model: Any, bytes_each: int = 4) -> int:
+    return TOKENS[0] * TOKENS[1] * len(set().union(*unions(model))) * bytes_each
+
+
+@pytest.mark.parametrize("per_neuron", [1, 7])
+@pytest.mark.parametrize("middle", [*NORMS, *ACTIVATIONS])
+def test_rebuilt_inputs_cost_no_memory(middle: str, per_neuron: int):
+    assert saved(wrapped("rebuild", middle, per_neuron)) == saved(frozen(middle))
+
+
+@pytest.mark.parametrize("per_neuron", [1, 3])
+@pytest.mark.parametrize("middle", [*NORMS, *ACTIVATIONS, "nothing", "silu-in-place"])
+@pytest.mark.parametrize(("choice", "size"), [("columns", 4), ("bfloat16", 2)])
+def test_copied_columns_are_kept_once_for_all_readers(middle: str, per_neuron: int, choice: str, size: int):
+    model = wrapped(choice, middle, per_neuron)
+    joint = set().union(*unions(model))
+    assert len(joint) < WIDTH
+    assert len(joint) < sum(map(len, unions(model)))  # some are needed twice
+    assert saved(model) - saved(frozen(middle)) == copied(model, size)
+
+
+@pytest.mark.parametrize("middle", ["relu", "attention"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_outputs_that_are_kept_anyway_cost_no_memory(middle: str, choice: str):
+    assert saved(wrapped(choice, middle)) == saved(frozen(middle))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("middle", ["relu", "attention", "layer-norm", "nothing"])
+def test_another_layout_costs_no_more_than_the_columns(choice: str, middle: str):
+    def turned(model: nn.Module) -> nn.Module:
+        model.between = lambda source, y: y.transpose(0, 1)
+        return model
+
+    model, plain = wrapped(choice, middle, 1), frozen(middle)
+    turned(model.base_model.model)
+    assert saved(model) - saved(turned(plain)) <= copied(model)
+
+
+@pytest.mark.parametrize("middle", ["gelu", "relu", "attention"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_under_autocast_no_more_than_the_columns_in_half_precision(choice: str, middle: str):
+    model = wrapped(choice, middle, 1)
+    context = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert saved(model, context) - saved(frozen(middle), context) <= copied(model, 2)
+
+
+@pytest.mark.parametrize("middle", list(NORMS))
+def test_rebuilding_costs_no_more_than_columns_in_half_precision(middle: str):
+    def half(model: Any) -> Any:
+        return model.to(torch.bfloat16)
+
+    model = half(wrapped("rebuild", middle, 1))
+    assert saved(model, dtype=torch.bfloat16) - saved(half(frozen(middle)), dtype=torch.bfloat16) <= copied(model, 2)
+
+
+@pytest.mark.parametrize("per_neuron", [1, 7])
+@pytest.mark.parametrize("middle", SOME)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_nothing_as_large_as_a_weight_is_saved(choice: str, middle: str, per_neuron: int):
+    neurons = 200  # more weights than there are numbers in any activation
+    model = wrapped(choice, middle, per_neuron, neurons=neurons)
+    with saved_storages(model) as found:
+        model(inputs())
+    assert max(found.values()) < 4 * neurons * WIDTH
+
+
+def test_checkpointed_parts_keep_nothing_more():
+    def build(model: nn.Module) -> nn.Module:
+        model.around_reading = partial(checkpoint, use_reentrant=False)
+        return model
+
+    for middle in SOME:
+        plain = saved(build(frozen(middle)))
+        for choice in CHOICES:
+            model = wrapped(choice, middle, 1)
+            build(model.base_model.model)
+            assert saved(model) == plain
+
+
+ONE_TENSOR = 4 * TOKENS[0] * TOKENS[1] * WIDTH
+ONE_NOTE = 2 * ONE_TENSOR  # on the tensor that was read last: what it was made from, and copied columns
+
+
+def new_bytes(result: Callable[[], Any]) -> int:
+    """Bytes of what Python still holds of all that a call has made, the result among it."""
+    gc.collect()
+    before = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in before}
+    result = result()
+    gc.collect()
+    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in known}
+    del result, before
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("middle", ["layer-norm", "nothing"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_checkpointed_parts_leave_the_latest_notes_at_most(choice: str, middle: str):
+    model, plain, x = wrapped(choice, middle), frozen(middle), inputs()
+    loss(model, x).backward()  # index tensors are derived once, gradients are there
+    for one in (model.base_model.model, plain):
+        one.around_reading = partial(checkpoint, use_reentrant=False)
+    note = 4 * TOKENS[0] * TOKENS[1] * WIDTH
+    assert new_bytes(lambda: model(x)) <= new_bytes(lambda: plain(x)) + 2 * note
+
+
+@pytest.mark.parametrize("middle", ["layer-norm", "nothing"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_one_note_at_most_outlives_backward(choice: str, middle: str):
+    """As where a model returns its hidden states."""
+    model, x = wrapped(choice, middle), inputs()
+    loss(model, x).backward()
+    states: list[Tensor] = []
+    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+
+    def steps() -> list[Tensor]:
+        for _ in range(4):
+            loss(model, x).backward()
+        return states
+
+    assert new_bytes(steps) <= 4 * ONE_TENSOR + ONE_NOTE
+
+
+# --- the notes themselves -------------------------------------------------------------------------------------------
+
+
+def hooks_of(model: nn.Module) -> list[str]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("middle", ["layer-norm", "llama-norm", "norm-activation"])
+def test_no_hooks_are_left(choice: str, way: str, middle: str):
+    model = wrapped(choice, middle)
+    loss(model, inputs()).backward()
+    assert hooks_of(getattr(model, way)()) == []
+
+
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+def test_hooks_of_others_are_left(way: str):
+    model = wrapped("rebuild", "layer-norm", outside=HOOKS["output"])
+    base = getattr(model, way)()
+    assert list(base.middle._forward_hooks.values()) == [double_output]
+
+
+def test_one_hook_for_several_adapters():
+    model = wrapped("rebuild", "layer-norm")
+    model.add_adapter("other", copy.copy(model.peft_config["default"]))
+    assert len(model.base_model.model.middle._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch-save"])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=["bert", "llama"])
+def test_copies_train_alike(build: Callable[[], Any], choice: str, way: str):
+    def trained(model: Any) -> list[Tensor]:
+        model.zero_grad()
+        model(token_inputs()).logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    model = adapted(build(), saved_inputs=choice, modules_to_save=[])
+    expected = trained(model)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        twin = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
+    for one, other in zip(trained(twin), expected, strict=True):
+        assert torch.equal(one, other)
+    assert [len(m._forward_hooks) for m in twin.modules()] == [len(m._forward_hooks) for m in model.modules()]
+    assert hooks_of(twin.unload()) == []
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_outputs_are_saved_as_plain_tensors(choice: str):
+    """What a user does with hidden states that come out of a model."""
+    model = wrapped(choice, "layer-norm")
+    states: list[Tensor] = []
+    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    model(inputs())
+    stream, plain = io.BytesIO(), io.BytesIO()
+    torch.save(states[0], stream)
+    assert torch.equal(torch.load(io.BytesIO(stream.getvalue()), weights_only=True), states[0])
+    torch.save(states[0].detach().clone().requires_grad_(), plain)
+    assert stream.tell() <= plain.tell() + 200
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("middle", SOME)
+def test_evaluation_notes_nothing(choice: str, middle: str):
+    model = wrapped(choice, middle)
+    states: list[Tensor] = []
+    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    with torch.no_grad():
+        expected = model(inputs())
+    with torch.inference_mode():
+        assert torch.equal(model(inputs()), expected)
+    assert [vars(y) for y in states] == [{}, {}]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_second_derivative_is_refused(choice: str):
+    model, x = wrapped(choice, "layer-norm"), inputs()
+    (first,) = torch.autograd.grad(loss(model, x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
