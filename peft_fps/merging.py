@@ -42,7 +42,10 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
         before, after = merged_entries(base.weight, values, positions)
         _write(base.weight, positions, after)
         changes, lost = _swallowed(before, after, values)
-    if bias_delta is not None:
+    if bias_delta is not None and base.bias.dtype == bias_delta.dtype == torch.float32:
+        bias = base.bias.detach().clone()
+        base.bias.add_(bias_delta)
+    elif bias_delta is not None:
         bias, bias_after = sums(base.bias.detach().clone(), bias_delta)
         base.bias.copy_(bias_after)
         changes_of_bias, lost_of_bias = _swallowed(bias, bias_after, bias_delta)

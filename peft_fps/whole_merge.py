@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
 
@@ -25,8 +26,8 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
         layer.check_merge(list(adapter_names))
     for layer, name in pairs:
         layer.structure(name)  # checks the tensors, unless they are the ones last checked
-    for layer, name in pairs:
-        if not all(parameter.detach().sum().isfinite() for parameter in layer.adapter_parameters(name)):
+    if not _sums_are_finite([parameter for layer, name in pairs for parameter in layer.adapter_parameters(name)]):
+        for layer, name in pairs:
             layer.check_tensors(name)  # a sum may also overflow
     before = {(id(layer), name) for layer in layers for name in layer.merged_adapters}
     yield
@@ -45,3 +46,11 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
             "keep the adapter unmerged.",
             stacklevel=4,
         )
+
+
+def _sums_are_finite(parameters: list[nn.Parameter]) -> bool:
+    """Whether the sums of all parameters are finite; a few operations for a whole model."""
+    alike: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter.detach())
+    return all(bool(torch.cat(tensors).sum().isfinite()) for tensors in alike.values())

@@ -1,5 +1,6 @@
 """The README's programs run as printed, and its commands are those that CI runs."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,3 +56,12 @@ def test_budget_table_is_the_arithmetic_of_vit_b_16() -> None:
         assert int(trained.replace(",", "")) == expected
         assert share == f"{100 * expected / parameters:.3f}"
         assert with_head == f"{100 * (expected + 769 * 100) / parameters:.3f}"
+
+
+def test_the_cost_table_is_the_measured_one() -> None:
+    folder = ROOT / "peft_fps" / "benchmarks" / "results"
+    assert (folder / "cost.md").read_text(encoding="utf-8").strip() in README
+    assert (folder / "cost.png").stat().st_size > 0
+    measured = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+    assert measured["evidence"]
+    assert measured["date"] in README

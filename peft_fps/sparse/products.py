@@ -34,7 +34,7 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
         `(nnz,)`, and `(neurons,)` sums over the tokens, the gradients of values and bias; in the dtype of
         `grad_output`, or float32 from a compiled kernel.
     """
-    if grad_output.numel() and not torch.compiler.is_compiling():
+    if grad_output.numel() and entries_are_few(structure) and not torch.compiler.is_compiling():
         for kernel in (cpu, cuda):
             if kernel.fits(grad_output, inputs, structure):
                 return kernel.sampled_product(grad_output, inputs, structure)
@@ -46,6 +46,11 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
     if dots_are_cheaper(structure) and grad_output.device.type == "cpu" and grad_output.dtype.itemsize >= 4:
         return product_by_dots(grad_output, inputs, structure), sums
     return product_by_columns(grad_output, inputs, structure), sums
+
+
+def entries_are_few(structure: Structure) -> bool:
+    """Whether one dot product per entry costs less than a dense product, for a kernel that lays out at no cost."""
+    return DOT_COST * structure.positions.numel() < structure.neurons * structure.union.numel()
 
 
 def dots_are_cheaper(structure: Structure) -> bool:

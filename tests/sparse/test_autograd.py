@@ -375,6 +375,7 @@ def test_functional_gradients(kind: str):
 @pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_gradients_by_every_way(kind: str, kernel: str, dots: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    monkeypatch.setattr(ways, "entries_are_few", lambda structure: True)
     monkeypatch.setattr(ways, "dots_are_cheaper", lambda structure: dots)
     weight = normal(5, INPUTS) if kind == "linear" else torch.zeros(5, INPUTS)
     assert_same_function(
@@ -397,6 +398,7 @@ def test_the_gradient_of_the_bias(
     kernel: str, dtype: torch.dtype, wanted: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", kernel)
+    monkeypatch.setattr(ways, "entries_are_few", lambda structure: True)
     x, bias, grad = normal(70, INPUTS, seed=1).to(dtype), normal(5, seed=3).to(dtype), normal(70, 5).to(dtype)
     values = normal(12, seed=2).requires_grad_(wanted[0])
     bias.requires_grad_(wanted[1])

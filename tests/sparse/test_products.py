@@ -112,8 +112,9 @@ WAYS |= {f"by {way}": {"kernel": False, "dots": way == "dots"} for way in ("colu
 
 
 def choose(patch: pytest.MonkeyPatch, kernel: bool = True, dots: bool | None = None) -> None:
-    if not kernel:
-        patch.setenv(cpu.SWITCH, "0")
+    patch.setenv(cpu.SWITCH, "1" if kernel else "0")
+    if kernel:
+        patch.setattr(products, "entries_are_few", lambda structure: True)
     if dots is not None:
         patch.setattr(products, "dots_are_cheaper", lambda structure: dots)
 
@@ -176,6 +177,15 @@ def test_dots_are_for_large_unions(neurons: int, inputs: int, per_neuron: int, d
     step = max(inputs // per_neuron, 1)
     rows = [sorted({(row + step * i) % inputs for i in range(per_neuron)}) for row in range(neurons)]
     assert products.dots_are_cheaper(built(rows, inputs)) is dots
+
+
+@pytest.mark.parametrize(
+    ("neurons", "inputs", "per_neuron", "few"),
+    [(8, 8, 8, False), (400, 400, 400, False), (400, 400, 100, False), (400, 400, 4, True), (1, 50, 50, False)],
+)
+def test_kernels_are_for_few_entries(neurons: int, inputs: int, per_neuron: int, few: bool):
+    rows = [sorted({(row + i) % inputs for i in range(per_neuron)}) for row in range(neurons)]
+    assert products.entries_are_few(built(rows, inputs)) is few
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)

@@ -7,6 +7,7 @@ nothing that was built for another processor is ever loaded. Without a compiler,
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -43,14 +44,15 @@ def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """Build and load the kernel, once per process; None if that fails."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    if not compiler:
         logger.debug("no C++ compiler found: gradients of sparse values are computed by PyTorch alone")
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="peft_fps_") as folder:
             built = Path(folder) / "sampled_product.so"
-            command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+            command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             loaded = ctypes.CDLL(str(built))
             for name in FUNCTIONS.values():

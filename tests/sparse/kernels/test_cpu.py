@@ -146,6 +146,7 @@ def test_the_switch(taken: bool, monkeypatch: pytest.MonkeyPatch):
 
     (grad, x), where = operands(5), built()
     monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.setattr(products, "entries_are_few", lambda structure: True)
     expected = products.sampled_product(grad, x, where)
     monkeypatch.setattr(cpu, "sampled_product", refuse)
     monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", "1" if taken else "0")
@@ -194,6 +195,7 @@ def test_without_a_kernel_one_line_is_logged_and_training_goes_on(
     capfd: pytest.CaptureFixture[str],
 ):
     spoil(monkeypatch)
+    monkeypatch.setattr(products, "entries_are_few", lambda structure: True)
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     weight, x, values = normal(6, INPUTS), normal(70, INPUTS, seed=1), normal(21, seed=2).requires_grad_()
     dense = torch.zeros(6, INPUTS)
