@@ -9,6 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from peft_fps.latest import version
 from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
@@ -57,11 +58,6 @@ class _Derived:
     columns: Tensor
     row_counts: Tensor
     versions: tuple[int, int]
-
-
-def _version(tensor: Tensor) -> int:
-    """Number of in-place changes so far; tensors made in inference mode do not count them."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class FPSLayer(BaseTunerLayer):
@@ -166,7 +162,7 @@ class FPSLayer(BaseTunerLayer):
         if derived is not None and torch.compiler.is_compiling():
             return derived.structure
         columns, row_counts = self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
-        versions = (_version(columns), _version(row_counts))
+        versions = (version(columns), version(row_counts))
         same = derived is not None and derived.columns is columns and derived.row_counts is row_counts
         if derived is not None and same and derived.versions == versions:
             return derived.structure
@@ -176,7 +172,7 @@ class FPSLayer(BaseTunerLayer):
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
-        versions = (_version(columns), _version(row_counts))
+        versions = (version(columns), version(row_counts))
         self._derived[adapter_name] = _Derived(structure, columns, row_counts, versions)
         return structure
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import activations
 
-from peft_fps.latest import Latest
+from peft_fps.latest import Latest, version
 from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole
 
 
@@ -58,7 +58,7 @@ class Producer:
     @property
     def unchanged(self) -> bool:
         """Whether the tensors are still held and still those of the call."""
-        return bool(self.tensors) and self.versions == [tensor._version for tensor in self.tensors]
+        return bool(self.tensors) and self.versions == [version(tensor) for tensor in self.tensors]
 
 
 _producer: Latest[Producer] = Latest()
@@ -123,7 +123,7 @@ def _note_producer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
         enabled = torch.is_autocast_enabled(kind)
         tensors = [source.detach(), *(parameter.detach() for parameter in module.parameters())]
         autocast = (enabled, torch.get_autocast_dtype(kind) if enabled else output.dtype)
-        _producer.set(output, Producer(module, tensors, [tensor._version for tensor in tensors], autocast))
+        _producer.set(output, Producer(module, tensors, [version(tensor) for tensor in tensors], autocast))
 
 
 def _keeps_input(module: nn.Module, source: Tensor) -> bool:

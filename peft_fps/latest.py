@@ -30,17 +30,22 @@ class Latest(Generic[Note]):
         """Replace the note."""
         slot = vars(self._slot)
         slot.clear()
-        slot["known"] = (weakref.ref(tensor, lambda _: slot.clear()), tensor._version, _run(), note)
+        slot["known"] = (weakref.ref(tensor, lambda _: slot.clear()), version(tensor), _run(), note)
 
     def get(self, tensor: Tensor) -> Note | None:
         """Return the note on this very tensor, None if there is none or the tensor has changed since."""
         found = vars(self._slot).get("known")
         if found is None:
             return None
-        known, version, run, note = found
+        known, noted, run, note = found
         here = _run()
         same_run = run is here if run is None or here is None else run() is not None and run() is here()
-        return note if known() is tensor and version == tensor._version and same_run else None
+        return note if known() is tensor and noted == version(tensor) and same_run else None
+
+
+def version(tensor: Tensor) -> int:
+    """Number of in-place changes so far; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _run() -> Any:

@@ -703,14 +703,18 @@ ONE_TENSOR = 4 * TOKENS[0] * TOKENS[1] * WIDTH
 ONE_NOTE = 2 * ONE_TENSOR  # on the tensor that was read last: what it was made from, and copied columns
 
 
+def strided_tensors() -> list[Tensor]:
+    return [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.layout == torch.strided]
+
+
 def new_bytes(result: Callable[[], Any]) -> int:
     """Bytes of what Python still holds of all that a call has made, the result among it."""
     gc.collect()
-    before = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    before = strided_tensors()
     known = {tensor.untyped_storage().data_ptr() for tensor in before}
     result = result()
     gc.collect()
-    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    storages = [tensor.untyped_storage() for tensor in strided_tensors()]
     found = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in known}
     del result, before
     return sum(found.values())

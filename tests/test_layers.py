@@ -314,7 +314,8 @@ def test_training_after_evaluation_in_inference_mode(names: tuple[str, ...], hoo
 def test_a_model_that_is_built_in_inference_mode():
     expected = adapted(tiny_mlp())(normal(3, 10))
     with torch.inference_mode():
-        assert torch.equal(adapted(tiny_mlp())(normal(3, 10)), expected)
+        # few tokens and no gradients: ΔW is multiplied beside W, which rounds in another order
+        torch.testing.assert_close(adapted(tiny_mlp())(normal(3, 10)), expected)
 
 
 def test_values_of_both_adapters_at_one_entry_are_added():
