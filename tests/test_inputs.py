@@ -704,7 +704,8 @@ ONE_NOTE = 2 * ONE_TENSOR  # on the tensor that was read last: what it was made 
 
 
 def strided_tensors() -> list[Tensor]:
-    return [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.layout == torch.strided]
+    found = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    return [t for t in found if t.layout == torch.strided and t.device.type == "cpu" and t.data_ptr()]
 
 
 def new_bytes(result: Callable[[], Any]) -> int:
