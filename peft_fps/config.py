@@ -1,6 +1,5 @@
 """What a user may ask for; every wrong value is refused when the config is built."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +9,42 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 
 from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
+from peft_fps.checks import (
+    FORMAT_VERSION,
+    check_allocation,
+    check_choice,
+    check_names,
+    check_number,
+    check_regex,
+    check_type,
+    check_version,
+)
 from peft_fps.registration import fps_type
 
 
-FORMAT_VERSION = 1
 DEFAULT_BUDGET = 0.0077
+WITHOUT_DATA = ("magnitude", "random")
+"""Importances that need no data."""
+
+CHOICES = {
+    "importance": (
+        "activation",
+        *WITHOUT_DATA,
+        "gradient",
+        "fisher",
+        "sensitivity",
+        "movement",
+        "l0",
+    ),
+    "order": ("top", "bottom"),
+    "norm": ("l1", "l2"),
+    "fisher": ("example", "batch"),
+    "loss": ("task", "contrastive"),
+    "granularity": ("neuron", "layer", "model", "block", "row", "column"),
+    "bias": ("none", "all", "with_norms"),
+    "saved_inputs": ("rebuild", "columns", "bfloat16"),
+    "check_base": ("error", "warn"),
+}
 
 Allocations = dict[str, dict[str, int]]
 
@@ -32,15 +62,32 @@ class FPSConfig(PeftConfig):
             entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone (BitFit).
         per_neuron: the other way to say it: entries per output neuron, K in the papers. Need not be whole; above a
             neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
-        importance: score of a weight. `"activation"`: FPS, eqs. 2-6, needs `calibrate`. `"magnitude"`: |w| alone.
-            `"random"`: seeded, a control.
+        importance: score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data.
+            `"activation"`: FPS, eqs. 2-6, from forward passes. `"magnitude"`: |w| alone (NeuroAda, Super-Tuning).
+            `"random"`: seeded, a control. From backward passes, with g the gradient of the loss: `"gradient"`: |sum of
+            g over batches| (GPS); `"fisher"`: sum of g² (FISH Mask, SPT, TR-PTS); `"sensitivity"`: |w · sum of g|
+            (first-order Taylor). From a short training that is undone: `"movement"`: |change of w| (FAR); `"l0"`:
+            |learned change| under hard-concrete gates with an L0 penalty (DiffPruning).
+        order: `"top"` selects the largest scores, `"bottom"` the smallest.
         norm: typical magnitude of an input under `"activation"`: `"l1"` mean |a| (eq. 3), `"l2"` root mean square
             (eq. 4).
         weight_magnitude: multiply the activation with |w|; False gives eqs. 5 and 6.
-        granularity: `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ entries (the paper's final choice). `"layer"`: the same
-            number of entries per module, placed wherever the scores are best. `"model"`: the best entries of all
-            modules together.
-        bias: `"all"` trains a bias delta in every targeted module that has a bias (as GPS and FPS do); `"none"`.
+        fisher: whose gradients `"fisher"` squares: each `"example"`'s (FISH Mask), or each `"batch"`'s mean (SPT).
+        loss: what the gradients are of. `"task"`: the model's own loss, cross-entropy with the labels, or the function
+            given to `calibrate`. `"contrastive"`: supervised contrastive loss on two augmented views of each image, at
+            the temperature 0.07 (GPS).
+        selection_learning_rate: of the short training under `"movement"` and `"l0"`, AdamW. None: 1e-4 for
+            `"movement"`, 1e-3 for `"l0"`.
+        selection_epochs: passes over the data in that training.
+        l0_penalty: weight of the expected number of open gates in the loss under `"l0"`.
+        granularity: `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ entries (the FPS paper's final choice). `"layer"`: the
+            same number of entries per module, placed wherever the scores are best. `"model"`: the best entries of all
+            modules together (FISH Mask). `"block"`: entries per neuron in proportion to the share that its transformer
+            block has in the best `block_top` of all scores, at least one (TR-PTS). `"row"`, `"column"`: whole neurons,
+            or whole inputs, with the largest sums of scores (FAR).
+        block_top: the share M of all scored weights that decides between blocks under `"block"`.
+        bias: `"all"` trains a bias delta in every targeted module that has a bias (as GPS and FPS do); `"with_norms"`
+            in every LayerNorm besides (as BitFit does); `"none"`.
         target_modules: names, ends of names or a regular expression, as everywhere in PEFT; `"all-linear"`; None
             means every linear and convolutional layer except the output head.
         exclude_modules: names, ends of names or a regular expression of modules to leave out.
@@ -48,6 +95,7 @@ class FPSConfig(PeftConfig):
         layers_pattern: name or names of the block list that the indices count.
         modules_to_save: modules trained and saved whole. None means the output head of a `...For...Classification`
             model, and nothing in other models; `[]` means nothing.
+        recipe: recommended training arguments of a preset, to pass on: `TrainingArguments(**config.recipe)`.
         budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
             given, else the share of that module's weights. Where several keys match, the longest counts. The remaining
             modules share what is left of the budget.
@@ -74,11 +122,21 @@ class FPSConfig(PeftConfig):
 
     budget: float | None = None
     per_neuron: float | None = None
-    importance: Literal["activation", "magnitude", "random"] = "activation"
+    importance: Literal["activation", "magnitude", "random", "gradient", "fisher", "sensitivity", "movement", "l0"] = (
+        "activation"
+    )
+    order: Literal["top", "bottom"] = "top"
     norm: Literal["l1", "l2"] = "l1"
     weight_magnitude: bool = True
-    granularity: Literal["neuron", "layer", "model"] = "neuron"
-    bias: Literal["none", "all"] = "all"
+    fisher: Literal["example", "batch"] = "example"
+    loss: Literal["task", "contrastive"] = "task"
+    selection_learning_rate: float | None = None
+    selection_epochs: int = 1
+    l0_penalty: float = 1.25e-7
+    granularity: Literal["neuron", "layer", "model", "block", "row", "column"] = "neuron"
+    block_top: float = 0.03
+    bias: Literal["none", "all", "with_norms"] = "all"
+    recipe: dict[str, Any] | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -104,7 +162,7 @@ class FPSConfig(PeftConfig):
         # one config object can serve several models. Likewise for targets and heads that a model has found itself.
         self.from_file = self.allocation is not None
         self.automatic: dict[str, Any] = {}
-        _check_version(self.format_version)
+        check_version(self.format_version)
         if self.budget is None and self.per_neuron is None:
             self.budget = DEFAULT_BUDGET
         if self.budget is not None and self.per_neuron is not None:
@@ -112,27 +170,36 @@ class FPSConfig(PeftConfig):
                 f"budget={self.budget} and per_neuron={self.per_neuron} were both given, expected at most one: the "
                 "budget is a share of all base parameters, per_neuron the number of entries per neuron."
             )
-        _check_number("budget", self.budget, upper=1.0)
-        _check_number("per_neuron", self.per_neuron)
-        _check_choice("importance", self.importance, ("activation", "magnitude", "random"))
-        _check_choice("norm", self.norm, ("l1", "l2"))
-        _check_choice("granularity", self.granularity, ("neuron", "layer", "model"))
-        _check_choice("bias", self.bias, ("none", "all"))
-        _check_choice("saved_inputs", self.saved_inputs, ("rebuild", "columns", "bfloat16"))
-        _check_choice("check_base", self.check_base, ("error", "warn"))
+        check_number("budget", self.budget, upper=1.0)
+        check_number("per_neuron", self.per_neuron)
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        check_number("selection_learning_rate", self.selection_learning_rate)
+        check_number("l0_penalty", self.l0_penalty, optional=False)
+        check_number("block_top", self.block_top, upper=1.0, optional=False)
+        epochs = self.selection_epochs
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"selection_epochs is {epochs!r}, expected an integer of at least 1.")
+        if self.loss == "contrastive" and self.importance not in ("gradient", "fisher", "sensitivity"):
+            raise ValueError(
+                f"loss='contrastive' was given with importance={self.importance!r}, expected 'gradient', 'fisher' or "
+                "'sensitivity': it serves backward passes alone. Leave loss at 'task'."
+            )
+        if self.recipe is not None:
+            check_type("recipe", self.recipe, dict, "None or a dict of training arguments")
         for name in ("weight_magnitude", "init_weights", "inference_mode", "pickled"):
-            _check_type(name, getattr(self, name), bool, "True or False")
+            check_type(name, getattr(self, name), bool, "True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}, expected an integer of at least 0 and below 2**63.")
         self._check_modules()
         self._check_patterns()
-        _check_allocation(self.allocation)
+        check_allocation(self.allocation)
         if self.calibration is not None:
-            _check_type("calibration", self.calibration, dict, "None or what an adapter_config.json holds")
+            check_type("calibration", self.calibration, dict, "None or what an adapter_config.json holds")
             examples = self.calibration.get("examples", 0)
             if isinstance(examples, bool) or not isinstance(examples, int):
                 raise ValueError(f"calibration has examples={examples!r}, expected an integer.")
-        _check_type("plugin", self.plugin, str, "a package name")
+        check_type("plugin", self.plugin, str, "a package name")
         digest: Any = self.base_fingerprint
         strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
         if digest is not None and not strings:
@@ -140,7 +207,7 @@ class FPSConfig(PeftConfig):
                 f"base_fingerprint is {digest!r} of type {type(digest).__name__}, expected None or a dict with the "
                 "strings 'sha256' and 'dtype'."
             )
-        _check_names("whole_tensors", self.whole_tensors, list | None)
+        check_names("whole_tensors", self.whole_tensors, list | None)
         if self.from_file and self.modules_to_save and self.whole_tensors is None:
             raise ValueError(
                 f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
@@ -150,16 +217,16 @@ class FPSConfig(PeftConfig):
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            _check_names(name, value, str | list | set | tuple | None)
+            check_names(name, value, str | list | set | tuple | None)
             if isinstance(value, str):
-                _check_regex(name, value)
+                check_regex(name, value)
             elif value is not None:
                 setattr(self, name, set(value))
-        _check_names("modules_to_save", self.modules_to_save, list | set | tuple | None)
+        check_names("modules_to_save", self.modules_to_save, list | set | tuple | None)
         if self.modules_to_save is not None:
             given: Any = self.modules_to_save
             self.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
-        _check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
+        check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
         indices: Any = self.layers_to_transform
         listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
         if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in listed):
@@ -183,14 +250,12 @@ class FPSConfig(PeftConfig):
             )
 
     def _check_patterns(self) -> None:
-        _check_type("budget_pattern", self.budget_pattern, dict, "a dict from module name to a number")
+        check_type("budget_pattern", self.budget_pattern, dict, "a dict from module name to a number")
         for key, value in self.budget_pattern.items():
             if not isinstance(key, str):
                 raise TypeError(f"budget_pattern has the key {key!r}, expected a module name or regular expression.")
-            _check_regex("budget_pattern", key)
-            _check_number(
-                f"budget_pattern[{key!r}]", value, upper=None if self.budget is None else 1.0, optional=False
-            )
+            check_regex("budget_pattern", key)
+            check_number(f"budget_pattern[{key!r}]", value, upper=None if self.budget is None else 1.0, optional=False)
 
     @classmethod
     def from_pretrained(
@@ -206,7 +271,7 @@ class FPSConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, cls):  # whatever a file says, what to do about another base is the caller's choice
             config.check_base = kwargs.get("check_base", "error")
-        _check_choice("check_base", config.check_base, ("error", "warn"))
+        check_choice("check_base", config.check_base, ("error", "warn"))
         if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
             return config
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -235,66 +300,4 @@ class FPSConfig(PeftConfig):
     @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
-        return self.importance == "activation" and (self.per_neuron if self.budget is None else self.budget) != 0
-
-
-def _check_version(version: Any) -> None:
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"format_version is {version!r}, expected an integer of at least 1.")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version is {version}, expected at most {FORMAT_VERSION}: the adapter was written by a newer "
-            "peft_fps. Upgrade with `pip install -U peft-fps`."
-        )
-
-
-def _check_number(name: str, value: Any, upper: float | None = None, optional: bool = True) -> None:
-    allowed = f"between 0 and {upper:g}" if upper is not None else "of at least 0"
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected a number {allowed}.")
-    if not 0 <= value <= (float("inf") if upper is None else upper) or value == float("inf"):
-        raise ValueError(f"{name} is {value!r}, expected a finite number {allowed}.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}.")
-
-
-def _check_type(name: str, value: Any, expected: type, description: str) -> None:
-    if not isinstance(value, expected):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {description}.")
-
-
-def _check_names(name: str, value: Any, types: Any) -> None:
-    members = value if isinstance(value, (list, set, tuple)) else ()
-    if not isinstance(value, types) or value == "" or any(not isinstance(item, str) or not item for item in members):
-        kinds = "a name or a list of names" if isinstance("", types) else "a list of names"
-        raise TypeError(f"{name} is {value!r}, expected None, {kinds} (strings that are not empty).")
-
-
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
-
-
-def _check_allocation(allocation: Any) -> None:
-    if allocation is None:
-        return
-    _check_type("allocation", allocation, dict, "None or what an adapter_config.json holds")
-    for module, sizes in allocation.items():
-        where = f"allocation[{module!r}]"
-        if (
-            not isinstance(module, str)
-            or not isinstance(sizes, dict)
-            or set(sizes) != {"neurons", "inputs", "entries"}
-        ):
-            raise ValueError(f"{where} is {sizes!r}, expected the integers 'neurons', 'inputs' and 'entries'.")
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes.values()):
-            raise ValueError(f"{where} is {sizes!r}, expected integers of at least 0.")
-        if sizes["entries"] > sizes["neurons"] * sizes["inputs"]:
-            raise ValueError(f"{where} is {sizes!r}, expected at most neurons times inputs entries.")
+        return self.importance not in WITHOUT_DATA and (self.per_neuron if self.budget is None else self.budget) != 0

@@ -82,6 +82,8 @@ def test_construction_does_not_warn(recwarn: pytest.WarningsRecorder):
         ({"per_neuron": 1}, True),
         ({"importance": "magnitude"}, False),
         ({"importance": "random"}, False),
+        ({"importance": "gradient"}, True),
+        ({"importance": "l0"}, True),
         ({"budget": 0}, False),
         ({"per_neuron": 0}, False),
     ],
@@ -137,7 +139,7 @@ WRONG = [
     ("norm", 2, "'l1', 'l2'"),
     ("weight_magnitude", 1, "True or False"),
     ("weight_magnitude", None, "True or False"),
-    ("granularity", "block", "'neuron', 'layer', 'model'"),
+    ("granularity", "blocks", "'neuron', 'layer', 'model', 'block', 'row', 'column'"),
     ("granularity", True, "'neuron', 'layer', 'model'"),
     ("bias", True, "'none', 'all'"),
     ("bias", "lora_only", "'none', 'all'"),
@@ -202,6 +204,18 @@ WRONG = [
     ("base_fingerprint", {"sha256": 5, "dtype": "float32"}, "expected None or"),
     ("whole_tensors", "classifier.weight", "list of names"),
     ("whole_tensors", [3], "list of names"),
+    ("order", "first", "'top', 'bottom'"),
+    ("fisher", "sample", "'example', 'batch'"),
+    ("loss", "cross_entropy", "'task', 'contrastive'"),
+    ("selection_learning_rate", -1e-3, "a finite number of at least 0"),
+    ("selection_learning_rate", "1e-3", "a number of at least 0"),
+    ("selection_epochs", 0, "an integer of at least 1"),
+    ("selection_epochs", 1.5, "an integer of at least 1"),
+    ("l0_penalty", None, "a number of at least 0"),
+    ("l0_penalty", float("nan"), "a finite number of at least 0"),
+    ("block_top", 1.5, "a finite number between 0 and 1"),
+    ("block_top", None, "a number between 0 and 1"),
+    ("recipe", "adam", "None or a dict of training arguments"),
     ("pickled", "yes", "True or False"),
     ("pickled", None, "True or False"),
 ]
@@ -227,6 +241,13 @@ def test_a_wrong_value_is_refused_with_field_found_and_allowed(name: str, value:
 def test_every_field_has_a_wrong_value():
     informative = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}  # PEFT's own
     assert {name for name, _, _ in WRONG} == {field.name for field in fields(FPSConfig)} - informative
+
+
+@pytest.mark.parametrize("importance", ["activation", "magnitude", "random", "movement", "l0"])
+def test_the_contrastive_loss_serves_backward_passes_alone(importance: str):
+    message = refusal({"importance": importance, "loss": "contrastive"})
+    assert repr(importance) in message and "'gradient', 'fisher' or 'sensitivity'" in message
+    FPSConfig(importance="gradient", loss="contrastive")
 
 
 def test_budget_and_k_exclude_each_other():
