@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t TILE = 256;           // tokens laid out at once
 constexpr int64_t ROW = TILE + 16;      // padded: a power of two would map all runs to the same cache sets
+constexpr int64_t SQUARE = 8;
 constexpr int64_t NEURONS_AT_ONCE = 256;
 
 inline float load(const float* from) { return *from; }
@@ -31,15 +32,17 @@ struct Matrix {
     int64_t columns;        // number of columns to read
 };
 
+// In small squares, so that neither reading nor writing leaves the cache.
 template <typename T>
 void along_tokens(const Matrix<T>& from, int64_t token, int64_t tokens, int64_t column, int64_t columns, float* to) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        const T* row = from.data + (token + t) * from.stride;
-        if (from.gather)
-            for (int64_t c = 0; c < columns; ++c) to[c * ROW + t] = load(row + from.gather[column + c]);
-        else
-            for (int64_t c = 0; c < columns; ++c) to[c * ROW + t] = load(row + column + c);
-    }
+    for (int64_t start = 0; start < tokens; start += SQUARE)
+        for (int64_t block = 0; block < columns; block += SQUARE) {
+            const int64_t end = std::min(start + SQUARE, tokens), last = std::min(block + SQUARE, columns);
+            for (int64_t c = block; c < last; ++c) {
+                const T* read = from.data + token * from.stride + (from.gather ? from.gather[column + c] : column + c);
+                for (int64_t t = start; t < end; ++t) to[c * ROW + t] = load(read + t * from.stride);
+            }
+        }
 }
 
 template <typename T>
