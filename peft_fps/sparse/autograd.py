@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
 from peft_fps.sparse.keeping import NOTHING, Kept, Reading, keep_columns
-from peft_fps.sparse.products import added_product, adding_is_cheaper, sampled_product
+from peft_fps.sparse.products import add_input_gradient, added_product, adding_is_cheaper, sampled_product
 from peft_fps.sparse.structure import Structure
 
 
@@ -28,6 +28,9 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
     ) -> Tensor:
+        if adding_is_cheaper(x, weight, values, structure):
+            result = F.linear(x, weight.t() if structure.transposed else weight, bias)
+            return result.add_(added_product(x, values, structure))
         return F.linear(x, compose_weight(weight, values, structure, x.dtype), bias)
 
     @staticmethod
@@ -51,8 +54,17 @@ class _SparseLinear(torch.autograd.Function):
             if need_bias:
                 grad_bias = grad_output.sum(0) if grad_bias is None else grad_bias.to(grad_output.dtype)
             if need_x:  # last: whoever comes next in the graph finds it in the cache
-                grad_x = grad_output @ compose_weight(weight, values, ctx.structure, grad_output.dtype)
+                grad_x = _input_gradient(grad_output, weight, values, ctx.structure)
         return grad_x, None, grad_values, grad_bias if need_bias else None, None, None
+
+
+def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    """Return `grad_output (W + ΔW)`."""
+    if adding_is_cheaper(grad_output, weight, values, structure):
+        grad_x = grad_output @ (weight.t() if structure.transposed else weight)
+        add_input_gradient(grad_x, grad_output, values, structure)
+        return grad_x
+    return grad_output @ compose_weight(weight, values, structure, grad_output.dtype)
 
 
 class _SparseDeltaLinear(torch.autograd.Function):
@@ -152,12 +164,8 @@ def sparse_linear(
     """
     flat = x.reshape(-1, structure.inputs)
     with torch.autocast(x.device.type, enabled=False):
-        if not torch.is_grad_enabled() and adding_is_cheaper(flat, weight, values, structure):
-            result = F.linear(flat, weight.t() if structure.transposed else weight, bias)
-            result += added_product(flat, values, structure)
-        else:
-            # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
-            result = _SparseLinear.apply(flat, weight, values, bias, structure, kept)
+        # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
+        result = _SparseLinear.apply(flat, weight, values, bias, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
 
 

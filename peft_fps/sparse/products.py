@@ -95,7 +95,10 @@ def product_by_dots(grad_output: Tensor, used_inputs: Tensor, structure: Structu
 
 
 def adding_is_cheaper(x: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> bool:
-    """Whether `x ΔWᵀ` beside the base product costs less than copying W to form W + ΔW: for few tokens, on the CPU."""
+    """Whether a product with ΔW beside the base product costs less than copying W to form W + ΔW.
+
+    So it is for few tokens, on the CPU. `x` is the layer's input, or the gradient of its output.
+    """
     plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
     float32 = x.dtype == weight.dtype == values.dtype == torch.float32
     laid_out = x.shape[0] * (structure.neurons + structure.union.numel())
@@ -108,3 +111,17 @@ def added_product(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
     offsets = structure.row_starts[:-1]
     bags = F.embedding_bag(structure.union_positions, columns, offsets, mode="sum", per_sample_weights=values)
     return bags.t()
+
+
+def add_input_gradient(grad_x: Tensor, grad_output: Tensor, values: Tensor, structure: Structure) -> None:
+    """Add `grad_output ΔW` to `grad_x` `(tokens, inputs)` in place: an input is a bag of weighted neurons.
+
+    Args:
+        grad_x: `(tokens, inputs)`.
+        grad_output: `(tokens, neurons)`.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where they lie.
+    """
+    order, neurons, starts = structure.by_column
+    columns = grad_output.t().contiguous()
+    grad_x.add_(F.embedding_bag(neurons, columns, starts, mode="sum", per_sample_weights=values[order]).t())

@@ -8,6 +8,7 @@ A selection is a CSR pattern over the weight seen as `(neurons, inputs)`:
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,21 @@ class Structure:
     union_positions: Tensor
     chunks: tuple[RowChunk, ...]
     shared: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries in the order of their inputs (CSC).
+
+        Returns:
+            `(nnz,)` their places in the order of the neurons, `(nnz,)` their neurons, and `(inputs,)` the first entry
+            of each input.
+        """
+        with torch.inference_mode(False):  # what is derived during inference must serve training later
+            order = torch.argsort(self.union_positions, stable=True)
+            columns = self.union.index_select(0, self.union_positions.index_select(0, order))
+            starts = torch.searchsorted(columns, torch.arange(self.inputs, device=columns.device))
+            small = self.rows.dtype
+            return order.to(small), self.rows.index_select(0, order), starts.to(small)
 
 
 def even_row_counts(entries: int, neurons: int) -> Tensor:

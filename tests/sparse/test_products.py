@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_fps.sparse import Structure, build_structure, products, structure
+from peft_fps.sparse import Structure, build_structure, products, sparse_linear, structure
 from peft_fps.sparse.kernels import cpu
 from tests.helpers import csr, normal, selections
 
@@ -203,3 +204,60 @@ def test_the_way_that_was_chosen_is_taken(dtype: torch.dtype, dots: bool, monkey
     products.sampled_product(*cast(normal(3, 2), normal(3, 4, seed=1), dtype), built([[0, 3], [1]], 4))
     # half precision has no dots along the tokens
     assert taken == ["product_by_dots" if dots and dtype in FULL else "product_by_columns"]
+
+
+# --- few tokens -----------------------------------------------------------------------------------------------------
+
+
+def random_change(neurons: int, inputs: int, density: float, transposed: bool) -> tuple[Tensor, Structure, Tensor]:
+    chosen = torch.rand(neurons, inputs) < density
+    delta = torch.randn(neurons, inputs) * chosen
+    columns, counts = chosen.nonzero()[:, 1], chosen.sum(1)
+    return delta, build_structure(columns, counts, neurons, inputs, transposed), delta[chosen]
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the largest number of elements that any operation returns, views of one tensor left out."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.elements, self.memory = 0, tensor.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.memory:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("density", [0.05, 0.4])
+def test_the_change_beside_the_base_product(tokens: int, transposed: bool, density: float):
+    delta, structure, values = random_change(40, 30, density, transposed)
+    x, g, onto = torch.randn(tokens, 30), torch.randn(tokens, 40), torch.randn(tokens, 30)
+    torch.testing.assert_close(products.added_product(x, values, structure), x @ delta.t())
+    expected = onto + g @ delta
+    products.add_input_gradient(onto, g, values, structure)
+    torch.testing.assert_close(onto, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_tokens_leave_the_weight_uncopied_and_give_the_same_gradients(transposed: bool):
+    delta, structure, values = random_change(64, 48, 0.1, transposed)
+    weight, bias, x, g = torch.randn(64, 48), torch.randn(64), torch.randn(2, 48), torch.randn(2, 64)
+    stored = weight.t().contiguous() if transposed else weight.clone()
+    tensors = [t.clone().requires_grad_() for t in (x, values, bias)]
+    assert products.adding_is_cheaper(x, stored, values, structure)
+    with LargestResult(stored) as largest:
+        result = sparse_linear(tensors[0], stored, tensors[1], tensors[2], structure)
+        result.backward(g)
+    assert largest.elements < weight.numel()
+    dense = [t.clone().requires_grad_() for t in (x, delta, bias)]
+    expected = dense[0] @ (weight + dense[1]).t() + dense[2]
+    expected.backward(g)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(tensors[0].grad, dense[0].grad)
+    torch.testing.assert_close(tensors[1].grad, dense[1].grad[delta != 0])
+    torch.testing.assert_close(tensors[2].grad, dense[2].grad)
