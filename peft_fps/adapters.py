@@ -68,14 +68,14 @@ class FPSLayer(BaseTunerLayer):
         shape: neurons, fan-in and whether there is a bias; the weight is seen as `(neurons, inputs)`.
         transposed: whether the weight is stored as `(inputs, neurons)`.
         fps_values: per adapter `(nnz,)`, ΔW at the selected entries.
-        fps_bias: per adapter `(neurons,)`, bias delta; only with `bias="all"` and where the base layer has a bias.
+        fps_bias: per adapter `(neurons,)`, bias delta; not with `bias="none"`, nor where the base layer has no bias.
         fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
     """
 
     base_layer: Any
-    adapter_layer_names = ("fps_values", "fps_bias")
-    other_param_names = ("fps_columns", "fps_row_counts", "fps_state")
+    adapter_layer_names: tuple[str, ...] = ("fps_values", "fps_bias")
+    other_param_names: tuple[str, ...] = ("fps_columns", "fps_row_counts", "fps_state")
     cast_input_dtype_enabled = True
     transposed = False
 

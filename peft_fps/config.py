@@ -269,11 +269,11 @@ class FPSConfig(PeftConfig):
             ValueError: there is no config, it is not valid, or the adapter file beside it is not.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, cls):  # whatever a file says, what to do about another base is the caller's choice
-            config.check_base = kwargs.get("check_base", "error")
-        check_choice("check_base", config.check_base, ("error", "warn"))
         if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
             return config
+        # whatever a file says, what to do about another base is the caller's choice
+        config.check_base = kwargs.get("check_base", "error")
+        check_choice("check_base", config.check_base, CHOICES["check_base"])
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if not folder.is_dir():
             downloads, _, _ = cls._split_kwargs(kwargs)

@@ -5,7 +5,9 @@ again from that, bit for bit. Attention keeps its output, which may be the very 
 neither holds, the needed columns are copied, once for all layers that read one tensor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import activations
 
+from peft_fps.adapters import FPSLayer
 from peft_fps.latest import Latest, version
 from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole
 
@@ -41,16 +44,16 @@ VIEWS = ("ViewBackward0", "TransposeBackward0", "PermuteBackward0", "ReshapeAlia
 
 @dataclass(frozen=True)
 class Producer:
-    """The module call that produced a tensor.
+    """The call that produced a tensor.
 
     Attributes:
-        module: what was called.
+        form: what was called: gives the tensor again, bit for bit, from `tensors`, whatever has become of the module.
         tensors: its input and its parameters, as they were in the call.
         versions: of these tensors.
         autocast: whether it was on, and its dtype.
     """
 
-    module: nn.Module
+    form: Callable[..., Tensor]
     tensors: list[Tensor]
     versions: list[int]
     autocast: tuple[bool, torch.dtype]
@@ -66,18 +69,21 @@ _reading: Latest[tuple[torch.dtype, Reading]] = Latest()
 
 
 def watch_producers(model: nn.Module) -> None:
-    """Let normalisations and activations note how to form their outputs again."""
+    """Let normalisations and activations note how to form their outputs again; adapted norms do so by themselves."""
+    adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, FPSLayer)}
     for module in model.modules():
         kind = type(module)
         norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.")
-        if (norm or kind in PRODUCERS) and _note_producer not in module._forward_hooks.values():
-            module.register_forward_hook(_note_producer)
+        if id(module) in adapted:
+            unwatch_producers(module)
+        elif (norm or kind in PRODUCERS) and _note_call not in module._forward_hooks.values():
+            module.register_forward_hook(_note_call)
 
 
 def unwatch_producers(model: nn.Module) -> None:
     """Remove what `watch_producers` has added."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _note_producer]:
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _note_call]:
             del module._forward_hooks[key]
 
 
@@ -111,7 +117,18 @@ def keep_input(x: Tensor, product_dtype: torch.dtype, structure: Structure, save
         return keep_columns(flat, structure, reading, kept_dtype, product_dtype)
 
 
-def _note_producer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def note_producer(output: Tensor, form: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    """Note that `output` is `form(*tensors)`, where the graph holds the tensors for the backward of that call."""
+    if torch.compiler.is_compiling() or output.grad_fn is None:
+        return
+    kind = output.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    tensors = [tensor.detach() for tensor in tensors]
+    autocast = (enabled, torch.get_autocast_dtype(kind) if enabled else output.dtype)
+    _producer.set(output, Producer(form, tensors, [version(tensor) for tensor in tensors], autocast))
+
+
+def _note_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: note the call, if calling the class's own forward again gives that output again."""
     if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.grad_fn is not None):
         return
@@ -119,11 +136,12 @@ def _note_producer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
     alone = len(module._forward_hooks) == 1 and not any(hooks) and "forward" not in vars(module)
     source = args[0] if len(args) == 1 else None
     if alone and isinstance(source, Tensor) and source is not output and _keeps_input(module, source):
-        kind = output.device.type
-        enabled = torch.is_autocast_enabled(kind)
-        tensors = [source.detach(), *(parameter.detach() for parameter in module.parameters())]
-        autocast = (enabled, torch.get_autocast_dtype(kind) if enabled else output.dtype)
-        _producer.set(output, Producer(module, tensors, [version(tensor) for tensor in tensors], autocast))
+        names = [name for name, _ in module.named_parameters()]
+        note_producer(output, partial(_call_again, module, names), [source, *module.parameters()])
+
+
+def _call_again(module: nn.Module, names: list[str], source: Tensor, *parameters: Tensor) -> Tensor:
+    return functional_call(module, dict(zip(names, parameters, strict=True)), (source,))
 
 
 def _keeps_input(module: nn.Module, source: Tensor) -> bool:
@@ -133,14 +151,13 @@ def _keeps_input(module: nn.Module, source: Tensor) -> bool:
 
 
 def _keep_source(producer: Producer, dtype: torch.dtype) -> Kept:
-    """Keep the input of the module that produced a layer's input, and its parameters, all of them held already."""
-    module, (enabled, autocast_dtype) = producer.module, producer.autocast
-    names = [name for name, _ in module.named_parameters()]
+    """Keep the input of the call that produced a layer's input, and its parameters, all of them held already."""
+    enabled, autocast_dtype = producer.autocast
 
     def columns(source: Tensor, *parameters: Tensor) -> Tensor:
         producer.tensors.clear()  # the note has served its purpose
         with torch.autocast(source.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled):
-            output = functional_call(module, dict(zip(names, parameters, strict=True)), (source,))
+            output = producer.form(source, *parameters)
         return output.detach().reshape(-1, output.shape[-1]).to(dtype)
 
     return Kept(tuple(producer.tensors), columns)

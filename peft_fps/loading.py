@@ -19,7 +19,7 @@ from peft_fps.checkpoint import (
     encode,
 )
 from peft_fps.config import FPSConfig
-from peft_fps.inputs import unwatch_producers
+from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.lookup import base_model, fps_layers
 from peft_fps.renames import current_names
 from peft_fps.targets import PREFIX
@@ -66,8 +66,8 @@ def load_state(
     """
     layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
     by_path = {layer.module_path: (name, layer) for name, layer in layers.items()}
-    # a selection over the whole model fixes only the total; the split over modules is the file's
-    free = config.granularity == "model"
+    # other granularities fix only the total; the split over modules is the file's
+    free = config.granularity not in ("neuron", "layer")
     expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
     try:
         modules, others = _split(model, state_dict)
@@ -83,9 +83,10 @@ def load_state(
         layer.resize(adapter_name, tensors["fps_columns"].numel())
         layer.fps_state[adapter_name].selected = True
         layer.fps_state[adapter_name].thawed.clear()
-        for parameter in layer.adapter_parameters(adapter_name):  # never narrower than the file
-            wide = torch.promote_types(parameter.dtype, tensors["fps_values"].dtype)
-            parameter.data = parameter.data.to(wide)
+        for name, held in (("fps_values", layer.fps_values), ("fps_bias", layer.fps_bias)):
+            if name in tensors:  # never narrower than the file
+                parameter = held[adapter_name]
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))
         for name, tensor in tensors.items():
             result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensor)
     return result
@@ -148,6 +149,8 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     if alone:
         for parameter in thawed:
             parameter.requires_grad = True
+    else:
+        watch_producers(model)  # norms that were wrapped noted their outputs themselves
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
 
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
@@ -21,6 +22,19 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return the layers that carry the adapter, by their path in the base model."""
     layers = fps_layers(model).values()
     return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
+
+
+def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of the modules that the adapter trains whole (`modules_to_save`), by name."""
+    wrappers = (
+        (name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    )
+    return {
+        f"{name}.{own}": parameter
+        for name, wrapper in wrappers
+        for own, parameter in wrapper.named_parameters()
+        if f".{adapter_name}." in f".{own}"
+    }
 
 
 def active_adapter(model: nn.Module) -> str:

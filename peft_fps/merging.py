@@ -42,6 +42,8 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
         before, after = merged_entries(base.weight, values, positions)
         _write(base.weight, positions, after)
         changes, lost = _swallowed(before, after, values)
+    if bias_delta is not None:
+        bias_delta = bias_delta.view_as(base.bias)  # a norm's bias may have several dimensions
     if bias_delta is not None and base.bias.dtype == bias_delta.dtype == torch.float32:
         bias = base.bias.detach().clone()
         base.bias.add_(bias_delta)

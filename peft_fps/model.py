@@ -21,6 +21,7 @@ from peft_fps.selection import SelectionReport
 from peft_fps.targets import (
     PREFIX,
     base_parameters,
+    biased_norms,
     check_adapter_name,
     check_whole_modules_present,
     default_targets,
@@ -112,6 +113,10 @@ class FPSModel(BaseTuner):
             saved_names = dict(zip(current, peft_config.allocation, strict=True))
             peft_config.allocation = current
         check_whole_modules_present(model, peft_config.modules_to_save or [])
+        peft_config.automatic["norms"] = set()
+        # norms come on top of targets; without any, PEFT is to say which were not found
+        if peft_config.bias == "with_norms" and not peft_config.from_file and self._matched(peft_config, model):
+            peft_config.automatic["norms"] = biased_norms(model, peft_config)
         names = self._matched(peft_config, model)
         self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
 
@@ -125,10 +130,12 @@ class FPSModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        matched = BaseTuner._check_target_module_exists(peft_config, key)
-        if isinstance(matched, _ExcludedModule) or not peft_config.from_file:
+        matched: Any = BaseTuner._check_target_module_exists(peft_config, key)
+        if isinstance(matched, _ExcludedModule):
             return matched
-        return key in peft_config.allocation
+        if peft_config.from_file:
+            return key in peft_config.allocation
+        return matched or key in peft_config.automatic.get("norms", ())
 
     def _create_and_replace(
         self,
@@ -152,7 +159,7 @@ class FPSModel(BaseTuner):
         target.update_layer(
             adapter_name,
             self._entries[current_key],
-            peft_config.bias == "all",
+            peft_config.bias != "none",
             self._state,
             inference_mode=peft_config.inference_mode,
         )

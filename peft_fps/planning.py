@@ -11,7 +11,7 @@ from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.config import FPSConfig
 from peft_fps.layers import layer_shape
 from peft_fps.merging import unmerged_copy
-from peft_fps.selection import LayerShape, allocate
+from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.targets import check_target, check_untied, count_base_parameters
 
 
@@ -29,7 +29,8 @@ def plan(
     Raises:
         ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
     """
-    bases = {name: check_target(model, name) for name in names}
+    norms = config.bias == "with_norms"
+    bases = {name: check_target(model, name, norms) for name in names}
     check_untied(model, names)
     shapes = {name: layer_shape(base) for name, base in bases.items()}
     weights = {name: _unmerged_weight(model, name) for name in names}
@@ -42,14 +43,17 @@ def plan(
         return {name: sizes["entries"] for name, sizes in config.allocation.items()}, found
     if not names:
         return {}, found  # PEFT says which targets were not found
-    trained = {name: replace(s, bias=s.bias and config.bias == "all") for name, s in shapes.items()}
+    trained = {name: replace(s, bias=s.bias and config.bias != "none") for name, s in shapes.items()}
+    parameters = count_base_parameters(model)
     allocation = allocate(
         trained,
-        base_parameters=count_base_parameters(model),
+        base_parameters=parameters,
         budget=config.budget,
         per_neuron=config.per_neuron,
         budget_pattern=config.budget_pattern,
     )
+    entries, biases = sum(allocation.entries.values()), allocation.biases
+    check_granularity(config.granularity, trained, entries, biases=biases, base_parameters=parameters)
     return allocation.entries, found
 
 

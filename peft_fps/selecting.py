@@ -3,20 +3,34 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
-from peft_fps.calibration import Observed, observe
+from peft_fps.adapters import FPSLayer
+from peft_fps.calibration import Pass
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
-from peft_fps.scoring import Score, Statistics, random_scorer, scorer
+from peft_fps.describing import describe
+from peft_fps.evidence import Gathering, gather
+from peft_fps.gradients import Loss
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, whole_parameters
+from peft_fps.scoring import Evidence, Score, random_scorer, scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
 from peft_fps.targets import count_base_parameters
+
+
+RECORDED = ("importance", "order", "granularity", "seed")
+RECORDED_WITH_DATA = {
+    "activation": ("norm", "weight_magnitude"),
+    "gradient": ("loss",),
+    "fisher": ("loss", "fisher"),
+    "sensitivity": ("loss",),
+    "movement": ("selection_learning_rate", "selection_epochs"),
+    "l0": ("selection_learning_rate", "selection_epochs", "l0_penalty"),
+}
+"""What of the config is kept with a selection."""
 
 
 def calibrate(
@@ -29,61 +43,78 @@ def calibrate(
     collator: Callable[..., Any] | None = None,
     progress: bool = True,
     discard_values: bool = False,
+    loss: Loss | None = None,
+    views: Callable[[Tensor], Tensor] | None = None,
+    accumulators: Literal["device", "cpu", "streaming"] = "device",
+    training_mode: bool = False,
 ) -> SelectionReport:
-    """Choose the entries of an adapter as its config says, from one forward pass over data.
+    """Choose the entries of an adapter as its config says, from passes over data.
 
-    The pass runs the base model (adapters off) in evaluation mode without gradients; training modes, random states and
-    hooks are restored whatever happens. Padded positions are left out where a batch has an `attention_mask`. In a
-    distributed run every process brings its own share of the data, and all get the same selection. Modules that no
-    batch reached are named in a warning and selected by weight magnitude.
+    The base model runs, adapters off, in evaluation mode and without gradients where the importance needs none. A
+    short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
+    modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
+    are left out of input statistics where a batch has an `attention_mask`. In a distributed run every process brings
+    its own share of the data, and all get the same selection. Modules that no batch reached are named in a warning
+    and selected by weight magnitude.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
-            A batch is a mapping passed by name, a tuple whose first element is the input, or a tensor. Not needed if
-            the importance uses no data.
+            A batch is a mapping passed by name, a tuple whose first element is the input, or a tensor. Labels stand
+            under `labels`, or second in a tuple. Not needed if the importance uses no data.
         adapter_name: the active adapter if None.
         num_batches: stop after so many batches; the whole pass if None.
         batch_size: examples per batch, if `data` holds examples.
         collator: turns a list of examples into a batch; for datasets transformers' default collator if None.
         progress: show a progress bar.
         discard_values: allow calibration although training has begun; the learned changes are lost.
+        loss: from the model's outputs and the batch to a scalar, a mean over the batch. If None, the `loss` among the
+            outputs, or else the cross-entropy of the logits with the labels.
+        views: makes two views of each image for `loss="contrastive"`, `(2 * batch, ...)` of `(batch, ...)`; if None
+            `TwoViews()`, which needs kornia and images normalised with mean and standard deviation 0.5.
+        accumulators: where sums of gradients are held, one number per targeted weight: on the `"device"` of the
+            weights, or on the `"cpu"`. `"streaming"` holds a shortlist, eight times the entries that will be selected
+            and largest in the first batch, and misses entries that become large only later.
+        training_mode: backward passes in training mode, dropout active, as GPS's code has it.
 
     Returns:
         What was selected; prints as a table.
 
     Raises:
         TypeError: the data is of an unknown kind.
-        ValueError: no data, activations that are not finite, or a model that is merged, offloaded without hooks, or
-            has been trained. The model is unchanged then.
+        ValueError: no data, activations, losses or gradients that are not finite, or a model that is merged, offloaded
+            without hooks, or has been trained. The model is unchanged then.
     """
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
-    _check_state(layers, adapter_name, discard_values)
-    statistics: Statistics = {}
-    record: dict[str, Any] = {key: getattr(config, key) for key in ("importance", "granularity", "seed")}
+    check_selectable(layers, adapter_name, discard_values)
+    evidence: Evidence = {}
+    record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
-        base = base_model(model)
+        weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
+        base, how = base_model(model), Gathering(loss, views, accumulators, training_mode)
+        short_training = config.importance in ("movement", "l0")
+        batches = Pass(
+            data,
+            num_batches=num_batches,
+            batch_size=batch_size,
+            collator=collator,
+            progress=progress,
+            epochs=config.selection_epochs if short_training else 1,
+            purpose=f"importance={config.importance!r}",
+        )
         with _adapters_off(base):
-            statistics, counts = observe(
-                base,
-                {path: _observed(layer) for path, layer in layers.items()},
-                config.norm,
-                data,
-                num_batches=num_batches,
-                batch_size=batch_size,
-                collator=collator,
-                progress=progress,
-            )
-        record |= {"norm": config.norm, "weight_magnitude": config.weight_magnitude, **counts}
-        unreached = [path for path in layers if path not in statistics]
+            evidence, counts = gather(base, weighted, config, adapter_name, batches, how)
+        record |= {key: getattr(config, key) for key in RECORDED_WITH_DATA[config.importance]} | counts
+        unreached = [path for path in weighted if path not in evidence]
         if unreached:
+            found = "saw no input" if config.importance == "activation" else "got no gradient"
             warnings.warn(
-                f"{len(unreached)} of {len(layers)} modules saw no input during calibration and are selected by "
+                f"{len(unreached)} of {len(weighted)} modules {found} during calibration and are selected by "
                 f"weight magnitude: {', '.join(unreached)}.",
                 stacklevel=2,
             )
-    _select(layers, config, adapter_name, {p: scorer(layer, p, config, statistics) for p, layer in layers.items()})
+    _select(layers, config, adapter_name, {p: scorer(layer, p, config, evidence) for p, layer in layers.items()})
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, record
     return selection_report(model, adapter_name)
@@ -104,15 +135,14 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         biases = layer.shape.neurons if adapter_name in layer.fps_bias else 0
         size = encoded_bytes(counts, layer.shape.inputs, values.element_size(), biases)
         rows.append(LayerSelection(path, layer.shape.neurons, layer.shape.inputs, values.numel(), biases, size))
-    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    head = [p for wrapper in wrappers for name, p in wrapper.named_parameters() if f".{adapter_name}." in f".{name}"]
+    head = whole_parameters(model, adapter_name).values()
     return SelectionReport(
         layers=tuple(rows),
         base_parameters=count_base_parameters(base_model(model)),
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
-        method=_describe(config, next(iter(layers.values())).fps_state[adapter_name]),
+        method=describe(config, next(iter(layers.values())).fps_state[adapter_name]),
     )
 
 
@@ -139,11 +169,18 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
                 parameter.data.copy_(noise * sign)
 
 
-def _check_state(layers: Mapping[str, FPSLayer], adapter_name: str, discard_values: bool) -> None:
+def check_selectable(layers: Mapping[str, FPSLayer], adapter_name: str, discard_values: bool) -> None:
+    """Raise ValueError unless an adapter may get new entries: not merged, loaded, and not trained.
+
+    Args:
+        layers: of the adapter, by module path.
+        adapter_name: its name.
+        discard_values: allow an adapter that is trained.
+    """
     for path, layer in layers.items():
         if layer.merged:
             raise ValueError(
-                f"{path}: found merged adapters {layer.merged_adapters}, expected none during calibration. Call "
+                f"{path}: found merged adapters {layer.merged_adapters}, expected none while entries are chosen. Call "
                 "model.unmerge_adapter() first. Nothing was changed."
             )
         if layer.fps_values[adapter_name].device.type == "meta":
@@ -154,8 +191,8 @@ def _check_state(layers: Mapping[str, FPSLayer], adapter_name: str, discard_valu
         trained = any(bool(p.detach().nan_to_num().any()) for p in layer.adapter_parameters(adapter_name))
         if trained and not discard_values:
             raise ValueError(
-                f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since calibration chooses "
-                "new entries and would discard them. Calibrate before training, or pass discard_values=True. Nothing "
+                f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since choosing "
+                "new entries would discard them. Choose before training, or pass discard_values=True. Nothing "
                 "was changed."
             )
 
@@ -174,30 +211,13 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _observed(layer: FPSLayer) -> Observed:
-    groups = getattr(layer.base_layer, "groups", 1)
-    assert isinstance(layer, nn.Module)
-    return Observed(layer, layer.base_layer, groups, layer.shape.inputs)
-
-
 def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
     """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
     candidates = {
         path: Candidate(layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel(), scores[path])
         for path, layer in layers.items()
     }
-    for path, (columns, row_counts) in select_entries(candidates, config.granularity).items():
+    for path, (columns, row_counts) in select_entries(
+        candidates, config.granularity, block_top=config.block_top, order=config.order
+    ).items():
         layers[path].set_selection(adapter_name, columns, row_counts)
-
-
-def _describe(config: FPSConfig, state: AdapterState) -> str:
-    how = {"activation": "weight magnitude", "magnitude": "weight magnitude", "random": f"chance (seed {config.seed})"}
-    text = how[config.importance]
-    if config.needs_calibration:
-        typical = "mean |input|" if config.norm == "l1" else "root mean square of the input"
-        text = f"weight magnitude x {typical}" if config.weight_magnitude else typical
-        if state.calibration is not None:
-            text += f" over {state.calibration.get('examples', 0):,} examples"
-        elif not state.selected:
-            text = "weight magnitude until calibrated"
-    return f"{text}, granularity {config.granularity}"

@@ -9,9 +9,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import TENSORS
 from peft_fps.config import FPSConfig
-from peft_fps.layers import LAYERS, layer_class
+from peft_fps.layers import LAYERS, Norm, is_biased_norm, layer_class
 
 
 PREFIX = "fps_"
@@ -95,6 +96,21 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     }
 
 
+def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
+    """Return the names of all LayerNorms with a bias outside the output head; `layers_to_transform` limits them."""
+    heads = output_head(model)
+    inside = tuple(f"{head}." for head in heads)
+    return {
+        name
+        for name, module in named_base_modules(model)
+        if is_biased_norm(module)
+        and name
+        and name not in heads
+        and not name.startswith(inside)
+        and in_wanted_block(name, config)
+    }
+
+
 def in_wanted_block(name: str, config: FPSConfig) -> bool:
     """Whether a module path lies in one of the blocks that `layers_to_transform` names, or none are named."""
     wanted, patterns = config.layers_to_transform, config.layers_pattern
@@ -140,15 +156,15 @@ def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def check_target(model: nn.Module, name: str) -> Any:
-    """Return the base layer at `name` if it can carry a sparse change.
+def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
+    """Return the base layer at `name` if it can carry a sparse change, or, with `norms`, a change of a norm's bias.
 
     Raises:
         ValueError: says what stands there, what is expected, and what to do.
     """
     module: Any = model.get_submodule(name)
     if isinstance(module, BaseTunerLayer):
-        if not isinstance(module, tuple(LAYERS.values())):
+        if not isinstance(module, FPSLayer):
             raise ValueError(
                 f"{name} already carries an adapter of another method, {type(module).__module__}."
                 f"{type(module).__name__}, expected a base layer. Merge or unload that adapter first."
@@ -160,7 +176,8 @@ def check_target(model: nn.Module, name: str) -> Any:
             "deleting and loading adapters would go wrong silently. Rename the module, or leave it out with "
             "exclude_modules."
         )
-    if layer_class(module) is None:
+    kind = layer_class(module)
+    if kind is None or (kind is Norm and not norms):
         supported = ", ".join(base.__name__ for base in LAYERS)
         raise ValueError(
             f"{name} is a {type(module).__name__}, expected one of {supported}. Leave it out of target_modules, or "
@@ -173,13 +190,14 @@ def check_target(model: nn.Module, name: str) -> Any:
             f"{name} is read by torch.nn.MultiheadAttention without calling it, so an adapter there would have no "
             "effect. Leave it out with exclude_modules."
         )
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"{name}.weight is computed from other tensors (a parametrization), expected a parameter that a merge can "
-            "write to. Remove the parametrization, or leave the module out with exclude_modules."
-        )
+    for own in ("weight", "bias") if kind is Norm else ("weight",):
+        if own not in module._parameters:
+            raise ValueError(
+                f"{name}.{own} is computed from other tensors (a parametrization), expected a parameter that a merge "
+                "can write to. Remove the parametrization, or leave the module out with exclude_modules."
+            )
     weight = module.weight
-    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() < 2:
+    if not weight.is_floating_point() or weight.numel() == 0 or (weight.dim() < 2 and kind is not Norm):
         raise ValueError(
             f"{name} ({type(module).__name__}) has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, "
             "expected a dense floating weight. Quantised and partitioned (ZeRO-3) weights are not supported: load the "
@@ -190,7 +208,9 @@ def check_target(model: nn.Module, name: str) -> Any:
 
 def check_untied(model: nn.Module, names: list[str]) -> None:
     """Raise ValueError if a targeted module or its weight is used elsewhere too, which a merge would change along."""
-    bases = {id(module): name for name, module in named_base_modules(model) if name in set(names)}
+    wanted = set(names)
+    base_layers: dict[str, Any] = {name: module for name, module in named_base_modules(model) if name in wanted}
+    bases = {id(module): name for name, module in base_layers.items()}
     for alias, module in model.named_modules(remove_duplicate=False):
         name = bases.get(id(module))
         if name is not None and alias != name and not alias.startswith(f"{name}."):
@@ -198,12 +218,16 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
                 f"{name} and {alias} are the same module, expected a module with one name: an adapter would act under "
                 "one of them, a merge under both. Leave it out with exclude_modules, or copy the module."
             )
-    targeted = {id(model.get_submodule(name).weight): name for name in names}
+    targeted = {}
+    for name in names:
+        written = "bias" if is_biased_norm(base_layers[name]) else "weight"
+        targeted[id(getattr(base_layers[name], written))] = name, written
     for owner, module in named_base_modules(model):
         for own, parameter in module.named_parameters(recurse=False):
-            name = targeted.get(id(parameter))
-            if name is not None and owner != name:
+            name, written = targeted.get(id(parameter), (owner, own))
+            if owner != name:
                 raise ValueError(
-                    f"{name}.weight is the same tensor as {owner}.{own} (tied weights), expected a weight of its own: "
-                    f"merging would change {owner} along. Leave {name} out with exclude_modules, or untie the weights."
+                    f"{name}.{written} is the same tensor as {owner}.{own} (tied weights), expected a {written} of "
+                    f"its own: merging would change {owner} along. Leave {name} out with exclude_modules, or untie "
+                    "the weights."
                 )

@@ -612,6 +612,7 @@ def test_a_saved_config_says_how_the_entries_were_chosen_and_how_many(tmp_path: 
     saved = saved_config(model, tmp_path)
     assert saved["calibration"] == {
         "importance": "activation",
+        "order": "top",
         "granularity": "model",
         "seed": 0,
         "norm": "l2",

@@ -2,19 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_fps.benchmarks.methods import PER_NEURON
 from peft_fps.benchmarks.models import copy_model
+from peft_fps.gradients.losses import contrastive_step
 from peft_fps.targets import output_head
-
-
-TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,13 @@ class GradientSelection:
 
     def select(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return the selected columns of each layer, `(neurons, at most 6)`, by the layer's name."""
-        for batch in batches:
-            loss = self._contrastive(batch) if self.variant.contrastive else self.model(**batch).loss
-            loss.backward()
         heads = output_head(self.model)
+        for batch in batches:
+            if self.variant.contrastive:
+                loss = contrastive_step(self.model, heads[0], batch, _mirrored)
+            else:
+                loss = self.model(**batch).loss
+            loss.backward()
         selected = {}
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in heads and module.weight.grad is not None:
@@ -68,36 +67,7 @@ class GradientSelection:
         self.model.zero_grad()
         return selected
 
-    def _contrastive(self, batch: Mapping[str, Tensor]) -> Tensor:
-        images = batch["pixel_values"]
-        # the second view of a real pipeline is another crop; its content costs nothing
-        views = torch.cat([images, images.flip(-1)])
-        return supervised_contrastive(self._features(views), batch["labels"].repeat(2))
 
-    def _features(self, images: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen.append(inputs[0])
-
-        handle = self.model.get_submodule(output_head(self.model)[0]).register_forward_pre_hook(note)
-        try:
-            self.model(pixel_values=images)
-        finally:
-            handle.remove()
-        return seen[0].flatten(1)
-
-
-def supervised_contrastive(features: Tensor, labels: Tensor) -> Tensor:
-    """Return the supervised contrastive loss (Khosla et al. 2020, eq. 2) at the temperature 0.07.
-
-    Args:
-        features: `(views, size)`, normalised here.
-        labels: `(views,)`; every label occurs twice at least.
-    """
-    features = F.normalize(features, dim=1)
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    similar = (features @ features.t() / TEMPERATURE).masked_fill(itself, -torch.inf)
-    positive = (labels[:, None] == labels) & ~itself
-    log_shares = similar.log_softmax(1).masked_fill(~positive, 0.0)
-    return -(log_shares.sum(1) / positive.sum(1)).mean()
+def _mirrored(images: Tensor) -> Tensor:
+    # the second view of a real pipeline is another crop; its content costs nothing
+    return torch.cat([images, images.flip(-1)])

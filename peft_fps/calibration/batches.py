@@ -1,7 +1,7 @@
 """From whatever holds calibration data to batches, and from a batch to a call of the model."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,10 +44,27 @@ def _is_dataset(data: Any) -> bool:
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> int:
-    """Run the model on one batch, moved to `device`, and return the number of examples in it.
+    """Run the model on one batch, moved to `device`, and return the number of examples in it; see `run_model`."""
+    inputs = send_to_device(inputs_of(batch), device)
+    run_model(model, inputs)
+    return count_examples(inputs)
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Return the model's outputs for a batch on its device.
 
     A mapping is passed by name (names that the model's forward does not take are left out), of a tuple or list the
     first element (the rest being labels), a tensor as it is.
+    """
+    inputs = inputs_of(batch)
+    return model(inputs) if isinstance(inputs, Tensor) else model(**_accepted(model, inputs))
+
+
+def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
+    """Return what of a batch goes to the model.
+
+    Raises:
+        TypeError: it is neither a tensor nor a mapping.
     """
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(inputs, (Mapping, Tensor)):
@@ -55,12 +72,32 @@ def feed(model: nn.Module, batch: Any, device: torch.device) -> int:
             f"a calibration batch is of type {type(batch).__name__}, expected a mapping of tensors, a tensor, or a "
             "tuple that begins with one of these."
         )
-    inputs = send_to_device(inputs, device)
+    return inputs
+
+
+def count_examples(batch: Any) -> int:
+    """Return the number of examples in a batch."""
+    inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
-        model(inputs)
         return inputs.shape[0] if inputs.dim() else 1
-    model(**_accepted(model, inputs))
     return find_batch_size(inputs) or 0
+
+
+def single_examples(batch: Any) -> Iterator[Any]:
+    """Yield batches of one example each: everything whose first dimension is the batch's is sliced."""
+    size = count_examples(batch)
+
+    def sliced(part: Any, index: int) -> Any:
+        if isinstance(part, Tensor) and part.dim() and part.shape[0] == size:
+            return part[index : index + 1]
+        if isinstance(part, Mapping):
+            return {name: sliced(value, index) for name, value in part.items()}
+        if isinstance(part, (tuple, list)):
+            return [sliced(value, index) for value in part]
+        return part
+
+    for index in range(size):
+        yield sliced(batch, index)
 
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

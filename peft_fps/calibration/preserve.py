@@ -1,4 +1,4 @@
-"""Run a model for its activations and leave everything else as it was."""
+"""Run a model for its activations or gradients and leave everything else as it was."""
 
 import random
 from collections.abc import Iterator
@@ -10,13 +10,22 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training modes and random states are restored whatever happens.
+def undisturbed(model: nn.Module, *, gradients: bool = False, training: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients, unless asked otherwise; all that changes is restored whatever happens.
 
-    Restored: every module's training flag, and the generators of Python, NumPy and torch (CPU and the model's
-    accelerators), so that training that follows draws what it would have drawn.
+    Restored: every module's training flag and buffers (running statistics), and the generators of Python, NumPy and
+    torch (CPU and the model's accelerators), so that training that follows draws what it would have drawn.
+
+    Args:
+        model: to be run within the block.
+        gradients: record operations for backward.
+        training: training mode instead of evaluation mode.
     """
-    training = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    # evaluation mode writes to no buffer
+    buffers = (
+        [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"] if training else []
+    )
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
@@ -24,12 +33,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             indices = [device.index or 0 for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         try:
-            model.eval()
+            model.train(training)
             yield
         finally:
-            for module, mode in training:
+            for module, mode in modes:
                 module.training = mode
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
             random.setstate(python_state)
             np.random.set_state(numpy_state)

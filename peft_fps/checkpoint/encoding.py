@@ -5,7 +5,7 @@
 | `fps_values` | `(nnz,)` | as trained, float32 by default |
 | `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
-| `fps_bias` | `(neurons,)` | like values; only with `bias="all"` |
+| `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
 """
 
 import torch

@@ -1,9 +1,12 @@
 """From scores and a budget to selected entries; pure functions that know nothing of PEFT or transformers."""
 
 from peft_fps.selection.allocation import Allocation, LayerShape, allocate
+from peft_fps.selection.blocks import block_of
+from peft_fps.selection.candidate import Candidate
+from peft_fps.selection.feasible import check_granularity
 from peft_fps.selection.report import LayerSelection, SelectionReport
-from peft_fps.selection.select import Candidate, select_entries
-from peft_fps.selection.topk import top_k, top_k_flat
+from peft_fps.selection.select import select_entries
+from peft_fps.selection.topk import reversed_order, top_k, top_k_flat
 
 
 __all__ = [
@@ -13,6 +16,9 @@ __all__ = [
     "LayerShape",
     "SelectionReport",
     "allocate",
+    "block_of",
+    "check_granularity",
+    "reversed_order",
     "select_entries",
     "top_k",
     "top_k_flat",

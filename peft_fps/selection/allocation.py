@@ -8,7 +8,10 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a targeted layer: its neurons, their fan-in, and whether its bias is trained along."""
+    """Sizes of a targeted layer: its neurons, their fan-in, and whether its bias is trained along.
+
+    A layer that trains nothing but its bias (a normalisation) has no inputs.
+    """
 
     neurons: int
     inputs: int
@@ -58,22 +61,22 @@ def allocate(
     """
     assert (budget is None) != (per_neuron is None)
     biases = sum(layer.neurons for layer in layers.values() if layer.bias)
-    fixed = _match_patterns(layers, budget_pattern or {})
+    fixed = _match_patterns({n: layer for n, layer in layers.items() if layer.inputs}, budget_pattern or {})
     weights = {name: layer.neurons * layer.inputs for name, layer in layers.items()}
 
     limit = None
     if budget is None:
         assert per_neuron is not None
-        k = {name: _exact(fixed.get(name, per_neuron)) for name in layers}
+        k = {name: exact(fixed.get(name, per_neuron)) for name in layers}
     else:
-        k = {name: _exact(share) * layers[name].inputs for name, share in fixed.items()}
-        limit = int(_exact(budget) * base_parameters) if budget else biases
+        k = {name: exact(share) * layers[name].inputs for name, share in fixed.items()}
+        limit = int(exact(budget) * base_parameters) if budget else biases
         reserved = biases + sum(_entries(layers[name], k[name]) for name in fixed)
         if biases > limit:
             raise ValueError(
                 f"budget={budget} allows {limit:,} of {base_parameters:,} base parameters, but the biases of the "
                 f"targeted modules alone are {biases:,}. Raise the budget to at least "
-                f"{_round_up(biases, base_parameters):.2g}, or leave biases out with bias='none'."
+                f"{round_up(biases, base_parameters):.2g}, or leave biases out with bias='none'."
             )
         if reserved > limit:
             raise ValueError(
@@ -124,12 +127,12 @@ def _entries(layer: LayerShape, k: Fraction) -> int:
     return int(layer.neurons * min(k, Fraction(layer.inputs)))
 
 
-def _exact(number: float) -> Fraction:
+def exact(number: float) -> Fraction:
     """The decimal number that the user wrote, not its nearest binary fraction: 0.29 of 100 parameters are 29."""
     return Fraction(str(number))
 
 
-def _round_up(part: int, whole: int) -> float:
+def round_up(part: int, whole: int) -> float:
     """Smallest share with two significant digits whose floor still holds `part` of `whole`."""
     share = Fraction(part, whole)
     unit = Fraction(1)

@@ -18,7 +18,7 @@ class LayerSelection:
     @property
     def share(self) -> float:
         """Selected share of the module's weights."""
-        return self.entries / (self.neurons * self.inputs)
+        return self.entries / (self.neurons * self.inputs) if self.inputs else 0.0  # a norm has a bias alone
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SelectionReport:
                     f"{layer.bytes:,}",
                 )
             )
-        neurons = sum(layer.neurons for layer in self.layers)
+        neurons = sum(layer.neurons for layer in self.layers if layer.inputs)
         weights = sum(layer.neurons * layer.inputs for layer in self.layers)
         rows.append(
             (

@@ -1,63 +1,63 @@
-"""Choose the entries of every layer by score, under the three granularities."""
+"""Choose the entries of every layer by score, under all granularities."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from peft_fps.selection.topk import top_k, top_k_flat
+from peft_fps.selection.blocks import block_entries
+from peft_fps.selection.candidate import Candidate, Selected
+from peft_fps.selection.feasible import check_granularity
+from peft_fps.selection.model_wide import best_of_all
+from peft_fps.selection.structured import select_whole
+from peft_fps.selection.topk import reversed_order, top_k, top_k_flat
 
 
-# Scores are formed for at most this many weights at once (16 MiB in float32) where rows can be ranked on their own.
-SCORED_ELEMENTS = 1 << 22
-
-Selected = tuple[Tensor, Tensor]
-"""Columns `(nnz,)` and row counts `(neurons,)` of a layer, int64."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One layer to select from.
-
-    Attributes:
-        neurons: rows of its weight seen as `(neurons, inputs)`.
-        inputs: columns.
-        entries: how many to select (under granularity "model" only the sum over all layers counts).
-        score: returns the scores of the rows `first:last` as non-negative float32 `(last - first, inputs)`; the same
-            rows give the same scores at every call.
-    """
-
-    neurons: int
-    inputs: int
-    entries: int
-    score: Callable[[int, int], Tensor]
-
-
-def select_entries(candidates: Mapping[str, Candidate], granularity: str) -> dict[str, Selected]:
+def select_entries(
+    candidates: Mapping[str, Candidate], granularity: str, *, block_top: float = 0.03, order: str = "top"
+) -> dict[str, Selected]:
     """Select the best entries of every layer; ties go to the lowest index (and the earlier layer).
 
     Args:
-        candidates: layers by module path.
+        candidates: layers by module path. One without inputs is passed through: nothing is selected of it.
         granularity: `"neuron"`: every neuron gets the same number, and the fraction that is left goes to the layer's
             best next candidates (FPS, appendix A.1). `"layer"`: the best of the layer wherever they lie. `"model"`:
-            the best of all layers together.
+            the best of all layers together. `"block"`: as `"neuron"`, with a number per neuron that `block_entries`
+            derives from the scores of the layer's block (TR-PTS). `"row"`, `"column"`: whole neurons or whole inputs
+            (FAR, see `select_whole`).
+        block_top: share of all scored weights that decides between blocks; only under `"block"`.
+        order: `"top"`: the largest scores are the best; `"bottom"`: the smallest. The scores are the same. Sums over a
+            neuron or an input are formed first and then ranked from the bottom, and a block's number of entries does
+            not depend on the order: only which weights it takes does.
+
+    Raises:
+        ValueError: there are fewer entries than the granularity needs (see `check_granularity`).
     """
-    if granularity == "neuron":
-        return {name: select_by_neuron(candidate) for name, candidate in candidates.items()}
-    if granularity == "layer":
-        return {name: select_by_layer(candidate) for name, candidate in candidates.items()}
-    assert granularity == "model"
-    return select_by_model(candidates)
+    scored = {name: candidate for name, candidate in candidates.items() if candidate.inputs}
+    check_granularity(granularity, scored, sum(candidate.entries for candidate in candidates.values()))
+    if granularity == "block":
+        numbers = block_entries(scored, block_top)
+        scored = {name: replace(candidate, entries=numbers[name]) for name, candidate in scored.items()}
+    if granularity in ("row", "column"):
+        selected = select_whole(scored, granularity, order)
+    else:
+        ranked = {name: _from_bottom(c) for name, c in scored.items()} if order == "bottom" else scored
+        if granularity in ("neuron", "block"):
+            selected = {name: select_by_neuron(candidate) for name, candidate in ranked.items()}
+        elif granularity == "layer":
+            selected = {name: select_by_layer(candidate) for name, candidate in ranked.items()}
+        else:
+            assert granularity == "model"
+            selected = select_by_model(ranked)
+    return {name: selected.get(name) or candidate.nothing() for name, candidate in candidates.items()}
 
 
 def select_by_neuron(candidate: Candidate) -> Selected:
     """The top ⌊K⌋ of every neuron, K = entries / neurons, and the best next candidates, at most one per neuron."""
     floor, extra = divmod(candidate.entries, candidate.neurons)
     ranks = floor + 1 if extra else floor
-    step = max(SCORED_ELEMENTS // max(candidate.inputs, 1), 1)
-    chunks = range(0, candidate.neurons, step)
-    ranked = [top_k(candidate.score(first, min(first + step, candidate.neurons)), ranks) for first in chunks]
+    ranked = [top_k(scores, ranks) for scores in candidate.chunks()]
     columns = torch.cat([columns for columns, _ in ranked])
     counts = torch.full((candidate.neurons,), floor, dtype=torch.int64, device=columns.device)
     if extra:
@@ -76,43 +76,16 @@ def select_by_layer(candidate: Candidate) -> Selected:
 
 
 def select_by_model(candidates: Mapping[str, Candidate]) -> dict[str, Selected]:
-    """The best entries of all layers together, with one layer's scores in memory at a time.
-
-    A first pass counts scores by their leading bits (the bit patterns of non-negative floats are ordered like the
-    floats), which gives the bin that holds the last score to be selected. A second pass takes everything above that
-    bin, and the scores within it are ranked exactly.
-    """
+    """The best entries of all layers together, with one layer's scores in memory at a time."""
     total = sum(candidate.entries for candidate in candidates.values())
-    histogram = sum(torch.bincount(_bins(c.score(0, c.neurons)), minlength=_BINS).cpu() for c in candidates.values())
-    assert isinstance(histogram, Tensor)
-    at_least = histogram.flip(0).cumsum(0).flip(0)
-    last_bin = int((at_least >= total).nonzero()[-1]) if total else _BINS
-
-    above, level, level_scores = [], [], []
-    for candidate in candidates.values():
-        scores = candidate.score(0, candidate.neurons).reshape(-1)
-        bins = _bins(scores)
-        above.append((bins > last_bin).nonzero()[:, 0])
-        level.append((bins == last_bin).nonzero()[:, 0])
-        level_scores.append(scores[level[-1]].cpu())
-    kept = torch.zeros(sum(part.numel() for part in level), dtype=torch.bool)
-    kept[top_k_flat(torch.cat(level_scores), total - sum(part.numel() for part in above))] = True
-    within = kept.split([part.numel() for part in level])
-    return {
-        name: _from_positions(torch.cat([above[i], level[i][within[i].to(level[i].device)]]).sort().values, candidate)
-        for i, (name, candidate) in enumerate(candidates.items())
-    }
+    return {name: _from_positions(positions, candidates[name]) for name, positions in best_of_all(candidates, total)}
 
 
-_BINS = 1 << 16
-
-
-def _bins(scores: Tensor) -> Tensor:
-    """Leading 16 bits of non-negative float32 scores, as integers in the order of the scores."""
-    return scores.reshape(-1).view(torch.int32) >> 15
+def _from_bottom(candidate: Candidate) -> Candidate:
+    return replace(candidate, score=lambda first, last: reversed_order(candidate.score(first, last)))
 
 
 def _from_positions(positions: Tensor, candidate: Candidate) -> Selected:
     """Split sorted flat positions into columns and row counts."""
-    rows = torch.div(positions, max(candidate.inputs, 1), rounding_mode="floor")
+    rows = torch.div(positions, candidate.inputs, rounding_mode="floor")
     return positions - rows * candidate.inputs, torch.bincount(rows, minlength=candidate.neurons)

@@ -40,3 +40,18 @@ def top_k_flat(scores: Tensor, k: int) -> Tensor:
         level = (flat == values[k]).nonzero()[: k - above.numel(), 0]
         positions = torch.cat([above, level])
     return positions[:k].sort().values
+
+
+def reversed_order(scores: Tensor) -> Tensor:
+    """Scores of the same shape in exactly the opposite order: what was smallest is largest, equal scores stay equal.
+
+    Their values mean nothing but that order.
+
+    Args:
+        scores: float32, finite, and not negative (-0.0 neither); so are the new ones.
+    """
+    # counted down in bit patterns, which are ordered like the floats: nothing is rounded
+    return (_LARGEST - scores.view(torch.int32)).view(torch.float32)
+
+
+_LARGEST = 0x7F7FFFFF  # the bits of the largest finite float32

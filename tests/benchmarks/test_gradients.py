@@ -1,24 +1,8 @@
-import math
-
 import pytest
 import torch
 
-from peft_fps.benchmarks.gradients import VARIANTS, GradientSelection, supervised_contrastive
+from peft_fps.benchmarks.gradients import VARIANTS, GradientSelection
 from peft_fps.benchmarks.models import batches
-
-
-def test_contrastive_loss_against_its_definition():
-    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 0, 0, 1, 2, 0])
-    unit = [[value / math.hypot(*row) for value in row] for row in features.tolist()]
-    dot = [[math.exp(sum(a * b for a, b in zip(one, other, strict=True)) / 0.07) for other in unit] for one in unit]
-    losses = []
-    for i in range(8):
-        others = [j for j in range(8) if j != i]
-        positive = [j for j in others if labels[j] == labels[i]]
-        total = sum(dot[i][j] for j in others)
-        losses.append(-sum(math.log(dot[i][j] / total) for j in positive) / len(positive))
-    assert supervised_contrastive(features, labels).item() == pytest.approx(sum(losses) / 8)
 
 
 def test_selection_takes_the_largest_accumulated_gradients(base):

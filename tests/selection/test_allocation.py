@@ -268,3 +268,24 @@ def test_the_budget_that_a_refusal_names_is_enough(neurons: int, other_parameter
 def test_an_adapter_that_trains_nothing_is_refused(options: dict[str, float | None]):
     with pytest.raises(ValueError, match=r"Nothing would be trained: .*=0.* 1 targeted modules.*bias='all'"):
         allocate({"only": LayerShape(10, 5, False)}, base_parameters=100, **options)
+
+
+# --- modules without inputs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "entries"),
+    [({"budget": 0.06, "per_neuron": None}, 37), ({"budget": None, "per_neuron": 3}, 30), ({"budget": 0.023}, 0)],
+    ids=["budget", "per neuron", "biases alone"],
+)
+def test_a_module_that_trains_its_bias_alone_gets_no_entries_but_counts(options: dict[str, float], entries: int):
+    layers = {"norm": LayerShape(13, 0, True), "linear": LayerShape(10, 40, True)}
+    found = allocate(layers, base_parameters=1000, **{"budget": None, "per_neuron": None, **options})
+    assert found.entries == {"norm": 0, "linear": entries}
+    assert (found.biases, found.trained) == (23, 23 + entries)
+
+
+def test_modules_that_train_their_bias_alone_are_refused_when_they_exceed_the_budget():
+    with pytest.raises(ValueError, match=r"allows 12 .* biases of the targeted modules alone are 13.* 0.013"):
+        by_budget({"norm": LayerShape(13, 0, True)}, 1000, 0.012)
+    assert by_budget({"norm": LayerShape(13, 0, True)}, 1000, 0.013).entries == {"norm": 0}

@@ -1,54 +1,26 @@
-"""The three granularities against sorting everything."""
+"""The granularities against sorting everything, from the top and from the bottom."""
 
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.selection import Candidate, select, select_entries
+from peft_fps.selection import Candidate, select_entries
 from tests.helpers import normal
 from tests.selection import naive
+from tests.selection.cases import Layers, as_rows, candidate, layers, selected
 
 
-SCORE = st.sampled_from([0.0, 0.25, 0.5, 0.50390625, 1.0, 1.0078125, 2.0, 1e-30])
-
-
-@st.composite
-def layers(draw: st.DrawFn, min_layers: int = 1) -> dict[str, tuple[list[list[float]], int]]:
-    """Scores and entries of some layers, by name."""
-    result = {}
-    for i in range(draw(st.integers(min_layers, 3))):
-        neurons, inputs = draw(st.integers(1, 5)), draw(st.integers(1, 6))
-        row = st.lists(SCORE, min_size=inputs, max_size=inputs)
-        scores = draw(st.lists(row, min_size=neurons, max_size=neurons))
-        result[f"layer{i}"] = (scores, draw(st.integers(0, neurons * inputs)))
-    return result
-
-
-def candidate(scores: list[list[float]] | Tensor, entries: int) -> Candidate:
-    tensor = torch.as_tensor(scores, dtype=torch.float32)
-    return Candidate(tensor.shape[0], tensor.shape[1], entries, lambda first, last: tensor[first:last])
-
-
-def as_rows(columns: Tensor, counts: Tensor) -> list[list[int]]:
-    assert (columns.dtype, counts.dtype) == (torch.int64, torch.int64)
-    return [part.tolist() for part in columns.split(counts.tolist())]
-
-
-def selected(given_layers: dict[str, tuple[list[list[float]], int]], granularity: str) -> dict[str, list[list[int]]]:
-    candidates = {name: candidate(scores, entries) for name, (scores, entries) in given_layers.items()}
-    found = select_entries(candidates, granularity)
-    assert list(found) == list(given_layers)
-    return {name: as_rows(*pair) for name, pair in found.items()}
+GRANULARITIES = ["neuron", "layer", "model", "block", "row", "column"]
+CHUNK = "peft_fps.selection.candidate.SCORED_ELEMENTS"
 
 
 @given(layers(), st.sampled_from([1, 5, 1 << 22]))
-def test_by_neuron(given_layers: dict[str, tuple[list[list[float]], int]], scored_elements: int):
+def test_by_neuron(given_layers: Layers, scored_elements: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "SCORED_ELEMENTS", scored_elements)
+        patch.setattr(CHUNK, scored_elements)
         found = selected(given_layers, "neuron")
     for name, (scores, entries) in given_layers.items():
         assert found[name] == naive.by_neuron(scores, entries)
@@ -58,14 +30,14 @@ def test_by_neuron(given_layers: dict[str, tuple[list[list[float]], int]], score
 
 
 @given(layers())
-def test_by_layer(given_layers: dict[str, tuple[list[list[float]], int]]):
+def test_by_layer(given_layers: Layers):
     found = selected(given_layers, "layer")
     for name, (scores, entries) in given_layers.items():
         assert found[name] == naive.by_layer(scores, entries)
 
 
 @given(layers())
-def test_by_model(given_layers: dict[str, tuple[list[list[float]], int]]):
+def test_by_model(given_layers: Layers):
     found = selected(given_layers, "model")
     total = sum(entries for _, entries in given_layers.values())
     assert found == naive.by_model({name: scores for name, (scores, _) in given_layers.items()}, total)
@@ -88,11 +60,12 @@ def test_scores_of_all_magnitudes(granularity: str):
     assert found["only"] == [list(range(267, 277))]
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
-def test_all_entries_and_none(granularity: str):
+@pytest.mark.parametrize("order", ["top", "bottom"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_all_entries_and_none(granularity: str, order: str):
     scores = normal(3, 4).abs().tolist()
-    assert selected({"only": (scores, 12)}, granularity)["only"] == [[0, 1, 2, 3]] * 3
-    assert selected({"only": (scores, 0)}, granularity)["only"] == [[]] * 3
+    assert selected({"block.0": (scores, 12)}, granularity, order=order)["block.0"] == [[0, 1, 2, 3]] * 3
+    assert selected({"block.0": (scores, 0)}, granularity, order=order)["block.0"] == [[]] * 3
 
 
 @pytest.mark.parametrize(
@@ -101,11 +74,17 @@ def test_all_entries_and_none(granularity: str):
         ("neuron", {"a": [[0], [0]], "b": [[0], [0]]}),
         ("layer", {"a": [[0, 1], []], "b": [[0, 1], []]}),
         ("model", {"a": [[0, 1, 2], [0]], "b": [[], []]}),
+        ("block", {"a": [[0], [0]], "b": [[0], [0]]}),
+        ("row", {"a": [[], []], "b": [[0, 1, 2], []]}),  # 2 of "a" fill no neuron and are left to "b"
+        ("column", {"a": [[0], [0]], "b": [[0], [0]]}),
     ],
 )
-def test_equal_scores_select_the_first_neuron_and_the_first_layer(granularity: str, expected: dict[str, object]):
+@pytest.mark.parametrize("order", ["top", "bottom"])
+def test_equal_scores_select_the_first_neuron_and_the_first_layer(
+    granularity: str, expected: dict[str, object], order: str
+):
     ones = [[1.0] * 3] * 2
-    assert selected({"a": (ones, 2), "b": (ones, 2)}, granularity) == expected
+    assert selected({"a": (ones, 2), "b": (ones, 2)}, granularity, order=order) == expected
 
 
 def test_the_fraction_goes_to_the_best_next_candidates_at_most_one_per_neuron():
@@ -116,7 +95,7 @@ def test_the_fraction_goes_to_the_best_next_candidates_at_most_one_per_neuron():
 
 @pytest.mark.parametrize("scored_elements", [1, 7, 21])
 def test_rows_are_scored_in_chunks_that_fit(scored_elements: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(select, "SCORED_ELEMENTS", scored_elements)
+    monkeypatch.setattr(CHUNK, scored_elements)
     scores, asked = normal(10, 7).abs(), Counter()
 
     def score(first: int, last: int) -> Tensor:
@@ -127,3 +106,78 @@ def test_rows_are_scored_in_chunks_that_fit(scored_elements: int, monkeypatch: p
     rows = as_rows(*select_entries({"only": Candidate(10, 7, 25, score)}, "neuron")["only"])
     assert rows == naive.by_neuron(scores.tolist(), 25)
     assert asked == Counter(range(10))
+
+
+@given(layers(), st.sampled_from(["neuron", "layer", "model"]))
+def test_the_bottom_is_the_top_of_the_negated_scores(given_layers: Layers, granularity: str):
+    negated = {name: [[-score for score in row] for row in scores] for name, (scores, _) in given_layers.items()}
+    numbers = {name: entries for name, (_, entries) in given_layers.items()}
+    one = naive.by_neuron if granularity == "neuron" else naive.by_layer
+    expected = (
+        naive.by_model(negated, sum(numbers.values()))
+        if granularity == "model"
+        else {name: one(scores, numbers[name]) for name, scores in negated.items()}
+    )
+    assert selected(given_layers, granularity, order="bottom") == expected
+
+
+@given(layers(), st.sampled_from(["neuron", "layer", "model", "block"]), st.sampled_from(["top", "bottom"]))
+def test_the_entries_given_are_all_used(given_layers: Layers, granularity: str, order: str):
+    total = sum(entries for _, entries in given_layers.values())
+    neurons = sum(len(scores) for scores, _ in given_layers.values())
+    if granularity == "block" and 0 < total < neurons:
+        with pytest.raises(ValueError, match="granularity='block' found"):
+            selected(given_layers, granularity, order=order)
+        return
+    found = selected(given_layers, granularity, order=order)
+    assert sum(len(row) for rows in found.values() for row in rows) == total
+    assert found == selected(given_layers, granularity, order=order)
+
+
+@pytest.mark.parametrize("order", ["top", "bottom"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_module_without_inputs_is_passed_through_and_never_scored(granularity: str, order: str):
+    def refuse(first: int, last: int) -> Tensor:
+        raise AssertionError("scored")
+
+    norm, scores = Candidate(5, 0, 0, refuse), normal(3, 4).abs()
+    alone = select_entries({"layers.0.linear": candidate(scores, 8)}, granularity, order=order)
+    both = select_entries(
+        {"layers.0.norm": norm, "layers.0.linear": candidate(scores, 8), "norm": norm}, granularity, order=order
+    )
+    assert list(both) == ["layers.0.norm", "layers.0.linear", "norm"]
+    for name in ("layers.0.norm", "norm"):
+        assert as_rows(*both[name]) == [[]] * 5
+    assert as_rows(*both["layers.0.linear"]) == as_rows(*alone["layers.0.linear"])
+    only = select_entries({"norm": norm}, granularity, order=order)
+    assert as_rows(*only["norm"]) == [[]] * 5
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_planted_scores_are_found_whatever_else_there_is(granularity: str):
+    # the third neuron and the fifth input, far above a background of all magnitudes
+    scores = 2.0 ** -(normal(6, 8).abs() * 10 + 10)
+    scores[2] += 1.0
+    scores[:, 5] += 1.0
+    expected = {
+        "neuron": [[5] for _ in range(6)],
+        "block": [[5] for _ in range(6)],
+        "row": [[], [], list(range(8)), [], [], []],
+        "column": [[5] for _ in range(6)],
+        "layer": [[5], [5], list(range(8)), [5], [5], [5]],
+        "model": [[5], [5], list(range(8)), [5], [5], [5]],
+    }
+    entries = {"row": 8, "layer": 13, "model": 13}.get(granularity, 6)
+    assert selected({"layers.0": (scores.tolist(), entries)}, granularity)["layers.0"] == expected[granularity]
+
+
+@pytest.mark.parametrize("order", ["top", "bottom"])
+def test_the_best_of_all_layers_are_found_among_tied_bfloat16_scores(order: str):
+    scores = {"a": normal(30, 40).abs().bfloat16().float(), "b": normal(20, 30, seed=1).abs().bfloat16().float()}
+    scores["b"][3:9] = 0.0  # many zeros, as short training leaves them
+    sign = 1.0 if order == "top" else -1.0
+    for total in (100, 900, 1700):
+        found = selected(
+            {name: (tensor.tolist(), total // 2) for name, tensor in scores.items()}, "model", order=order
+        )
+        assert found == naive.by_model({name: (sign * tensor).tolist() for name, tensor in scores.items()}, total)

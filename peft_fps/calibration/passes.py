@@ -1,0 +1,90 @@
+"""Passes over data with a progress bar, batch by batch."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_fps.calibration.batches import batches
+
+
+@dataclass
+class Pass:
+    """Where the batches come from; see `peft_fps.calibrate` for the first five. Iterating gives index and batch.
+
+    Attributes:
+        data: batches or examples.
+        num_batches: at most so many, in each of
+        epochs: passes over the data.
+        batch_size: of examples.
+        collator: of examples.
+        progress: show a progress bar.
+        purpose: who needs the data, for errors.
+        counts: the numbers of `batches` and `examples` so far; whoever runs the model adds the examples.
+    """
+
+    data: Any
+    num_batches: int | None = None
+    batch_size: int = 32
+    collator: Callable[..., Any] | None = None
+    progress: bool = True
+    epochs: int = 1
+    purpose: str = "calibration"
+    counts: dict[str, int] = field(default_factory=lambda: {"batches": 0, "examples": 0})
+
+    def __post_init__(self) -> None:
+        if self.num_batches is not None and (not isinstance(self.num_batches, int) or self.num_batches < 1):
+            raise ValueError(
+                f"num_batches is {self.num_batches!r}, expected an integer of at least 1, or None for all."
+            )
+        if self.data is None:
+            raise ValueError(f"{self.purpose} needs data, found None. Pass the training DataLoader to calibrate.")
+        self._source = batches(self.data, self.collator, self.batch_size)
+        if self.epochs > 1 and iter(self._source) is self._source:
+            raise ValueError(
+                f"{self.purpose} needs {self.epochs} passes over the data, found an iterator, which gives one. Pass a "
+                "DataLoader, a dataset or a list."
+            )
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        length = _length(self._source, self.num_batches)
+        total = None if length is None else length * self.epochs
+        with tqdm(total=total, disable=not self.progress, desc="Calibrating", unit="batch") as bar:
+            for _ in range(self.epochs):
+                for batch in islice(self._source, self.num_batches):
+                    yield self.counts["batches"], batch
+                    self.counts["batches"] += 1
+                    bar.update()
+        if not self.counts["batches"]:
+            raise ValueError("The calibration data holds no batch, expected at least one. Nothing was changed.")
+
+    def counts_of_all(self, device: torch.device) -> dict[str, int]:
+        """Return the counts, summed over all processes of a distributed run."""
+        if not is_distributed():
+            return dict(self.counts)
+        summed = torch.tensor(list(self.counts.values()), device=device)
+        dist.all_reduce(summed)
+        return dict(zip(self.counts, summed.tolist(), strict=True))
+
+
+def is_distributed() -> bool:
+    """Whether several processes bring data."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that a model's inputs go to."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _length(source: Iterable[Any], num_batches: int | None) -> int | None:
+    try:
+        length = len(source)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return num_batches
+    return min(length, num_batches or length)

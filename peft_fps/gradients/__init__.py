@@ -1,0 +1,24 @@
+"""What backward passes and short training say about each weight."""
+
+from peft_fps.gradients.accumulate import Accumulator, Exact, Streaming
+from peft_fps.gradients.backward import BatchLoss, Weight, accumulate_gradients
+from peft_fps.gradients.l0 import accumulate_gated_changes
+from peft_fps.gradients.losses import Loss, contrastive_step, task_loss
+from peft_fps.gradients.movement import accumulate_movement
+from peft_fps.gradients.views import TwoViews
+
+
+__all__ = [
+    "Accumulator",
+    "BatchLoss",
+    "Exact",
+    "Loss",
+    "Streaming",
+    "TwoViews",
+    "Weight",
+    "accumulate_gated_changes",
+    "accumulate_gradients",
+    "accumulate_movement",
+    "contrastive_step",
+    "task_loss",
+]

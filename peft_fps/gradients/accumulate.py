@@ -1,0 +1,102 @@
+"""Sums over batches of what the score of a weight needs, one accumulator per module."""
+
+import torch
+from torch import Tensor
+
+from peft_fps.selection import top_k, top_k_flat
+
+
+SHORTLIST = 8
+"""Entries on a shortlist for each one that will be selected."""
+
+
+class Exact:
+    """Sums of all entries of a weight.
+
+    Args:
+        device: where the sums are held; that of the gradients if None.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.total: Tensor | None = None
+        self._device = device
+
+    def add(self, term: Tensor) -> None:
+        """Add `(neurons, inputs)` float32."""
+        term = term.to(self._device or term.device)
+        # copied, since it may be a view of the gradient's own memory
+        self.total = term.clone(memory_format=torch.contiguous_format) if self.total is None else self.total.add_(term)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return the sums of the rows `first:last`, `(last - first, inputs)`."""
+        assert self.total is not None
+        return self.total[first:last]
+
+    @property
+    def reached(self) -> bool:
+        """Whether anything was added."""
+        return self.total is not None
+
+    def is_finite(self) -> bool:
+        """Whether all sums are finite."""
+        return self.total is None or bool(torch.isfinite(self.total).all())
+
+
+class Streaming:
+    """Exact sums of a shortlist only: the entries that were largest in the first batch.
+
+    An entry that is small in the first batch and large afterwards is missed. Entries off the shortlist score 0.
+
+    Args:
+        entries: how many will be selected of the module; the shortlist is `SHORTLIST` times as long.
+        by_neuron: whether each neuron has a shortlist of its own, else the module has one.
+        device: where the sums are held; that of the gradients if None.
+    """
+
+    def __init__(self, entries: int, by_neuron: bool, device: torch.device | None = None) -> None:
+        self.sums: Tensor | None = None
+        self._entries = entries
+        self._by_neuron = by_neuron
+        self._device = device
+        self._positions = torch.empty(0, dtype=torch.int64)
+        self._shape = (0, 0)
+
+    def add(self, term: Tensor) -> None:
+        """Add `(neurons, inputs)` float32."""
+        if self.sums is None:
+            self._shape = (term.shape[0], term.shape[1])
+            self._positions = self._shortlist(term.abs())
+            self.sums = torch.zeros(self._positions.numel(), device=self._device or term.device)
+        listed = term.reshape(-1).index_select(0, self._positions)
+        self.sums += listed.to(self.sums.device)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return the sums of the rows `first:last`, `(last - first, inputs)`, zero off the shortlist."""
+        assert self.sums is not None
+        inputs = self._shape[1]
+        bounds = torch.tensor([first * inputs, last * inputs], device=self._positions.device)
+        begin, end = torch.searchsorted(self._positions, bounds).tolist()
+        dense = torch.zeros((last - first) * inputs, device=self.sums.device)
+        places = (self._positions[begin:end] - first * inputs).to(dense.device)
+        return dense.index_copy_(0, places, self.sums[begin:end]).view(last - first, inputs)
+
+    @property
+    def reached(self) -> bool:
+        """Whether anything was added."""
+        return self.sums is not None
+
+    def is_finite(self) -> bool:
+        """Whether all sums are finite."""
+        return self.sums is None or bool(torch.isfinite(self.sums).all())
+
+    def _shortlist(self, magnitudes: Tensor) -> Tensor:
+        neurons, inputs = magnitudes.shape
+        magnitudes = magnitudes.nan_to_num()  # an infinite sum is found and named later
+        if not self._by_neuron:
+            return top_k_flat(magnitudes, min(SHORTLIST * self._entries, magnitudes.numel()))
+        columns, _ = top_k(magnitudes, min(-(-SHORTLIST * self._entries // neurons), inputs))
+        rows = torch.arange(neurons, device=columns.device)[:, None]
+        return (rows * inputs + columns.sort(1).values).reshape(-1)
+
+
+Accumulator = Exact | Streaming

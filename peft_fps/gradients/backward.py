@@ -1,0 +1,107 @@
+"""Backward passes over data: sum up what the score of each weight needs, with one gradient in memory at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from peft_fps.calibration import Pass, device_of, is_distributed, single_examples, undisturbed
+from peft_fps.calibration.batches import count_examples
+from peft_fps.gradients.accumulate import Accumulator, Exact
+from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
+from peft_fps.gradients.losses import check_loss
+
+
+BatchLoss = Callable[[nn.Module, Any], Tensor]
+"""From the model and a batch on its device to a scalar."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be scored, and whether it is stored as `(inputs, neurons)`."""
+
+    parameter: nn.Parameter
+    transposed: bool = False
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """Return a tensor of the stored shape as `(neurons, inputs)` float32."""
+        return (stored.t() if self.transposed else stored.flatten(1)).float()
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    data: Pass,
+    loss: BatchLoss,
+    accumulators: Mapping[str, Accumulator],
+    *,
+    term: Callable[[str, Tensor], Tensor],
+    per_example: bool = False,
+    training: bool = False,
+) -> dict[str, int]:
+    """Add a term of the gradients of every batch to the accumulators.
+
+    Under torch.distributed each process brings its own data, and all end with the sums over all processes.
+
+    Args:
+        model: run on every batch; left as it was, whatever happens.
+        weights: by module path; no other parameter gets a gradient.
+        data: the batches.
+        loss: a mean over a batch, as usual.
+        accumulators: by module path.
+        term: from module path and gradient `(neurons, inputs)` float32 to what is summed.
+        per_example: run each example of a batch by itself.
+        training: training mode (dropout active) instead of evaluation mode.
+
+    Returns:
+        The numbers of `batches` and `examples`.
+
+    Raises:
+        ValueError: no data, or a loss or gradient that is not finite.
+        TypeError: data or loss of an unknown kind.
+    """
+    device = device_of(model)
+
+    def receive(path: str, gradient: Tensor) -> None:
+        accumulators[path].add(term(path, weights[path].as_matrix(gradient)))
+
+    parameters = {path: weight.parameter for path, weight in weights.items()}
+    with (
+        undisturbed(model, gradients=True, training=training),
+        checkpointed(model),
+        gradients_handed_over(model, parameters, receive),
+    ):
+        for index, batch in data:
+            data.counts["examples"] += count_examples(batch)
+            batch = send_to_device(batch, device)
+            for part in single_examples(batch) if per_example else (batch,):
+                check_loss(loss(model, part), index).backward()
+        if is_distributed():
+            _sum_over_processes(weights, accumulators)
+    for path, accumulator in accumulators.items():
+        if not accumulator.is_finite():
+            raise ValueError(
+                f"{path}: the gradients of its weight hold NaN or infinity, expected finite ones. Check the data, or "
+                "run the model in a wider dtype (float32). Nothing was changed."
+            )
+    return data.counts_of_all(device)
+
+
+def _sum_over_processes(weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]) -> None:
+    """Add up what all processes saw; a weight that one process did not reach may have been reached by another."""
+    for path, accumulator in accumulators.items():
+        assert isinstance(accumulator, Exact)
+        parameter = weights[path].parameter
+        reached = torch.tensor(int(accumulator.reached), device=parameter.device)
+        dist.all_reduce(reached)
+        if int(reached):
+            if accumulator.total is None:
+                accumulator.add(torch.zeros_like(weights[path].as_matrix(parameter.detach())))
+            assert accumulator.total is not None
+            total = accumulator.total.to(parameter.device)
+            dist.all_reduce(total)
+            accumulator.total.copy_(total)

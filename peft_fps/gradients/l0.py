@@ -1,0 +1,130 @@
+"""Which changes survive an L0 penalty on their number (DiffPruning, Guo et al. 2021, arXiv 2012.07463)."""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from peft_fps.calibration import Pass, device_of, undisturbed
+from peft_fps.calibration.batches import count_examples
+from peft_fps.gradients.accumulate import Accumulator
+from peft_fps.gradients.backward import BatchLoss, Weight
+from peft_fps.gradients.gates import FIRST_LOGIT, open_probability, sample_gate, typical_gate
+from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
+from peft_fps.gradients.losses import check_loss
+from peft_fps.gradients.trial import on_trial
+
+
+GATE_LEARNING_RATE = 0.1
+"""Of the gates' logits, constant, as in DiffPruning's code."""
+
+
+class GatedChange:
+    """A change of one weight, gated entry by entry and as a whole: δ = change · gate · gate of the weight.
+
+    Args:
+        weight: sets shape and device.
+        learning_rate: of the change.
+        penalty: weight λ of the expected number of open gates.
+    """
+
+    def __init__(self, weight: Tensor, learning_rate: float, penalty: float) -> None:
+        self.change = torch.zeros_like(weight, dtype=torch.float32).requires_grad_()
+        self.logit = torch.full_like(self.change, FIRST_LOGIT).requires_grad_()
+        self.whole_logit = torch.tensor(FIRST_LOGIT, device=weight.device).requires_grad_()
+        self._penalty = penalty
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.change], "lr": learning_rate},
+                {"params": [self.logit, self.whole_logit], "lr": GATE_LEARNING_RATE},
+            ],
+            weight_decay=0.0,
+            foreach=False,
+        )
+        self._sampled: Tensor | None = None
+
+    def sample(self) -> Tensor:
+        """Draw gates and return δ, in the weight's shape."""
+        with torch.enable_grad():
+            gate = sample_gate(self.logit, torch.rand_like(self.change))
+            whole = sample_gate(self.whole_logit, torch.rand_like(self.whole_logit))
+            self._sampled = self.change * gate * whole
+        return self._sampled.detach()
+
+    def step(self, gradient: Tensor) -> None:
+        """Take one step along the gradient of the loss with respect to δ, and of the penalty."""
+        assert self._sampled is not None
+        with torch.enable_grad():
+            torch.autograd.backward(self._sampled, gradient.float())
+            (self._penalty * (open_probability(self.logit).sum() + open_probability(self.whole_logit))).backward()
+        self._sampled = None
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def size(self) -> Tensor:
+        """Return |δ| with typical gates, in the weight's shape."""
+        return (self.change * typical_gate(self.logit) * typical_gate(self.whole_logit)).abs()
+
+
+def accumulate_gated_changes(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    others: Mapping[str, nn.Parameter],
+    data: Pass,
+    loss: BatchLoss,
+    accumulators: Mapping[str, Accumulator],
+    *,
+    learning_rate: float,
+    penalty: float,
+) -> dict[str, int]:
+    """Learn gated changes over the data, add |δ| to the accumulators, and undo everything.
+
+    As DiffPruning's first phase, but |δ| is taken with typical gates where its code takes the last sampled ones, and
+    gradients are not clipped, since none is held until all are there.
+
+    Args:
+        model: left as it was, bit for bit, whatever happens.
+        weights: to be scored, by module path.
+        others: trained along without gates (biases, the head).
+        data: the batches.
+        loss: of a batch.
+        accumulators: by module path.
+        learning_rate: of the changes and of the others.
+        penalty: weight λ of the expected number of open gates.
+
+    Returns:
+        The numbers of `batches` and `examples`.
+
+    Raises:
+        ValueError, TypeError: as `accumulate_gradients`.
+    """
+    device = device_of(model)
+    parameters = {path: weight.parameter for path, weight in weights.items()}
+    originals = {path: parameter.data for path, parameter in parameters.items()}
+    gated = {path: GatedChange(original, learning_rate, penalty) for path, original in originals.items()}
+    reached: set[str] = set()
+    with (
+        undisturbed(model, gradients=True, training=True),
+        checkpointed(model),
+        on_trial(others, learning_rate) as trials,
+    ):
+
+        def receive(name: str, gradient: Tensor) -> None:
+            reached.add(name)
+            (gated[name] if name in gated else trials[name]).step(gradient)
+
+        try:
+            with gradients_handed_over(model, parameters | dict(others), receive):
+                for index, batch in data:
+                    for path, parameter in parameters.items():
+                        parameter.data = (originals[path] + gated[path].sample()).to(parameter.dtype)
+                    data.counts["examples"] += count_examples(batch)
+                    check_loss(loss(model, send_to_device(batch, device)), index).backward()
+        finally:
+            for path, parameter in parameters.items():
+                parameter.data = originals[path]
+    for path in reached & set(gated):
+        accumulators[path].add(weights[path].as_matrix(gated[path].size()))
+    return dict(data.counts)

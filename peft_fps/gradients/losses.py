@@ -1,0 +1,248 @@
+"""Losses whose gradients select: the task's own, and the supervised contrastive loss of GPS."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+Loss = Callable[[Any, Any], Tensor]
+"""From a model's outputs and the batch to a scalar."""
+
+TEMPERATURE = 0.07
+IGNORED = -100
+"""Label of a position that does not count, in transformers and torch."""
+REMEDY = "For another kind of task, pass loss=callable to calibrate."
+
+
+def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Return the supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, eq. 2).
+
+    Every view is an anchor; views of the same label are its positives. An anchor without a positive is left out of the
+    mean, but remains a negative of the others. GPS selects by this loss. Computed in float32 at least, under autocast
+    too.
+
+    Args:
+        features: `(views, size)`, scaled to length 1 here.
+        labels: `(views,)`.
+        temperature: divides the cosines.
+
+    Raises:
+        ValueError: shapes do not fit, the temperature is not positive, or no label occurs twice.
+    """
+    if features.dim() != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (views, size) and "
+            "(views,)."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number.")
+    labels = labels.to(features.device)
+    itself = torch.eye(len(labels), dtype=torch.bool, device=features.device)
+    positive = (labels[:, None] == labels) & ~itself
+    anchors = positive.any(1)
+    if not bool(anchors.any()):
+        raise ValueError(
+            f"none of {len(labels)} views shares its label with another one, expected at least two views of one label."
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+        similar = (unit @ unit.t() / temperature).masked_fill(itself, -torch.inf)
+        # filled, since times zero the diagonal's -inf would be NaN
+        log_shares = similar.log_softmax(1).masked_fill(~positive, 0.0).sum(1)
+        return -(log_shares[anchors] / positive.sum(1)[anchors]).mean()
+
+
+def contrastive_step(
+    model: nn.Module,
+    head: str,
+    batch: Any,
+    views: Callable[[Tensor], Tensor],
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """Run the model on two views of a batch, and return the supervised contrastive loss of the head's input.
+
+    The model gets the images alone: as `pixel_values` if they come from a mapping, else as its first argument.
+    Features are what the head's first call takes as its first input: `(views, size)` as they are; of
+    `(views, tokens, size)` the first token, as of heads that pool a ViT's states themselves; of
+    `(views, channels, height, width)` the mean over space.
+
+    Args:
+        model: in the mode that is wanted; the hook on its head is removed whatever happens.
+        head: path of the module that turns features into classes.
+        batch: on the model's device; a mapping with `pixel_values` and `labels` (or `label`), or a tuple that begins
+            with the images (or such a mapping) and the labels `(batch,)`.
+        views: makes `(2 * batch, ...)` of `(batch, ...)`, the first views of all images before the second ones; see
+            `TwoViews`.
+        temperature: of the loss.
+
+    Raises:
+        TypeError: images or labels are no tensors.
+        ValueError: the batch has no images or labels, the model has no such head or does not call it, or shapes do not
+            fit.
+    """
+    images, named = _images(batch)
+    labels = _labels(batch)
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}, expected one for each of {len(images)} images, so ({len(images)},)."
+        )
+    if head not in {name for name, _ in model.named_modules(remove_duplicate=False) if name}:
+        raise ValueError(
+            f"{type(model).__name__} has no module {head!r}, expected the path of its classification head."
+        )
+    both = views(images)
+    if len(both) != 2 * len(images):
+        raise ValueError(f"views made {len(both)} images of {len(images)}, expected two of each.")
+    inputs = _first_input(model, head, {"pixel_values": both} if named else both)
+    return supervised_contrastive(_features(inputs, head), labels.repeat(2), temperature)
+
+
+def task_loss(outputs: Any, batch: Any) -> Tensor:
+    """Return the loss that the model computed, or else the cross-entropy between its logits and the batch's labels.
+
+    Each label stands where it is predicted; labels that a model has to shift (language models) must be passed to the
+    model, whose outputs then hold its loss.
+
+    Args:
+        outputs: with an entry or attribute `loss`, or `logits`; or the logits, alone or first in a tuple.
+            Logits are `(batch, classes)` or `(batch, tokens, classes)`.
+        batch: a mapping with `labels` (or `label`), or a tuple whose second element they are: class indices,
+            `(batch,)` or `(batch, tokens)`, with -100 where they do not count.
+
+    Raises:
+        TypeError: logits or labels are no tensors.
+        ValueError: no labels, or labels that do not fit the logits.
+    """
+    own: Tensor | None = _entry(outputs, "loss")
+    if own is not None:
+        return own
+    logits, labels = _logits(outputs), _labels(batch)
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if logits.dim() not in (2, 3) or labels.shape != logits.shape[:-1] or not whole:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}), expected class "
+            "indices of shape (batch,) for logits (batch, classes), or (batch, tokens) for (batch, tokens, classes). "
+            f"{REMEDY}"
+        )
+    labels = labels.long().to(logits.device)
+    classes = logits.shape[-1]
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(f"labels hold {int(wrong[0])}, expected 0 to {classes - 1}, or {IGNORED}. {REMEDY}")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def check_loss(value: Any, index: int) -> Tensor:
+    """Return a loss that is fit for a backward pass.
+
+    Args:
+        value: what a `Loss` returned.
+        index: number of the batch, for errors.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a scalar, not finite, or without a gradient.
+    """
+    where = f"The loss of calibration batch {index}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where} is of type {type(value).__name__}, expected a scalar tensor.")
+    if value.dim():
+        raise ValueError(f"{where} is of shape {tuple(value.shape)}, expected a scalar: take its mean.")
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"{where} is {value.item()}, expected a finite number. Check that batch and its labels, or run the model "
+            "in a wider dtype (float32)."
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"{where} does not require grad, expected one that depends on the model's weights. Do not compute it "
+            "under torch.no_grad() or from detached outputs."
+        )
+    return value
+
+
+def _entry(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _logits(outputs: Any) -> Tensor:
+    found = _entry(outputs, "logits")
+    if found is None:
+        found = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model's outputs are of type {type(outputs).__name__} without loss or logits, expected one of them, "
+            f"or a tensor. {REMEDY}"
+        )
+    return found
+
+
+def _labels(batch: Any) -> Tensor:
+    found = None
+    if isinstance(batch, Mapping):
+        found = batch["labels"] if "labels" in batch else batch.get("label")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    if found is None:
+        raise ValueError(
+            f"the batch {_contents(batch)} and no labels, expected an entry 'labels' or 'label', or a tuple whose "
+            f"second element they are. {REMEDY}"
+        )
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the batch's labels are of type {type(found).__name__}, expected a tensor. {REMEDY}")
+    return found
+
+
+def _images(batch: Any) -> tuple[Tensor, bool]:
+    """The batch's images, and whether they have a name."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    named = isinstance(inputs, Mapping)
+    found = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
+    if found is None:
+        raise ValueError(f"the batch {_contents(inputs)}, expected images as 'pixel_values'. {REMEDY}")
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the batch's images are of type {type(found).__name__}, expected a tensor. {REMEDY}")
+    return found, named
+
+
+def _contents(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"holds {', '.join(map(repr, batch)) or 'nothing'}"
+    return f"is a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+
+
+def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Tensor]) -> Any:
+    """What the module at `path` was first called with when the model ran."""
+    seen: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else next(iter(kwargs.values()), None))
+
+    handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(
+            f"{path}: not called when the model ran, expected the module that turns features into classes. {REMEDY}"
+        )
+    return seen[0]
+
+
+def _features(inputs: Any, path: str) -> Tensor:
+    if isinstance(inputs, Tensor) and inputs.dim() == 2:
+        return inputs
+    if isinstance(inputs, Tensor) and inputs.dim() == 3:
+        return inputs[:, 0]
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
+        return inputs.mean((2, 3))
+    found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise ValueError(
+        f"{path}: its input is {found}, expected features (batch, size), (batch, tokens, size) or "
+        f"(batch, channels, height, width). {REMEDY}"
+    )

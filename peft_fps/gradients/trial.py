@@ -1,0 +1,55 @@
+"""Train weights for a while and take everything back."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Trial:
+    """A parameter on trial: it computes with a copy, which is trained, while its own numbers stay untouched.
+
+    Args:
+        parameter: of any floating dtype; trained in float32 at least, so that small steps are not rounded away.
+        learning_rate: of AdamW, without weight decay.
+    """
+
+    def __init__(self, parameter: nn.Parameter, learning_rate: float) -> None:
+        self.parameter = parameter
+        self.original = parameter.data
+        self.trained = self.original.to(torch.promote_types(self.original.dtype, torch.float32), copy=True)
+        self.trained.requires_grad_(True)
+        self._optimizer = torch.optim.AdamW([self.trained], lr=learning_rate, weight_decay=0.0, foreach=False)
+        self.show()
+
+    def step(self, gradient: Tensor) -> None:
+        """Take one step along the gradient of the parameter."""
+        self.trained.grad = gradient.to(self.trained.dtype)
+        self._optimizer.step()
+        self.trained.grad = None
+        self.show()
+
+    def show(self) -> None:
+        """Let the parameter compute with the trained numbers."""
+        self.parameter.data = self.trained.detach().to(self.original.dtype)
+
+    def change(self) -> Tensor:
+        """Return the absolute change so far, in the parameter's shape and float32 at least."""
+        return (self.trained.detach() - self.original.to(self.trained.dtype)).abs()
+
+
+@contextmanager
+def on_trial(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> Iterator[dict[str, Trial]]:
+    """Put parameters on trial for the block; afterwards each holds the very memory it held before, never written to.
+
+    Args:
+        parameters: by any name.
+        learning_rate: see `Trial`.
+    """
+    originals = [(parameter, parameter.data) for parameter in parameters.values()]
+    try:
+        yield {name: Trial(parameter, learning_rate) for name, parameter in parameters.items()}
+    finally:
+        for parameter, original in originals:
+            parameter.data = original

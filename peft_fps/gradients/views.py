@@ -1,0 +1,110 @@
+"""Two augmented views of every image, for the supervised contrastive loss."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+SCALE = (0.08, 1.0)
+JITTER = (0.4, 0.4, 0.4, 0.1)
+"""Brightness, contrast, saturation, hue."""
+TOLERANCE = 0.25
+"""How far pixels may lie outside [0, 1]: bicubic resizing of floats overshoots at edges."""
+
+
+class TwoViews:
+    """Makes two views of every image of a normalised batch, augmented as GPS augments to select.
+
+    Random resized crop (8 % to 100 % of the area), horizontal flip (p = 0.5), colour jitter (p = 0.8; brightness,
+    contrast and saturation 0.4, hue 0.1) and grayscale (p = 0.2), drawn for every view of every image; the order of
+    the four jitters is one for the batch. Images that do not have 3 channels are cropped and flipped only. Torch's
+    global CPU generator seeds it, on every device.
+
+    Args:
+        mean: what the image processor subtracted (`image_mean`), one number or one per channel.
+        std: what it divided by (`image_std`).
+        size: of the views, one number or height and width; the images' own if None.
+
+    Raises:
+        ImportError: kornia is not installed.
+        ValueError: `std` is not positive.
+    """
+
+    def __init__(
+        self,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        size: int | Sequence[int] | None = None,
+    ) -> None:
+        _augmentations()
+        self.mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
+        self.std = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+        self.size = (size, size) if isinstance(size, int) else size
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std is {std}, expected positive numbers.")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the first views of all images, then the second ones.
+
+        Args:
+            images: `(batch, channels, height, width)`, normalised.
+
+        Returns:
+            `(2 * batch, channels, *size)`, normalised, of the images' dtype.
+
+        Raises:
+            ValueError: images of another shape, or normalised in another way.
+        """
+        if images.dim() != 4 or not images.numel() or not images.is_floating_point():
+            raise ValueError(
+                f"images are {tuple(images.shape)} ({images.dtype}), expected (batch, channels, height, width) "
+                "of floating point, of one image at least."
+            )
+        channels = images.shape[1]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name} has {len(values)} numbers, expected 1 or one for each of {channels} channels."
+                )
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        pixels = images.float() * std + mean
+        if channels == 3:
+            pixels = _unit_range(pixels)
+        height, width = self.size or images.shape[2:]
+        views = _pipeline((height, width), colour=channels == 3)(pixels.repeat(2, 1, 1, 1))
+        return ((views - mean) / std).to(images.dtype)
+
+
+def _unit_range(pixels: Tensor) -> Tensor:
+    low, high = pixels.aminmax()
+    if not (float(low) >= -TOLERANCE and float(high) <= 1 + TOLERANCE):
+        raise ValueError(
+            f"pixels lie between {float(low):.3g} and {float(high):.3g} after the normalisation is undone, expected 0 "
+            "to 1. Pass the image processor's image_mean and image_std to TwoViews."
+        )
+    return pixels.clamp(0, 1)
+
+
+def _pipeline(size: tuple[int, int], colour: bool) -> nn.Module:
+    library = _augmentations()
+    steps = [
+        # half-pixel centres, as in torchvision
+        library.RandomResizedCrop(size, scale=SCALE, align_corners=False),
+        library.RandomHorizontalFlip(p=0.5),
+    ]
+    if colour:
+        steps += [library.ColorJitter(*JITTER, p=0.8), library.RandomGrayscale(p=0.2)]
+    return nn.Sequential(*steps)
+
+
+def _augmentations() -> Any:
+    try:
+        return import_module("kornia.augmentation")
+    except ImportError as error:
+        raise ImportError(
+            'TwoViews needs kornia, which cannot be imported. Install it with `pip install "peft-fps[views]"`.'
+        ) from error

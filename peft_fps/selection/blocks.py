@@ -1,0 +1,95 @@
+"""Entries per neuron that differ from block to block with where the largest scores lie (TR-PTS, arXiv 2507.22872)."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping
+from fractions import Fraction
+
+from peft_fps.selection.allocation import exact
+from peft_fps.selection.candidate import Candidate
+from peft_fps.selection.feasible import Matrix
+from peft_fps.selection.model_wide import best_of_all
+
+
+def block_of(path: str) -> str | None:
+    """Return the block that a module belongs to: its path up to the first number, None where there is none.
+
+    `"vit.layers.3.attention.q_proj"` belongs to `"vit.layers.3"`, a patch embedding to no block.
+    """
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if first is None else ".".join(parts[: first + 1])
+
+
+def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict[str, int]:
+    """Distribute the entries of all layers over their blocks by `block_top`, the best share M of all scored weights.
+
+    The paper gives every neuron of layer l `C_l = max(1, w_l / min(w) * C_min)` entries, with w_l the layer's share in
+    the best M of all scores. Here w is the part of a block's weights that are among them (blocks of one size, which
+    the paper has, are compared alike by their number), and `c = C_min / min(w)` follows from the total, see
+    `entries_by_share`.
+
+    Args:
+        candidates: layers by module path, all with inputs. The sum of their entries is what is distributed.
+        block_top: of all weights, those outside any block too; it means at least one weight.
+    """
+    total = sum(candidate.entries for candidate in candidates.values())
+    if not total:
+        return dict.fromkeys(candidates, 0)
+    weights, best = Counter[str](), Counter[str]()
+    sizes = {name: candidate.neurons * candidate.inputs for name, candidate in candidates.items()}
+    count = max(1, int(exact(block_top) * sum(sizes.values())))
+    for name, positions in best_of_all(candidates, count):
+        block = block_of(name)
+        if block is not None:
+            weights[block] += sizes[name]
+            best[block] += positions.numel()
+    blocks = {name: block_of(name) for name in candidates}
+    shares = {name: Fraction(0) if b is None else Fraction(best[b], weights[b]) for name, b in blocks.items()}
+    return entries_by_share(candidates, shares, total)
+
+
+def entries_by_share(layers: Mapping[str, Matrix], shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
+    """Give every neuron `K = max(1, c * share)` entries, at most its fan-in, with the one c that gives the total.
+
+    c is exact. A layer gets ⌊K * neurons⌋ entries, and what is left by that goes, one each, to the layers with the
+    largest fraction (the earlier, where equal), so that the total is met to the entry. A share of 0 means K = 1, and
+    more only when all other layers are full.
+
+    Args:
+        layers: by name, all with inputs.
+        shares: not negative, by name.
+        total: between the number of all neurons and that of all weights.
+    """
+    some = {name: layer for name, layer in layers.items() if shares[name]}
+    none = {name: layer for name, layer in layers.items() if not shares[name]}
+    k = _proportional(some, shares, total - sum(layer.neurons for layer in none.values()))
+    left = total - sum(layer.neurons * k[name] for name, layer in some.items())
+    k |= _proportional(none, dict.fromkeys(none, Fraction(1)), left)
+    wanted = {name: layer.neurons * k[name] for name, layer in layers.items()}
+    entries = {name: int(number) for name, number in wanted.items()}
+    by_fraction = sorted(layers, key=lambda name: entries[name] - wanted[name])
+    for name in by_fraction[: total - sum(entries.values())]:
+        entries[name] += 1
+    return entries
+
+
+def _proportional(
+    layers: Mapping[str, Matrix], shares: Mapping[str, Fraction], available: Fraction | int
+) -> dict[str, Fraction]:
+    """Largest `K = min(max(1, c * share), inputs)` of every layer with `sum(neurons * K) <= available`."""
+
+    def per_neuron(c: Fraction) -> dict[str, Fraction]:
+        return {n: min(max(Fraction(1), c * shares[n]), Fraction(layer.inputs)) for n, layer in layers.items()}
+
+    def used(c: Fraction) -> Fraction:
+        return sum((layers[name].neurons * k for name, k in per_neuron(c).items()), Fraction(0))
+
+    # between two corners the sum is linear in c
+    corners = sorted({bound / shares[name] for name, layer in layers.items() for bound in (1, layer.inputs)})
+    if not corners:
+        return {}
+    c = corners[bisect_right(corners, available, key=used) - 1]
+    growing = [name for name, layer in layers.items() if 1 <= c * shares[name] < layer.inputs]
+    slope = sum((layers[name].neurons * shares[name] for name in growing), Fraction(0))
+    return per_neuron(c + (available - used(c)) / slope if slope else c)

@@ -1,0 +1,66 @@
+"""Whether a number of entries is enough for a granularity, known from sizes alone."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from peft_fps.selection.allocation import round_up
+
+
+class Matrix(Protocol):
+    """A weight's sizes, seen as `(neurons, inputs)`: a `LayerShape` or a `Candidate`."""
+
+    @property
+    def neurons(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def inputs(self) -> int:
+        """Columns."""
+        ...
+
+
+def check_granularity(
+    granularity: str,
+    layers: Mapping[str, Matrix],
+    entries: int,
+    *,
+    biases: int = 0,
+    base_parameters: int | None = None,
+) -> None:
+    """Raise ValueError if the entries of all layers together are too few for the granularity, but not none.
+
+    `"block"` needs one per neuron, `"row"` and `"column"` enough for one whole neuron or input of some layer; no entry
+    at all is BitFit under every granularity.
+
+    Args:
+        granularity: any; the others need nothing.
+        layers: by module path; those without inputs do not count.
+        entries: of all layers together.
+        biases: bias deltas of all layers, and
+        base_parameters: what the budget is a share of; for the advice to raise it.
+    """
+    layers = {name: layer for name, layer in layers.items() if layer.inputs}
+    if granularity not in ("block", "row", "column") or not entries:
+        return
+    neurons = sum(layer.neurons for layer in layers.values())
+    if granularity == "block":
+        needed, margin = neurons, 0
+        expected = f"at least one entry for each of the {neurons:,} neurons of {len(layers)} modules"
+    else:
+        sizes = {name: layer.inputs if granularity == "row" else layer.neurons for name, layer in layers.items()}
+        smallest = min(sizes, key=lambda name: sizes[name])
+        # a budget is used up to less than one entry per module
+        needed, margin = sizes[smallest], len(layers)
+        unit = "neuron" if granularity == "row" else "input"
+        expected = f"at least the {needed:,} of one whole {unit} of {smallest}, the module where it is smallest"
+    if entries >= needed:
+        return
+    enough = needed + margin
+    advice = f"Raise per_neuron to at least {round_up(enough, neurons):g}"
+    if base_parameters is not None:
+        advice += f" or the budget to at least {round_up(enough + biases, base_parameters):g}"
+    raise ValueError(
+        f"granularity={granularity!r} found {entries:,} entries in all, expected {expected}. {advice}, or choose "
+        "another granularity."
+    )
