@@ -545,17 +545,30 @@ def test_compiled_models_compute_the_same(names: tuple[str, ...]):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    try:
-        result = compiled(x)
-    except (RuntimeError, ImportError) as error:
-        pytest.skip(f"torch.compile does not work here: {error}")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    result = compiled(x)
     torch.testing.assert_close(result, expected)
     result.sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name])
     fill(model, "a", seed=5)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+def test_a_whole_transformer_compiles_without_a_graph_break():
+    model, x = adapted(tiny_vit(), per_neuron=3).train(), images(2)
+    labels = torch.tensor([0, 1])
+    expected = model(pixel_values=x, labels=labels).loss
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(pixel_values=x, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
-from peft_fps.sparse.keeping import NOTHING, Kept, Reading, keep_columns
+from peft_fps.sparse.keeping import NOTHING, Kept, keep_own_columns
 from peft_fps.sparse.products import add_input_gradient, added_product, adding_is_cheaper, sampled_product
 from peft_fps.sparse.structure import Structure
 
@@ -100,7 +100,7 @@ def _kept(needed: bool, x: Tensor, structure: Structure, kept: Kept | None) -> K
     """What the caller wants to be kept of `x`, or else its needed columns; nothing if the values are not trained."""
     if not needed:
         return NOTHING
-    return kept or keep_columns(x, structure, Reading())
+    return kept or keep_own_columns(x, structure)
 
 
 class _SparseConv2d(torch.autograd.Function):

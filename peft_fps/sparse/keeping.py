@@ -80,6 +80,11 @@ def keep_columns(
     return Kept(tuple(reading.pieces), columns)
 
 
+def keep_own_columns(x: Tensor, structure: Structure) -> Kept:
+    """Copy the needed columns of `x` `(tokens, inputs)` and share them with no one; `torch.compile` can trace it."""
+    return Kept((x.index_select(1, structure.union),), lambda columns: columns)
+
+
 def keep_whole(x: Tensor) -> Kept:
     """Keep `x` `(tokens, inputs)` itself, which costs nothing where the graph holds its memory in any case."""
     return Kept((x,), lambda x: x)
