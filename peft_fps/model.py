@@ -1,11 +1,11 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers, onload_layer
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
@@ -196,8 +196,12 @@ class FPSModel(BaseTuner):
             adapter_names: adapters to merge, in order; the active ones if None.
             safe_merge: check all modules for NaN and infinity first and merge all or nothing.
         """
-        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge) as layers:
+            for layer in layers:
+                hooked = hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")
+                with onload_layer(layer) if hooked else nullcontext():
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,

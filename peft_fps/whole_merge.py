@@ -15,8 +15,8 @@ NEGLIGIBLE_LOSS = 0.01
 
 
 @contextmanager
-def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[None]:
-    """Check all layers before the first is merged, and say afterwards how much rounding swallowed."""
+def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[list[FPSLayer]]:
+    """Check all layers before the first is merged, give them, and say afterwards how much rounding swallowed."""
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     known = {name for layer in layers for name in layer.fps_values}
     if unknown := [name for name in adapter_names if name not in known]:
@@ -30,7 +30,7 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
         for layer, name in pairs:
             layer.check_tensors(name)  # a sum may also overflow
     before = {(id(layer), name) for layer in layers for name in layer.merged_adapters}
-    yield
+    yield layers
     records = [
         layer.merge_records[name]
         for layer in layers
