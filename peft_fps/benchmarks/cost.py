@@ -12,7 +12,7 @@ from peft_fps.benchmarks.machine import describe
 from peft_fps.benchmarks.models import build_model
 from peft_fps.benchmarks.picture import draw
 from peft_fps.benchmarks.report import Result, markdown
-from peft_fps.benchmarks.rows import attach, file, inference, memory, merge, selection, step, switch
+from peft_fps.benchmarks.rows import attach, file, importance, inference, memory, merge, selection, step, switch
 from peft_fps.benchmarks.workload import Workload
 
 
@@ -22,6 +22,7 @@ ROWS: dict[str, Callable[[Workload], Row]] = {
     "step": step.measure,
     "memory": memory.measure,
     "selection": selection.measure,
+    "importance": importance.measure,
     "merge": merge.measure,
     "switch": switch.measure,
     "inference": inference.measure,

@@ -21,7 +21,7 @@ QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 # where there is a server to fork from, it alone imports PyTorch and PEFT, which takes seconds
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PRELOADED = ["peft_fps.benchmarks.rows.memory", "peft_fps.benchmarks.rows.selection"]
+PRELOADED = [f"peft_fps.benchmarks.rows.{row}" for row in ("memory", "selection", "importance")]
 
 
 def in_own_processes(jobs: Iterable[Callable[[], Result]], at_once: int = 1) -> list[Result]:

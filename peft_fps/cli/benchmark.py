@@ -16,8 +16,8 @@ from peft_fps.cli.errors import fail
 
 
 MEASURED, MACHINE = "What is measured", "Machine"
-ROWS = ("step", "memory", "selection", "merge", "switch", "inference", "file", "attach")
-ALL_ROWS = ",".join(ROWS)
+ROWS = ("step", "memory", "selection", "importance", "merge", "switch", "inference", "file", "attach")
+DEFAULT_ROWS = ",".join(row for row in ROWS if row != "importance")
 FOLDER = Path("runs/cost")
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -55,7 +55,8 @@ RowsFlag = Annotated[
         metavar="ROW,ROW...",
         help="step: seconds of a training step of ten methods. memory: bytes of the same. selection: choosing the "
         "weights, beside bare forward passes and gradients. merge: merging and unmerging. switch: another loaded "
-        "adapter. inference: with an adapter that is not merged. file: bytes on disk. attach: adding and loading.",
+        "adapter. inference: with an adapter that is not merged. file: bytes on disk. attach: adding and loading. "
+        "Only if named: importance: choosing the weights by every importance.",
         rich_help_panel=MEASURED,
     ),
 ]
@@ -122,7 +123,7 @@ def commands() -> None:
 @app.command()
 def cost(
     model: ModelFlag = "vit-b16",
-    rows: RowsFlag = ALL_ROWS,
+    rows: RowsFlag = DEFAULT_ROWS,
     batch_size: BatchSizeFlag = 8,
     selection_batch_size: SelectionBatchSizeFlag = 32,
     precision: PrecisionFlag = flags.Precision.fp32,
