@@ -65,3 +65,13 @@ def test_the_cost_table_is_the_measured_one() -> None:
     measured = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
     assert measured["evidence"]
     assert measured["date"] in README
+
+
+def test_the_language_models_table_is_the_measured_one() -> None:
+    path = ROOT / "peft_fps" / "benchmarks" / "results" / "decoder.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    methods = ("full", "supertuning", "lora", "fps", "floor")
+    seconds = [f"{rows['step']['raw']['seconds'][name]['median']:.3f}" for name in methods]
+    mebibytes = [f"{rows['memory']['raw']['bytes'][name]['peak'] / 2**20:,.0f}" for name in methods]
+    assert f"| step, s | {' | '.join(seconds)} |" in README
+    assert f"MiB | {' | '.join(mebibytes)} |" in README
