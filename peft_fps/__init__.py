@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from peft_fps.config import FPSConfig
 from peft_fps.model import FPSModel
 from peft_fps.registration import register
-from peft_fps.saved_selection import Selection
 from peft_fps.selecting import calibrate, selection_report
 from peft_fps.selection import LayerSelection, SelectionReport
+from peft_fps.selections import Selection
 from peft_fps.training import FPSCallback
 
 

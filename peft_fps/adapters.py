@@ -1,6 +1,7 @@
 """What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,7 +279,18 @@ class FPSLayer(BaseTunerLayer):
 
     def _adapter_device(self) -> torch.device:
         """The weight's device, or where accelerate will bring a weight that it offloads."""
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if self.base_layer.weight.device.type == "meta" and hook is not None:
-            return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-        return self.base_layer.weight.device
+        device: torch.device = self.base_layer.weight.device
+        if device.type != "meta":
+            return device
+        for hook in _single_hooks(getattr(self.base_layer, "_hf_hook", None)):
+            if getattr(hook, "offload", False):
+                return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+        return device
+
+
+def _single_hooks(hook: Any) -> Iterator[Any]:
+    """Yield an accelerate hook, or those that a `SequentialHook` (of others of its kind, perhaps) is made of."""
+    for part in getattr(hook, "hooks", ()):
+        yield from _single_hooks(part)
+    if not hasattr(hook, "hooks"):
+        yield hook

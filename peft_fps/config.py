@@ -19,6 +19,7 @@ from peft_fps.checks import (
     check_type,
     check_version,
 )
+from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type
 
 
@@ -76,8 +77,9 @@ class FPSConfig(PeftConfig):
         loss: what the gradients are of. `"task"`: the model's own loss, cross-entropy with the labels, or the function
             given to `calibrate`. `"contrastive"`: supervised contrastive loss on two augmented views of each image, at
             the temperature 0.07 (GPS).
-        selection_learning_rate: of the short training under `"movement"` and `"l0"`, AdamW. None: 1e-4 for
-            `"movement"`, 1e-3 for `"l0"`.
+        selection_learning_rate: of the short training under `"movement"` and `"l0"`, AdamW. None: 3e-4 for
+            `"movement"`, 1e-3 for `"l0"`. Good is a rate that, times the number of batches, is once to twice the
+            change to be expected of a weight that matters.
         selection_epochs: passes over the data in that training.
         l0_penalty: weight of the expected number of open gates in the loss under `"l0"`.
         granularity: `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ entries (the FPS paper's final choice). `"layer"`: the
@@ -258,6 +260,26 @@ class FPSConfig(PeftConfig):
             check_number(f"budget_pattern[{key!r}]", value, upper=None if self.budget is None else 1.0, optional=False)
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "FPSConfig":
+        """Return the whole setting of a published method; `recipe` says how to train it.
+
+            config = FPSConfig.preset("gps")
+            arguments = TrainingArguments("runs/gps", **config.recipe)
+
+        What differs from the sources is kept beside the numbers, see `peft_fps.presets`.
+
+        Args:
+            name: `"fps"`, `"gps"`, `"tr-pts"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
+                `"super-tuning"`.
+            overrides: fields to replace. `budget` or `per_neuron` replaces either; another `importance` starts from
+                the defaults of the fields that go with one.
+
+        Raises:
+            TypeError, ValueError: there is no such preset, or as for `FPSConfig`.
+        """
+        return cls(**preset_settings(name, overrides))
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "FPSConfig":
@@ -300,4 +322,5 @@ class FPSConfig(PeftConfig):
     @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
-        return self.importance not in WITHOUT_DATA and (self.per_neuron if self.budget is None else self.budget) != 0
+        entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
+        return self.importance not in WITHOUT_DATA and entries

@@ -26,12 +26,11 @@ from peft_fps.gradients import (
 )
 from peft_fps.lookup import adapter_layers, whole_parameters
 from peft_fps.scoring import Evidence
-from peft_fps.selection import importance
 from peft_fps.targets import output_head
 
 
 BACKWARD = ("gradient", "fisher", "sensitivity")
-SHORT_TRAINING = {"movement": 1e-4, "l0": 1e-3}
+SHORT_TRAINING = {"movement": 3e-4, "l0": 1e-3}
 """Importances that train for a while, and their learning rates where the config leaves them open."""
 
 MEMORIES = ("device", "cpu", "streaming")
@@ -117,6 +116,12 @@ def _check_reachable(layers: Mapping[str, FPSLayer], config: FPSConfig) -> None:
                 f"importance={config.importance!r} needs a backward pass. Keep the model on a device, or choose "
                 "importance='activation'. Nothing was changed."
             )
+        if layer.base_layer.weight.is_inference():
+            raise ValueError(
+                f"{path}: its weight was made in inference mode, expected one that gets gradients, since "
+                f"importance={config.importance!r} needs a backward pass. Load the model outside of "
+                "torch.inference_mode(), or choose importance='activation'. Nothing was changed."
+            )
 
 
 def _accumulators(
@@ -144,6 +149,10 @@ def _accumulators(
         )
     by_neuron = config.granularity in ("neuron", "block")
     entries = {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
+    if config.granularity in ("model", "block"):
+        # only their sum counts; how an earlier calibration has spread them must not bind this one
+        total, neurons = sum(entries.values()), sum(layer.shape.neurons for layer in layers.values())
+        entries = {path: -(-total * layer.shape.neurons // neurons) for path, layer in layers.items()}
     return {path: Streaming(number, by_neuron) for path, number in entries.items()}
 
 
@@ -170,9 +179,8 @@ def _term(name: str, weights: Mapping[str, Weight]) -> Callable[[str, Tensor], T
         return lambda path, gradient: gradient.square()
     if name == "gradient":
         return lambda path, gradient: gradient
-    return lambda path, gradient: importance.weight_times_gradient(
-        weights[path].as_matrix(weights[path].parameter.detach()), gradient
-    )
+    # with its sign: what the weight gains in one batch it may lose in the next
+    return lambda path, gradient: weights[path].as_matrix(weights[path].parameter.detach()) * gradient
 
 
 def _trained_along(base: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,8 +82,13 @@ def _swallowed(before: Tensor, after: Tensor, change: Tensor) -> tuple[int, int]
 
 
 def trial_copy(base: Any) -> Any:
-    """Return a layer that computes as `base` does, hooks included, with copies of its weight and bias."""
+    """Return a layer that computes as `base` does, hooks included, with copies of its weight and bias.
+
+    A forward put over the layer's own, as accelerate's hooks are, computes with the copies if it is a method bound to
+    the layer, or a `functools.partial` whose first argument is the layer. A closure goes on reading the layer itself.
+    """
     trial = copy.copy(base)
+    trial.__dict__.update({name: _rebound(held, base, trial) for name, held in vars(trial).items()})
     copies = {name: p if p is None else p.detach().clone() for name, p in base._parameters.items()}
     trial.__dict__["_parameters"] = copies
     return trial
@@ -93,6 +100,15 @@ def unmerged_copy(base: Any, records: Iterable[MergeRecord]) -> Any:
     for record in records:
         restore_entries(trial, record)
     return trial
+
+
+def _rebound(held: Any, base: Any, trial: Any) -> Any:
+    """Bind a method or a partial to `trial` if it is bound to `base`; anything else is returned as it is."""
+    if isinstance(held, MethodType) and held.__self__ is base:
+        return MethodType(held.__func__, trial)
+    if isinstance(held, partial) and held.args and held.args[0] is base:
+        return partial(held.func, trial, *held.args[1:], **held.keywords)
+    return held
 
 
 def _write(target: Tensor, positions: Tensor, entries: Tensor) -> None:

@@ -1,10 +1,11 @@
 """Scores of one layer's weights as an adapter's config asks for them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 
 from peft_fps.adapters import FPSLayer
@@ -50,9 +51,23 @@ def scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Evidence) ->
 
 def weight_rows(layer: FPSLayer, first: int, last: int) -> Tensor:
     """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
-    with align_module_device(layer.base_layer):
+    with _brought(layer.base_layer):
         weight = layer.base_layer.weight.detach()
         return (weight.t() if layer.transposed else weight.flatten(1))[first:last]
+
+
+@contextmanager
+def _brought(base: Any) -> Iterator[None]:
+    """Have a weight that accelerate offloads at hand, as a call of the layer would."""
+    hook = getattr(base, "_hf_hook", None)
+    if hook is None or base.weight.device.type != "meta":
+        yield
+        return
+    try:
+        hook.pre_forward(base)
+        yield
+    finally:
+        hook.post_forward(base, None)
 
 
 def random_scorer(layer: FPSLayer, path: str, seed: int) -> Score:

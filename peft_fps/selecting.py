@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
@@ -103,7 +104,7 @@ def calibrate(
             epochs=config.selection_epochs if short_training else 1,
             purpose=f"importance={config.importance!r}",
         )
-        with _adapters_off(base):
+        with _adapters_off(base, adapter_name):
             evidence, counts = gather(base, weighted, config, adapter_name, batches, how)
         record |= {key: getattr(config, key) for key in RECORDED_WITH_DATA[config.importance]} | counts
         unreached = [path for path in weighted if path not in evidence]
@@ -198,15 +199,28 @@ def check_selectable(layers: Mapping[str, FPSLayer], adapter_name: str, discard_
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """Let the layers compute as the base model does, without touching what is trainable."""
+def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let the layers compute as the base model does, and modules that the adapter trains whole as they are in it.
+
+    What is trainable is not touched.
+    """
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     before = [layer._disable_adapters for layer in layers]
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+    active = [wrapper._active_adapter for wrapper in wrappers]
     try:
         for layer in layers:
             layer._disable_adapters = True
+        for wrapper in wrappers:
+            wrapper._active_adapter = [adapter_name]
         yield
     finally:
+        for wrapper, names in zip(wrappers, active, strict=True):
+            wrapper._active_adapter = names
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
 

@@ -15,7 +15,7 @@ NEGLIGIBLE_LOSS = 0.01
 
 
 @contextmanager
-def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[list[FPSLayer]]:
+def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[Sequence[FPSLayer]]:
     """Check all layers before the first is merged, give them, and say afterwards how much rounding swallowed."""
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     known = {name for layer in layers for name in layer.fps_values}

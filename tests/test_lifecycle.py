@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
 from peft import (
     LoraConfig,
     PeftModel,
@@ -522,6 +523,51 @@ class TestOffload:
             return
         loss(model.train()).backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def _one_offloaded(module: nn.Module) -> None:
+    """accelerate gives the module itself two hooks in one, `SequentialHook`."""
+    cpu_offload(module, execution_device=torch.device("cpu"))
+
+
+def _one_offloaded_with_another_hook(module: nn.Module) -> None:
+    _one_offloaded(module)
+    add_hook_to_module(module, ModelHook(), append=True)
+
+
+@pytest.mark.parametrize("offload", [_one_offloaded, _one_offloaded_with_another_hook])
+@pytest.mark.parametrize("path", [QUERY, "vit.embeddings.patch_embeddings.projection", "vit.layernorm"])
+def test_an_adapter_is_loaded_onto_a_base_with_one_offloaded_module(
+    path: str, offload: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    model = adapted(tiny_vit(), modules_to_save=[], bias="with_norms")
+    model.save_pretrained(tmp_path)
+    base = tiny_vit()
+    offload(base.get_submodule(path))
+    assert base.get_submodule(path).weight.device.type == "meta"
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    layer = layers_of(loaded)[path]
+    assert {p.device.type for p in (*layer.adapter_parameters("default"), layer.fps_columns["default"])} == {"cpu"}
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded), logits(tiny_vit()), atol=1e-5, rtol=1e-4)
+
+
+def test_a_random_selection_on_a_base_with_one_offloaded_module() -> None:
+    base = tiny_vit()
+    _one_offloaded(base.get_submodule(QUERY))
+    model, there = (adapted(m, importance="random", modules_to_save=[]) for m in (base, tiny_vit()))
+    assert selections(model) == selections(there)
+    torch.testing.assert_close(logits(model), logits(there), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hook", [ModelHook(), SequentialHook(), SequentialHook(ModelHook(), ModelHook())])
+def test_tensors_stay_beside_a_weight_that_no_hook_brings(hook: ModelHook) -> None:
+    base = tiny_mlp().to("meta")
+    add_hook_to_module(base.first, hook)
+    model = get_peft_model(base, config(), low_cpu_mem_usage=True)
+    layer = layers_of(model)["first"]
+    assert {p.device.type for p in (*layer.adapter_parameters("default"), layer.fps_columns["default"])} == {"meta"}
 
 
 def test_parameters_and_buffers_move_together() -> None:

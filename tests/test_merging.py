@@ -4,16 +4,20 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from peft_fps.merging import trial_copy
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -403,6 +407,129 @@ def test_disabled_forwards_of_a_merged_model_in_two_threads():
     assert all(torch.equal(results[name], expected) for name in inside)
     assert base_bytes(model) == merged
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+# --- forwards put over a layer's own --------------------------------------------------------------------------------
+
+
+class EveryKind(nn.Module):
+    """A layer of each kind, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 2), nn.LayerNorm(5)
+        self.linear, self.conv1d = nn.Linear(5, 6), Conv1D(7, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1d(self.linear(self.norm(self.conv(x))))
+
+
+LAYERS = ["conv", "norm", "linear", "conv1d"]
+
+
+def every_kind() -> nn.Module:
+    torch.manual_seed(0)
+    model = EveryKind()
+    for parameter in model.parameters():
+        parameter.data.add_(normal(*parameter.shape, seed=3))
+    return model.eval()
+
+
+def twice(layer: Any, x: Tensor) -> Tensor:
+    return 2 * type(layer).forward(layer, x)
+
+
+def by_accelerate(layer: Any) -> None:
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+def by_two_of_accelerate(layer: Any) -> None:
+    by_accelerate(layer)
+    add_hook_to_module(layer, ModelHook(), append=True)
+
+
+def by_method(layer: Any) -> None:
+    layer.forward = MethodType(twice, layer)
+
+
+def by_partial(layer: Any) -> None:
+    def scaled(layer: Any, factor: float, x: Tensor, shift: float) -> Tensor:
+        return factor * type(layer).forward(layer, x) + shift
+
+    layer.forward = partial(scaled, layer, 3.0, shift=0.5)
+
+
+def by_method_within_accelerate(layer: Any) -> None:
+    by_method(layer)
+    by_accelerate(layer)
+
+
+WAYS: list[Callable[[Any], None]] = [
+    by_accelerate,
+    by_two_of_accelerate,
+    by_method,
+    by_partial,
+    by_method_within_accelerate,
+]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after-merging"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_disabled_while_merged_whatever_forward_the_layer_has(kind: str, way: Callable[[Any], None], late: bool):
+    base, original, x = every_kind(), every_kind(), normal(2, 3, 3, 6)
+    way(original.get_submodule(kind))
+    if not late:
+        way(base.get_submodule(kind))
+    model = adapted(base, bias="with_norms")
+    assert set(layers_of(model)) == set(LAYERS)
+    model.merge_adapter()
+    if late:
+        way(layers_of(model)[kind].base_layer)
+    merged, changed = base_bytes(model), model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), original(x))
+    assert not torch.allclose(changed, original(x))
+    assert torch.equal(model(x), changed)
+    assert base_bytes(model) == merged
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_copy_of_a_layer_is_independent_of_it(kind: str, way: Callable[[Any], None]):
+    layer: Any = every_kind().get_submodule(kind)
+    x = {"conv": normal(2, 3, 3, 6), "conv1d": normal(2, 6)}.get(kind, normal(2, 5))
+    way(layer)
+    before, names = layer(x), {name: id(held) for name, held in vars(layer).items()}
+    trial = trial_copy(layer)
+    assert torch.equal(trial(x), before)
+    trial.weight.zero_()
+    trial.bias.fill_(0.25)
+    without = {by_method: 0.5, by_partial: 1.25, by_method_within_accelerate: 0.5}.get(way, 0.25)
+    assert torch.equal(trial(x), torch.full_like(before, without))
+    assert torch.equal(layer(x), before)
+    assert {name: id(held) for name, held in vars(layer).items()} == names
+
+
+def test_what_is_not_bound_to_the_layer_stays_as_it_is():
+    layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    layer.of_another, layer.partial_of_another = other.forward, partial(twice, other)
+    layer.without_arguments, layer.later_argument = partial(normal, seed=2), partial(twice, other, layer)
+    trial = trial_copy(layer)
+    for name in ("of_another", "partial_of_another", "without_arguments", "later_argument"):
+        assert getattr(trial, name) is getattr(layer, name)
+
+
+def test_disabled_while_merged_after_a_hook_of_accelerate_was_removed():
+    model, x = adapted(every_kind(), bias="with_norms"), normal(2, 3, 3, 6)
+    layer = layers_of(model)["linear"].base_layer
+    model.merge_adapter()
+    by_accelerate(layer)
+    remove_hook_from_module(layer)
+    assert layer.forward.__self__ is layer  # it leaves a bound method behind
+    assert "forward" in vars(layer)
+    with model.disable_adapter():
+        assert torch.equal(model(x), every_kind()(x))
 
 
 # --- what rounding swallows -----------------------------------------------------------------------------------------

@@ -643,3 +643,22 @@ def test_layers_know_their_path():
     assert all(layer.module_path == name for name, layer in layers_of(model).items())
     assert all(isinstance(layer, FPSLayer) for layer in layers_of(model).values())
     assert isinstance(model, peft.PeftModel)
+
+
+@pytest.mark.parametrize("importance", ["gradient", "movement"])
+def test_an_adapter_that_is_not_active_is_calibrated_with_its_own_head(importance: str):
+    batches = [batch | {"labels": torch.tensor([0, 1, 2, 3])} for batch in image_batches()]
+    selections = []
+    for active in ("default", "second"):
+        model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
+        model.add_adapter("second", FPSConfig(per_neuron=2, importance=importance))
+        with torch.no_grad():  # its own head differs from the other adapter's
+            model.base_model.model.classifier.modules_to_save["second"].weight.neg_()
+        model.set_adapter(active)
+        trainable = [parameter.requires_grad for parameter in model.parameters()]
+        torch.manual_seed(0)
+        model.calibrate(batches, adapter_name="second", progress=False)
+        assert model.base_model.model.classifier.active_adapters == [active]
+        assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+        selections.append(selection_of(model, "second"))
+    assert selections[0] == selections[1]

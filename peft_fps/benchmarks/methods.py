@@ -89,9 +89,14 @@ def fill(model: nn.Module) -> nn.Module:
 
 
 def columns_used(model: nn.Module) -> dict[str, float]:
-    """Return the mean share of a layer's inputs that some selected entry reads, by the last part of layers' names."""
+    """Return the mean share of a layer's inputs that some selected entry reads, by the last part of layers' names.
+
+    Layers without inputs, which train a bias alone, are left out.
+    """
     shares: dict[str, list[float]] = {}
     for path, layer in fps_layers(model).items():
+        if not layer.shape.inputs:
+            continue
         (columns,) = layer.fps_columns.values()
         shares.setdefault(path.rpartition(".")[2], []).append(columns.unique().numel() / layer.shape.inputs)
     return {kind: sum(found) / len(found) for kind, found in shares.items()}

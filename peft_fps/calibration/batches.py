@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
@@ -76,28 +76,43 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
 
 
 def count_examples(batch: Any) -> int:
-    """Return the number of examples in a batch."""
+    """Return the number of examples in a batch: the first dimension of the first tensor that has one.
+
+    Without such a tensor, the length of the first list.
+    """
     inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
         return inputs.shape[0] if inputs.dim() else 1
-    return find_batch_size(inputs) or 0
+    sizes = [value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    sizes += [count_examples(value) for value in inputs.values() if isinstance(value, Mapping)]
+    sizes += [len(value) for value in inputs.values() if isinstance(value, (tuple, list))]
+    return sizes[0] if sizes else 1
 
 
 def single_examples(batch: Any) -> Iterator[Any]:
-    """Yield batches of one example each: everything whose first dimension is the batch's is sliced."""
+    """Yield batches of one example each.
+
+    Tensors whose first dimension is the batch's are sliced, and so are lists and tuples of one item per example (of
+    texts, or of annotations). A list or tuple of tensors that hold the whole batch each is kept as it is built.
+    """
     size = count_examples(batch)
 
-    def sliced(part: Any, index: int) -> Any:
-        if isinstance(part, Tensor) and part.dim() and part.shape[0] == size:
-            return part[index : index + 1]
+    def whole(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == size
+
+    def sliced(part: Any, index: int, top: bool = False) -> Any:
+        if isinstance(part, Tensor):
+            return part[index : index + 1] if whole(part) else part
         if isinstance(part, Mapping):
             return {name: sliced(value, index) for name, value in part.items()}
         if isinstance(part, (tuple, list)):
+            if len(part) == size and not top and not all(map(whole, part)):
+                return part[index : index + 1]
             return [sliced(value, index) for value in part]
         return part
 
     for index in range(size):
-        yield sliced(batch, index)
+        yield sliced(batch, index, top=True)
 
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,6 @@ app = typer.Typer(
 )
 app.add_typer(benchmark.app, name="benchmark")
 DEFAULTS = FinetuneOptions()
-DEFAULT_IMPORTANCE = flags.Importance(DEFAULTS.importance)
-DEFAULT_GRANULARITY = flags.Granularity(DEFAULTS.granularity)
-DEFAULT_BIAS = flags.Bias(DEFAULTS.bias)
 DEFAULT_PRECISION = flags.Precision(DEFAULTS.precision)
 
 
@@ -38,11 +35,14 @@ def finetune(
     image_column: flags.ImageColumnFlag = DEFAULTS.image_column,
     label_column: flags.LabelColumnFlag = DEFAULTS.label_column,
     image_size: flags.ImageSizeFlag = DEFAULTS.image_size,
+    preset: flags.PresetFlag = DEFAULTS.preset,
     budget: flags.BudgetFlag = DEFAULTS.budget,
     per_neuron: flags.PerNeuronFlag = DEFAULTS.per_neuron,
-    importance: flags.ImportanceFlag = DEFAULT_IMPORTANCE,
-    granularity: flags.GranularityFlag = DEFAULT_GRANULARITY,
-    bias: flags.BiasFlag = DEFAULT_BIAS,
+    importance: flags.ImportanceFlag = None,
+    order: flags.OrderFlag = None,
+    loss: flags.LossFlag = None,
+    granularity: flags.GranularityFlag = None,
+    bias: flags.BiasFlag = None,
     calibration_batches: flags.CalibrationBatchesFlag = DEFAULTS.calibration_batches,
     epochs: flags.EpochsFlag = DEFAULTS.epochs,
     learning_rate: flags.LearningRateFlag = DEFAULTS.learning_rate,
@@ -78,9 +78,11 @@ def finetune(
 
         $ peft-fps finetune --importance random --output runs/random
 
-    Biases alone (BitFit):
+    Another published method, with its own training, and with fewer epochs of it:
 
-        $ peft-fps finetune --budget 0 --output runs/bitfit
+        $ peft-fps finetune --preset bitfit --output runs/bitfit
+
+        $ peft-fps finetune --preset gps --epochs 20 --output runs/gps
     """
     options = FinetuneOptions(
         model=model,
@@ -88,11 +90,14 @@ def finetune(
         image_column=image_column,
         label_column=label_column,
         image_size=image_size,
+        preset=preset,
         budget=budget,
         per_neuron=per_neuron,
-        importance=importance.value,
-        granularity=granularity.value,
-        bias=bias.value,
+        importance=importance and importance.value,
+        order=order and order.value,
+        loss=loss and loss.value,
+        granularity=granularity and granularity.value,
+        bias=bias and bias.value,
         calibration_batches=calibration_batches,
         epochs=epochs,
         learning_rate=learning_rate,
@@ -109,7 +114,7 @@ def finetune(
 
     try:
         results = run(options, console)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, verbose)
     console.print(summary(results))
     console.print(f"saved in {output}", markup=False, highlight=False, soft_wrap=True)

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from peft_fps.cli.options import RECIPE, SELECTION_DEFAULTS
 from peft_fps.config import DEFAULT_BUDGET
+from peft_fps.presets import PRESETS
 
 
+RATE, EPOCHS, BATCH = (RECIPE[key] for key in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"))
 DATA, SELECTION, TRAINING, OUTPUT = "Model and data", "What is trained", "Training", "Output"
 
 
@@ -19,6 +22,25 @@ class Importance(str, Enum):
     activation = "activation"
     magnitude = "magnitude"
     random = "random"
+    gradient = "gradient"
+    fisher = "fisher"
+    sensitivity = "sensitivity"
+    movement = "movement"
+    l0 = "l0"
+
+
+class Order(str, Enum):
+    """Which end of the scores is selected."""
+
+    top = "top"
+    bottom = "bottom"
+
+
+class Loss(str, Enum):
+    """What the gradients that select are of."""
+
+    task = "task"
+    contrastive = "contrastive"
 
 
 class Granularity(str, Enum):
@@ -27,12 +49,16 @@ class Granularity(str, Enum):
     neuron = "neuron"
     layer = "layer"
     model = "model"
+    block = "block"
+    row = "row"
+    column = "column"
 
 
 class Bias(str, Enum):
     """Which biases are trained."""
 
     all = "all"
+    with_norms = "with_norms"
     none = "none"
 
 
@@ -43,10 +69,22 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
-def positive(value: float) -> float:
+def positive(value: float | None) -> float | None:
     """Refuse a number that is not positive and finite."""
-    if not 0 < value < math.inf:
+    if value is not None and not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not a positive number.")
+    return value
+
+
+def without(field: str) -> str:
+    """Return what holds where an option of the selection is not given, for its help."""
+    return f"Without it and --preset: {SELECTION_DEFAULTS[field]}."
+
+
+def known_preset(value: str | None) -> str | None:
+    """Refuse a name that no preset has."""
+    if value is not None and value not in PRESETS:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(PRESETS)}.")
     return value
 
 
@@ -94,13 +132,23 @@ ImageSizeFlag = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+PresetFlag = Annotated[
+    str | None,
+    typer.Option(
+        callback=known_preset,
+        metavar="NAME",
+        help=f"A published method with all its settings, training included: {', '.join(PRESETS)}. Other options "
+        "replace single settings of it.",
+        rich_help_panel=SELECTION,
+    ),
+]
 BudgetFlag = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
         help="Largest share of the model's parameters to train, 0 to 1: selected weights and biases together, output "
-        f"head left out. Without it and --per-neuron: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 trains biases "
-        "alone.",
+        f"head left out. Without it, --per-neuron and --preset: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 "
+        "trains biases alone.",
         rich_help_panel=SELECTION,
     ),
 ]
@@ -113,48 +161,84 @@ PerNeuronFlag = Annotated[
     ),
 ]
 ImportanceFlag = Annotated[
-    Importance,
+    Importance | None,
     typer.Option(
-        help="How a weight is scored: by its magnitude times the typical magnitude of its input (FPS), by its "
-        "magnitude alone, or at random (a control).",
+        metavar="NAME",
+        help="How a weight is scored. activation: its magnitude times the typical magnitude of its input (FPS); "
+        "magnitude: that alone; random: a control; gradient: the size of the summed gradients (GPS); fisher: squared "
+        "gradients of each image (FISH Mask, TR-PTS); sensitivity: magnitude times gradient; movement: the change in "
+        "a short fine-tuning (FAR); l0: the change that survives an L0 penalty (DiffPruning). "
+        f"{without('importance')}",
+        rich_help_panel=SELECTION,
+    ),
+]
+OrderFlag = Annotated[
+    Order | None,
+    typer.Option(help=f"Select the largest or the smallest scores. {without('order')}", rich_help_panel=SELECTION),
+]
+LossFlag = Annotated[
+    Loss | None,
+    typer.Option(
+        help="What gradient, fisher and sensitivity take gradients of: cross-entropy with the classes, or the "
+        "supervised contrastive loss between two augmented views of each image (GPS; needs the extra views). "
+        f"{without('loss')}",
         rich_help_panel=SELECTION,
     ),
 ]
 GranularityFlag = Annotated[
-    Granularity,
+    Granularity | None,
     typer.Option(
-        help="Where the best weights are chosen: equally many per output neuron, the best of each layer, or the best "
-        "of the whole model.",
+        metavar="NAME",
+        help="Where the best weights are chosen. neuron: equally many per output neuron; layer: the best of each "
+        "layer; model: the best of all; block: per neuron, more in blocks with large scores; row, column: whole "
+        f"neurons or whole inputs. {without('granularity')}",
         rich_help_panel=SELECTION,
     ),
 ]
 BiasFlag = Annotated[
-    Bias, typer.Option(help="Train the biases of the adapted layers, or leave them.", rich_help_panel=SELECTION)
+    Bias | None,
+    typer.Option(
+        help=f"Train the biases of the adapted layers, those of LayerNorms besides, or none. {without('bias')}",
+        rich_help_panel=SELECTION,
+    ),
 ]
 CalibrationBatchesFlag = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="N",
-        help="Batches of training images to measure inputs on. Without it: all of them, once.",
+        help="Batches of training images to choose from. Without it: all of them, once.",
         rich_help_panel=SELECTION,
     ),
 ]
 EpochsFlag = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Passes over the training images.", rich_help_panel=TRAINING)
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help=f"Passes over the training images. Without it and --preset: {EPOCHS}.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 LearningRateFlag = Annotated[
-    float,
+    float | None,
     typer.Option(
         callback=positive,
         metavar="RATE",
         help="Peak learning rate of Adam (no weight decay), for the selected weights and the output head alike. It "
-        "rises over the first tenth of the steps and falls to 0 along a cosine.",
+        "rises over the first tenth of the steps and falls to 0 along a cosine, unless --preset has another schedule. "
+        f"Without it and --preset: {RATE:g}.",
         rich_help_panel=TRAINING,
     ),
 ]
 BatchSizeFlag = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Images per step and device.", rich_help_panel=TRAINING)
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help=f"Images per step and device. Without it and --preset: {BATCH}.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 PrecisionFlag = Annotated[
     Precision,

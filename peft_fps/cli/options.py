@@ -1,7 +1,7 @@
 """What one run of `peft-fps finetune` is asked to do."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,37 @@ from peft_fps.config import FPSConfig
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 RESULTS, ADAPTER, MERGED = "results.json", "adapter", "merged"
 
+RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
+}
+"""How to train without a preset: arguments of transformers' `TrainingArguments`."""
+
+SELECTION_FIELDS = ("budget", "per_neuron", "importance", "order", "loss", "granularity", "bias")
+"""Options that are fields of the config."""
+
+SELECTION_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
+}
+
+TRAINING_ARGUMENTS = {
+    "learning_rate": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+"""Options that are training arguments, and their names there."""
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
     """The options of `peft-fps finetune`, named as on the command line, where each is explained.
 
-    `model=None` and `data=None` stand for the embedded model and the embedded digits.
+    `model=None` and `data=None` stand for the embedded model and the embedded digits. What is None among the options
+    of selection and training is as the preset has it, or else as the defaults of the config and `RECIPE`.
     """
 
     model: str | None = None
@@ -24,34 +49,44 @@ class FinetuneOptions:
     image_column: str | None = None
     label_column: str | None = None
     image_size: int | None = None
+    preset: str | None = None
     budget: float | None = None
     per_neuron: float | None = None
-    importance: str = "activation"
-    granularity: str = "neuron"
-    bias: str = "all"
+    importance: str | None = None
+    order: str | None = None
+    loss: str | None = None
+    granularity: str | None = None
+    bias: str | None = None
     calibration_batches: int | None = None
-    epochs: int = 30
-    learning_rate: float = 1e-2
-    batch_size: int = 32
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
     precision: str = "fp32"
     seed: int = 0
     output: Path = Path("runs/finetune")
     overwrite: bool = False
 
     def fps_config(self) -> FPSConfig:
-        """Return the config of the adapter.
+        """Return the config of the adapter; with a preset, its `recipe` is what is trained by.
 
         Raises:
             TypeError, ValueError: a value is not allowed, or two contradict each other.
         """
-        return FPSConfig(
-            budget=self.budget,
-            per_neuron=self.per_neuron,
-            importance=self.importance,  # type: ignore[arg-type]  # checked by the config itself
-            granularity=self.granularity,  # type: ignore[arg-type]
-            bias=self.bias,  # type: ignore[arg-type]
-            seed=self.seed,
-        )
+        given = {name: getattr(self, name) for name in SELECTION_FIELDS if getattr(self, name) is not None}
+        if self.preset is None:
+            return FPSConfig(**given, seed=self.seed)
+        config = FPSConfig.preset(self.preset, **given, seed=self.seed)
+        config.recipe = self.recipe(config)
+        return config
+
+    def recipe(self, config: FPSConfig) -> dict[str, Any]:
+        """Return the training arguments: those of the config, or else of `RECIPE`, with the given options in place."""
+        given = {
+            TRAINING_ARGUMENTS[name]: getattr(self, name)
+            for name in TRAINING_ARGUMENTS
+            if getattr(self, name) is not None
+        }
+        return (config.recipe or RECIPE) | given
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data."""

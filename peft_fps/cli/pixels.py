@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from peft_fps.cli.data import LabelledImages
+from peft_fps.gradients import TwoViews
 
 
 MEMORY_LIMIT = 2 * 1024**3
@@ -78,6 +79,17 @@ def prepare(splits: dict[str, ImageSplit]) -> bool:
         for name, split in splits.items():
             split.keep(name)
     return fits
+
+
+def two_views(processor: Any) -> TwoViews:
+    """Return what makes two augmented views of the images that a processor has normalised.
+
+    Raises:
+        ImportError: kornia is not installed.
+    """
+    if not getattr(processor, "do_normalize", True):
+        return TwoViews(mean=0.0, std=1.0)
+    return TwoViews(processor.image_mean, processor.image_std)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,16 @@ from transformers import AutoModelForImageClassification, set_seed
 from peft_fps.cli.data import load_images
 from peft_fps.cli.linear_head import fit_linear_head
 from peft_fps.cli.measure import Stopwatch, folder_bytes, peak_memory, versions
-from peft_fps.cli.models import classifier, interpolates, load_model, load_processor, upstream_deprecations
+from peft_fps.cli.models import (
+    classifier,
+    interpolates,
+    interpolating,
+    load_model,
+    load_processor,
+    upstream_deprecations,
+)
 from peft_fps.cli.options import ADAPTER, DEFAULT_MODEL, MERGED, RESULTS, FinetuneOptions
-from peft_fps.cli.pixels import Collator, ImageSplit, prepare
+from peft_fps.cli.pixels import Collator, ImageSplit, prepare, two_views
 from peft_fps.cli.predict import Agreement, Predictor
 from peft_fps.cli.train import calibration_loader, train, training_arguments, worker_count
 
@@ -33,8 +40,11 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError, TypeError, OSError: an option, the model or the data cannot be used.
+        ImportError: the selection needs a library that is not installed.
     """
     config = options.fps_config()
+    recipe = options.recipe(config)
+    batch_size = recipe["per_device_train_batch_size"]
     options.check_paths()
     set_seed(options.seed)
     stopwatch = Stopwatch(console)
@@ -44,10 +54,11 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
         data = load_images(options.data, options.seed, options.image_column, options.label_column)
         base, processor = load_model(name, data.classes, options.seed), load_processor(name, options.image_size)
         splits = {part: ImageSplit(getattr(data, part), processor) for part in ("train", "validation", "test")}
+        views = two_views(processor) if config.loss == "contrastive" else None
         workers = worker_count(prepare(splits))
     collator = Collator(options.image_size is not None and interpolates(base))
-    arguments = training_arguments(options, len(data.train), workers)
-    predictor = Predictor(arguments.device, options.batch_size, collator, workers)
+    arguments = training_arguments(options, recipe, len(data.train), workers)
+    predictor = Predictor(arguments.device, batch_size, collator, workers)
 
     with stopwatch.stage("linear head"):
         head = classifier(base)
@@ -57,8 +68,9 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
     with stopwatch.stage("calibrate"):
         with upstream_deprecations():
             model: Any = get_peft_model(base, config)
-        loader = calibration_loader(options, splits["train"], collator, workers)
-        report = model.calibrate(loader, num_batches=options.calibration_batches)
+        loader = calibration_loader(options.seed, batch_size, splits["train"], collator, workers)
+        with interpolating(base, collator.interpolate):
+            report = model.calibrate(loader, num_batches=options.calibration_batches, views=views)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     with stopwatch.stage("train"):
@@ -91,6 +103,7 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
 
     results = {
         "options": options.to_dict(),
+        "recipe": recipe,
         "model": name if options.model else "embedded",
         "data": options.data or "embedded",
         "images": {part: len(split) for part, split in splits.items()},

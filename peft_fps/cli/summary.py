@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from peft_fps.presets import recipe_line
+
 
 def summary(results: dict[str, Any]) -> Table:
     """Return the final table of `peft-fps finetune`.
@@ -14,10 +16,17 @@ def summary(results: dict[str, Any]) -> Table:
     table = Table(title="peft-fps finetune", title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value")
+    preset = results["options"]["preset"]
+    if preset is not None:
+        table.add_row("preset", preset)
+    table.add_row("selected by", results["selection"]["method"])
+    table.add_row("recipe", recipe_line(results["recipe"]))
+    table.add_section()
+    method = preset or "FPS"
     for part, value in results["accuracy"].items():
         images = f"{results['images'][part]:,} images"
         table.add_row(f"{part} accuracy before", f"{value['before']:.2%}  (frozen, linear head; {images})")
-        table.add_row(f"{part} accuracy after", f"[bold]{value['after']:.2%}[/bold]  (FPS; {images})")
+        table.add_row(f"{part} accuracy after", f"[bold]{value['after']:.2%}[/bold]  ({method}; {images})")
     table.add_section()
     selection = results["selection"]
     table.add_row(

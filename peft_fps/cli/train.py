@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,29 +14,25 @@ from peft_fps.cli.options import FinetuneOptions
 from peft_fps.cli.pixels import Collator, ImageSplit
 
 
-WARM_UP = 0.1
-"""Share of the steps over which the learning rate rises; it falls along a cosine from there."""
 LOGGED = 10
 """Number of times that the loss is shown."""
 
 
-def training_arguments(options: FinetuneOptions, images: int, workers: int) -> TrainingArguments:
-    """Return the arguments of the Trainer: Adam without weight decay, no checkpoints, no reports.
+def training_arguments(
+    options: FinetuneOptions, recipe: Mapping[str, Any], images: int, workers: int
+) -> TrainingArguments:
+    """Return the arguments of the Trainer: as the recipe says, no checkpoints, no reports.
 
     Args:
         options: what the user asked for.
+        recipe: training arguments, those in `peft_fps.cli.options.RECIPE` at least.
         images: number of training images.
         workers: processes that prepare images.
     """
-    steps = options.epochs * math.ceil(images / options.batch_size)
+    steps = recipe["num_train_epochs"] * math.ceil(images / recipe["per_device_train_batch_size"])
     return TrainingArguments(
+        **recipe,
         output_dir=str(options.output),  # nothing is written there: no checkpoints, no reports
-        num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
-        weight_decay=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARM_UP,
         use_cpu=not torch.accelerator.is_available(),  # bf16 on the CPU has to be asked for
         bf16=options.precision == "bf16",
         seed=options.seed,
@@ -65,12 +62,12 @@ def train(model: nn.Module, arguments: TrainingArguments, images: ImageSplit, co
     return loss
 
 
-def calibration_loader(options: FinetuneOptions, images: ImageSplit, collator: Collator, workers: int) -> Any:
+def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator: Collator, workers: int) -> Any:
     """Return a DataLoader over the training images, in an order that the seed alone decides."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     return DataLoader(
         images,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         shuffle=True,
         generator=generator,
         collate_fn=collator,

@@ -60,6 +60,7 @@ class Streaming:
         self._device = device
         self._positions = torch.empty(0, dtype=torch.int64)
         self._shape = (0, 0)
+        self._largest = torch.zeros(())
 
     def add(self, term: Tensor) -> None:
         """Add `(neurons, inputs)` float32."""
@@ -67,6 +68,9 @@ class Streaming:
             self._shape = (term.shape[0], term.shape[1])
             self._positions = self._shortlist(term.abs())
             self.sums = torch.zeros(self._positions.numel(), device=self._device or term.device)
+            self._largest = self._largest.to(term.device)
+        # off the shortlist a NaN would go unnoticed
+        self._largest = torch.maximum(self._largest, torch.linalg.vector_norm(term, torch.inf))
         listed = term.reshape(-1).index_select(0, self._positions)
         self.sums += listed.to(self.sums.device)
 
@@ -86,12 +90,14 @@ class Streaming:
         return self.sums is not None
 
     def is_finite(self) -> bool:
-        """Whether all sums are finite."""
-        return self.sums is None or bool(torch.isfinite(self.sums).all())
+        """Whether all sums are finite, and all that was added."""
+        return self.sums is None or bool(
+            torch.isfinite(self.sums).all() & torch.isfinite(self._largest).to(self.sums.device)
+        )
 
     def _shortlist(self, magnitudes: Tensor) -> Tensor:
         neurons, inputs = magnitudes.shape
-        magnitudes = magnitudes.nan_to_num()  # an infinite sum is found and named later
+        magnitudes = magnitudes.nan_to_num()  # found and named later
         if not self._by_neuron:
             return top_k_flat(magnitudes, min(SHORTLIST * self._entries, magnitudes.numel()))
         columns, _ = top_k(magnitudes, min(-(-SHORTLIST * self._entries // neurons), inputs))

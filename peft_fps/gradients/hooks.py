@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -64,7 +65,8 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.gradient_checkpointing = False
-            layer.forward = _recomputed(layer.forward)
+            reads_only = getattr(layer, "_can_checkpoint_with_cache", False)
+            layer.forward = _recomputed(layer.forward, with_cache=reads_only)
         yield
     finally:
         for layer in layers:
@@ -72,10 +74,11 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], with_cache: bool) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        # as transformers does: a cache must not be filled a second time
-        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        if not with_cache:  # as transformers does: a cache must not be filled a second time
+            args = tuple(None if isinstance(value, Cache) else value for value in args)
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
     return recomputed

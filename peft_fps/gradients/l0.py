@@ -13,11 +13,13 @@ from peft_fps.gradients.backward import BatchLoss, Weight
 from peft_fps.gradients.gates import FIRST_LOGIT, open_probability, sample_gate, typical_gate
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
 from peft_fps.gradients.losses import check_loss
-from peft_fps.gradients.trial import on_trial
+from peft_fps.gradients.trial import distinct, hand_in, on_trial
 
 
 GATE_LEARNING_RATE = 0.1
 """Of the gates' logits, constant, as in DiffPruning's code."""
+SHUT = 1e-6
+"""What a shut gate counts, times its probability to be open; see `GatedChange.size`."""
 
 
 class GatedChange:
@@ -42,30 +44,37 @@ class GatedChange:
             weight_decay=0.0,
             foreach=False,
         )
-        self._sampled: Tensor | None = None
+        self._noise: tuple[Tensor, Tensor] | None = None
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw gates and return δ, in the weight's shape."""
-        with torch.enable_grad():
-            gate = sample_gate(self.logit, torch.rand_like(self.change))
-            whole = sample_gate(self.whole_logit, torch.rand_like(self.whole_logit))
-            self._sampled = self.change * gate * whole
-        return self._sampled.detach()
+        # the graph is built in `step`, one weight at a time, since it takes several times the weight's memory
+        self._noise = torch.rand_like(self.change), torch.rand_like(self.whole_logit)
+        return self._gated(*self._noise)
 
     def step(self, gradient: Tensor) -> None:
-        """Take one step along the gradient of the loss with respect to δ, and of the penalty."""
-        assert self._sampled is not None
+        """Take one step along the gradient of the loss with respect to the δ last sampled, and of the penalty."""
+        assert self._noise is not None
         with torch.enable_grad():
-            torch.autograd.backward(self._sampled, gradient.float())
+            torch.autograd.backward(self._gated(*self._noise), gradient.float())
             (self._penalty * (open_probability(self.logit).sum() + open_probability(self.whole_logit))).backward()
-        self._sampled = None
+        self._noise = None
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def _gated(self, noise: Tensor, whole_noise: Tensor) -> Tensor:
+        return self.change * sample_gate(self.logit, noise) * sample_gate(self.whole_logit, whole_noise)
+
     @torch.no_grad()
     def size(self) -> Tensor:
-        """Return |δ| with typical gates, in the weight's shape."""
-        return (self.change * typical_gate(self.logit) * typical_gate(self.whole_logit)).abs()
+        """Return |δ| with typical gates, in the weight's shape.
+
+        Changes behind shut gates, all 0 in the source, come after all others and keep an order: where fewer gates are
+        open than entries are to be selected, the remaining ones would be the first of the weight.
+        """
+        gates = [torch.maximum(typical_gate(a), SHUT * open_probability(a)) for a in (self.logit, self.whole_logit)]
+        return self.change.abs() * gates[0] * gates[1]
 
 
 def accumulate_gated_changes(
@@ -98,10 +107,11 @@ def accumulate_gated_changes(
         The numbers of `batches` and `examples`.
 
     Raises:
-        ValueError, TypeError: as `accumulate_gradients`.
+        ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
     """
     device = device_of(model)
     parameters = {path: weight.parameter for path, weight in weights.items()}
+    others = distinct(others)
     originals = {path: parameter.data for path, parameter in parameters.items()}
     gated = {path: GatedChange(original, learning_rate, penalty) for path, original in originals.items()}
     reached: set[str] = set()
@@ -116,7 +126,7 @@ def accumulate_gated_changes(
             (gated[name] if name in gated else trials[name]).step(gradient)
 
         try:
-            with gradients_handed_over(model, parameters | dict(others), receive):
+            with gradients_handed_over(model, parameters | others, receive):
                 for index, batch in data:
                     for path, parameter in parameters.items():
                         parameter.data = (originals[path] + gated[path].sample()).to(parameter.dtype)
@@ -125,6 +135,5 @@ def accumulate_gated_changes(
         finally:
             for path, parameter in parameters.items():
                 parameter.data = originals[path]
-    for path in reached & set(gated):
-        accumulators[path].add(weights[path].as_matrix(gated[path].size()))
+    hand_in(((path, gated[path].size()) for path in weights if path in reached), weights, accumulators)
     return dict(data.counts)

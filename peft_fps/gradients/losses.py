@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_fps.calibration.batches import inputs_of
+
 
 Loss = Callable[[Any, Any], Tensor]
 """From a model's outputs and the batch to a scalar."""
@@ -96,7 +98,12 @@ def contrastive_step(
     both = views(images)
     if len(both) != 2 * len(images):
         raise ValueError(f"views made {len(both)} images of {len(images)}, expected two of each.")
-    inputs = _first_input(model, head, {"pixel_values": both} if named else both)
+    inputs: Any = both
+    if named:  # switches such as interpolate_pos_encoding go along
+        given: Any = inputs_of(batch)
+        inputs = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+        inputs["pixel_values"] = both
+    inputs = _first_input(model, head, inputs)
     return supervised_contrastive(_features(inputs, head), labels.repeat(2), temperature)
 
 
@@ -215,7 +222,7 @@ def _contents(batch: Any) -> str:
     return f"is a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
 
 
-def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Tensor]) -> Any:
+def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Any]) -> Any:
     """What the module at `path` was first called with when the model ran."""
     seen: list[Any] = []
 

@@ -11,7 +11,7 @@ from peft_fps.gradients.accumulate import Accumulator
 from peft_fps.gradients.backward import BatchLoss, Weight
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
 from peft_fps.gradients.losses import check_loss
-from peft_fps.gradients.trial import on_trial
+from peft_fps.gradients.trial import distinct, hand_in, on_trial
 
 
 def accumulate_movement(
@@ -42,10 +42,10 @@ def accumulate_movement(
         The numbers of `batches` and `examples`.
 
     Raises:
-        ValueError, TypeError: as `accumulate_gradients`.
+        ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
     """
     device = device_of(model)
-    parameters = {path: weight.parameter for path, weight in weights.items()} | dict(others)
+    parameters = {path: weight.parameter for path, weight in weights.items()} | distinct(others)
     moved: set[str] = set()
     with (
         undisturbed(model, gradients=True, training=True),
@@ -61,6 +61,5 @@ def accumulate_movement(
             for index, batch in data:
                 data.counts["examples"] += count_examples(batch)
                 check_loss(loss(model, send_to_device(batch, device)), index).backward()
-        for path in moved & set(weights):
-            accumulators[path].add(weights[path].as_matrix(trials[path].change()))
+        hand_in(((path, trials[path].change()) for path in weights if path in moved), weights, accumulators)
     return dict(data.counts)

@@ -1,10 +1,13 @@
 """Train weights for a while and take everything back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from peft_fps.gradients.accumulate import Accumulator
+from peft_fps.gradients.backward import Weight
 
 
 class Trial:
@@ -53,3 +56,35 @@ def on_trial(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> It
     finally:
         for parameter, original in originals:
             parameter.data = original
+
+
+def distinct(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return each parameter under the first of its names: modules may share one, which must be trained once."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), name)
+    return {name: parameters[name] for name in names.values()}
+
+
+def hand_in(
+    changes: Iterable[tuple[str, Tensor]], weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]
+) -> None:
+    """Add what a short training changed to the accumulators.
+
+    Args:
+        changes: module path and change in the shape of the parameter; formed one by one, so that they need not be in
+            memory together.
+        weights: by module path.
+        accumulators: by module path.
+
+    Raises:
+        ValueError: a change is NaN or infinite. No loss shows that if it comes with the last step.
+    """
+    for path, change in changes:
+        accumulators[path].add(weights[path].as_matrix(change))
+        if not accumulators[path].is_finite():
+            raise ValueError(
+                f"{path}: the changes of its weight hold NaN or infinity after the short training, expected finite "
+                "ones. Lower selection_learning_rate, check the data, or run the model in a wider dtype (float32). "
+                "Nothing was changed."
+            )

@@ -28,18 +28,6 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.float().abs()
 
 
-def weight_times_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    """First-order Taylor sensitivity: what the loss changes by, to first order, if the weight were zero.
-
-    Molchanov et al. 2019 (arXiv 1906.10771, eq. 8) square it, which ranks alike.
-
-    Args:
-        weight: `(rows, inputs)`.
-        gradient: `(rows, inputs)`, of the loss summed over batches.
-    """
-    return magnitude(weight.float() * gradient)
-
-
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     """A seeded uniform score, the control of every comparison; drawn on the CPU so that all devices agree."""
     return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)

@@ -165,7 +165,8 @@ def sparse_linear(
     flat = x.reshape(-1, structure.inputs)
     with torch.autocast(x.device.type, enabled=False):
         # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
-        result = _SparseLinear.apply(flat, weight, values, bias, structure, kept)
+        product = _SparseLinear.apply if torch.is_grad_enabled() else _SparseLinear.forward
+        result = product(flat, weight, values, bias, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
 
 

@@ -82,10 +82,14 @@ def test_variants_differ_in_what_they_keep(base, workload):
     }
 
 
-def test_columns_used_are_counted_per_kind_of_layer(base, workload):
-    model = fps(base, workload)
+@pytest.mark.parametrize("bias", ["all", "with_norms"])
+def test_columns_used_are_counted_per_kind_of_layer(base, workload, bias):
+    model = fps(base, workload, bias=bias)
     expected = {}
     for path, layer in layers_of(model).items():
+        if "norm" in path:  # trains a bias alone
+            continue
         share = len(set(layer.fps_columns["default"].tolist())) / layer.base_layer.weight[0].numel()
         expected.setdefault(path.split(".")[-1], []).append(share)
+    assert any("norm" in path for path in layers_of(model)) == (bias == "with_norms")
     assert columns_used(model) == {kind: pytest.approx(sum(s) / len(s)) for kind, s in expected.items()}

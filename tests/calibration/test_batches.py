@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import BatchEncoding, BatchFeature
 
-from peft_fps.calibration import batches, feed
+from peft_fps.calibration import batches, feed, run_model, single_examples
+from peft_fps.calibration.batches import count_examples
 
 
 CPU = torch.device("cpu")
@@ -157,3 +158,95 @@ def test_a_batch_of_another_kind_is_refused(batch: Any):
     with pytest.raises(TypeError, match=rf"of type {type(batch).__name__}, expected a mapping of tensors"):
         feed(model, batch, CPU)
     assert not model.seen
+
+
+# --- one example at a time, and how many there are -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [X, (X, Y), {"x": X, "unknown": Y}, ({"x": X}, Y)], ids=["x", "xy", "map", "map-y"])
+def test_run_model_returns_the_outputs(batch: Any):
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    assert torch.equal(run_model(Doubled(), batch), 2 * X)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (X, 3),
+        (torch.ones(()), 1),
+        ((X, Y), 3),
+        ({"x": X}, 3),
+        ({"temperature": torch.ones(()), "flag": True, "x": X}, 3),
+        ({"text": ["a", "b", "c"], "x": X}, 3),
+        ({"text": ["a", "b", "c"]}, 3),
+        ({"images": [torch.ones(3, 4, 4), torch.ones(3, 5, 4)]}, 2),
+        ({"nested": {"x": X}, "flag": None}, 3),
+        ({"flag": True}, 1),
+        ({}, 1),
+        (BatchFeature({"pixel_values": torch.ones(2, 3, 4, 4)}), 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_count_examples(batch: Any, expected: int):
+    assert count_examples(batch) == expected
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return set(one) == set(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+SHARED = {"scale": torch.ones(()), "table": torch.ones(7), "flag": True}
+BOXES = [{"boxes": torch.full((i + 1, 4), float(i)), "class": torch.arange(3)} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "second"),
+    [
+        (X, X[1:2]),
+        ((X, Y), (X[1:2], Y[1:2])),
+        ({"x": X, "labels": Y}, {"x": X[1:2], "labels": Y[1:2]}),
+        (({"x": X}, Y), ({"x": X[1:2]}, Y[1:2])),
+        ({"x": X, **SHARED}, {"x": X[1:2], **SHARED}),
+        ({"x": X, "text": ["a", "b", "c"]}, {"x": X[1:2], "text": ["b"]}),
+        ({"x": X, "labels": BOXES}, {"x": X[1:2], "labels": [BOXES[1]]}),
+        ((X, BOXES), (X[1:2], [BOXES[1]])),
+        ({"x": X, "several": [X, X + 1, X + 2]}, {"x": X[1:2], "several": [X[1:2], X[1:2] + 1, X[1:2] + 2]}),
+        ((X, Y, Y), (X[1:2], Y[1:2], Y[1:2])),  # as many parts as examples
+        (BatchEncoding({"x": X, "other": Y}), {"x": X[1:2], "other": Y[1:2]}),
+    ],
+    ids=[
+        "tensor",
+        "tuple",
+        "map",
+        "nested",
+        "others",
+        "texts",
+        "boxes",
+        "boxes-tuple",
+        "several",
+        "three",
+        "encoding",
+    ],
+)
+def test_single_examples(batch: Any, second: Any):
+    found = list(single_examples(batch))
+    assert len(found) == 3
+    assert equal(found[1], second)
+
+
+def test_a_single_example_is_itself():
+    (only,) = single_examples({"x": X[:1], "labels": [{"boxes": X}]})
+    assert equal(only, {"x": X[:1], "labels": [{"boxes": X}]})
+
+
+def test_examples_share_memory_with_their_batch():
+    assert [example.data_ptr() for example in single_examples(X)] == [row.data_ptr() for row in X]

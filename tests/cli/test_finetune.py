@@ -26,7 +26,8 @@ SHARED = Path(__file__).parents[3] / "shared"
 STAGES = ["load", "linear head", "calibrate", "train", "evaluate", "save", "merge", "verify"]
 OPTIONS = (
     *("--model", "--data", "--image-column", "--label-column", "--image-size"),
-    *("--budget", "--per-neuron", "--importance", "--granularity", "--bias", "--calibration-batches"),
+    *("--preset", "--budget", "--per-neuron", "--importance", "--order", "--loss", "--granularity", "--bias"),
+    "--calibration-batches",
     *("--epochs", "--learning-rate", "--batch-size", "--precision", "--seed", "--output", "--overwrite", "--verbose"),
 )
 
@@ -140,8 +141,13 @@ def test_the_same_seed_gives_the_same_adapter(image_folder, tiny_model, tmp_path
         ["--precision", "bf16"],
         ["--image-size", "48"],
         ["--importance", "random", "--bias", "none", "--granularity", "layer"],
-        ["--importance", "magnitude", "--granularity", "model"],
-        ["--budget", "0"],
+        ["--importance", "magnitude", "--granularity", "model", "--order", "bottom"],
+        ["--importance", "gradient", "--granularity", "column"],
+        ["--importance", "sensitivity", "--loss", "contrastive", "--image-size", "48"],
+        ["--importance", "fisher", "--granularity", "block", "--bias", "with_norms"],
+        ["--importance", "movement", "--granularity", "row"],
+        ["--importance", "l0"],
+        ["--budget", "0", "--bias", "with_norms"],
     ],
     ids=" ".join,
 )
@@ -155,6 +161,86 @@ def test_other_options(image_folder, tiny_model, tmp_path, options):
     side = 48 if "--image-size" in options else 32
     assert results["image_shape"] == [3, side, side]
     assert results["agreement"]["merged"]["holds"]
+
+
+# what the sources train with, written down here once more; budgets are larger, since the model is tiny
+TRAINED = {
+    "fps": ("activation", "neuron", 0.002, 16),
+    "gps": ("gradient", "neuron", 0.002, 16),
+    "tr-pts": ("fisher", "block", 0.0006, 32),
+    "fish-mask": ("fisher", "model", None, 16),
+    "far": ("movement", "row", None, 16),
+    "diff-pruning": ("l0", "model", None, 8),
+    "bitfit": (None, "neuron", 0.001, 8),
+    "neuroada": ("magnitude", "neuron", 0.008, 8),
+    "super-tuning": ("magnitude", "layer", None, 16),
+}
+
+
+@pytest.mark.parametrize("preset", TRAINED)
+def test_every_preset_fine_tunes(image_folder, tiny_model, tmp_path, preset):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", preset, "--epochs", 1]
+    if preset == "far":  # the tiny model's biases alone exceed its budget
+        arguments += ["--budget", 0.2]
+    result = run(*arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    importance, granularity, learning_rate, batch_size = TRAINED[preset]
+    assert importance in (None, config["importance"])
+    assert config["granularity"] == granularity
+    recipe = results["recipe"]
+    assert recipe == config["recipe"]
+    assert learning_rate in (None, recipe["learning_rate"])
+    assert [recipe["num_train_epochs"], recipe["per_device_train_batch_size"]] == [1, batch_size]
+    assert results["selection"]["trained"] > 0
+    assert results["agreement"]["merged"]["holds"]
+    assert results["agreement"]["reloaded"]["holds"]
+    assert re.search(rf"preset\W+{preset}", result.output)
+    assert f"learning rate {recipe['learning_rate']:g}" in result.output
+    assert results["selection"]["method"] in result.output
+
+
+def test_options_replace_settings_of_a_preset(image_folder, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "gps", "--importance", "magnitude"]
+    training = ["--epochs", 2, "--learning-rate", 0.005, "--batch-size", 4]
+    result = run(*arguments, "--budget", 0.3, "--bias", "none", *training, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert [config["importance"], config["loss"], config["bias"]] == ["magnitude", "task", "none"]
+    assert [config["budget"], config["per_neuron"]] == [0.3, None]
+    recipe = results["recipe"]
+    assert [recipe["num_train_epochs"], recipe["learning_rate"]] == [2, 0.005]
+    assert recipe["per_device_train_batch_size"] == 4
+    assert [recipe["lr_scheduler_type"], recipe["weight_decay"]] == ["cosine", 0]
+
+
+def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def train(model, arguments, images, collator):
+        seen.append(arguments)
+        return 0.0
+
+    monkeypatch.setattr("peft_fps.cli.run.train", train)
+    arguments = ["--model", tiny_model, "--data", image_folder]
+    for name, options in {"bitfit": ["--preset", "bitfit"], "own": ["--budget", 0.2, "--learning-rate", 0.02]}.items():
+        assert run(*arguments, *options, "--output", tmp_path / name).exit_code == 0
+    bitfit, own = seen
+    assert [bitfit.learning_rate, bitfit.num_train_epochs, bitfit.per_device_train_batch_size] == [1e-3, 16, 8]
+    assert [bitfit.lr_scheduler_type, bitfit.warmup_steps, bitfit.max_grad_norm] == ["constant", 0, 1.0]
+    assert [own.learning_rate, own.num_train_epochs, own.per_device_train_batch_size] == [0.02, 30, 32]
+    assert [own.lr_scheduler_type, own.warmup_steps, own.weight_decay] == ["cosine", 0.1, 0.0]
+
+
+def test_views_need_a_library(image_folder, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "gps", "--output", tmp_path / "out"]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "peft-fps[views]" in result.output
+    assert "linear head" not in result.output  # said before any work
 
 
 def test_images_that_do_not_fit_in_memory(image_folder, tiny_model, tmp_path, monkeypatch):
@@ -224,6 +310,9 @@ def test_a_model_that_would_be_overwritten_is_refused(image_folder, tiny_model, 
         (["--learning-rate", "0"], 2, "0.0 is not a positive number"),
         (["--learning-rate", "nan"], 2, "nan is not a positive number"),
         (["--importance", "astrology"], 2, "astrology"),
+        (["--preset", "alchemy"], 2, "'alchemy' is none of fps, gps, tr-pts, fish-mask, far"),
+        (["--preset", "gps", "--budget", "0.1", "--per-neuron", "2"], 1, "budget=0.1 and per_neuron=2.0 were both"),
+        (["--loss", "contrastive"], 1, "loss='contrastive' was given with importance='activation'"),
         (["--precision", "fp8"], 2, "fp8"),
         (["--seed", "-1"], 2, "--seed"),
         (["--nonsense"], 2, "--nonsense"),

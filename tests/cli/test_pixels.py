@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from peft_fps.cli.data import LabelledImages
-from peft_fps.cli.pixels import Collator, ImageSplit, as_rgb, prepare
+from peft_fps.cli.pixels import Collator, ImageSplit, as_rgb, prepare, two_views
 
 from .conftest import picture
 
@@ -67,3 +67,19 @@ def test_batches():
     assert batch["pixel_values"].shape == (5, 3, 2, 2)
     assert batch["labels"].tolist() == list(range(5))
     assert Collator(interpolate=True)(examples)["interpolate_pos_encoding"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]),
+        ({"do_normalize": False}, [0.0] * 3, [1.0] * 3),
+    ],
+    ids=["normalised", "not normalised"],
+)
+def test_views_are_normalised_as_the_processor_does(settings, mean, std):
+    views = two_views(ViTImageProcessorPil(**settings))
+    assert views.mean.expand(3, 1, 1).flatten().tolist() == pytest.approx(mean)
+    assert views.std.expand(3, 1, 1).flatten().tolist() == pytest.approx(std)
+    pixels = split_of([picture(0, 0), picture(1, 1)], **settings)[0]["pixel_values"]
+    assert views(pixels[None]).shape == (2, 3, 16, 16)

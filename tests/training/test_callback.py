@@ -220,3 +220,52 @@ def test_values_of_the_optimizer_are_the_calibrated_ones(tmp_path: Path) -> None
         if values.numel():
             assert run.optimizer.state[values]["exp_avg"].shape == values.shape
             assert bool(values.any())
+
+
+# --- importances from backward passes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulators", ["device", "cpu"])
+@pytest.mark.parametrize("importance", ["gradient", "sensitivity"])
+def test_backward_passes_equal_those_by_hand(importance: str, accumulators: Any, tmp_path: Path) -> None:
+    """Labels come with the Trainer's batches; the selection and all training are those of a run by hand."""
+    by_hand, by_callback = uncalibrated(importance=importance), uncalibrated(importance=importance)
+    first = trainer(by_callback, tmp_path, [FPSCallback(accumulators=accumulators)])
+    data = first.get_train_dataloader()
+    first.train()
+
+    by_hand.calibrate(data, progress=False)
+    trainer(by_hand, tmp_path).train()
+    assert selections(by_callback) == selections(by_hand)
+    assert trained_state(by_callback) == trained_state(by_hand)
+    assert "gradients| over 12 examples" in by_callback.selection_report().method
+
+
+def test_options_are_passed_on(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        return outputs.logits.square().mean()
+
+    def views(batch: Tensor) -> Tensor:
+        return torch.cat([batch, batch.flip(3)])
+
+    options: dict[str, Any] = {"loss": loss, "views": views, "accumulators": "cpu", "training_mode": True}
+    by_hand, by_callback = uncalibrated(importance="gradient"), uncalibrated(importance="gradient")
+    run = trainer(by_callback, tmp_path, [FPSCallback(2, **options)], max_steps=1)
+    run.train()
+    assert {name: calls[0][name] for name in options} == options
+    assert calls[0]["num_batches"] == 2
+    contrastive = uncalibrated(importance="gradient", loss="contrastive")
+    trainer(contrastive, tmp_path, [FPSCallback(views=views)], max_steps=1).train()
+    assert "contrastive loss over 12 examples" in contrastive.selection_report().method
+    by_hand.calibrate(BATCHES, progress=False, loss=loss)
+    other = uncalibrated(importance="gradient")
+    trainer(other, tmp_path, [FPSCallback(loss=loss)], max_steps=1).train()
+    assert selections(other) == selections(by_hand)
+
+
+@pytest.mark.parametrize("name", ["los", "data", "adapter_name", "discard_values"])
+def test_an_option_that_is_none_is_refused_at_once(name: str) -> None:
+    with pytest.raises(
+        TypeError, match=f"FPSCallback got {name}, expected only loss, views, accumulators, training_mode"
+    ):
+        FPSCallback(**{name: None})

@@ -1,0 +1,217 @@
+"""A selection on its own: which entries of which modules, apart from any model and from trained values.
+
+It can be taken from an adapter, given to another one, kept in a file, and compared with another selection.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from peft_fps.adapters import AdapterState
+from peft_fps.checkpoint import REMEDY, WEIGHTS
+from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
+from peft_fps.config import FPSConfig
+from peft_fps.describing import CHOSEN, method_record, plain_method
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
+from peft_fps.renames import current_names
+from peft_fps.selecting import check_selectable, selection_report
+from peft_fps.selection import SelectionReport
+from peft_fps.selection.allocation import exact
+from peft_fps.selection.entries import ModuleEntries, check_same_modules
+from peft_fps.selection.overlap import Overlap, measure_overlap
+from peft_fps.sparse import StructureError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection:
+    """Which entries of which modules are selected, without their trained values.
+
+    Attributes:
+        modules: the entries of each module, by its path in the base model; none of modules that train a bias alone.
+        method: how they were chosen, as plain data, None where unknown: `importance`, `order`, `granularity`,
+            `calibration` (the whole record) and `base_fingerprint` (of the base model they were chosen on). Copied.
+
+    Raises:
+        TypeError, ValueError: the method is not plain data, or its records are not of their form.
+    """
+
+    modules: dict[str, ModuleEntries]
+    method: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", dict(self.modules))
+        object.__setattr__(self, "method", plain_method(self.method))
+
+    @property
+    def entries(self) -> int:
+        """Selected entries of all modules."""
+        return sum(module.entries for module in self.modules.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self.modules == other.modules and self.method == other.method
+
+    def __repr__(self) -> str:
+        return f"Selection({self.entries:,} entries in {len(self.modules)} modules, method={self.method})"
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter_name: str | None = None) -> "Selection":
+        """Take the selection of an adapter, as copies on the CPU.
+
+        Args:
+            model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+            adapter_name: the active adapter if None.
+
+        Raises:
+            ValueError: there is no such adapter, its tensors are not loaded, or they are damaged.
+        """
+        name = adapter_name or active_adapter(model)
+        config, layers, modules = adapter_config(model, name), adapter_layers(model, name), {}
+        for path, layer in layers.items():
+            if layer.awaits_loading(name):
+                raise ValueError(
+                    f"{path}: the tensors of adapter {name!r} are not loaded, expected selected entries. Load an "
+                    "adapter file, or select entries with model.calibrate(...), before taking the selection."
+                )
+        for path, layer in layers.items():
+            if not layer.shape.inputs:
+                continue
+            tensors, shape = (layer.fps_columns[name], layer.fps_row_counts[name]), layer.shape
+            try:
+                modules[path] = ModuleEntries.of_size(*tensors, shape.neurons, shape.inputs)
+            except StructureError as error:
+                raise ValueError(
+                    f"{path}: adapter {name!r}: {error}. Its tensors are damaged or incomplete; load an intact file."
+                ) from error
+        return cls(modules, _method(config, next(iter(layers.values())).fps_state[name]))
+
+    def apply(
+        self, model: nn.Module, adapter_name: str | None = None, *, discard_values: bool = False
+    ) -> SelectionReport:
+        """Give an adapter these entries with zero changes, instead of those it has; bias deltas are zero then too.
+
+        The numbers of entries per module may be others than the adapter had, as long as its budget is kept; an
+        adapter that was configured by `per_neuron` has no limit. Modules that transformers has renamed since are
+        found under their present names. The base model may be another one than the selection was made on.
+
+        Args:
+            model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+            adapter_name: the active adapter if None.
+            discard_values: allow it although training has begun; the learned changes are lost.
+
+        Returns:
+            What is selected now; prints as a table.
+
+        Raises:
+            ValueError: the adapter has other modules, a budget too small, trained changes, is merged or not loaded.
+                The model is unchanged then.
+        """
+        name = adapter_name or active_adapter(model)
+        config, layers = adapter_config(model, name), adapter_layers(model, name)
+        check_selectable(layers, name, discard_values)
+        modules = current_names(base_model(model), self.modules)
+        check_same_modules(
+            modules,
+            {path: layer.shape for path, layer in layers.items() if layer.shape.inputs},
+            "the selection",
+            f"adapter {name!r}",
+            "Apply the selection to an adapter with the target_modules and the base model that it was made with. "
+            "Nothing was changed.",
+        )
+        _check_budget(self.entries, config, selection_report(model, name), name)
+        method = plain_method(self.method)
+        for path, layer in layers.items():
+            if path in modules:
+                layer.set_selection(name, modules[path].columns, modules[path].row_counts)
+            else:
+                nothing = torch.zeros(0, dtype=torch.int32), torch.zeros(layer.shape.neurons, dtype=torch.int32)
+                layer.set_selection(name, *nothing)
+        state = next(iter(layers.values())).fps_state[name]
+        state.selected, state.calibration = True, method.get("calibration")
+        if state.calibration is None:  # without a record, the report would tell what the adapter's config asks for
+            state.calibration = {key: method[key] for key in CHOSEN if method.get(key) is not None}
+        return selection_report(model, name)
+
+    @classmethod
+    def from_adapter(cls, folder: str | os.PathLike[str]) -> "Selection":
+        """Read the selection out of a saved adapter, without a model.
+
+        Args:
+            folder: local folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            TypeError, ValueError: there is no FPS adapter, or its files are damaged.
+        """
+        folder = Path(folder)
+        missing = [name for name in (CONFIG_NAME, WEIGHTS) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, expected the folder of a saved FPS adapter.")
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, FPSConfig) or config.allocation is None:
+            raise ValueError(f"{folder} holds a {type(config).__name__} without saved entries, expected an FPSConfig.")
+        modules = read_adapter(folder / WEIGHTS, config.allocation)
+        state = AdapterState(selected=True, calibration=config.calibration, base_fingerprint=config.base_fingerprint)
+        return cls(modules, _method(config, state))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the selection to one safetensors file; another file of that name is replaced only when all is written.
+
+        Equal selections with their modules in the same order give the same bytes.
+
+        Args:
+            path: name of the file; missing folders are made.
+        """
+        write_selection(Path(path), self.modules, self.method)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Selection":
+        """Read a selection that `save` wrote; everything is checked.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, no selection, or written by a newer version.
+        """
+        modules, method = read_selection(Path(path))
+        try:
+            return cls(modules, method)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} {REMEDY}") from error
+
+    def overlap(self, other: "Selection") -> Overlap:
+        """Compare with a selection of the same modules, say for another task.
+
+        Raises:
+            ValueError: the selections are of different modules; names one of them.
+        """
+        remedy = "Compare selections of one base model with the same target_modules."
+        check_same_modules(other.modules, self.modules, "the other selection", "this selection", remedy)
+        mine, others = ({p: m.positions() for p, m in each.modules.items()} for each in (self, other))
+        return measure_overlap(mine, others)
+
+
+def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
+    """How an adapter's entries were chosen, from what its config and state tell."""
+    record = method_record(config, state)
+    chosen = {key: None if record is None else record.get(key) for key in CHOSEN}
+    return {**chosen, "calibration": record, "base_fingerprint": state.base_fingerprint}
+
+
+def _check_budget(entries: int, config: FPSConfig, report: SelectionReport, name: str) -> None:
+    """Raise ValueError if so many entries and the adapter's bias deltas together exceed its budget."""
+    if config.budget is None:
+        return
+    # a budget of 0 trains the biases, and they do not count
+    limit = int(exact(config.budget) * report.base_parameters) if config.budget else report.biases
+    if entries + report.biases > limit:
+        raise ValueError(
+            f"adapter {name!r}: the selection has {entries:,} entries, which with {report.biases:,} bias deltas train "
+            f"{entries + report.biases:,} parameters, expected at most {limit:,} by budget={config.budget} of "
+            f"{report.base_parameters:,}. Add the adapter with a larger budget. Nothing was changed."
+        )

@@ -1,0 +1,501 @@
+"""Sums of gradients over batches against a plain training loop, and that the model is left as it was."""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_fps import FPSConfig
+from peft_fps.calibration import Pass
+from peft_fps.gradients import BatchLoss, Exact, Weight, accumulate_gradients
+from tests.helpers import (
+    bits,
+    finish,
+    image_batches,
+    images,
+    layers_of,
+    normal,
+    selected_columns,
+    start_python,
+    tiny_bert,
+    tiny_conv,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mlp,
+    tiny_vit,
+    tokens,
+)
+
+
+ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
+
+KINDS = (nn.Linear, nn.Conv2d, Conv1D)
+BACKWARD = ["gradient", "fisher", "sensitivity"]
+
+
+# --- models with labelled data ---------------------------------------------------------------------------------------
+
+
+def labelled_images(count: int = 3, batch: int = 4, classes: int = 5) -> list[dict[str, Tensor]]:
+    labels = torch.arange(count * batch).split(batch)
+    return [
+        one | {"labels": target % classes} for one, target in zip(image_batches(count, batch), labels, strict=True)
+    ]
+
+
+def pairs(shape: tuple[int, ...], classes: int, count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [(normal(*shape, seed=i), torch.arange(i, i + shape[0]) % classes) for i in range(count)]
+
+
+def texts(labels: str, count: int = 3) -> list[dict[str, Tensor]]:
+    """Padded texts with a class each, or with their tokens as labels, padding left out."""
+    found = []
+    for i in range(count):
+        mask = torch.ones(4, 9, dtype=torch.int64)
+        mask[0, 3 + i :], mask[2, 7:] = 0, 0
+        ids = tokens(seed=i)
+        target = ids.masked_fill(mask == 0, -100) if labels == "tokens" else torch.arange(i, i + 4) % 3
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": target})
+    return found
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], str]
+
+CASES: dict[str, Case] = {
+    # model, batches, and the head that is left out
+    "vit": (tiny_vit, labelled_images, "classifier"),
+    "gpt2": (tiny_gpt2, lambda: texts("tokens"), "lm_head"),
+    "llama": (tiny_llama, lambda: texts("tokens"), "lm_head"),
+    "bert": (tiny_bert, lambda: texts("classes"), "classifier"),
+    "conv": (tiny_conv, lambda: pairs((4, 3, 16, 16), 5), "none"),
+    "mlp": (tiny_mlp, lambda: pairs((6, 10), 4), "none"),
+}
+
+
+# --- a training loop that never steps --------------------------------------------------------------------------------
+
+
+def plain_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss if isinstance(batch, dict) else F.cross_entropy(model(batch[0]), batch[1])
+
+
+def examples_of(batch: Any) -> list[Any]:
+    if isinstance(batch, dict):
+        return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    return [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[1]))]
+
+
+def matrix(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor of a weight's shape as `(neurons, inputs)`."""
+    return tensor.t() if isinstance(module, Conv1D) else tensor.flatten(1)
+
+
+def naive_sums(base: nn.Module, batches: list[Any], head: str, square: bool = False, loss: Any = plain_loss) -> Any:
+    """Sums of gradients, or of their squares, over `batches`, by module path, as GPS gathers them."""
+    base = copy.deepcopy(base).requires_grad_(True)
+    weighted = {name: m for name, m in base.named_modules() if isinstance(m, KINDS) and name != head}
+    total = {name: torch.zeros(matrix(module, module.weight).shape) for name, module in weighted.items()}
+    for batch in batches:
+        base.zero_grad()
+        loss(base, batch).backward()
+        for name, module in weighted.items():
+            gradient = matrix(module, module.weight.grad).float()
+            total[name] += gradient.square() if square else gradient
+    return total
+
+
+def weights_of(base: nn.Module, head: str = "none") -> dict[str, Weight]:
+    return {
+        name: Weight(module.weight, isinstance(module, Conv1D))
+        for name, module in base.named_modules()
+        if isinstance(module, KINDS) and name != head
+    }
+
+
+def accumulated(
+    base: nn.Module, batches: Any, head: str = "none", loss: BatchLoss = plain_loss, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    weights = weights_of(base, head)
+    accumulators = {path: Exact() for path in weights}
+    term = options.pop("term", lambda path, gradient: gradient)
+    counts = accumulate_gradients(
+        base, weights, Pass(batches, progress=False), loss, accumulators, term=term, **options
+    )
+    return {path: held.total for path, held in accumulators.items()}, counts
+
+
+def squared(path: str, gradient: Tensor) -> Tensor:
+    return gradient.square()
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=rtol * float(tensor.abs().max()))
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_sums_of_gradients(kind: str):
+    build, batches, head = CASES[kind]
+    found, counts = accumulated(build(), batches(), head)
+    assert_close(found, naive_sums(build(), batches(), head))
+    assert counts == {"batches": 3, "examples": 18 if kind == "mlp" else 12}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_without_zero_grad_autograd_adds_up_the_same(kind: str):
+    """GPS's way: one backward pass after the other, and the gradients are what has added up."""
+    build, batches, head = CASES[kind]
+    base = build().requires_grad_(True)
+    for batch in batches():
+        plain_loss(base, batch).backward()
+    expected = {path: matrix(base.get_submodule(path), w.parameter.grad) for path, w in weights_of(base, head).items()}
+    assert_close(accumulated(build(), batches(), head)[0], expected)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_sums_of_squares_over_single_examples(kind: str):
+    build, batches, head = CASES[kind]
+    singles = [example for batch in batches() for example in examples_of(batch)]
+    found, counts = accumulated(build(), batches(), head, term=squared, per_example=True)
+    assert_close(found, naive_sums(build(), singles, head, square=True))
+    assert counts == {"batches": 3, "examples": len(singles)}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_sums_of_squares_over_batches(kind: str):
+    build, batches, head = CASES[kind]
+    found, _ = accumulated(build(), batches(), head, term=squared)
+    assert_close(found, naive_sums(build(), batches(), head, square=True))
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    batches = [(x.bfloat16(), y) for x, y in pairs((6, 10), 4, count=40)]
+    found, _ = accumulated(tiny_mlp().bfloat16(), batches)
+    assert_close(found, naive_sums(tiny_mlp().bfloat16(), batches, "none"), rtol=1e-6)
+    in_bfloat16 = {path: torch.zeros_like(total, dtype=torch.bfloat16) for path, total in found.items()}
+    for batch in batches:
+        for path, total in naive_sums(tiny_mlp().bfloat16(), [batch], "none").items():
+            in_bfloat16[path] += total.bfloat16()
+    with pytest.raises(AssertionError):
+        assert_close(found, {path: total.float() for path, total in in_bfloat16.items()}, rtol=1e-3)
+
+
+def test_under_autocast():
+    def narrow(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain_loss(model, batch)
+
+    expected = naive_sums(tiny_vit(), labelled_images(), "classifier", loss=narrow)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = accumulated(tiny_vit(), labelled_images(), "classifier")
+        assert torch.is_autocast_cache_enabled()
+    assert_close(found, expected)
+    with pytest.raises(AssertionError):
+        assert_close(found, naive_sums(tiny_vit(), labelled_images(), "classifier"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(surroundings: Any):
+    model, batches = tiny_mlp(), CASES["mlp"][1]()
+    with surroundings():
+        found, _ = accumulated(model, batches)
+    assert_close(found, naive_sums(tiny_mlp(), CASES["mlp"][1](), "none"))
+
+
+@ENABLING
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2"])
+def test_gradient_checkpointing_changes_memory_alone(kind: str, training: bool):
+    build, batches, head = CASES[kind]
+    found = []
+    for enabled in (False, True):
+        model, calls = build(), []
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+        if enabled:
+            model.gradient_checkpointing_enable()
+        inner = next(m for name, m in model.named_modules() if name.endswith(("mlp.fc1", "mlp.up_proj", "mlp.c_fc")))
+        inner.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        torch.manual_seed(0)
+        found.append(accumulated(model, batches(), head, training=training)[0])
+        assert calls == [True] * (6 if enabled else 3)
+    assert_close(found[1], found[0])
+
+
+def test_training_mode_is_what_it_says():
+    def noisy() -> nn.Module:
+        return nn.Sequential(tiny_mlp(), nn.Dropout(0.5))
+
+    torch.manual_seed(0)
+    expected = naive_sums(noisy().train(), CASES["mlp"][1](), "none")
+    torch.manual_seed(0)
+    assert_close(accumulated(noisy(), CASES["mlp"][1](), training=True)[0], expected)
+    assert_close(
+        accumulated(noisy().train(), CASES["mlp"][1]())[0], naive_sums(noisy().eval(), CASES["mlp"][1](), "none")
+    )
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def exploding(model: nn.Module, batch: Any) -> Tensor:
+    """A finite loss whose gradient is not: the square root at zero."""
+    return (model(batch[0]) * 0).abs().sum().sqrt()
+
+
+def loss_that_is_nan_in_batch_1() -> BatchLoss:
+    calls = iter(range(9))
+    return lambda model, batch: plain_loss(model, batch) * (torch.nan if next(calls) == 1 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        pytest.param(lambda: loss_that_is_nan_in_batch_1(), ValueError, "batch 1 is nan", id="nan"),
+        pytest.param(
+            lambda: exploding, ValueError, r"(first|last): the gradients .*NaN or inf.*Nothing", id="gradient"
+        ),
+        pytest.param(lambda: lambda model, batch: model(batch[0]), ValueError, r"shape \(6, 4\)", id="not-a-scalar"),
+        pytest.param(lambda: lambda *_: 1.0, TypeError, "batch 0 is of type float", id="a-number"),
+        pytest.param(lambda: lambda *_: torch.ones(()), ValueError, "does not require grad", id="no-graph"),
+    ],
+)
+def test_losses_and_gradients_that_are_not_fit(loss: Callable[[], BatchLoss], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        accumulated(tiny_mlp(), CASES["mlp"][1](), loss=loss())
+
+
+def test_no_batch():
+    with pytest.raises(ValueError, match="holds no batch"):
+        accumulated(tiny_mlp(), [])
+
+
+# --- nothing is left behind ------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Running statistics, a buffer that is replaced in every forward, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8)
+        self.second, self.drop, self.head = nn.Linear(8, 7), nn.Dropout(0.3), nn.Linear(7, 5)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.fails_at: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = self.seen + 1
+        x = self.second(self.norm(self.first(x)).mean((2, 3)))
+        if self.fails_at == 0:
+            raise OSError("in forward")
+        self.fails_at = None if self.fails_at is None else self.fails_at - 1
+        random.random()
+        np.random.rand()
+        return self.head(self.drop(x.relu()))
+
+
+def noisy_adapted(importance: str) -> Any:
+    """In a mixture of modes, with gradients from before, hooks and an adapter beside the one to be calibrated."""
+    model = get_peft_model(Noisy(), FPSConfig(per_neuron=2, importance=importance, modules_to_save=["head"]))
+    model.add_adapter("other", FPSConfig(per_neuron=1, importance="magnitude"))
+    model.train()
+    model.base_model.model.drop.eval()
+    base = model.get_base_model()
+    base.second.base_layer.weight.grad = torch.ones(7, 8)
+    base.norm.weight.requires_grad_(True)
+    base.norm.weight.grad = torch.ones(8)
+    base.second.register_forward_hook(lambda *_: None)
+    for name, parameter in model.named_parameters():
+        if "fps_values.default" in name or "modules_to_save" in name:
+            parameter.grad = torch.full_like(parameter, 2.0)
+    return model
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """All of a model, and of the random states, that calibration could leave changed."""
+    modules = dict(model.named_modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    buffers = {name: (id(b), bits(b)) for name, b in model.named_buffers()}
+    parameters = {
+        name: (id(p), bits(p), p.requires_grad, None if p.grad is None else (id(p.grad), bits(p.grad)), p._version)
+        for name, p in model.named_parameters()
+    }
+    generators = [bits(torch.random.get_rng_state()), random.getstate(), str(np.random.get_state())]
+    return {
+        "parameters": parameters,
+        "hooks on parameters": {n: list(p._post_accumulate_grad_hooks or ()) for n, p in model.named_parameters()},
+        "buffers": buffers,
+        "training": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [list(getattr(module, kind)) for kind in hooks] for name, module in modules.items()},
+        "forward": [name for name, module in modules.items() if "forward" in vars(module)],
+        "checkpointing": {name: getattr(module, "gradient_checkpointing", None) for name, module in modules.items()},
+        "adapters": {
+            name: (layer._disable_adapters, layer.active_adapters) for name, layer in layers_of(model).items()
+        },
+        "selected": {name: [s.selected for s in layer.fps_state.values()] for name, layer in layers_of(model).items()},
+        "generators": generators,
+        "modes": (torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def noisy_batches(fails: str) -> Iterator[tuple[Tensor, Tensor]]:
+    for i in range(3):
+        if i == 1 and fails == "data":
+            raise OSError("in the data")
+        yield images(4, seed=i), torch.arange(i, i + 4) % 5
+
+
+def failing_loss(fails: str) -> Callable[[Any, Any], Tensor]:
+    calls = iter(range(99))
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        call = next(calls)
+        if call >= 1 and fails == "loss":
+            raise ZeroDivisionError("in the loss")
+        if call >= 1 and fails == "keyboard":
+            raise KeyboardInterrupt
+        if call >= 1 and fails == "nan":
+            return outputs.sum() * torch.nan
+        if call >= 1 and fails == "backward":
+            outputs.register_hook(lambda gradient: [][0])
+        return F.cross_entropy(outputs, batch[1])
+
+    return loss
+
+
+@pytest.mark.parametrize("training_mode", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("fails", ["loss", "keyboard", "nan", "backward", "forward", "data"])
+@pytest.mark.parametrize("importance", BACKWARD)
+def test_a_failure_leaves_everything_as_it_was(importance: str, fails: str, training_mode: bool):
+    if importance == "fisher" and training_mode:
+        training_mode = False  # a single example has no batch statistics
+    model = noisy_adapted(importance)
+    model.get_base_model().fails_at = 1 if fails == "forward" else None
+    before = everything(model)
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt, ValueError, IndexError, OSError)):
+        model.calibrate(
+            noisy_batches(fails),
+            adapter_name="default",
+            progress=False,
+            loss=failing_loss(fails),
+            training_mode=training_mode,
+        )
+    after = everything(model)
+    for part, expected in before.items():
+        assert after[part] == expected, part
+
+
+@pytest.mark.parametrize("training_mode", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize(
+    "options", [{"importance": "gradient"}, {"importance": "fisher", "fisher": "batch"}, {"importance": "sensitivity"}]
+)
+def test_success_changes_the_adapter_alone(options: dict[str, Any], training_mode: bool):
+    model = noisy_adapted("gradient")
+    for name, value in options.items():
+        setattr(model.peft_config["default"], name, value)
+    before = everything(model)
+    model.calibrate(noisy_batches(""), adapter_name="default", progress=False, training_mode=training_mode)
+    after = everything(model)
+    for found in (before, after):
+        found["selected"] = None
+        for part in ("parameters", "buffers"):
+            found[part] = {name: value for name, value in found[part].items() if ".default" not in name
+                           or "modules_to_save" in name}  # fmt: skip
+    for part, expected in before.items():
+        assert after[part] == expected, part
+    assert all(bits(p) == bytes(p.numel() * 4) for n, p in model.named_parameters() if "fps_" in n and "default" in n)
+
+
+@ENABLING
+def test_checkpointing_survives_a_failure():
+    model = get_peft_model(tiny_llama(), FPSConfig(per_neuron=2, importance="gradient"))
+    model.get_base_model().gradient_checkpointing_enable()
+    before = everything(model)
+
+    def interrupted(outputs: Any, batch: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.calibrate(texts("tokens"), progress=False, loss=interrupted)
+    assert everything(model) == before
+
+
+def test_adapters_and_saved_modules_get_no_gradient():
+    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance="gradient"))
+    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    required: list[list[str]] = []
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        required.append([name for name, p in model.named_parameters() if p.requires_grad])
+        assert all(p.grad is None for p in model.parameters())
+        return outputs.loss
+
+    model.calibrate(labelled_images(), progress=False, loss=loss)
+    targeted = [f"base_model.model.{path}.base_layer.weight" for path in layers_of(model)]
+    assert required == [targeted] * 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+WORKER = """
+import json, sys
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from peft_fps import FPSConfig
+from tests.helpers import layers_of, selected_columns, tiny_vit
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+pixels, labels = torch.load(f"{folder}/data.pt")
+found = {}
+for importance in ("gradient", "fisher", "sensitivity"):
+    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
+    mine = [{"pixel_values": pixels[rank::2], "labels": labels[rank::2]}]
+    report = model.calibrate(mine, progress=False)
+    found[importance] = [{name: selected_columns(layer) for name, layer in layers_of(model).items()}, str(report)]
+try:
+    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance="gradient"))
+    model.calibrate(mine, progress=False, accumulators="streaming")
+except ValueError as error:
+    found["refusal"] = str(error)
+json.dump(found, open(f"{folder}/{rank}.json", "w"))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_select_as_one_does(tmp_path: Path) -> None:
+    pixels, labels = images(8), torch.arange(8) % 5
+    torch.save((pixels, labels), tmp_path / "data.pt")
+    runs = [start_python(WORKER, str(rank), str(tmp_path), OMP_NUM_THREADS="1") for rank in range(2)]
+    for run in runs:
+        finish(run)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert "several processes" in found[0].pop("refusal")
+    for importance, (chosen, printed) in found[0].items():
+        model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
+        report = model.calibrate([{"pixel_values": pixels, "labels": labels}], progress=False)
+        assert chosen == {name: selected_columns(layer) for name, layer in layers_of(model).items()}
+        assert printed == str(report)
