@@ -1,24 +1,21 @@
 """Tuner layers: how each kind of base layer multiplies with W + ΔW."""
 
-import copy
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from peft_fps.adapters import AdapterState, FPSLayer
-from peft_fps.inputs import keep_input, note_producer
+from peft_fps.adapters import FPSLayer
+from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import Kept, Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
 
 
-class _Layer(nn.Module, FPSLayer):
+class AdaptedLayer(nn.Module, FPSLayer):
     """The forward that all kinds share; a kind adds `_product` and `_delta_product`."""
 
     base_class: type[nn.Module]
@@ -127,7 +124,7 @@ class _Layer(nn.Module, FPSLayer):
         return sparse_delta_linear(x, values, structure, kept)
 
 
-class Linear(_Layer):
+class Linear(AdaptedLayer):
     """`torch.nn.Linear` with sparse changes: `y = x (W + ΔW)ᵀ + b + Δb`, weight `(out_features, in_features)`."""
 
     base_class = nn.Linear
@@ -137,7 +134,7 @@ class Linear(_Layer):
         return self._apply_adapters(x, *args, **kwargs)
 
 
-class Conv1DLinear(_Layer):
+class Conv1DLinear(AdaptedLayer):
     """transformers' `Conv1D` with sparse changes: linear, with the weight stored as `(in_features, out_features)`.
 
     "Linear" is in the name because PEFT finds wrapped linear layers by it (`target_modules="all-linear"`).
@@ -151,7 +148,7 @@ class Conv1DLinear(_Layer):
         return self._apply_adapters(x, *args, **kwargs)
 
 
-class Conv2d(_Layer):
+class Conv2d(AdaptedLayer):
     """`torch.nn.Conv2d` with sparse changes; a neuron is an output channel, its inputs a flattened patch."""
 
     base_class = nn.Conv2d
@@ -186,81 +183,6 @@ class Conv2d(_Layer):
         return F.conv2d(x, delta, None, base.stride, padding, base.dilation, base.groups)
 
 
-class Norm(_Layer):
-    """`torch.nn.LayerNorm` with a trained bias: no entries, neurons are the elements of the normalised shape."""
-
-    base_class = nn.LayerNorm
-    # values are always empty, and stay out of the forward: a trained parameter without a gradient would stop
-    # DistributedDataParallel
-    adapter_layer_names = ("fps_bias",)
-    other_param_names = ("fps_values", "fps_columns", "fps_row_counts", "fps_state")
-
-    def __init__(self, base_layer: Any, module_path: str) -> None:
-        super().__init__(base_layer, module_path)
-        # torch.nn.TransformerEncoderLayer and others read these off their norms
-        self.normalized_shape = base_layer.normalized_shape
-        self.eps, self.elementwise_affine = base_layer.eps, base_layer.elementwise_affine
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `(..., *normalized_shape)` to the same shape; subclasses of the norm may have another layout."""
-        return self._apply_adapters(x, *args, **kwargs)
-
-    def update_layer(
-        self, adapter_name: str, entries: int, bias: bool, state: AdapterState, inference_mode: bool = False
-    ) -> None:
-        """Add an adapter; as for other layers, its bias delta is not valid before it is selected or loaded."""
-        super().update_layer(adapter_name, entries, bias, state, inference_mode)
-        self.fps_values[adapter_name].requires_grad_(False)
-
-    def _apply_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            return self._unmerged_forward(x)
-        names, base = self._applied_names(), self.base_layer
-        self._check(names)
-        deltas = [self.fps_bias[name].view(base.bias.shape) for name in names if name in self.fps_bias]
-        if not self._is_bare():
-            result = base(x, *args, **kwargs)
-            return result + self._placed(sum(deltas), x, *args, **kwargs).to(result.dtype) if deltas else result
-        bias = base.bias
-        for delta in deltas:
-            bias = bias + delta
-        bias = bias.to(base.bias.dtype)
-        if not self._owns_forward():
-            return _call_with(base, {"bias": bias}, x, *args, **kwargs) if deltas else base(x, *args, **kwargs)
-        form = partial(_layer_norm, tuple(base.normalized_shape), base.eps)
-        result = form(x, base.weight, bias)
-        note_producer(result, form, [x, base.weight, bias])
-        return result
-
-    def _check(self, names: list[str]) -> None:
-        for name in names:
-            self.structure(name)  # checks the tensors, unless they are the ones last checked
-
-    def _placed(self, delta: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Shape a delta so that it adds to the output of a base layer with hooks or a forward put over its own."""
-        if type(self.base_layer).forward is self.base_class.forward:
-            return delta
-        # where a subclass puts its bias (channels may come first) it alone knows: with no weight, nothing else is left
-        delta = delta.to(self.base_layer.bias.dtype)
-        alone = {"weight": torch.zeros_like(delta), "bias": delta}
-        return _call_with(self.base_layer, alone, x.detach(), *args, **kwargs)
-
-
-LAYERS: dict[type[nn.Module], type[_Layer]] = {
-    nn.Linear: Linear,
-    TransformersConv1D: Conv1DLinear,
-    nn.Conv2d: Conv2d,
-}
-"""Tuner layer for each kind of base layer with a weight matrix; subclasses of a kind count as the kind."""
-
-
-def layer_class(module: nn.Module) -> type[_Layer] | None:
-    """Return the tuner layer for a base layer, None if its kind is not supported."""
-    if is_biased_norm(module):
-        return Norm
-    return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
-
-
 def is_biased_norm(module: nn.Module) -> bool:
     """Whether a base layer is a LayerNorm with a bias, which `bias="with_norms"` trains."""
     return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
@@ -288,19 +210,6 @@ def padded_input(base: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     if isinstance(base.padding, str):
         return F.pad(x, sides), (0, 0)
     return x, base.padding
-
-
-def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, shape, weight, bias, eps)
-
-
-def _call_with(base: Any, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Run the forward of the base layer's class with other tensors for its parameters; `base` stays untouched."""
-    if torch.compiler.is_compiling():
-        return functional_call(base, parameters, args, kwargs)
-    twin = copy.copy(base)  # unlike functional_call, safe while another thread runs the layer
-    twin.__dict__["_parameters"] = base._parameters | parameters
-    return type(base).forward(twin, *args, **kwargs)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
-from peft_fps.layers import layer_class
+from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
 from peft_fps.planning import plan

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import TENSORS
 from peft_fps.config import FPSConfig
-from peft_fps.layers import LAYERS, Norm, is_biased_norm, layer_class
+from peft_fps.kinds import LAYERS, layer_class
+from peft_fps.layers import is_biased_norm
+from peft_fps.norms import Norm
 
 
 PREFIX = "fps_"

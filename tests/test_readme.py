@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_fps.presets import preset_table
+
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,3 +77,7 @@ def test_the_language_models_table_is_the_measured_one() -> None:
     mebibytes = [f"{rows['memory']['raw']['bytes'][name]['peak'] / 2**20:,.0f}" for name in methods]
     assert f"| step, s | {' | '.join(seconds)} |" in README
     assert f"MiB | {' | '.join(mebibytes)} |" in README
+
+
+def test_the_presets_table_is_the_packages() -> None:
+    assert preset_table().strip() in README

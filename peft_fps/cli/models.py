@@ -101,28 +101,6 @@ def interpolates(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def interpolating(model: nn.Module, interpolate: bool) -> Iterator[None]:
-    """Let the model interpolate its position embeddings in every call; a loss on two views passes images alone.
-
-    Args:
-        model: one that `interpolates`.
-        interpolate: False changes nothing.
-    """
-    if not interpolate:
-        yield
-        return
-
-    def ask(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return given, {"interpolate_pos_encoding": True} | named
-
-    handle = model.register_forward_pre_hook(ask, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def upstream_deprecations() -> Iterator[None]:
     """Drop the warnings that PEFT causes by using what transformers has deprecated; nobody here can act on them."""
     with warnings.catch_warnings():

@@ -17,7 +17,6 @@ from peft_fps.cli.measure import Stopwatch, folder_bytes, peak_memory, versions
 from peft_fps.cli.models import (
     classifier,
     interpolates,
-    interpolating,
     load_model,
     load_processor,
     upstream_deprecations,
@@ -69,8 +68,7 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
         with upstream_deprecations():
             model: Any = get_peft_model(base, config)
         loader = calibration_loader(options.seed, batch_size, splits["train"], collator, workers)
-        with interpolating(base, collator.interpolate):
-            report = model.calibrate(loader, num_batches=options.calibration_batches, views=views)
+        report = model.calibrate(loader, num_batches=options.calibration_batches, views=views)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     with stopwatch.stage("train"):

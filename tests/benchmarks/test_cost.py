@@ -2,15 +2,18 @@
 
 import json
 import re
+import statistics
 
 import pytest
 from typer.testing import CliRunner
 
 from peft_fps.benchmarks import cost
 from peft_fps.benchmarks.methods import METHODS
-from peft_fps.benchmarks.rows import memory, selection
+from peft_fps.benchmarks.rows import importance, memory, selection
+from peft_fps.benchmarks.workload import Workload
 from peft_fps.cli import benchmark
 from peft_fps.cli.app import app
+from peft_fps.config import CHOICES
 from tests.helpers import finish, start_python
 
 
@@ -136,3 +139,28 @@ def test_mistakes_are_one_clear_sentence(tmp_path, arguments, code, text):
 def test_the_library_does_not_import_the_benchmarks():
     code = "import sys, peft_fps; print([n for n in sys.modules if n.startswith(('peft_fps.bench', 'matplotlib'))])"
     assert finish(start_python(code)) == "[]\n"
+
+
+def test_every_importance_is_compared_with_forward_passes(workload, monkeypatch):
+    monkeypatch.setattr(importance, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
+    row = importance.measure(workload)
+    named = {kind.config["importance"] for kind in importance.KINDS.values()}
+    assert named == {name for name in CHOICES["importance"] if name != "random"}
+    seconds, peaks = row.raw["seconds"], row.raw["peak_bytes"]
+    figures = {figure.what: figure.value for figure in row.figures}
+    for name in importance.KINDS:
+        expected = statistics.median(seconds[name]["all"]) / statistics.median(seconds["forward"]["all"])
+        assert figures[f"{name} ÷ bare forward passes, time"] == pytest.approx(expected)
+        assert figures[f"{name}, peak beyond the model"] == peaks[name] / row.raw["parameter_bytes"]
+    assert peaks["gradient, contrastive"] > peaks["gradient"] > peaks["activation"]
+    assert peaks["l0"] > peaks["movement"]
+    assert row.skipped == {}
+
+
+def test_a_language_model_has_no_contrastive_loss(monkeypatch):
+    monkeypatch.setattr(importance, "reads_images", lambda model: False)
+    monkeypatch.setattr(importance, "in_own_processes", lambda jobs, at_once: [1 for _ in jobs])
+    monkeypatch.setattr(importance, "selecting", lambda name, workload, count: lambda: None)
+    row = importance.measure(Workload(quick=True))
+    assert list(row.skipped) == ["gradient, contrastive"]
+    assert not [figure for figure in row.figures if "contrastive" in figure.what]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, ViTForImageClassification
 
-from peft_fps.cli.models import classifier, interpolates, interpolating, load_model, load_processor
+from peft_fps.cli.models import classifier, interpolates, load_model, load_processor
 
 
 CLASSES = ["red", "green", "blue"]
@@ -81,23 +81,3 @@ def test_image_size_of_a_processor_that_crops(tmp_path):
     assert processor.size["shortest_edge"] == 32
     pixels = processor(torch.zeros(3, 50, 70, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 28, 28)
-
-
-def test_a_model_interpolates_where_it_is_told_to(tiny_model):
-    model = load_model(str(tiny_model), ["no", "yes"], seed=0).eval()
-    larger = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(larger, interpolate_pos_encoding=True).logits
-        with interpolating(model, True):
-            assert torch.equal(model(larger).logits, expected)
-            with pytest.raises(ValueError, match="48"):
-                model(larger, interpolate_pos_encoding=False)
-        with pytest.raises(ValueError, match="48"), interpolating(model, False):
-            model(larger)
-
-
-def test_a_failed_call_leaves_no_interpolation_behind(tiny_model):
-    model = load_model(str(tiny_model), ["no", "yes"], seed=0)
-    with pytest.raises(RuntimeError, match="stop"), interpolating(model, True):
-        raise RuntimeError("stop")
-    assert not model._forward_pre_hooks

@@ -452,3 +452,15 @@ def test_batches_without_images_or_labels_are_refused(batch: Any, kind: type[Exc
 def test_another_number_of_views_is_refused():
     with pytest.raises(ValueError, match="views made 4 images of 4, expected two of each"):
         contrastive_step(tiny_vit(), "classifier", (images(), LABELS), lambda x: x)
+
+
+def test_switches_in_the_batch_reach_the_model():
+    model, labels = tiny_vit(), torch.tensor([0, 1, 0])
+    larger = normal(3, 3, 32, 32)
+    batch = {"pixel_values": larger, "labels": labels, "interpolate_pos_encoding": True}
+    both = mirrored(larger)
+    features = model.vit(both, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    expected = supervised_contrastive(features, labels.repeat(2))
+    torch.testing.assert_close(contrastive_step(model, "classifier", batch, mirrored), expected)
+    with pytest.raises(ValueError, match="32"):
+        contrastive_step(model, "classifier", batch | {"interpolate_pos_encoding": False}, mirrored)

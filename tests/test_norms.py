@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM
 
 from peft_fps import FPSConfig
-from peft_fps.layers import Norm
+from peft_fps.norms import Norm
 from peft_fps.selection import LayerShape, allocate
 from tests.helpers import (
     adapted,

@@ -1,0 +1,87 @@
+"""The tuner layer of normalisations, of which an adapter trains the bias alone."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft_fps.adapters import AdapterState
+from peft_fps.inputs import note_producer
+from peft_fps.layers import AdaptedLayer
+
+
+class Norm(AdaptedLayer):
+    """`torch.nn.LayerNorm` with a trained bias: no entries, neurons are the elements of the normalised shape."""
+
+    base_class = nn.LayerNorm
+    # values are always empty, and stay out of the forward: a trained parameter without a gradient would stop
+    # DistributedDataParallel
+    adapter_layer_names = ("fps_bias",)
+    other_param_names = ("fps_values", "fps_columns", "fps_row_counts", "fps_state")
+
+    def __init__(self, base_layer: Any, module_path: str) -> None:
+        super().__init__(base_layer, module_path)
+        # torch.nn.TransformerEncoderLayer and others read these off their norms
+        self.normalized_shape = base_layer.normalized_shape
+        self.eps, self.elementwise_affine = base_layer.eps, base_layer.elementwise_affine
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(..., *normalized_shape)` to the same shape; subclasses of the norm may have another layout."""
+        return self._apply_adapters(x, *args, **kwargs)
+
+    def update_layer(
+        self, adapter_name: str, entries: int, bias: bool, state: AdapterState, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter; as for other layers, its bias delta is not valid before it is selected or loaded."""
+        super().update_layer(adapter_name, entries, bias, state, inference_mode)
+        self.fps_values[adapter_name].requires_grad_(False)
+
+    def _apply_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            return self._unmerged_forward(x)
+        names, base = self._applied_names(), self.base_layer
+        self._check(names)
+        deltas = [self.fps_bias[name].view(base.bias.shape) for name in names if name in self.fps_bias]
+        if not self._is_bare():
+            result = base(x, *args, **kwargs)
+            return result + self._placed(sum(deltas), x, *args, **kwargs).to(result.dtype) if deltas else result
+        bias = base.bias
+        for delta in deltas:
+            bias = bias + delta
+        bias = bias.to(base.bias.dtype)
+        if not self._owns_forward():
+            return _call_with(base, {"bias": bias}, x, *args, **kwargs) if deltas else base(x, *args, **kwargs)
+        form = partial(_layer_norm, tuple(base.normalized_shape), base.eps)
+        result = form(x, base.weight, bias)
+        note_producer(result, form, [x, base.weight, bias])
+        return result
+
+    def _check(self, names: list[str]) -> None:
+        for name in names:
+            self.structure(name)  # checks the tensors, unless they are the ones last checked
+
+    def _placed(self, delta: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Shape a delta so that it adds to the output of a base layer with hooks or a forward put over its own."""
+        if type(self.base_layer).forward is self.base_class.forward:
+            return delta
+        # where a subclass puts its bias (channels may come first) it alone knows: with no weight, nothing else is left
+        delta = delta.to(self.base_layer.bias.dtype)
+        alone = {"weight": torch.zeros_like(delta), "bias": delta}
+        return _call_with(self.base_layer, alone, x.detach(), *args, **kwargs)
+
+
+def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _call_with(base: Any, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Run the forward of the base layer's class with other tensors for its parameters; `base` stays untouched."""
+    if torch.compiler.is_compiling():
+        return functional_call(base, parameters, args, kwargs)
+    twin = copy.copy(base)  # unlike functional_call, safe while another thread runs the layer
+    twin.__dict__["_parameters"] = base._parameters | parameters
+    return type(base).forward(twin, *args, **kwargs)
