@@ -259,7 +259,9 @@ CONFIGS: dict[str, Tampering] = {
     "newer format": Tampering(_config(format_version=2), "format_version", "is 2, expected at most 1.*[Uu]pgrade"),
     "format of another type": Tampering(_config(format_version="1"), "format_version", "'1', expected an integer"),
     "unknown importance": Tampering(_config(importance="magic"), "importance", "'magic', expected one of 'act"),
-    "unknown granularity": Tampering(_config(granularity="row"), "granularity", "'row', expected one of 'neuron'"),
+    "unknown granularity": Tampering(
+        _config(granularity="diagonal"), "granularity", "'diagonal', expected one of 'neuron'"
+    ),
     "unknown norm": Tampering(_config(norm="l3"), "norm", "'l3', expected one of 'l1'"),
     "unknown bias": Tampering(_config(bias="lora_only"), "bias", "'lora_only', expected one of"),
     "budget above one": Tampering(_config(budget=1.5, per_neuron=None), "budget", "1.5, expected a finite number"),
