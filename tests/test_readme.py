@@ -81,3 +81,14 @@ def test_the_language_models_table_is_the_measured_one() -> None:
 
 def test_the_presets_table_is_the_packages() -> None:
     assert preset_table().strip() in README
+
+
+def test_the_importances_table_is_the_measured_one() -> None:
+    path = ROOT / "peft_fps" / "benchmarks" / "results" / "importance.json"
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    raw = measured["rows"]["importance"]["raw"]
+    assert measured["evidence"]
+    forward = raw["seconds"]["forward"]["median"]
+    for name, peak in raw["peak_bytes"].items():
+        time = raw["seconds"][name]["median"] / forward
+        assert f"| {name} | {time:.1f} | {peak / 2**20:,.0f} |" in README
