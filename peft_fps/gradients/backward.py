@@ -64,7 +64,6 @@ def accumulate_gradients(
         ValueError: no data, or a loss or gradient that is not finite.
         TypeError: data or loss of an unknown kind.
     """
-    device = device_of(model)
 
     def receive(path: str, gradient: Tensor) -> None:
         accumulators[path].add(term(path, weights[path].as_matrix(gradient)))
@@ -75,11 +74,7 @@ def accumulate_gradients(
         checkpointed(model),
         gradients_handed_over(model, parameters, receive),
     ):
-        for index, batch in data:
-            data.counts["examples"] += count_examples(batch)
-            batch = send_to_device(batch, device)
-            for part in single_examples(batch) if per_example else (batch,):
-                check_loss(loss(model, part), index).backward()
+        run_backward(model, data, loss, per_example=per_example)
         if is_distributed():
             _sum_over_processes(weights, accumulators)
     for path, accumulator in accumulators.items():
@@ -88,7 +83,36 @@ def accumulate_gradients(
                 f"{path}: the gradients of its weight hold NaN or infinity, expected finite ones. Check the data, or "
                 "run the model in a wider dtype (float32). Nothing was changed."
             )
-    return data.counts_of_all(device)
+    return data.counts_of_all(device_of(model))
+
+
+def run_backward(
+    model: nn.Module,
+    data: Pass,
+    loss: BatchLoss,
+    *,
+    per_example: bool = False,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a forward and a backward pass for every batch, and count the examples in `data.counts`.
+
+    Args:
+        model: run on every batch.
+        data: the batches.
+        loss: of a batch.
+        per_example: run each example of a batch by itself.
+        prepare: called before every batch.
+
+    Raises:
+        ValueError, TypeError: see `check_loss`.
+    """
+    device = device_of(model)
+    for index, batch in data:
+        prepare()
+        data.counts["examples"] += count_examples(batch)
+        batch = send_to_device(batch, device)
+        for part in single_examples(batch) if per_example else (batch,):
+            check_loss(loss(model, part), index).backward()
 
 
 def _sum_over_processes(weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]) -> None:

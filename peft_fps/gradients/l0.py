@@ -3,16 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from peft_fps.calibration import Pass, device_of, undisturbed
-from peft_fps.calibration.batches import count_examples
+from peft_fps.calibration import Pass, undisturbed
 from peft_fps.gradients.accumulate import Accumulator
-from peft_fps.gradients.backward import BatchLoss, Weight
+from peft_fps.gradients.backward import BatchLoss, Weight, run_backward
 from peft_fps.gradients.gates import FIRST_LOGIT, open_probability, sample_gate, typical_gate
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
-from peft_fps.gradients.losses import check_loss
 from peft_fps.gradients.trial import distinct, hand_in, on_trial
 
 
@@ -109,7 +106,6 @@ def accumulate_gated_changes(
     Raises:
         ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
     """
-    device = device_of(model)
     parameters = {path: weight.parameter for path, weight in weights.items()}
     others = distinct(others)
     originals = {path: parameter.data for path, parameter in parameters.items()}
@@ -125,13 +121,13 @@ def accumulate_gated_changes(
             reached.add(name)
             (gated[name] if name in gated else trials[name]).step(gradient)
 
+        def sample() -> None:
+            for path, parameter in parameters.items():
+                parameter.data = (originals[path] + gated[path].sample()).to(parameter.dtype)
+
         try:
             with gradients_handed_over(model, parameters | others, receive):
-                for index, batch in data:
-                    for path, parameter in parameters.items():
-                        parameter.data = (originals[path] + gated[path].sample()).to(parameter.dtype)
-                    data.counts["examples"] += count_examples(batch)
-                    check_loss(loss(model, send_to_device(batch, device)), index).backward()
+                run_backward(model, data, loss, prepare=sample)
         finally:
             for path, parameter in parameters.items():
                 parameter.data = originals[path]

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from peft_fps.calibration import Pass, device_of, undisturbed
-from peft_fps.calibration.batches import count_examples
+from peft_fps.calibration import Pass, undisturbed
 from peft_fps.gradients.accumulate import Accumulator
-from peft_fps.gradients.backward import BatchLoss, Weight
+from peft_fps.gradients.backward import BatchLoss, Weight, run_backward
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
-from peft_fps.gradients.losses import check_loss
 from peft_fps.gradients.trial import distinct, hand_in, on_trial
 
 
@@ -44,7 +41,6 @@ def accumulate_movement(
     Raises:
         ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
     """
-    device = device_of(model)
     parameters = {path: weight.parameter for path, weight in weights.items()} | distinct(others)
     moved: set[str] = set()
     with (
@@ -58,8 +54,6 @@ def accumulate_movement(
             moved.add(name)
 
         with gradients_handed_over(model, parameters, receive):
-            for index, batch in data:
-                data.counts["examples"] += count_examples(batch)
-                check_loss(loss(model, send_to_device(batch, device)), index).backward()
+            run_backward(model, data, loss)
         hand_in(((path, trials[path].change()) for path in weights if path in moved), weights, accumulators)
     return dict(data.counts)
