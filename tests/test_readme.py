@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_fps.presets import preset_table
+from peft_fps.reproduce.recipes import recipe_table
 
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,10 @@ def test_the_language_models_table_is_the_measured_one() -> None:
 
 def test_the_presets_table_is_the_packages() -> None:
     assert preset_table().strip() in README
+
+
+def test_the_table_of_recipes_is_the_packages() -> None:
+    assert recipe_table().strip() in README
 
 
 def test_the_importances_table_is_the_measured_one() -> None:

@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from peft_fps.cli import benchmark, flags
+from peft_fps.cli import benchmark, flags, reproduce
 from peft_fps.cli.errors import fail
 from peft_fps.cli.options import FinetuneOptions
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(benchmark.app, name="benchmark")
+app.add_typer(reproduce.app, name="reproduce")
 DEFAULTS = FinetuneOptions()
 DEFAULT_PRECISION = flags.Precision(DEFAULTS.precision)
 

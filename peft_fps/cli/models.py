@@ -30,6 +30,7 @@ def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:
         with _no_head_report():
             model, loaded = AutoModelForImageClassification.from_pretrained(
                 name,
+                num_labels=len(classes),  # the names of the classes alone do not reach a timm model
                 id2label=dict(enumerate(classes)),
                 label2id={label: index for index, label in enumerate(classes)},
                 problem_type="single_label_classification",
