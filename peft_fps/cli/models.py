@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from peft_fps.targets import output_head
 
@@ -27,16 +27,19 @@ def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:
             there is no such head.
     """
     try:
+        # a timm model takes the number of classes by this name only; others complain if they get it beside the names
+        of_timm = AutoConfig.from_pretrained(name).model_type == "timm_wrapper"
+        number = {"num_labels": len(classes)} if of_timm else {}
         with _no_head_report():
             model, loaded = AutoModelForImageClassification.from_pretrained(
                 name,
-                num_labels=len(classes),  # the names of the classes alone do not reach a timm model
                 id2label=dict(enumerate(classes)),
                 label2id={label: index for index, label in enumerate(classes)},
                 problem_type="single_label_classification",
                 ignore_mismatched_sizes=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                **number,
             )
     except (OSError, ValueError) as error:
         raise ValueError(f"--model is {name!r}, which could not be loaded: {error}") from error
