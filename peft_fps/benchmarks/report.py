@@ -128,12 +128,16 @@ def markdown(result: Result) -> str:
     if result.workload.quick:
         parts.append(f"**{NO_EVIDENCE}**")
     for table in tables(result):
-        rule = ["---" if column < table.words else "---:" for column in range(len(table.header))]
-        lines = [_line(table.header), _line(rule), *map(_line, table.lines)]
-        parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
+        parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
     if len(parts) > 2:
         parts.append(LEGEND)
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """Return a table as Markdown, without its title."""
+    rule = ["---" if column < table.words else "---:" for column in range(len(table.header))]
+    return "\n".join([_line(table.header), _line(rule), *map(_line, table.lines)])
 
 
 def _line(cells: Any) -> str:

@@ -1,4 +1,4 @@
-"""The command `peft-fps benchmark cost`."""
+"""The commands `peft-fps benchmark ...`; this module holds `cost`."""
 
 import logging
 from enum import Enum
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from peft_fps.cli import flags
 from peft_fps.cli.errors import fail
+from peft_fps.cli.tables import show
+from peft_fps.cli.transfer import overlap, transfer
 
 
 MEASURED, MACHINE = "What is measured", "Machine"
@@ -115,9 +115,13 @@ OutputFlag = Annotated[
 ]
 
 
+app.command()(transfer)
+app.command()(overlap)
+
+
 @app.callback()
 def commands() -> None:
-    """Measure on this machine what the method costs."""
+    """Measure on this machine what the method costs and how well it does."""
 
 
 @app.command()
@@ -172,13 +176,7 @@ def cost(
         fail(error, verbose)
     console = Console()
     for table in tables(result):
-        shown = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column, name in enumerate(table.header):
-            words = column < table.words
-            shown.add_column(name, justify="left" if words else "right", no_wrap=words and table.words == 1)
-        for line in table.lines:
-            shown.add_row(*line)
-        console.print(shown)
+        show(console, table)
     console.print(result.heading, markup=False, highlight=False, soft_wrap=True)
     if quick:
         console.print(NO_EVIDENCE, style="bold")

@@ -1,0 +1,161 @@
+"""The methods that are compared. All train the new output head besides, and share data, schedule and seeds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, ShiraConfig
+from peft.tuners.supertuning import SupertuningConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_fps.benchmarks.transfer.candidates import SCORES
+from peft_fps.config import FPSConfig
+from peft_fps.targets import count_base_parameters, output_head
+
+
+FULL, LORA, SPARSE = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+"""What learning rates are chosen from, three values for every method: the fewer numbers are trained, the larger."""
+
+Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to fine-tune.
+
+    Attributes:
+        label: its name in tables.
+        build: returns the PEFT config for a model, a share of its backbone to train, and a seed; None for a method
+            without an adapter.
+        budgeted: whether it can be asked for a share of parameters.
+        learning_rates: to choose from; one that is None for the linear head, which is fitted.
+        score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
+        images: training images that selection sees, all if None.
+        augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
+        tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
+    """
+
+    label: str
+    build: Build | None = None
+    budgeted: bool = True
+    learning_rates: tuple[float | None, ...] = SPARSE
+    tuned_as: str | None = None
+    score: str | None = None
+    images: int | None = None
+    augmented: bool = False
+
+
+def selecting(**options: Any) -> Build:
+    """Return a method of this package: the best entries by some importance, without biases unless asked for."""
+
+    def build(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+        budget = {} if share is None else {"budget": share}
+        return FPSConfig(**({"bias": "none"} | budget | options), seed=seed)
+
+    return build
+
+
+def _bitfit(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    return FPSConfig.preset("bitfit", seed=seed)
+
+
+def _lora(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    return LoraConfig(r=1, lora_alpha=1, target_modules=_within(base, share), modules_to_save=list(output_head(base)))
+
+
+def _shira(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    return ShiraConfig(
+        r=1, random_seed=seed, target_modules=_within(base, share), modules_to_save=list(output_head(base))
+    )
+
+
+def _supertuning(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    assert share is not None
+    layers = linear_layers(base)
+    held = sum(layer.weight.numel() for layer in layers.values())
+    return SupertuningConfig(
+        sparsity=1 - share * count_base_parameters(base) / held,
+        target_modules=list(layers),
+        modules_to_save=list(output_head(base)),
+    )
+
+
+def _within(base: PreTrainedModel, share: float | None) -> list[str]:
+    """Return the linear layers that a rank of 1 can train within the share: all, or attention's, or fewer of these."""
+    assert share is not None
+    layers = linear_layers(base)
+    kinds = [("",), ("q_proj", "k_proj", "v_proj", "query", "key", "value"), ("q_proj", "v_proj", "query", "value")]
+    for endings in kinds:
+        chosen = [name for name in layers if name.endswith(endings)]
+        size = sum(layers[name].in_features + layers[name].out_features for name in chosen)
+        if chosen and size <= share * count_base_parameters(base):
+            return chosen
+    raise ValueError(
+        f"A rank of 1 on queries and values trains more than the budget {share} of a {type(base).__name__}, expected "
+        "a larger budget for methods that train whole rows and columns."
+    )
+
+
+def linear_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return all linear layers outside the output head by path."""
+    heads = tuple(output_head(base))
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(heads)
+    }
+
+
+ARMS: dict[str, Arm] = {
+    "linear": Arm("linear head, frozen model", None, False, (None,)),
+    "full": Arm("full fine-tuning", None, False, FULL),
+    "bitfit": Arm("BitFit", _bitfit, False, LORA),
+    "lora": Arm("LoRA", _lora, True, LORA),
+    "shira": Arm("SHiRA", _shira),
+    "supertuning": Arm("Super-Tuning (PEFT)", _supertuning),
+    "random": Arm("random", selecting(importance="random")),
+    "magnitude": Arm("magnitude, as NeuroAda", selecting(importance="magnitude")),
+    "fps": Arm("FPS", selecting()),
+    "gps": Arm("GPS, contrastive", selecting(importance="gradient", loss="contrastive")),
+    "gps-task": Arm("GPS, cross-entropy", selecting(importance="gradient"), tuned_as="gps"),
+    "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model")),
+    "fps-biases": Arm("FPS with biases", selecting(bias="all"), tuned_as="fps"),
+    "fps-l2": Arm("FPS, l2", selecting(norm="l2"), tuned_as="fps"),
+    "fps-unweighted": Arm("FPS, activation alone", selecting(weight_magnitude=False), tuned_as="fps"),
+    "fps-l2-unweighted": Arm(
+        "FPS, l2, activation alone", selecting(norm="l2", weight_magnitude=False), tuned_as="fps"
+    ),
+    "fps-layer": Arm("FPS, layer", selecting(granularity="layer"), tuned_as="fps"),
+    "fps-l2-layer": Arm("FPS, l2, layer", selecting(norm="l2", granularity="layer"), tuned_as="fps"),
+    "fps-unweighted-layer": Arm(
+        "FPS, activation alone, layer", selecting(weight_magnitude=False, granularity="layer"), tuned_as="fps"
+    ),
+    "fps-l2-unweighted-layer": Arm(
+        "FPS, l2, activation alone, layer",
+        selecting(norm="l2", weight_magnitude=False, granularity="layer"),
+        tuned_as="fps",
+    ),
+    "magnitude-layer": Arm(
+        "magnitude, layer", selecting(importance="magnitude", granularity="layer"), tuned_as="magnitude"
+    ),
+    "sensitivity": Arm("sensitivity", selecting(importance="sensitivity")),
+    "movement": Arm("movement", selecting(importance="movement")),
+    "tr-pts": Arm("TR-PTS, parameters alone", selecting(importance="fisher", granularity="block", block_top=0.03)),
+    **{
+        f"fps-{images}-images": Arm(f"FPS, {images} images", selecting(), tuned_as="fps", images=images)
+        for images in (8, 32, 128)
+    },
+    "fps-augmented": Arm("FPS, augmented images", selecting(), tuned_as="fps", augmented=True),
+    **{
+        f"try-{score}{suffix}": Arm(
+            f"try: {score}{suffix}",
+            selecting(importance="magnitude", granularity=suffix[1:] or "neuron"),
+            tuned_as="fps",
+            score=score,
+        )
+        for score in SCORES
+        for suffix in ("", "-layer")
+    },
+}
+"""All methods by the names of the command line."""

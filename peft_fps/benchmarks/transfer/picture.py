@@ -1,0 +1,81 @@
+"""Pictures of a run: accuracy against trained parameters, and against the memory that selection takes."""
+
+from pathlib import Path
+from statistics import mean, median
+
+from peft_fps.benchmarks.report import MIB
+from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.cells import RowKey
+from peft_fps.benchmarks.transfer.report import Results
+from peft_fps.benchmarks.transfer.statistics import over_seeds
+
+
+# Okabe and Ito's colours, which all kinds of colour vision tell apart; shapes say the same
+LOOKS = {
+    "linear": ("#999999", "o"),
+    "full": ("#000000", "s"),
+    "bitfit": ("#56B4E9", "P"),
+    "lora": ("#E69F00", "D"),
+    "shira": ("#CC79A7", "v"),
+    "supertuning": ("#F0E442", "^"),
+    "random": ("#999999", "X"),
+    "magnitude": ("#F0E442", "<"),
+    "fps": ("#0072B2", "*"),
+    "gps": ("#D55E00", ">"),
+    "fish-mask": ("#009E73", "h"),
+}
+"""Colour and marker of the methods that are drawn; variants are left to the tables."""
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the mean test accuracy of every method that has run on all tasks, to a PNG file.
+
+    Left: against trained parameters, logarithmic, with standard errors over seeds; linear head left out, which trains
+    none of the backbone. Right: against the peak memory of selection.
+
+    Args:
+        results: of a run.
+        path: the file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(canvas)
+    left, right = canvas.subplots(1, 2)
+    for method in LOOKS:
+        rows = [row for row in results.rows if row[0] == method and complete(results, row)]
+        color, marker = LOOKS[method]
+        label = ARMS[method].label
+        for row in rows:
+            estimate = over_seeds(results.accuracies(row), results.tasks)
+            records = results.rows[row]
+            trained = 100 * mean(record.trained / record.backbone for record in records)
+            height, error = 100 * estimate.mean, 100 * (estimate.error or 0.0)
+            if method == "linear":
+                left.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
+                continue
+            style = {"color": color, "marker": marker, "markersize": 9, "markeredgecolor": "black", "linestyle": ""}
+            left.errorbar(trained, height, yerr=error, capsize=3, label=label, **style)
+            memory = median(record.bytes["select"] for record in records) / MIB
+            if method not in ("full", "bitfit", "lora", "shira"):
+                right.errorbar(memory, height, yerr=error, capsize=3, label=label, **style)
+            label = "_nolegend_"  # one entry for a method of several shares
+    left.set_xscale("log")
+    left.set_xlabel("trained parameters, % of the backbone (head apart)")
+    right.set_xlabel("peak memory of selection, MiB (0: no data needed)")
+    for axes in (left, right):
+        axes.set_ylabel("mean test accuracy, %")
+        axes.grid(color="#DDDDDD", linewidth=0.6, zorder=-1)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    canvas.suptitle(f"{len(results.tasks)} tasks; bars: standard error over seeds", fontsize=9, x=0.01, ha="left")
+    canvas.savefig(path)
+
+
+def complete(results: Results, row: RowKey) -> bool:
+    """Return whether some seed of a row has run on all tasks."""
+    return results.complete(row)

@@ -1,0 +1,152 @@
+"""The cells of a run as tables: accuracies by task, differences to a baseline, and what the methods cost."""
+
+from collections.abc import Iterable, Sequence
+from statistics import mean, median
+
+from peft_fps.benchmarks.report import MIB, Table
+from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
+from peft_fps.benchmarks.transfer.plan import chosen_rate, trials
+from peft_fps.benchmarks.transfer.statistics import Estimate, over_seeds, paired
+from peft_fps.benchmarks.transfer.tasks import rank
+
+
+class Results:
+    """The cells at the chosen learning rates, by row of the table.
+
+    Args:
+        records: finished cells; those that only served to choose a learning rate are left out.
+        setting: of the run.
+    """
+
+    def __init__(self, records: Iterable[Record], setting: Setting) -> None:
+        everything = list(records)
+        finished = {record.cell for record in everything}
+        methods = [m for m in ARMS if finished.issuperset(trials(m, setting))]
+        self.rates = {method: chosen_rate(method, setting, everything) for method in methods}
+        self.rows: dict[RowKey, list[Record]] = {}
+        for record in everything:
+            method, rate = record.cell.method, record.cell.learning_rate
+            if method in self.rates and self.rates[method] == rate:
+                self.rows.setdefault(record.cell.row, []).append(record)
+        self.groups: dict[str, list[str]] = {}
+        for record in everything:
+            tasks = self.groups.setdefault(record.group, [])
+            if record.cell.task not in tasks:
+                tasks.append(record.cell.task)
+        self.groups = {group: sorted(self.groups[group]) for group in sorted(self.groups, key=rank)}
+        self.tasks = [task for tasks in self.groups.values() for task in tasks]
+
+    def accuracies(self, row: RowKey, part: str = "test") -> dict[str, dict[int, float]]:
+        """Return a row's accuracies by task and seed, on `"test"` or `"validation"`."""
+        found: dict[str, dict[int, float]] = {}
+        for record in self.rows.get(row, []):
+            found.setdefault(record.cell.task, {})[record.cell.seed] = getattr(record, part)
+        return found
+
+    @property
+    def shares(self) -> list[float]:
+        """Shares of trained parameters, largest first."""
+        return sorted({share for _, share in self.rows if share is not None}, reverse=True)
+
+    def of_share(self, share: float | None) -> list[RowKey]:
+        """Return the rows of one share, methods that have no choice first, in the order of `ARMS`; None: these."""
+        shares = dict.fromkeys((None, share))
+        return [(method, at) for at in shares for method in ARMS if (method, at) in self.rows]
+
+    def complete(self, row: RowKey) -> bool:
+        """Return whether some seed of a row has run on all tasks."""
+        accuracies = self.accuracies(row)
+        return bool(set.intersection(*(set(accuracies.get(task, {})) for task in self.tasks)))
+
+
+def tables(results: Results, baseline: str) -> list[Table]:
+    """Return for each share the accuracies and the differences, then the costs.
+
+    Args:
+        results: of the run.
+        baseline: method that the others are compared with, at the same share if it has one.
+    """
+    found = []
+    shares: list[float | None] = [*results.shares] or [None]
+    for share in shares:
+        rows = results.of_share(share)
+        most = "" if share is None else f", at most {share:.2%} of the backbone trained"
+        found.append(accuracy_table(results, rows, f"Test accuracy, %{most}"))
+        reference = (baseline, share if ARMS[baseline].budgeted else None)
+        found.append(difference_table(results, [row for row in rows if row != reference], reference))
+    return [*found, cost_table(results)]
+
+
+def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Table:
+    """Return a line for each row: parameters trained, learning rate, accuracy by task and group, and the mean.
+
+    The mean is over tasks, its standard error over seeds; it is left out where no seed has been run on all tasks.
+    """
+    header = ("method", "trained, %", "rate", "seeds", *results.tasks, *results.groups, "mean")
+    lines = []
+    for row in rows:
+        accuracies, records = results.accuracies(row), results.rows[row]
+        complete = [group for group, tasks in results.groups.items() if set(tasks) <= set(accuracies)]
+        rate = results.rates[row[0]]
+        lines.append(
+            (
+                ARMS[row[0]].label,
+                f"{100 * mean(record.trained / record.backbone for record in records):.2f}",
+                "" if rate is None else f"{rate:g}",
+                str(len({record.cell.seed for record in records})),
+                *(
+                    show(Estimate.of(list(accuracies[task].values()))) if task in accuracies else ""
+                    for task in results.tasks
+                ),
+                *(
+                    f"{100 * mean(mean(accuracies[task].values()) for task in tasks):.1f}" if group in complete else ""
+                    for group, tasks in results.groups.items()
+                ),
+                show(over_seeds(accuracies, results.tasks)) if results.complete(row) else "",
+            )
+        )
+    return Table(title, header, tuple(lines))
+
+
+def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey) -> Table:
+    """Return a line for each row: how much better than the baseline, and whether that is more than noise."""
+    lines = []
+    for row in rows:
+        difference = paired(results.accuracies(row), results.accuracies(baseline))
+        if difference is not None:
+            verdict = "noise" if difference.noise else "better" if difference.mean > 0 else "worse"
+            interval = f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}"
+            lines.append(
+                (ARMS[row[0]].label, f"{100 * difference.mean:+.2f}", interval, str(difference.pairs), verdict)
+            )
+    share = next((at for _, at in (baseline, *rows) if at is not None), None)
+    at_share = "" if share is None else f", at {share:.2%}"
+    title = f"Difference to {ARMS[baseline[0]].label}, points of accuracy{at_share}"
+    return Table(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
+
+
+def cost_table(results: Results) -> Table:
+    """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file."""
+    lines = []
+    for method in ARMS:
+        records = [record for row, found in results.rows.items() if row[0] == method for record in found]
+        if records:
+            lines.append(
+                (
+                    ARMS[method].label,
+                    f"{median(record.seconds['select'] for record in records):.1f}",
+                    f"{median(record.bytes['select'] for record in records) / MIB:.1f}",
+                    f"{median(record.seconds['train'] for record in records):.0f}",
+                    f"{median(record.bytes['train'] for record in records) / MIB:.1f}",
+                    f"{max(record.bytes['adapter'] for record in records) / 1024:,.0f}",
+                )
+            )
+    header = ("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB")
+    return Table("What the methods cost here (cells run side by side: the times are a hint)", header, tuple(lines))
+
+
+def show(estimate: Estimate) -> str:
+    """Return percent, with the standard error where there is one."""
+    error = "" if estimate.error is None else f" ± {100 * estimate.error:.1f}"
+    return f"{100 * estimate.mean:.1f}{error}"

@@ -1,0 +1,80 @@
+"""Finished cells, made by hand or at random."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
+
+
+SETTING = Setting("models/tiny", "tasks", tuned_on=("a",), tuned_share=0.05)
+GROUPS = {"a": "structured", "b": "natural", "c": "natural"}
+BEST, OTHER = 0.01, 0.03
+"""Learning rates of the methods that train few entries: what `chosen` makes the best one, and another."""
+
+
+def record(
+    method: str,
+    task: str = "a",
+    seed: int = 0,
+    test: float = 0.5,
+    share: float | None = 0.05,
+    rate: float | None = BEST,
+    validation: float = 0.5,
+    **changes: Any,
+) -> Record:
+    numbers: dict[str, Any] = {
+        "trained": 50,
+        "head": 20,
+        "backbone": 1000,
+        "seconds": {"select": 1.0, "train": 2.0},
+        "bytes": {"select": 2**20, "train": 2**21, "adapter": 1024},
+        "loss": 0.5,
+    }
+    return Record(Cell(task, method, share, seed, rate), GROUPS[task], validation, test, **(numbers | changes))
+
+
+def chosen(method: str, test: float = 0.5, **changes: Any) -> list[Record]:
+    """The cells of task `a` that a method's rate is chosen from; `test` is of the best one, others are perfect."""
+    share = SETTING.tuned_share if ARMS[method].budgeted else None
+    rates = ARMS[method].learning_rates
+    best = sorted(rates)[1]
+    return [
+        record(
+            method,
+            test=test if rate == best else 1.0,
+            share=share,
+            rate=rate,
+            validation=0.9 if rate == best else 0.1,
+            **changes,
+        )
+        for rate in rates
+    ]
+
+
+UNIT = st.floats(0, 1)
+NAMES = st.text(max_size=5)
+COUNT = st.integers(0, 2**40)
+
+CELLS = st.builds(
+    Cell,
+    task=NAMES,
+    method=NAMES,
+    share=st.none() | UNIT,
+    seed=st.integers(0, 9),
+    learning_rate=st.none() | UNIT,
+)
+RECORDS = st.builds(
+    Record,
+    cell=CELLS,
+    group=NAMES,
+    validation=UNIT,
+    test=UNIT,
+    trained=COUNT,
+    head=COUNT,
+    backbone=COUNT,
+    seconds=st.fixed_dictionaries({"select": UNIT, "train": UNIT}),
+    bytes=st.fixed_dictionaries({"select": COUNT, "train": COUNT, "adapter": COUNT}),
+    loss=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+)
