@@ -14,8 +14,11 @@ from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters, output_head
 
 
-FULL, LORA, SPARSE = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-"""What learning rates are chosen from, three values for every method: the fewer numbers are trained, the larger."""
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Learning rates to choose from."""
+
+FULL, FEW = RATES[2:5], RATES[5:8]
+"""Those that are tried first: for full fine-tuning, and for methods that train few numbers."""
 
 Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
 
@@ -29,7 +32,7 @@ class Arm:
         build: returns the PEFT config for a model, a share of its backbone to train, and a seed; None for a method
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
-        learning_rates: to choose from; one that is None for the linear head, which is fitted.
+        learning_rates: that are tried first, neighbours among `RATES`; none for the linear head, which is fitted.
         score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
@@ -39,7 +42,7 @@ class Arm:
     label: str
     build: Build | None = None
     budgeted: bool = True
-    learning_rates: tuple[float | None, ...] = SPARSE
+    learning_rates: tuple[float, ...] = FEW
     tuned_as: str | None = None
     score: str | None = None
     images: int | None = None
@@ -108,10 +111,10 @@ def linear_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 ARMS: dict[str, Arm] = {
-    "linear": Arm("linear head, frozen model", None, False, (None,)),
+    "linear": Arm("linear head, frozen model", None, False, ()),
     "full": Arm("full fine-tuning", None, False, FULL),
-    "bitfit": Arm("BitFit", _bitfit, False, LORA),
-    "lora": Arm("LoRA", _lora, True, LORA),
+    "bitfit": Arm("BitFit", _bitfit, False),
+    "lora": Arm("LoRA", _lora),
     "shira": Arm("SHiRA", _shira),
     "supertuning": Arm("Super-Tuning (PEFT)", _supertuning),
     "random": Arm("random", selecting(importance="random")),

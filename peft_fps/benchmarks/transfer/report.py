@@ -21,8 +21,8 @@ class Results:
 
     def __init__(self, records: Iterable[Record], setting: Setting) -> None:
         everything = list(records)
-        finished = {record.cell for record in everything}
-        methods = [m for m in ARMS if finished.issuperset(trials(m, setting))]
+        validation = {record.cell: record.validation for record in everything}
+        methods = [m for m in ARMS if all(cell in validation for cell in trials(m, setting, validation))]
         self.rates = {method: chosen_rate(method, setting, everything) for method in methods}
         self.rows: dict[RowKey, list[Record]] = {}
         for record in everything:
