@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_fps.latest import version
 from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
+from peft_fps.scaling import ScaledLayer
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
     Structure,
@@ -61,7 +62,7 @@ class _Derived:
     versions: tuple[int, int]
 
 
-class FPSLayer(BaseTunerLayer):
+class FPSLayer(ScaledLayer, BaseTunerLayer):
     """A frozen base layer with sparse changes.
 
     Attributes:
@@ -72,11 +73,12 @@ class FPSLayer(BaseTunerLayer):
         fps_bias: per adapter `(neurons,)`, bias delta; not with `bias="none"`, nor where the base layer has no bias.
         fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
+        scaling: per adapter the scale of its changes, which is not saved.
     """
 
     base_layer: Any
     adapter_layer_names: tuple[str, ...] = ("fps_values", "fps_bias")
-    other_param_names: tuple[str, ...] = ("fps_columns", "fps_row_counts", "fps_state")
+    other_param_names: tuple[str, ...] = ("fps_columns", "fps_row_counts", "fps_state", "scaling")
     cast_input_dtype_enabled = True
     transposed = False
 
@@ -89,6 +91,7 @@ class FPSLayer(BaseTunerLayer):
         self.fps_columns = BufferDict(persistent=True)
         self.fps_row_counts = BufferDict(persistent=True)
         self.fps_state: dict[str, AdapterState] = {}
+        self.scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.merge_records: dict[str, MergeRecord] = {}
@@ -114,6 +117,7 @@ class FPSLayer(BaseTunerLayer):
         self.fps_columns[adapter_name] = torch.full((entries,), UNLOADED_COLUMN, dtype=torch.int32, device=device)
         self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
         self.fps_state[adapter_name] = state
+        self.scaling[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_selection(self, adapter_name: str, columns: Tensor, row_counts: Tensor) -> None:
@@ -149,9 +153,10 @@ class FPSLayer(BaseTunerLayer):
         self._united.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return the adapter's ΔW as a dense tensor in the shape and dtype of the base weight."""
+        """Return the adapter's ΔW, times its scale, as a dense tensor in the shape and dtype of the base weight."""
         weight = self.base_layer.weight
-        return dense_delta(self.fps_values[adapter_name].to(weight.dtype), self.structure(adapter_name), weight.shape)
+        values = self.scaled(self.fps_values[adapter_name], adapter_name).to(weight.dtype)
+        return dense_delta(values, self.structure(adapter_name), weight.shape)
 
     def structure(self, adapter_name: str) -> Structure:
         """Return where the adapter's entries lie, checking its tensors whenever they are not the ones last checked.
@@ -213,9 +218,10 @@ class FPSLayer(BaseTunerLayer):
             ) from error
 
     def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
-        """Return structure and values `(nnz,)` of the sum of the named adapters."""
+        """Return structure and values `(nnz,)` of the sum of the named adapters, each times its scale."""
         if len(names) == 1:
-            return self.structure(names[0]), self.fps_values[names[0]]
+            values = self.fps_values[names[0]]
+            return self.structure(names[0]), values if self.scaling[names[0]] == 1 else self.scaled(values, names[0])
         structures = [self.structure(name) for name in names]
         known = self._united.get(tuple(names))
         if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
@@ -223,8 +229,8 @@ class FPSLayer(BaseTunerLayer):
                 known = (structures, *unite_structures(structures))
             self._united[tuple(names)] = known
         _, united, places = known
-        values = torch.cat([self.fps_values[name].to(torch.promote_types(self.fps_values[name].dtype, torch.float32))
-                            for name in names])  # fmt: skip
+        scaled = [self.scaled(self.fps_values[name], name) for name in names]
+        values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
         return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -237,10 +243,13 @@ class FPSLayer(BaseTunerLayer):
         if safe_merge:
             self.check_merge(names)
         for name in names:
-            bias = self.fps_bias[name].data if name in self.fps_bias else None
-            values = self.fps_values[name].data
-            self.merge_records[name] = merge_entries(self.base_layer, self.structure(name), values, bias)
+            self.merge_records[name] = self._merge_into(self.base_layer, name)
             self.merged_adapters.append(name)
+
+    def _merge_into(self, base: Any, name: str) -> MergeRecord:
+        """Add the adapter's changes, times its scale, to a base layer in place."""
+        bias = self.scaled(self.fps_bias[name].data, name) if name in self.fps_bias else None
+        return merge_entries(base, self.structure(name), self.scaled(self.fps_values[name].data, name), bias)
 
     def check_merge(self, names: list[str]) -> None:
         """Raise ValueError if merging the named adapters, one after the other, would write NaN or infinity."""
@@ -249,9 +258,7 @@ class FPSLayer(BaseTunerLayer):
         for name in pending:
             finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in self.adapter_parameters(name))
             if finite:
-                bias = self.fps_bias[name].data if name in self.fps_bias else None
-                record = merge_entries(trial, self.structure(name), self.fps_values[name].data, bias)
-                finite = is_finite(trial, record)
+                finite = is_finite(trial, self._merge_into(trial, name))
             if not finite:
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "

@@ -77,6 +77,8 @@ def plain_method(method: Any) -> dict[str, Any]:
 
 def _score(record: dict[str, Any]) -> str:
     """The score; a detail that the record leaves out (of hand-made ones) is taken to be the config's default."""
+    if "combination" in record:
+        return f"{record['combination']} combination of {', '.join(map(str, record.get('adapters', ())))}"
     chosen = record.get("importance")
     if chosen is None:
         return "an unknown method"

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 from peft_fps.adapters import FPSLayer
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
+from peft_fps.mixed_batch import BASE, by_adapter, check_samples
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import Kept, Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
 
@@ -25,16 +26,33 @@ class AdaptedLayer(nn.Module, FPSLayer):
         self._setup(base_layer, module_path, layer_shape(base_layer))
         self.in_features, self.out_features = self._features()
 
-    def _apply_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            return self._unmerged_forward(x)
-        names = self._applied_names()
+    def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                return self._unmerged_forward(x)
+            return self._forward_with([], x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.fps_values]
+        return self._forward_with(names, x, *args, **kwargs)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        check_samples(self, x, adapter_names)
+        held: Any = () if self.disable_adapters else self.fps_values
+        names = [name if name in held else BASE for name in adapter_names]
+        return by_adapter(
+            lambda name, part: self._forward_with([] if name == BASE else [name], part, *args, **kwargs), x, names
+        )
+
+    def _forward_with(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer as it is now, with the changes of the named adapters."""
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
             self._warn_if_unselected(names)
         structure, values = self.applied(names)
-        bias_deltas = [self.fps_bias[name] for name in names if name in self.fps_bias]
+        bias_deltas = self._bias_deltas(names)
         if not self._owns_forward():
             return self._beside_base(x, structure, values, bias_deltas, names, *args, **kwargs)
         dtype = _autocast_dtype(x) or x.dtype
@@ -44,11 +62,12 @@ class AdaptedLayer(nn.Module, FPSLayer):
         kept = self._kept(x, dtype, values, structure, names)
         return self._product(x.to(dtype), values, None if bias is None else bias.to(dtype), structure, kept)
 
-    def _applied_names(self) -> list[str]:
-        """The adapters whose changes are to be added to the base layer as it is now."""
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.fps_values]
+    def _bias_deltas(self, names: list[str]) -> list[Tensor]:
+        return [
+            self.fps_bias[name] if self.scaling[name] == 1 else self.scaled(self.fps_bias[name], name)
+            for name in names
+            if name in self.fps_bias
+        ]
 
     def _owns_forward(self) -> bool:
         """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""

@@ -1,6 +1,6 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -9,13 +9,16 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
+from peft_fps.mixed_batch import mixed_batch
 from peft_fps.planning import plan
 from peft_fps.renames import current_names
+from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.targets import (
@@ -28,6 +31,7 @@ from peft_fps.targets import (
     in_wanted_block,
     trained_head,
 )
+from peft_fps.weighted import add_weighted_adapter
 from peft_fps.whole_merge import whole_merge
 
 
@@ -187,6 +191,50 @@ class FPSModel(BaseTuner):
         """Report the adapter's selection; see `peft_fps.selection_report`."""
         return selection_report(self.model, adapter_name)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        modules_to_save_from: str | None = None,
+    ) -> None:
+        """Combine adapters into a new one, which is not active yet and leaves the others as they are.
+
+        The new adapter has every entry that one of the adapters has, and counts those that an adapter lacks as zero.
+        Changes count with their present scales (`set_scale`); the new adapter's scale is 1. Bias deltas are combined
+        as changes are, each module's and tensor's on its own.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one per adapter, of any sign.
+            adapter_name: of the new adapter.
+            combination_type: `"linear"`: weighted sum; `"cat"`, which concatenates ranks under LoRA: the same sum
+                here, where adapters are sums of entries. `"magnitude_prune"`: weighted sum of each adapter's largest
+                changes. `"ties"`: of these, at every entry, those of the sign with the larger total; their weighted
+                mean (arXiv 2306.01708). `"dare_linear"`: weighted sum of changes that are each dropped at random,
+                and divided by `density` else (arXiv 2311.03099), drawn from torch's global generator; `"dare_ties"`:
+                the signs of these elected as under `"ties"`. All but `"cat"` compute as `peft.utils.merge_utils`.
+            density: share of an adapter's own entries that pruning keeps, above 0 and at most 1. (PEFT would count the
+                zeros between them, and so keep everything.) Not used by `"linear"` and `"cat"`.
+            majority_sign_method: `"total"` elects the sign of the sum, `"frequency"` that of most adapters.
+            modules_to_save_from: which of the adapters gives its modules that are trained whole, the output head say;
+                they are not combined. Only to be given if several of the adapters train the same one.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, the name is taken, or adapters are merged. The model is
+                unchanged then.
+        """
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
+        add_weighted_adapter(self, combination, adapter_name, modules_to_save_from)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Scale an adapter's changes, entries and bias deltas alike; its scale is 1 before, and is not saved."""
+        set_scale(self.model, adapter_name, scale)
+
     # --- merging ------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -210,11 +258,12 @@ class FPSModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        unwatch_producers(self.model)
         if not merge:
+            unwatch_producers(self.model)
             _unmerge_all(self.model)
             return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
         with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
+            unwatch_producers(self.model)
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     # --- state dict ---------------------------------------------------------------------------------------------
@@ -248,12 +297,9 @@ class FPSModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={_short(kwargs['adapter_names'])} was passed to forward, expected none: FPS does not "
-                "mix adapters within a batch. Choose one for the whole batch with model.set_adapter(name)."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self, names, kwargs):
+            yield
 
 
 def _unmerge_all(model: nn.Module) -> None:
@@ -268,8 +314,3 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _module_of(key: str) -> str:
     return key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.")
-
-
-def _short(names: Sequence[str]) -> str:
-    text = repr(names)
-    return text if len(text) < 80 else f"{text[:77]}..."

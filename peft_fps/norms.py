@@ -21,7 +21,7 @@ class Norm(AdaptedLayer):
     # values are always empty, and stay out of the forward: a trained parameter without a gradient would stop
     # DistributedDataParallel
     adapter_layer_names = ("fps_bias",)
-    other_param_names = ("fps_values", "fps_columns", "fps_row_counts", "fps_state")
+    other_param_names = ("fps_values", "fps_columns", "fps_row_counts", "fps_state", "scaling")
 
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
@@ -40,12 +40,10 @@ class Norm(AdaptedLayer):
         super().update_layer(adapter_name, entries, bias, state, inference_mode)
         self.fps_values[adapter_name].requires_grad_(False)
 
-    def _apply_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            return self._unmerged_forward(x)
-        names, base = self._applied_names(), self.base_layer
+    def _forward_with(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
         self._check(names)
-        deltas = [self.fps_bias[name].view(base.bias.shape) for name in names if name in self.fps_bias]
+        deltas = [delta.view(base.bias.shape) for delta in self._bias_deltas(names)]
         if not self._is_bare():
             result = base(x, *args, **kwargs)
             return result + self._placed(sum(deltas), x, *args, **kwargs).to(result.dtype) if deltas else result

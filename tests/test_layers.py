@@ -691,11 +691,6 @@ def test_layers_of_another_method_are_refused():
         get_peft_model(base, config(target_modules=["first"]))
 
 
-def test_adapters_within_a_batch_are_refused():
-    with pytest.raises(ValueError, match="adapter_names=.*set_adapter"):
-        adapted(tiny_mlp())(normal(2, 10), adapter_names=["default", "default"])
-
-
 def test_layer_class():
     assert [layer_class(module) is None for module in (nn.Linear(1, 1), Conv1D(1, 1), nn.Conv2d(1, 1, 1))] == [
         False

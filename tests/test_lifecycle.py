@@ -47,7 +47,6 @@ from tests.helpers import (
     tiny_llama,
     tiny_mlp,
     tiny_vit,
-    tokens,
     unchanged,
 )
 
@@ -353,22 +352,6 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     neurons = 32 + 2 * (4 * 32 + 64 + 32)
     model.print_trainable_parameters()
     assert f"trainable params: {3 * neurons + 5 * 33:,} " in capsys.readouterr().out
-
-
-# --- forward --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [["default"] * 4, ["__base__"] * 4, ["default", "__base__", "default", "nobody"]])
-def test_mixing_adapters_within_a_batch_is_refused(names: list[str]) -> None:
-    model = adapted(tiny_vit())
-    with pytest.raises(ValueError, match=r"adapter_names=\[.*expected none: .*model.set_adapter"):
-        model(pixel_values=images(), adapter_names=names)
-
-
-def test_generation_with_adapter_names_is_refused() -> None:
-    model = adapted(tiny_gpt2(), task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="adapter_names="):
-        model.generate(input_ids=tokens(2), adapter_names=["default", "default"], max_new_tokens=2)
 
 
 # --- merging and unloading ------------------------------------------------------------------------------------------
