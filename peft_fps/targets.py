@@ -1,12 +1,13 @@
 """Which modules of a model are adapted, which are its output head, and what the budget counts."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_fps.adapters import FPSLayer
@@ -83,8 +84,9 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     """Return the names of all linear and convolutional layers outside the output head that can be adapted.
 
     With `layers_to_transform`, only of those blocks, as PEFT counts them: by the first number in a module's path, or
-    by the one behind `layers_pattern`.
+    by the one behind `layers_pattern`. Warns of packed experts, which are left out.
     """
+    _warn_of_packed_experts(model, config)
     heads = output_head(model)
     inside = tuple(f"{head}." for head in heads)
     skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
@@ -96,6 +98,35 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)
     }
+
+
+def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Parameter]:
+    """Return the parameters that hold a weight of every expert in one tensor, by name; transformers keeps most so.
+
+    They are told by their module's class (`MixtralExperts` and so on); `layers_to_transform` limits them.
+    """
+    return {
+        f"{name}.{own}": parameter
+        for name, module in named_base_modules(model)
+        if "expert" in type(module).__name__.lower() and not isinstance(module, tuple(LAYERS))
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and in_wanted_block(f"{name}.{own}", config)
+    }
+
+
+def _warn_of_packed_experts(model: nn.Module, config: FPSConfig) -> None:
+    packed = packed_experts(model, config)
+    if not packed:
+        return
+    share = sum(parameter.numel() for parameter in packed.values()) / count_base_parameters(model)
+    names = [*packed][:2] + (["..."] if len(packed) > 2 else [])
+    warnings.warn(
+        f"{', '.join(names)}: {len(packed)} tensors with {share:.0%} of the base model's parameters hold the weights "
+        "of many experts each, which FPS cannot adapt; it expects linear or convolutional layers. The experts stay "
+        "frozen and the whole budget goes to the other layers. Pass target_modules to choose layers without this "
+        "warning.",
+        stacklevel=2,
+    )
 
 
 def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
@@ -138,6 +169,11 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Raise ValueError for a name by which PEFT would take tensors of other modules for the adapter's."""
+    if adapter_name == "__base__":
+        raise ValueError(
+            f"The adapter's name {adapter_name!r} stands for the base model in `adapter_names=[...]`. Choose another "
+            "adapter name."
+        )
     parts = {part for name, _ in base_parameters(model) for part in name.split(".")}
     if adapter_name in parts | set(TENSORS) | {"base_layer", "modules_to_save", "original_module"}:
         raise ValueError(
@@ -199,6 +235,7 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
                 "can write to. Remove the parametrization, or leave the module out with exclude_modules."
             )
     weight = module.weight
+    _check_at_hand(model, name, weight)
     if not weight.is_floating_point() or weight.numel() == 0 or (weight.dim() < 2 and kind is not Norm):
         raise ValueError(
             f"{name} ({type(module).__name__}) has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, "
@@ -206,6 +243,19 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
             "base model unquantised and whole."
         )
     return module
+
+
+def _check_at_hand(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Raise ValueError for an offloaded weight that nothing brings any more."""
+    offloads = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if weight.device.type == "meta" and offloads and not hooked:
+        raise ValueError(
+            f"{name}.weight is offloaded to disk, and accelerate's hooks that bring it are gone, expected them in "
+            "place: PeftModel.from_pretrained takes them off a model with hf_device_map, and would then offload the "
+            "adapter's values along, where the method cannot reach them. Load the base model anew, and del "
+            "model.hf_device_map before PeftModel.from_pretrained."
+        )
 
 
 def check_untied(model: nn.Module, names: list[str]) -> None:

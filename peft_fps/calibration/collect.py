@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.calibration.padding import Padding, padding_of
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
 
 
+DECODER = re.compile(r"(^|[._])decoder\.")
 CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
-"""Paths of the modules of a decoder that read the encoder's states."""
+"""Paths of the modules of a decoder, and of those among them that read the encoder's states."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Collector:
         self.statistics: dict[str, InputStatistics] = {}
         self._layers = layers
         self._norm = norm
-        self._masks: list[tuple[str, Tensor]] = []
+        self._padding = Padding()
         self._reduced: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
         self._touched: dict[str, None] = {}
         self._handles: list[Any] = []
@@ -66,16 +68,11 @@ class Collector:
             handle.remove()
         self._reduced.clear()
 
-    def start_batch(self, batch: Any) -> None:
-        """Note the padding masks of the batch that is about to run."""
+    def start_batch(self, batch: Any, model: nn.Module | None = None) -> None:
+        """Note which positions are padding in what is about to go to the model; see `padding_of`."""
         self._reduced.clear()
         self._touched.clear()
-        self._masks = []
-        if isinstance(batch, Mapping):
-            for key in ("decoder_attention_mask", "attention_mask"):
-                mask = batch.get(key)
-                if isinstance(mask, Tensor) and mask.dim() == 2:
-                    self._masks.append((key, mask))
+        self._padding = padding_of(batch, model)
 
     def check_batch(self, index: int) -> None:
         """Raise ValueError if the batch that has run brought an input that is not finite, naming the first module."""
@@ -120,9 +117,16 @@ class Collector:
 
     def _mask(self, path: str, x: Tensor) -> Tensor | None:
         """The mask whose positions are those of `x`; a decoder's own comes first where it reads its own states."""
-        own = "decoder" in path.split(".") and not CROSS_ATTENTION.search(path)
-        masks = self._masks if own else self._masks[::-1]
-        for _, mask in masks:
-            if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1):
+        own = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
+        masks = [self._padding.decoder, self._padding.inputs]
+        if not own:
+            masks.reverse()
+        for mask in masks[:1] if self._padding.separate else masks:
+            if mask is not None and _fits(mask, x):
                 return mask
         return None
+
+
+def _fits(mask: Tensor, x: Tensor) -> bool:
+    """Whether the positions of `x`, in a batch or in a row, are those of the mask."""
+    return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)

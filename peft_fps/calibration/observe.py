@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_fps.calibration.batches import feed
+from peft_fps.calibration.batches import feed, inputs_of
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.passes import Pass, device_of, is_distributed
 from peft_fps.calibration.preserve import undisturbed
@@ -36,7 +36,7 @@ def observe(
     device = device_of(model)
     with undisturbed(model), Collector(layers, norm) as collector:
         for index, batch in data:
-            collector.start_batch(batch)
+            collector.start_batch(inputs_of(batch), model)
             data.counts["examples"] += feed(model, batch, device)
             collector.check_batch(index)
         if is_distributed():

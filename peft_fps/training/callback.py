@@ -19,7 +19,8 @@ OPTIONS = ("loss", "views", "accumulators", "training_mode")
 class FPSCallback(TrainerCallback):
     """Calibrates the active adapter on the Trainer's own training data, unless it is calibrated or loaded already.
 
-    Resuming from a checkpoint therefore keeps the checkpoint's selection.
+    Resuming from a checkpoint therefore keeps the checkpoint's selection. TRL's trainers call it likewise:
+    `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
 
     Args:
         num_batches: batches to use; the whole training set if None.

@@ -1,0 +1,97 @@
+"""Masks of a batch: given ones as they are, and those of a decoder whose inputs come from somewhere else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from peft_fps.calibration.padding import Padding, padding_of
+
+
+class Model(nn.Module):
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+
+
+SEQ2SEQ = Model(is_encoder_decoder=True, pad_token_id=0)
+
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+OWN = torch.tensor([[1, 1], [1, 0]])
+LABELS = torch.tensor([[5, 6, -100], [7, -100, -100]])
+INPUTS = torch.tensor([[0, 5, 6], [0, 7, 0]])
+
+
+def listed(mask: Tensor | None) -> list[list[int]] | None:
+    return None if mask is None else mask.int().tolist()
+
+
+@pytest.mark.parametrize("batch", [torch.ones(2, 3), None, [], "text", {}], ids=repr)
+@pytest.mark.parametrize("model", [None, nn.Identity(), Model(is_encoder_decoder=False)], ids=str)
+def test_without_masks_every_position_counts(batch: Any, model: nn.Module | None) -> None:
+    assert padding_of(batch, model) == Padding(None, None, separate=False)
+
+
+@pytest.mark.parametrize("model", [None, nn.Identity(), Model(is_encoder_decoder=False)], ids=str)
+def test_given_masks_are_taken_as_they_are(model: nn.Module | None) -> None:
+    found = padding_of({"attention_mask": MASK, "decoder_attention_mask": OWN, "labels": LABELS}, model)
+    assert found.inputs is MASK
+    assert found.decoder is OWN
+    assert not found.separate
+    # whose labels say nothing of a decoder
+    assert padding_of({"attention_mask": MASK, "labels": LABELS}, model).decoder is None
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 1, 4, 4), torch.ones(4), [[1, 1]], None], ids=["4d", "1d", "list", "none"]
+)
+def test_masks_of_other_forms_are_left_aside(mask: Any) -> None:
+    assert padding_of({"attention_mask": mask, "decoder_attention_mask": mask}, None) == Padding()
+
+
+DECODERS: dict[str, tuple[dict[str, Any], list[list[int]] | None]] = {
+    "own mask first": ({"decoder_attention_mask": OWN, "labels": LABELS, "decoder_input_ids": INPUTS}, OWN.tolist()),
+    "labels": ({"labels": LABELS}, [[1, 1, 0], [1, 0, 0]]),
+    "labels before inputs": (
+        {"labels": LABELS, "decoder_input_ids": torch.tensor([[0, 5, 0], [0, 0, 0]])},
+        [[1, 1, 0], [1, 0, 0]],
+    ),
+    "inputs, which may begin with padding": ({"decoder_input_ids": INPUTS}, [[1, 1, 1], [1, 1, 0]]),
+    "inputs of nothing but padding": ({"decoder_input_ids": torch.zeros(2, 3)}, [[1, 0, 0], [1, 0, 0]]),
+    "a skipped label within a text": ({"labels": torch.tensor([[-100, 5, -100, 6, -100]])}, [[1, 1, 1, 1, 0]]),
+    "no label at all": ({"labels": torch.full((1, 3), -100)}, [[0, 0, 0]]),
+    "classes are no texts": ({"labels": torch.tensor([1, 2])}, MASK.tolist()),
+    "nor are several classes each": ({"labels": torch.ones(2, 4)}, MASK.tolist()),
+    "labels of another shape": (
+        {"labels": torch.tensor([[1, -100], [1, -100]]), "decoder_input_ids": INPUTS},
+        [[1, 1, 1], [1, 1, 0]],
+    ),
+    "inputs made of the encoder's": ({}, MASK.tolist()),
+    "embeddings, whose padding is unknown": ({"decoder_inputs_embeds": torch.ones(2, 4, 8)}, None),
+}
+
+
+@pytest.mark.parametrize("case", DECODERS)
+def test_of_a_decoder(case: str) -> None:
+    batch, expected = DECODERS[case]
+    found = padding_of({"attention_mask": MASK, **batch}, SEQ2SEQ)
+    assert found.inputs is MASK
+    assert found.separate
+    assert listed(found.decoder) == expected
+
+
+@pytest.mark.parametrize("config", [{}, {"pad_token_id": None}], ids=repr)
+def test_inputs_without_a_known_padding_token_all_count(config: dict[str, Any]) -> None:
+    assert padding_of({"decoder_input_ids": INPUTS}, Model(is_encoder_decoder=True, **config)).decoder is None
+
+
+@given(st.lists(st.lists(st.sampled_from([-100, 3, 4]), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_exactly_the_closing_run_of_ignored_labels_is_padding(rows: list[list[int]]) -> None:
+    expected = [[int(any(label != -100 for label in row[place:])) for place in range(5)] for row in rows]
+    labels = torch.tensor(rows)
+    assert listed(padding_of({"labels": labels}, SEQ2SEQ).decoder) == expected
+    assert labels.tolist() == rows
