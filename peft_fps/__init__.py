@@ -11,9 +11,12 @@ Importing this package registers the method `FPS` with PEFT:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.config import FPSConfig
+from peft_fps.hotswap import hotswap_adapter
 from peft_fps.model import FPSModel
 from peft_fps.registration import register
+from peft_fps.scaling import rescale_adapter_scale
 from peft_fps.selecting import calibrate, selection_report
 from peft_fps.selection import LayerSelection, SelectionReport
 from peft_fps.selections import Selection
@@ -34,6 +37,10 @@ __all__ = [
     "SelectionReport",
     "__version__",
     "calibrate",
+    "hotswap_adapter",
+    "last_complete_checkpoint",
+    "rescale_adapter_scale",
+    "save_adapter",
     "selection_report",
 ]
 

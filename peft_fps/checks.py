@@ -53,7 +53,7 @@ def check_regex(name: str, pattern: str) -> None:
     """Raise ValueError unless the pattern is a regular expression."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # the last two: a huge count, a deep nesting
         raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
 
 

@@ -116,6 +116,8 @@ class FPSConfig(PeftConfig):
         calibration: how the entries were chosen from data.
         base_fingerprint: digest of a sample of the base weights.
         whole_tensors: names of the tensors of modules that are saved whole.
+        tensors_sha256: digest of the adapter's sparse tensors, so that a damaged file, or one of another save, is
+            noticed.
         pickled: whether the adapter was saved with `safe_serialization=False`; only then a pickled file is loaded.
 
     Raises:
@@ -155,6 +157,7 @@ class FPSConfig(PeftConfig):
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
     whole_tensors: list[str] | None = None
+    tensors_sha256: str | None = None
     pickled: bool = False
 
     def __post_init__(self) -> None:
@@ -210,6 +213,8 @@ class FPSConfig(PeftConfig):
                 "strings 'sha256' and 'dtype'."
             )
         check_names("whole_tensors", self.whole_tensors, list | None)
+        if self.tensors_sha256 is not None:
+            check_type("tensors_sha256", self.tensors_sha256, str, "None or a string")
         if self.from_file and self.modules_to_save and self.whole_tensors is None:
             raise ValueError(
                 f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
@@ -228,7 +233,11 @@ class FPSConfig(PeftConfig):
         if self.modules_to_save is not None:
             given: Any = self.modules_to_save
             self.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
+            for name in self.modules_to_save:  # PEFT puts them into expressions
+                check_regex("modules_to_save", name)
         check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
+        for name in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            check_regex("layers_pattern", name)
         indices: Any = self.layers_to_transform
         listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
         if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in listed):
@@ -305,7 +314,12 @@ class FPSConfig(PeftConfig):
                 ).parent
             except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
                 return config
-        check_folder(folder, config.whole_tensors or [], config.pickled)
+        check_folder(folder, config.whole_tensors or [], config.pickled, config.tensors_sha256)
+        if config.allocation is None and (is_pickled(folder) or (folder / WEIGHTS).exists()):
+            raise ValueError(
+                f"{folder}: allocation is None beside the adapter's tensors, expected the record of their sizes that "
+                "saving writes. The config is incomplete; fetch or save the adapter again."
+            )
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -17,11 +17,14 @@ from peft_fps.checkpoint import (
     check_whole_modules,
     decode,
     encode,
+    tensors_digest,
 )
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.lookup import base_model, fps_layers
 from peft_fps.renames import current_names
+from peft_fps.sharded import is_sharded
+from peft_fps.sparse import StructureError, check_entries
 from peft_fps.targets import PREFIX
 
 
@@ -30,28 +33,49 @@ def saved_state(
 ) -> dict[str, Tensor]:
     """Return the adapter's tensors as they go to disk, by model key (with the adapter's name).
 
-    The config gets the record of what is saved: allocation, calibration, fingerprint.
+    The config gets the record of what is saved: allocation, calibration, fingerprint, digest.
 
     Raises:
         ValueError: the adapter's tensors are not valid, so that no file is written that could not be loaded.
     """
-    result, allocation, state = {}, {}, AdapterState()
+    result: dict[str, Tensor] = {}
+    allocation, state = {}, AdapterState()
     for full_name, layer in fps_layers(model).items():
         if adapter_name not in layer.fps_values:
             continue
-        layer.check_tensors(adapter_name)
+        keys = {name: f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}" for name in TENSORS}
+        held = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        _check_held(layer, adapter_name, held)
         state = layer.fps_state[adapter_name]
         sizes = (layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
         allocation[layer.module_path] = dict(zip(("neurons", "inputs", "entries"), sizes, strict=True))
-        for name in TENSORS:
-            key = f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}"
-            if key in state_dict:
-                result[key] = encode(name, state_dict[key], layer.shape.inputs)
+        result |= {keys[name]: encode(name, tensor, layer.shape.inputs) for name, tensor in held.items()}
     # several adapters may share one config object, so each writes its own record just before it is saved
     config.allocation, config.calibration = allocation, state.calibration
     config.base_fingerprint = state.base_fingerprint
+    config.tensors_sha256 = tensors_digest(
+        {key.removesuffix(f".{adapter_name}"): held for key, held in result.items()}
+    )
     config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in _whole_modules(model, adapter_name))
     return result
+
+
+def _check_held(layer: FPSLayer, adapter_name: str, held: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a layer's tensors can be saved; of a sharded layer only those that were gathered."""
+    if not is_sharded(layer.fps_values[adapter_name]):
+        layer.check_tensors(adapter_name)
+        return
+    where = f"{layer.module_path}: adapter {adapter_name!r}"
+    if any(is_sharded(tensor) for tensor in held.values()):
+        raise ValueError(
+            f"{where} has its tensors sharded between processes (DTensors), expected whole ones to save. Gather a "
+            "full state dict (accelerator.get_state_dict does) and pass it as state_dict=. Nothing was changed."
+        )
+    values, columns, counts = (held[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))
+    try:
+        check_entries(columns, counts, layer.shape.neurons, layer.shape.inputs, values)
+    except StructureError as error:
+        raise ValueError(f"{where}: {error}. Its tensors are damaged; nothing was saved.") from error
 
 
 def load_state(

@@ -19,6 +19,7 @@ from peft_fps.gradients import Loss
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, whole_parameters
 from peft_fps.scoring import Evidence, Score, random_scorer, scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
+from peft_fps.sharded import check_whole
 from peft_fps.targets import count_base_parameters
 
 
@@ -54,9 +55,10 @@ def calibrate(
     The base model runs, adapters off, in evaluation mode and without gradients where the importance needs none. A
     short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
     modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
-    are left out of input statistics where a batch has an `attention_mask`. In a distributed run every process brings
-    its own share of the data, and all get the same selection. Modules that no batch reached are named in a warning
-    and selected by weight magnitude.
+    are left out of input statistics where a batch has an `attention_mask` of two dimensions; a decoder's as its own
+    mask, the labels or the padding tokens say. In a distributed run every process brings its own share of the data,
+    and all get the same selection. Modules that no batch reached, such as experts without a token, are named in a
+    warning and selected by weight magnitude.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
@@ -89,6 +91,12 @@ def calibrate(
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
     check_selectable(layers, adapter_name, discard_values)
+    check_whole(
+        base_model(model),
+        "calibrate",
+        "Calibrate before the model is sharded, in every process and without FPSCallback, or in one process alone, "
+        "and give the selection to the others (Selection.save, Selection.load).",
+    )
     evidence: Evidence = {}
     record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.sharded import check_whole
 
 
 NEGLIGIBLE_LOSS = 0.01
@@ -17,6 +18,9 @@ NEGLIGIBLE_LOSS = 0.01
 @contextmanager
 def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[Sequence[FPSLayer]]:
     """Check all layers before the first is merged, give them, and say afterwards how much rounding swallowed."""
+    check_whole(
+        model, "merge", "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
+    )
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     known = {name for layer in layers for name in layer.fps_values}
     if unknown := [name for name in adapter_names if name not in known]:

@@ -204,6 +204,7 @@ WRONG = [
     ("base_fingerprint", {"sha256": 5, "dtype": "float32"}, "expected None or"),
     ("whole_tensors", "classifier.weight", "list of names"),
     ("whole_tensors", [3], "list of names"),
+    ("tensors_sha256", 5, "None or a string"),
     ("order", "first", "'top', 'bottom'"),
     ("fisher", "sample", "'example', 'batch'"),
     ("loss", "cross_entropy", "'task', 'contrastive'"),

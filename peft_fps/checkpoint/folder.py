@@ -3,7 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
+
+from peft_fps.checkpoint.digest import tensors_digest
+from peft_fps.checkpoint.encoding import TENSORS
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -16,8 +20,8 @@ def is_pickled(folder: Path) -> bool:
     return (folder / PICKLED_WEIGHTS).exists() and not (folder / WEIGHTS).exists()
 
 
-def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool) -> None:
-    """Refuse a folder whose adapter file is unexpectedly pickled, unreadable, or lacks a tensor of a whole module.
+def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool, digest: str | None = None) -> None:
+    """Refuse a folder whose adapter file is unexpectedly pickled, unreadable, incomplete, or not the config's own.
 
     A folder without any adapter file passes: it holds a config alone.
 
@@ -25,6 +29,7 @@ def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool) -> N
         folder: where `adapter_config.json` lies.
         whole_tensors: tensors of modules saved whole (`modules_to_save`), as the config lists them.
         pickled: whether the config says that the adapter was pickled on purpose.
+        digest: of the file's sparse tensors as the config says, see `tensors_digest`; None proves nothing.
 
     Raises:
         ValueError: names the file, what was found and what to do.
@@ -39,12 +44,20 @@ def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool) -> N
         return
     try:
         with safe_open(weights, framework="pt") as file:
-            found = {key.removeprefix(PEFT_PREFIX) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            keys = list(file.keys())
+            read = {key: file.get_tensor(key) for key in keys if digest is not None and key.endswith(TENSORS)}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}. Fetch or save it again.") from error
-    missing = [name for name in whole_tensors if name not in found]
+    names = {key.removeprefix(PEFT_PREFIX) for key in keys}
+    missing = [name for name in whole_tensors if name not in names]
     if missing:
         raise ValueError(
             f"{weights} lacks {', '.join(missing)}, expected every tensor of the modules that are saved whole. The "
             "file is incomplete; fetch or save it again."
+        )
+    if digest is not None and (found := tensors_digest(read)) != digest:
+        raise ValueError(
+            f"{weights} holds tensors with the digest {found[:12]}, expected {digest[:12]} as {CONFIG_NAME} says. The "
+            "file is damaged, or saving was interrupted between the two files; fetch or save the adapter again. If "
+            "the tensors were edited on purpose, set tensors_sha256 to null in the config."
         )

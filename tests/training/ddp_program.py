@@ -1,0 +1,64 @@
+"""Run by several processes: calibrate and train a tiny ViT with the Trainer, and write down what came of it."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from peft_fps import FPSCallback, FPSConfig, Selection
+
+
+IMAGES = 32
+
+
+class Images(Dataset):
+    def __init__(self):
+        self.pixels = torch.randn(IMAGES, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return IMAGES
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index], "labels": torch.tensor(index % 3)}
+
+
+def train(folder: Path, batch_size: int, importance: str, **options) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, FPSConfig(budget=0.03, bias="none", importance=importance))
+    arguments = TrainingArguments(
+        str(folder / "run"),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        use_cpu=True,
+        save_strategy="epoch",
+        report_to=[],
+        seed=0,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=[FPSCallback()])
+    trainer.train()
+    rank = os.environ.get("RANK", "0")
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    Selection.of(model).save(folder / f"selection{rank}.safetensors")
+    state = model.state_dict()
+    torch.save(
+        {name: state[name] for name in state if "fps_" in name or "modules_to_save" in name}, folder / f"{rank}.pt"
+    )
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if "classifier" not in name)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], ddp_backend="gloo", ddp_find_unused_parameters=False)
+    torch.distributed.destroy_process_group()
