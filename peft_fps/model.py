@@ -134,11 +134,14 @@ class FPSModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if peft_config.from_file:  # the allocation decides; to match a stranger's expression could take for ever
+            whole = peft_config.modules_to_save or ()
+            if key in peft_config.allocation and not any(f".{name}." in f".{key}." for name in whole):
+                return True
+            return _ExcludedModule() if peft_config.exclude_modules else False  # PEFT warns if none was excluded
         matched: Any = BaseTuner._check_target_module_exists(peft_config, key)
         if isinstance(matched, _ExcludedModule):
             return matched
-        if peft_config.from_file:
-            return key in peft_config.allocation
         return matched or key in peft_config.automatic.get("norms", ())
 
     def _create_and_replace(

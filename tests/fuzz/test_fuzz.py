@@ -259,3 +259,15 @@ def test_a_bit_that_flips_on_disk_is_noticed(judge: Judge) -> None:
         without_digest(folder)
         assert checkpoint.check_folder(folder, [], pickled=False) is None
         PeftModel.from_pretrained(base(), folder)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_expressions_that_take_for_ever(judge: Judge, name: str) -> None:
+    """Their matching grows exponentially with a module's name; the record of what is adapted needs none."""
+    expression = "([a-z_.]+)+!"
+    with copy_of(judge.intact) as folder:
+        content = json.loads((folder / CONFIG).read_text())
+        content[name] = [expression] if name == "modules_to_save" else expression
+        (folder / CONFIG).write_text(json.dumps(content))
+        expected = "refused by peft_fps: ValueError" if name == "modules_to_save" else "loaded"
+        assert judge.adapter(folder, "from_pretrained") == expected
