@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from peft_fps.cli.app import app
 from peft_fps.presets import preset_table
 from peft_fps.reproduce.recipes import recipe_table
 
@@ -86,6 +89,22 @@ def test_the_presets_table_is_the_packages() -> None:
 
 def test_the_table_of_recipes_is_the_packages() -> None:
     assert recipe_table().strip() in README
+
+
+def test_the_tables_of_accuracies_are_those_of_the_kept_cells(tmp_path: Path) -> None:
+    kept = ROOT / "peft_fps" / "benchmarks" / "results" / "transfer"
+    shutil.copy(kept / "cells.jsonl", tmp_path)
+    command = next(block for block in blocks("bash") if "benchmark transfer" in block)
+    options = re.search(r"benchmark transfer (.*)", command.replace("\\\n", " "))[1].split()
+    model = json.loads((kept / "cells.jsonl").read_text().split("\n")[0])["setting"]["model"]
+    given = dict(zip(options[::2], options[1::2], strict=True)) | {"--model": model, "--output": str(tmp_path)}
+    arguments = [part for option in given.items() for part in option]
+    ended = CliRunner().invoke(app, ["benchmark", "transfer", "--report", *arguments])
+    assert ended.exit_code == 0, ended.output
+    tables = (tmp_path / "transfer.md").read_text()
+    assert tables == (kept / "transfer.md").read_text()
+    for part in tables.strip().split("\n\n"):
+        assert part in README
 
 
 def test_the_importances_table_is_the_measured_one() -> None:

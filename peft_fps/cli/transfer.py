@@ -30,7 +30,9 @@ TasksFlag = Annotated[
 ]
 OnlyFlag = Annotated[
     str | None,
-    typer.Option(metavar="TASK,TASK...", help="Only these tasks; all if not given.", rich_help_panel=WHAT),
+    typer.Option(
+        metavar="TASK,TASK...", help="Only these tasks, in the tables too; all if not given.", rich_help_panel=WHAT
+    ),
 ]
 MethodsFlag = Annotated[
     str,
@@ -52,17 +54,15 @@ SeedsFlag = Annotated[int, typer.Option(min=1, metavar="N", help="Seeds 0 to N -
 BaselineFlag = Annotated[
     str, typer.Option(metavar="METHOD", help="What the others are compared with.", rich_help_panel=WHAT)
 ]
-TunedOnFlag = Annotated[
-    str,
-    typer.Option(
-        metavar="TASK,TASK...",
-        help="Tasks on whose validation images each method's learning rate is chosen, with seed 0.",
-        rich_help_panel=HOW,
-    ),
-]
 TunedShareFlag = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="At which it is chosen.", rich_help_panel=HOW),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="At which each method's learning rate is chosen, for every task, with seed 0.",
+        rich_help_panel=HOW,
+    ),
 ]
 ImageSizeFlag = Annotated[int, typer.Option(min=8, metavar="PIXELS", help="Height, width.", rich_help_panel=HOW)]
 EpochsFlag = Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the images.", rich_help_panel=HOW)]
@@ -114,7 +114,6 @@ def transfer(
     budgets: BudgetsFlag = "0.0077",
     seeds: SeedsFlag = 3,
     baseline: BaselineFlag = "gps",
-    tuned_on: TunedOnFlag = "cifar100,omniglot100,eth80_azimuth",
     tuned_share: TunedShareFlag = 0.0077,
     image_size: ImageSizeFlag = 112,
     epochs: EpochsFlag = 5,
@@ -130,8 +129,9 @@ def transfer(
     """Compare methods by their accuracy on many small image tasks, at equal numbers of trained parameters.
 
     A cell is a method on a task with a seed. All methods get the same data, schedule and head; each one's learning
-    rate is the best of three on validation images. Test images are read once per cell, when training has ended. The
-    same cell gives the same accuracy again, on the same machine with the same number of threads.
+    rate is, for every task, the best of three on its validation images. Test images are read once per cell, when
+    training has ended. The same cell gives the same accuracy again, on the same machine with the same number of
+    threads.
 
     [bold]Examples[/bold]
 
@@ -154,9 +154,7 @@ def transfer(
         for name, arm in ARMS.items():
             console.print(f"{name:32}{arm.label}", markup=False, highlight=False)
         return
-    setting = Setting(
-        model, str(tasks), image_size, epochs, batch_size, precision.value, threads, names(tuned_on), tuned_share
-    )
+    setting = Setting(model, str(tasks), image_size, epochs, batch_size, precision.value, threads, tuned_share)
     options = TransferOptions(
         setting, names(methods), names(budgets), None if only is None else names(only), seeds, baseline, jobs, output
     )

@@ -14,11 +14,8 @@ from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters, output_head
 
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-"""Learning rates to choose from."""
-
-FULL, FEW = RATES[2:5], RATES[5:8]
-"""Those that are tried first: for full fine-tuning, and for methods that train few numbers."""
+FULL, FEW = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
+"""Learning rates to choose from: for full fine-tuning, and for methods that train few numbers."""
 
 Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
 
@@ -32,7 +29,7 @@ class Arm:
         build: returns the PEFT config for a model, a share of its backbone to train, and a seed; None for a method
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
-        learning_rates: that are tried first, neighbours among `RATES`; none for the linear head, which is fitted.
+        learning_rates: to choose from; none for the linear head, which is fitted.
         score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.

@@ -17,8 +17,7 @@ class Setting:
         batch_size: images per step.
         precision: `"fp32"`, or `"bf16"` for autocast.
         threads: CPU threads of one cell; another number may change the last digits.
-        tuned_on: tasks on whose validation images learning rates are chosen, with seed 0.
-        tuned_share: of trained parameters, at which they are chosen.
+        tuned_share: share of trained parameters at which learning rates are chosen.
     """
 
     model: str
@@ -28,12 +27,11 @@ class Setting:
     batch_size: int = 16
     precision: str = "bf16"
     threads: int = 1
-    tuned_on: tuple[str, ...] = ("cifar100", "omniglot100", "eth80_azimuth")
     tuned_share: float = 0.0077
 
     def comparable(self) -> dict[str, Any]:
         """Return what results depend on, as plain data: not in which folders model and tasks lie."""
-        found = asdict(self) | {"tuned_on": list(self.tuned_on), "model": Path(self.model).name}
+        found = asdict(self) | {"model": Path(self.model).name}
         return {key: value for key, value in found.items() if key != "tasks"}
 
 

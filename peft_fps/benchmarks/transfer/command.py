@@ -40,7 +40,7 @@ class TransferOptions:
 
 
 def run(options: TransferOptions, fill: bool) -> tuple[list[Table], list[Path]]:
-    """Run the cells that are missing, and write and return the tables of all that are there.
+    """Run the cells that are missing, and write and return the tables of all that are there, on the tasks asked for.
 
     Raises:
         ValueError: an option names something that there is not; the output folder holds another setting's cells.
@@ -48,19 +48,18 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[Table], list[Path]]:
     rows = table_rows(options.methods, options.budgets)
     check_method("--baseline", options.baseline)
     setting = options.setting
-    if not setting.tuned_on:
-        raise ValueError("--tuned-on is empty, expected at least one task to choose learning rates on.")
     if not 0 < setting.tuned_share <= 1:
         raise ValueError(f"--tuned-share is {setting.tuned_share}, expected a share above 0 and up to 1.")
     if fill:
-        tasks = chosen_tasks(setting, options.only, setting.tuned_on)
+        tasks = chosen_tasks(setting, options.only)
         store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()})
         fill_table(tasks, rows, options.seeds, setting, store, options.jobs)
     elif (options.output / CELLS).exists():
         store = Store(options.output / CELLS, setting, {})
     else:
         raise ValueError(f"--output is {str(options.output)!r}, which holds no {CELLS}: nothing has been run there.")
-    results = Results(store.records, setting)
+    shown = [record for record in store.records if options.only is None or record.cell.task in options.only]
+    results = Results(shown, setting)
     found = tables(results, options.baseline)
     texts = [f"**{table.title}**\n\n{markdown_table(table)}" for table in found]
     written = [options.output / CELLS, options.output / TABLES]
@@ -104,13 +103,12 @@ def run_overlap(
     return table, written
 
 
-def chosen_tasks(setting: Setting, only: Sequence[str] | None, others: Sequence[str] = ()) -> list[str]:
+def chosen_tasks(setting: Setting, only: Sequence[str] | None) -> list[str]:
     """Return the tasks to run, each once, all that there are if `only` is None.
 
     Args:
         setting: says where they are.
         only: names of tasks.
-        others: tasks that must be there besides.
 
     Raises:
         ValueError: some are not there, or there are none.
@@ -119,11 +117,11 @@ def chosen_tasks(setting: Setting, only: Sequence[str] | None, others: Sequence[
     tasks = list(dict.fromkeys(only)) if only is not None else known
     if not tasks:
         raise ValueError(f"--only is empty, expected some of {', '.join(known)}.")
-    unknown = [task for task in dict.fromkeys([*tasks, *others]) if task not in known]
+    unknown = [task for task in tasks if task not in known]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: no such task in {setting.tasks}, expected some of {', '.join(known)}. Name them "
-            "with --only and --tuned-on."
+            "with --only."
         )
     return tasks
 

@@ -42,6 +42,7 @@ def draw(results: Results, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     canvas = Canvas(figsize=(11, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
@@ -65,6 +66,11 @@ def draw(results: Results, path: Path) -> None:
                 right.errorbar(memory, height, yerr=error, capsize=3, label=label, **style)
             label = "_nolegend_"  # one entry for a method of several shares
     left.set_xscale("log")
+    low, high = left.get_xlim()
+    left.set_xlim(low / 1.5, high * 1.5)
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("trained parameters, % of the backbone (head apart)")
     right.set_xlabel("peak memory of selection, MiB (0: no data needed)")
     for axes in (left, right):

@@ -1,6 +1,7 @@
-"""The cells of a run as tables: accuracies by task, differences to a baseline, and what the methods cost."""
+"""The cells of a run as tables: accuracies by task, differences to a baseline, learning rates, and what the methods cost."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import mean, median
 
 from peft_fps.benchmarks.report import MIB, Table
@@ -22,12 +23,14 @@ class Results:
     def __init__(self, records: Iterable[Record], setting: Setting) -> None:
         everything = list(records)
         validation = {record.cell: record.validation for record in everything}
-        methods = [m for m in ARMS if all(cell in validation for cell in trials(m, setting, validation))]
-        self.rates = {method: chosen_rate(method, setting, everything) for method in methods}
+        self.rates: dict[tuple[str, str], float | None] = {}
+        for method, task in product(ARMS, dict.fromkeys(record.cell.task for record in everything)):
+            if all(cell in validation for cell in trials(method, task, setting)):
+                self.rates[method, task] = chosen_rate(method, task, setting, validation)
         self.rows: dict[RowKey, list[Record]] = {}
         for record in everything:
-            method, rate = record.cell.method, record.cell.learning_rate
-            if method in self.rates and self.rates[method] == rate:
+            key, rate = (record.cell.method, record.cell.task), record.cell.learning_rate
+            if key in self.rates and self.rates[key] == rate:
                 self.rows.setdefault(record.cell.row, []).append(record)
         self.groups: dict[str, list[str]] = {}
         for record in everything:
@@ -61,7 +64,7 @@ class Results:
 
 
 def tables(results: Results, baseline: str) -> list[Table]:
-    """Return for each share the accuracies and the differences, then the costs.
+    """Return for each share the accuracies and the differences, then the learning rates and the costs.
 
     Args:
         results: of the run.
@@ -75,25 +78,23 @@ def tables(results: Results, baseline: str) -> list[Table]:
         found.append(accuracy_table(results, rows, f"Test accuracy, %{most}"))
         reference = (baseline, share if ARMS[baseline].budgeted else None)
         found.append(difference_table(results, [row for row in rows if row != reference], reference))
-    return [*found, cost_table(results)]
+    return [*found, rate_table(results), cost_table(results)]
 
 
 def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Table:
-    """Return a line for each row: parameters trained, learning rate, accuracy by task and group, and the mean.
+    """Return a line for each row: parameters trained, accuracy by task and group, and the mean.
 
     The mean is over tasks, its standard error over seeds; it is left out where no seed has been run on all tasks.
     """
-    header = ("method", "trained, %", "rate", "seeds", *results.tasks, *results.groups, "mean")
+    header = ("method", "trained, %", "seeds", *results.tasks, *results.groups, "mean")
     lines = []
     for row in rows:
         accuracies, records = results.accuracies(row), results.rows[row]
         complete = [group for group, tasks in results.groups.items() if set(tasks) <= set(accuracies)]
-        rate = results.rates[row[0]]
         lines.append(
             (
                 ARMS[row[0]].label,
                 f"{100 * mean(record.trained / record.backbone for record in records):.2f}",
-                "" if rate is None else f"{rate:g}",
                 str(len({record.cell.seed for record in records})),
                 *(
                     show(Estimate.of(list(accuracies[task].values()))) if task in accuracies else ""
@@ -124,6 +125,16 @@ def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey)
     at_share = "" if share is None else f", at {share:.2%}"
     title = f"Difference to {ARMS[baseline[0]].label}, points of accuracy{at_share}"
     return Table(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
+
+
+def rate_table(results: Results) -> Table:
+    """Return the learning rate that was chosen for each method and task; variants take their method's."""
+    tuned = [m for m in ARMS if ARMS[m].learning_rates and any(method == m for method, _ in results.rows)]
+    lines = []
+    for method in tuned:
+        rates = [results.rates.get((method, task)) for task in results.tasks]
+        lines.append((ARMS[method].label, *("" if rate is None else f"{rate:g}" for rate in rates)))
+    return Table("Learning rates, chosen on validation images", ("method", *results.tasks), tuple(lines))
 
 
 def cost_table(results: Results) -> Table:

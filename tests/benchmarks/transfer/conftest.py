@@ -89,7 +89,6 @@ def setting(model_folder, tasks_folder):
         epochs=1,
         batch_size=4,
         precision="fp32",
-        tuned_on=("bright",),
         tuned_share=0.05,
     )
     load_task.cache_clear()

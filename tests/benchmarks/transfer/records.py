@@ -8,10 +8,10 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 
 
-SETTING = Setting("models/tiny", "tasks", tuned_on=("a",), tuned_share=0.05)
+SETTING = Setting("models/tiny", "tasks", tuned_share=0.05)
 GROUPS = {"a": "structured", "b": "natural", "c": "natural"}
 BEST, OTHER = 0.01, 0.03
-"""Learning rates of the methods that train few entries: what `chosen` makes the best one, and another."""
+"""Learning rates of the methods that train few entries: what `chosen` makes the best one if not told, and another."""
 
 
 def record(
@@ -35,14 +35,18 @@ def record(
     return Record(Cell(task, method, share, seed, rate), GROUPS[task], validation, test, **(numbers | changes))
 
 
-def chosen(method: str, test: float = 0.5, **changes: Any) -> list[Record]:
-    """The cells of task `a` that a method's rate is chosen from; `test` is of the best one, others are perfect."""
+def chosen(method: str, task: str = "a", test: float = 0.5, best: float | None = None, **changes: Any) -> list[Record]:
+    """The cells that a method's rate on a task is chosen from; `test` is of the best one, others are perfect.
+
+    The best one is the middle one if not named.
+    """
     share = SETTING.tuned_share if ARMS[method].budgeted else None
     rates = ARMS[method].learning_rates
-    best = sorted(rates)[1]
+    best = best or sorted(rates)[1]
     return [
         record(
             method,
+            task,
             test=test if rate == best else 1.0,
             share=share,
             rate=rate,

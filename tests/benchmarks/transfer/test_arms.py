@@ -118,7 +118,8 @@ def test_variants_are_tuned_as_methods_that_tune_themselves():
             tuner = ARMS[arm.tuned_as]
             assert tuner.tuned_as is None, name
             assert (tuner.budgeted, tuner.learning_rates) == (arm.budgeted, arm.learning_rates), name
-        assert len(arm.learning_rates) == (1 if name == "linear" else 3), name
+        assert len(arm.learning_rates) == (0 if name == "linear" else 3), name
+        assert list(arm.learning_rates) == sorted(set(arm.learning_rates)), name
     labels = [arm.label for arm in ARMS.values()]
     assert len(set(labels)) == len(labels)
 

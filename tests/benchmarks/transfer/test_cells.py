@@ -22,7 +22,6 @@ def test_the_folders_of_model_and_tasks_do_not_matter_but_the_model_does():
         {"batch_size": 3},
         {"precision": "fp32"},
         {"threads": 2},
-        {"tuned_on": ("dtd",)},
         {"tuned_share": 0.5},
     ],
     ids=lambda change: next(iter(change)),

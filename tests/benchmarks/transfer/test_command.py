@@ -31,16 +31,17 @@ def options(setting):
     return (
         *("--model", setting.model, "--tasks", setting.tasks, "--image-size", setting.image_size),
         *("--epochs", setting.epochs, "--batch-size", setting.batch_size, "--precision", setting.precision),
-        *("--tuned-on", ",".join(setting.tuned_on), "--tuned-share", setting.tuned_share, "--budgets", SHARE),
+        *("--tuned-share", setting.tuned_share, "--budgets", SHARE),
     )
 
 
-def lines_of(path):
-    """The first line of each method in the tables, which is of the accuracies, without the method."""
-    found = {}
+def tables_of(path):
+    """The lines of each table, by title and then by the method that they begin with."""
+    found, title = {}, ""
     for line in path.read_text(encoding="utf-8").splitlines():
+        title = line.strip("*") if line.startswith("**") else title
         method, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
-        found.setdefault(method, numbers)
+        found.setdefault(title, {})[method] = numbers
     return found
 
 
@@ -51,7 +52,7 @@ def percent(value):
 @pytest.fixture(scope="module")
 def whole_run(options, tmp_path_factory):
     output = tmp_path_factory.mktemp("transfer") / "new"
-    arguments = ("--methods", "random", "--seeds", 1, "--jobs", 2, "--baseline", "linear")
+    arguments = ("--methods", "magnitude-layer", "--seeds", 1, "--jobs", 2, "--baseline", "linear")
     return run("transfer", *options, *arguments, "--output", output), output
 
 
@@ -65,28 +66,39 @@ def test_a_run_ends_with_the_tables_and_writes_them(whole_run, setting):
     assert {"torch", "peft", "peft-fps"} <= set(header["versions"])
     assert header["processor"]
 
-    *tried, last = records  # one round after the other
-    validation = {record.cell.learning_rate: record.validation for record in tried}
-    best = min(rate for rate in RATES if validation[rate] == max(validation.values()))
-    assert {record.cell for record in tried} == {Cell("bright", "random", SHARE, 0, rate) for rate in RATES}
-    assert last.cell == Cell("stripes", "random", SHARE, 0, best)
+    tried, last = records[:6], {record.cell: record for record in records[6:]}  # one round after the other
+    assert {record.cell for record in tried} == {
+        Cell(task, "magnitude", SHARE, 0, rate) for task in ("bright", "stripes") for rate in RATES
+    }
+    best = {}
+    for task in ("bright", "stripes"):
+        validation = {record.cell.learning_rate: record.validation for record in tried if record.cell.task == task}
+        best[task] = min(rate for rate in RATES if validation[rate] == max(validation.values()))
+    cells = [Cell(task, "magnitude-layer", SHARE, 0, rate) for task, rate in best.items()]
+    assert set(last) == set(cells)
 
-    test = [next(r.test for r in tried if r.cell.learning_rate == best), last.test]
-    trained = f"{100 * last.trained / last.backbone:.2f}"
+    lines = tables_of(output / "transfer.md")
+    accuracies, _, rates, costs = lines.values()
+    test = [last[cell].test for cell in cells]
+    trained = f"{100 * last[cells[0]].trained / last[cells[0]].backbone:.2f}"
     means = [*map(percent, test * 2), percent(sum(test) / 2)]  # tasks, their groups, all
-    assert lines_of(output / "transfer.md")["random"] == [trained, f"{best:g}", "1", *means]
+    assert accuracies["magnitude, layer"] == [trained, "1", *means]
+    for method in ("magnitude, as NeuroAda", "magnitude, layer"):
+        assert rates[method] == [f"{rate:g}" for rate in best.values()]
+        assert method in costs
     shown = " ".join(done.stdout.split())
     titles = TITLE.findall((output / "transfer.md").read_text(encoding="utf-8"))
-    assert len(titles) == 3
+    assert titles == list(lines)
+    assert len(titles) == 4
     assert all(title in shown for title in titles)
     assert shown.endswith(f"written: {', '.join(str(output / name) for name in (CELLS, TABLES, PICTURE))}")
 
 
 def test_a_run_that_was_killed_goes_on_with_methods_added(whole_run, options, tmp_path):
     lines = (whole_run[1] / "cells.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = "".join(lines[:3])
-    (tmp_path / "cells.jsonl").write_text(kept + lines[3][:-20], encoding="utf-8")  # the third cell was being written
-    arguments = ("--methods", "linear,random", "--seeds", 1, "--jobs", 1, "--baseline", "linear")
+    kept = "".join(lines[:5])
+    (tmp_path / "cells.jsonl").write_text(kept + lines[5][:-20], encoding="utf-8")  # the fifth cell was being written
+    arguments = ("--methods", "linear,magnitude-layer", "--seeds", 1, "--jobs", 1, "--baseline", "linear")
     done = run("transfer", *options, *arguments, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     after = (tmp_path / "cells.jsonl").read_text(encoding="utf-8")
@@ -98,7 +110,8 @@ def test_a_run_that_was_killed_goes_on_with_methods_added(whole_run, options, tm
     assert set(records) == {Cell(task, "linear", None, 0, None) for task in ("bright", "stripes")}
     test = [record.test for record in sorted(records.values(), key=lambda record: record.group)]
     means = [*map(percent, test * 2), percent(sum(test) / 2)]
-    assert lines_of(tmp_path / "transfer.md")["linear head, frozen model"] == ["0.00", "", "1", *means]
+    accuracies = next(iter(tables_of(tmp_path / "transfer.md").values()))
+    assert accuracies["linear head, frozen model"] == ["0.00", "1", *means]
 
 
 @pytest.fixture
@@ -141,7 +154,7 @@ def test_a_report_runs_nothing(whole_run, finished, options):
 def test_a_run_of_which_nothing_is_missing_starts_no_process(finished, options, monkeypatch):
     monkeypatch.setattr("peft_fps.benchmarks.transfer.table.run_cell", None)
     before = (finished / "cells.jsonl").read_bytes()
-    done = run("transfer", *options, "--methods", "random", "--seeds", 1, "--output", finished)
+    done = run("transfer", *options, "--methods", "magnitude-layer", "--seeds", 1, "--output", finished)
     assert done.exit_code == 0, done.output
     assert (finished / "cells.jsonl").read_bytes() == before
 
@@ -187,8 +200,6 @@ MISTAKES = [
     (["--methods", ","], 1, "--methods is empty"),
     (["--only", "lunch,stripes"], 1, "lunch: no such task in"),
     (["--only", ""], 1, "--only is empty, expected some of bright, stripes"),
-    (["--tuned-on", "dinner"], 1, "dinner: no such task in"),
-    (["--tuned-on", ""], 1, "--tuned-on is empty"),
     (["--tuned-share", 0], 1, "--tuned-share is 0.0, expected a share above 0"),
     (["--tuned-share", 1.5], 2, "tuned-share"),
     (["--budgets", "much"], 1, "--budgets has 'much', expected shares above 0 and up to 1"),
@@ -228,7 +239,7 @@ def test_mistakes_are_one_clear_sentence(options, tmp_path, arguments, code, tex
     ("change", "text"),
     [
         (["--epochs", 3], "'epochs': 3"),
-        (["--tuned-on", "stripes"], "'tuned_on': ['stripes']"),
+        (["--tuned-share", 0.25], "'tuned_share': 0.25"),
         (["--image-size", 32], "'image_size': 32"),
     ],
 )
@@ -269,7 +280,7 @@ def test_rows_are_every_method_with_every_budget_and_each_once():
 
 def test_tasks_are_those_asked_for_each_once(setting):
     assert chosen_tasks(setting, None) == ["bright", "stripes"]
-    assert chosen_tasks(setting, ["stripes", "stripes"], ["bright"]) == ["stripes"]
+    assert chosen_tasks(setting, ["stripes", "stripes"]) == ["stripes"]
 
 
 def test_overlap_compares_selections(setting, tmp_path):

@@ -8,30 +8,36 @@ from peft_fps.benchmarks.transfer.report import (
     accuracy_table,
     cost_table,
     difference_table,
+    rate_table,
     show,
     tables,
 )
 from peft_fps.benchmarks.transfer.statistics import Estimate
-from tests.benchmarks.transfer.records import OTHER, SETTING, chosen, record
+from tests.benchmarks.transfer.records import BEST, OTHER, SETTING, chosen, record
 
 
 def everything():
-    """Tasks b and c are natural, a is structured; fps has two seeds, gps has no task c, linear one seed."""
+    """Tasks b and c are natural, a is structured; fps has two seeds, gps has no task c, linear one seed.
+
+    The best rate of fps on task b is another one than on a and c.
+    """
     return [
         *chosen("fps", test=0.5),
-        record("fps", "b", test=0.7),
-        record("fps", "c", test=0.9, trained=60),
+        *chosen("fps", "b", test=0.7, best=OTHER),
+        *chosen("fps", "c", test=0.9, trained=60),
         record("fps", "a", 1, test=0.6),
-        record("fps", "b", 1, test=0.8),
+        record("fps", "b", 1, test=0.8, rate=OTHER),
         record("fps", "c", 1, test=0.8, trained=60),
-        record("fps", "b", test=0.0, rate=OTHER),  # another rate than the chosen one
+        record("fps", "a", 2, test=0.0, rate=OTHER),  # the rates that are chosen on other tasks
+        record("fps", "b", 2, test=0.0),
         *chosen("gps", test=0.4),
-        record("gps", "b", test=0.6),
+        *chosen("gps", "b", test=0.6),
+        record("gps", "c", test=1.0),  # its rate has not been chosen on this task yet
         *(
             record("linear", task, test=test, share=None, rate=None, trained=0)
             for task, test in zip("abc", (0.2, 0.3, 0.5), strict=True)
         ),
-        record("random", "a", test=1.0),  # its rate has not been chosen yet
+        *chosen("random", test=1.0)[:2],  # nor has this one's anywhere
     ]
 
 
@@ -48,12 +54,16 @@ def test_groups_and_tasks_stand_in_vtabs_order(results):
 
 def test_accuracies_are_of_the_chosen_rate_alone(results):
     assert set(results.rows) == {("fps", 0.05), ("gps", 0.05), ("linear", None)}
-    assert results.rates["fps"] == results.rates["fps-l2"] == 0.01
+    for method in ("fps", "fps-l2"):
+        assert {task: results.rates[method, task] for task in "abc"} == {"a": 0.01, "b": 0.03, "c": 0.01}
+    assert {task: results.rates.get(("gps", task)) for task in "abc"} == {"a": 0.01, "b": 0.01, "c": None}
+    assert {task: results.rates["linear", task] for task in "abc"} == dict.fromkeys("abc")
+    assert not any(method == "random" for method, _ in results.rates)
     assert results.accuracies(("fps", 0.05)) == {"a": {0: 0.5, 1: 0.6}, "b": {0: 0.7, 1: 0.8}, "c": {0: 0.9, 1: 0.8}}
     assert results.accuracies(("fps", 0.05), "validation") == {
         "a": {0: 0.9, 1: 0.5},
-        "b": {0: 0.5, 1: 0.5},
-        "c": {0: 0.5, 1: 0.5},
+        "b": {0: 0.9, 1: 0.5},
+        "c": {0: 0.9, 1: 0.5},
     }
     assert results.accuracies(("random", 0.05)) == {}
 
@@ -84,28 +94,28 @@ def test_a_row_is_complete_with_a_seed_that_has_all_tasks(seeds, complete):
 def test_accuracies_with_means_and_standard_errors(results):
     table = accuracy_table(results, results.of_share(0.05), "Accuracy")
     assert table.title == "Accuracy"
-    assert table.header == ("method", "trained, %", "rate", "seeds", "b", "c", "a", "natural", "structured", "mean")
-    # fps: 50, 60, 50, 60, 60, 50 of 1000 trained in its six cells; per seed (0.5 + 0.7 + 0.9) / 3 = 0.7 and
+    assert table.header == ("method", "trained, %", "seeds", "b", "c", "a", "natural", "structured", "mean")
+    # fps: 50, 50, 60, 50, 50, 60 of 1000 trained in its six cells; per seed (0.5 + 0.7 + 0.9) / 3 = 0.7 and
     # (0.6 + 0.8 + 0.8) / 3 = 0.7333, whose standard error is half their difference
     linear, fps, gps = table.lines
-    assert linear == ("linear head, frozen model", "0.00", "", "1", "30.0", "50.0", "20.0", "40.0", "20.0", "33.3")
+    assert linear == ("linear head, frozen model", "0.00", "1", "30.0", "50.0", "20.0", "40.0", "20.0", "33.3")
     assert fps == (
-        *("FPS", "5.33", "0.01", "2"),
+        *("FPS", "5.33", "2"),
         *("75.0 ± 5.0", "85.0 ± 5.0", "55.0 ± 5.0", "80.0", "55.0", "71.7 ± 1.7"),
     )
-    assert gps == ("GPS, contrastive", "5.00", "0.01", "1", "60.0", "", "40.0", "", "40.0", "")
+    assert gps == ("GPS, contrastive", "5.00", "1", "60.0", "", "40.0", "", "40.0", "")
 
 
 def test_no_mean_without_a_seed_that_has_all_tasks():
     records = [record("linear", task, seed, share=None, rate=None) for seed, task in enumerate("abc")]
     table = accuracy_table(Results(records, SETTING), [("linear", None)], "")
-    assert table.lines[0][3:] == ("3", *["50.0"] * 5, "")
+    assert table.lines[0][2:] == ("3", *["50.0"] * 5, "")
 
 
 def pairs(method, differences):
     """Cells of a method on all three tasks, so much better than one half."""
-    found = chosen(method, test=0.5 + differences[0])
-    return found + [record(method, task, test=0.5 + more) for task, more in zip("bc", differences[1:], strict=True)]
+    by_task = zip("abc", differences, strict=True)
+    return [trial for task, more in by_task for trial in chosen(method, task, test=0.5 + more)]
 
 
 def test_verdicts_on_differences():
@@ -162,14 +172,37 @@ def test_costs_are_of_the_cells_at_the_chosen_rate():
     assert [line[3] for line in cost_table(Results(slow, SETTING)).lines] == ["1"]
 
 
-def test_tables_of_every_share_and_of_the_costs(results):
-    records = [*everything(), *(record("fps", task, share=0.1, test=0.9) for task in "abc")]
+def test_rates_of_every_method_by_task():
+    records = [
+        *everything(),
+        *chosen("full"),
+        *chosen("full", "c", best=0.001),
+        record("full", "b", share=None, rate=0.0003),  # the only trial there
+        record("fps-l2", "b", share=0.1, rate=OTHER),  # of no other task, but its rates are known
+        *chosen("magnitude", "b", best=0.003),
+    ]
+    table = rate_table(Results(records, SETTING))
+    assert table.title == "Learning rates, chosen on validation images"
+    assert table.header == ("method", "b", "c", "a")
+    assert table.lines == (
+        ("full fine-tuning", "", "0.001", "0.0003"),
+        ("magnitude, as NeuroAda", "0.003", "", ""),
+        ("FPS", "0.03", "0.01", "0.01"),
+        ("GPS, contrastive", "0.01", "", "0.01"),
+        ("FPS, l2", "0.03", "0.01", "0.01"),
+    )
+
+
+def test_tables_of_every_share_of_the_rates_and_of_the_costs():
+    rates = {"a": BEST, "b": OTHER, "c": BEST}
+    records = [*everything(), *(record("fps", task, share=0.1, test=0.9, rate=rate) for task, rate in rates.items())]
     found = tables(Results(records, SETTING), "gps")
     assert [table.title for table in found] == [
         "Test accuracy, %, at most 10.00% of the backbone trained",
         "Difference to GPS, contrastive, points of accuracy, at 10.00%",
         "Test accuracy, %, at most 5.00% of the backbone trained",
         "Difference to GPS, contrastive, points of accuracy, at 5.00%",
+        "Learning rates, chosen on validation images",
         "What the methods cost here (cells run side by side: the times are a hint)",
     ]
     assert [[line[0] for line in table.lines] for table in found] == [
@@ -177,6 +210,7 @@ def test_tables_of_every_share_and_of_the_costs(results):
         [],  # the baseline has not been run there
         ["linear head, frozen model", "FPS", "GPS, contrastive"],
         ["linear head, frozen model", "FPS"],
+        ["FPS", "GPS, contrastive"],
         ["linear head, frozen model", "FPS", "GPS, contrastive"],
     ]
 
@@ -198,12 +232,13 @@ def test_methods_without_a_share_alone():
         "Test accuracy, %",
         "Difference to GPS, contrastive, points of accuracy",
     ]
-    assert found[0].lines == (("linear head, frozen model", "5.00", "", "1", "25.0", "25.0", "25.0", "25.0", "25.0"),)
+    assert found[0].lines == (("linear head, frozen model", "5.00", "1", "25.0", "25.0", "25.0", "25.0", "25.0"),)
     assert found[1].lines == ()
+    assert found[2].lines == ()
 
 
 def test_nothing_has_been_run():
-    assert [table.lines for table in tables(Results([], SETTING), "gps")] == [(), (), ()]
+    assert [table.lines for table in tables(Results([], SETTING), "gps")] == [(), (), (), ()]
 
 
 @pytest.mark.parametrize(

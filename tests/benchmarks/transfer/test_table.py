@@ -18,12 +18,13 @@ from tests.benchmarks.transfer.records import SETTING
 
 
 ROWS = [("linear", None), ("fps", 0.05), ("fps-l2", 0.1)]
-TASKS = ["a", "b"]
+BEST = {"a": 0.01, "b": 0.03}
+TASKS = list(BEST)
 
 
 def made_up(cell: Cell, setting) -> Record:
     assert setting is SETTING
-    validation = 0.9 if cell.learning_rate == 0.01 else 0.1
+    validation = 0.9 if cell.learning_rate == BEST[cell.task] else 0.1
     return Record(cell, "natural", validation, 0.5, 1, 1, 10, {"select": 0.0}, {"select": 0}, None)
 
 
@@ -63,8 +64,8 @@ def inline(monkeypatch):
 def test_trials_and_then_all_cells_at_the_rate_that_they_choose(tmp_path):
     store = Store(tmp_path / "cells.jsonl", SETTING, {})
     table.fill(TASKS, ROWS, 2, SETTING, store, jobs=3)
-    trials = {Cell("a", "fps", 0.05, 0, rate) for rate in (0.003, 0.01, 0.03)}
-    cells = {Cell(task, *row, seed, 0.01) for task in TASKS for row in ROWS[1:] for seed in (0, 1)}
+    trials = {Cell(task, "fps", 0.05, 0, rate) for task in TASKS for rate in (0.003, 0.01, 0.03)}
+    cells = {Cell(task, *row, seed, BEST[task]) for task in TASKS for row in ROWS[1:] for seed in (0, 1)}
     heads = {Cell(task, "linear", None, seed, None) for task in TASKS for seed in (0, 1)}
     found = [record.cell for record in store.records]
     assert set(found) == trials | cells | heads
@@ -82,7 +83,7 @@ def test_nothing_is_run_twice(tmp_path, monkeypatch):
     table.fill(TASKS, ROWS[:2], 1, SETTING, store, jobs=1)
     assert ran == []
     table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
-    assert ran == [Cell(task, "fps-l2", 0.1, 0, 0.01) for task in TASKS]
+    assert ran == [Cell(task, "fps-l2", 0.1, 0, BEST[task]) for task in TASKS]
 
 
 def test_cells_that_are_finished_before_a_mistake_are_kept(tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ def test_cells_that_are_finished_before_a_mistake_are_kept(tmp_path, monkeypatch
         table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
     kept = Store(tmp_path / "cells.jsonl", SETTING, {}).records
     assert kept == store.records
-    assert pending(TASKS, ROWS, 1, SETTING, kept) == [Cell("b", "fps-l2", 0.1, 0, 0.01)]
+    assert pending(TASKS, ROWS, 1, SETTING, kept) == [Cell("b", "fps-l2", 0.1, 0, BEST["b"])]
     monkeypatch.setattr(table, "run_cell", made_up)
     table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
     assert pending(TASKS, ROWS, 1, SETTING, store.records) == []
