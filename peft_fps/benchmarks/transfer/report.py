@@ -1,4 +1,4 @@
-"""The cells of a run as tables: accuracies by task, differences to a baseline, learning rates, and what the methods cost."""
+"""The cells of a run as tables: accuracies by task, differences to a baseline, learning rates, and costs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product

@@ -151,6 +151,15 @@ def test_a_report_runs_nothing(whole_run, finished, options):
     assert tables == (whole_run[1] / "transfer.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_cells")
+def test_a_report_on_some_tasks_leaves_the_others_out(finished, options):
+    done = run("transfer", *options, "--only", "bright", "--baseline", "linear", "--report", "--output", finished)
+    assert done.exit_code == 0, done.output
+    tables = (finished / "transfer.md").read_text(encoding="utf-8")
+    assert "bright" in tables
+    assert "stripes" not in tables
+
+
 def test_a_run_of_which_nothing_is_missing_starts_no_process(finished, options, monkeypatch):
     monkeypatch.setattr("peft_fps.benchmarks.transfer.table.run_cell", None)
     before = (finished / "cells.jsonl").read_bytes()
