@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from peft_fps.cli.pixels import Collator, ImageSplit
 
 LOGGED = 10
 """Number of times that the loss is shown."""
+
+
+class DivergedError(ValueError):
+    """Training has led to a loss that is not finite."""
 
 
 def training_arguments(
@@ -47,18 +51,31 @@ def training_arguments(
     )
 
 
-def train(model: nn.Module, arguments: TrainingArguments, images: ImageSplit, collator: Collator) -> float:
+def train(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    images: ImageSplit,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    **options: Any,
+) -> float:
     """Train the model in place; returns the mean training loss.
 
+    Args:
+        model: to train.
+        arguments: of the Trainer.
+        images: to train on.
+        collator: makes a batch of examples.
+        options: further arguments of the Trainer: `callbacks`, `compute_loss_func`.
+
     Raises:
-        ValueError: the loss is not finite.
+        DivergedError: the loss is not finite.
     """
-    trainer = Trainer(model=model, args=arguments, train_dataset=images, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=images, data_collator=collator, **options)
     loss = float(trainer.train().training_loss)
-    # under bf16 the Trainer leaves its autocast on the model's forward
+    # under mixed precision the Trainer leaves its autocast on the model's forward
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if not math.isfinite(loss):
-        raise ValueError(f"The training loss is {loss}: training diverged. Try a lower --learning-rate.")
+        raise DivergedError(f"The training loss is {loss}: training diverged. Try a lower --learning-rate.")
     return loss
 
 

@@ -1,16 +1,15 @@
 """What the Trainer is given: images as the recipe augments them, arguments, and the choice of the epoch."""
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from peft_fps.cli.pixels import ImageSplit
 from peft_fps.cli.predict import Predictor
 from peft_fps.cli.run import accuracy
-from peft_fps.cli.train import training_arguments
+from peft_fps.cli.train import train, training_arguments
 from peft_fps.reproduce.data import TaskData
 from peft_fps.reproduce.epochs import RAW, BestEpoch
 from peft_fps.reproduce.mixing import soft_cross_entropy
@@ -91,21 +90,16 @@ def fit(
         soft: labels are shares of the classes, not class indices.
 
     Raises:
-        ValueError: the loss is not finite.
+        DivergedError: the loss is not finite.
     """
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=images,
-        data_collator=collator,
+    loss = train(
+        model,
+        arguments,
+        images,
+        collator,
         callbacks=[] if best is None else [best],
         compute_loss_func=soft_cross_entropy if soft else None,
     )
-    loss = float(trainer.train().training_loss)
-    # under mixed precision the Trainer leaves its autocast on the model's forward
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    if not math.isfinite(loss):
-        raise ValueError(f"The training loss is {loss}: training diverged. Try a lower --learning-rate.")
     if best is not None:
         best.restore(model)
     return loss

@@ -26,7 +26,7 @@ from peft_fps.cli.options import FinetuneOptions
 from peft_fps.cli.pixels import Collator, two_views
 from peft_fps.cli.predict import Predictor
 from peft_fps.cli.run import accuracy
-from peft_fps.cli.train import calibration_loader, train, training_arguments
+from peft_fps.cli.train import DivergedError, calibration_loader, train, training_arguments
 from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters
 
@@ -79,7 +79,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     training, loss = time.perf_counter(), None
     try:
         loss = train(model, arguments, task.splits["train"], collator)
-    except ValueError:
+    except DivergedError:
         logger.warning("%s diverged", cell)  # whatever it predicts now is its accuracy
     seconds = {"select": selecting, "train": time.perf_counter() - training}
     predictor = Predictor(arguments.device, setting.batch_size, collator, workers=0)
