@@ -20,6 +20,7 @@ from peft_fps.benchmarks.transfer.run import run_cell, select
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.cli.models import interpolates, load_model
 from peft_fps.cli.pixels import Collator
+from peft_fps.cli.train import DivergedError
 from tests.benchmarks.transfer.conftest import COUNTS, TASKS, picture
 from tests.helpers import bits
 
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_is_none(setting, monkeypatch, caplog):
     def diverge(model, *rest):
         for parameter in model.parameters():
             parameter.data.fill_(math.nan)
-        raise ValueError("The training loss is nan")
+        raise DivergedError("The training loss is nan")
 
     monkeypatch.setattr(run, "train", diverge)
     record = run_cell(cell("fps"), setting)
@@ -288,3 +289,12 @@ def test_size_of_a_file(setting, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     model.save_pretrained(tmp_path / "adapter")
     assert run._file_bytes(model) == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_other_errors_of_training_are_no_divergence(setting, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("images of two sizes")
+
+    monkeypatch.setattr(run, "train", refuse)
+    with pytest.raises(ValueError, match="images of two sizes"):
+        run_cell(cell("random"), setting)
