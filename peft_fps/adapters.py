@@ -109,8 +109,7 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
 
         Until then columns and values hold what no valid adapter holds, so that a load that skips a tensor is noticed.
         """
-        weight = self.base_layer.weight
-        device, dtype, neurons = self._adapter_device(), weight.dtype, self.shape.neurons
+        device, dtype, neurons = self._adapter_device(), self._values_dtype(), self.shape.neurons
         self.fps_values[adapter_name] = nn.Parameter(torch.full((entries,), torch.nan, dtype=dtype, device=device))
         if bias and self.shape.bias:
             self.fps_bias[adapter_name] = nn.Parameter(torch.full((neurons,), torch.nan, dtype=dtype, device=device))
@@ -141,6 +140,19 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
             values.data = values.data.new_full((entries,), torch.nan)
             values.grad = None
             self.fps_columns[adapter_name] = self.fps_columns[adapter_name].new_full((entries,), UNLOADED_COLUMN)
+
+    @property
+    def weight_tensor(self) -> Tensor:
+        """The tensor that stores the base weight."""
+        return self.base_layer.weight
+
+    def weight_rows(self, first: int, last: int) -> Tensor:
+        """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
+        weight = self.base_layer.weight.detach()
+        return (weight.t() if self.transposed else weight.flatten(1))[first:last]
+
+    def _values_dtype(self) -> torch.dtype:
+        return self.base_layer.weight.dtype
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's values and, if it has one, its bias delta."""
@@ -286,7 +298,7 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
 
     def _adapter_device(self) -> torch.device:
         """The weight's device, or where accelerate will bring a weight that it offloads."""
-        device: torch.device = self.base_layer.weight.device
+        device = self.weight_tensor.device
         if device.type != "meta":
             return device
         for hook in _single_hooks(getattr(self.base_layer, "_hf_hook", None)):

@@ -50,8 +50,8 @@ def hotswap_adapter(
     """Replace what an adapter holds by a saved adapter, which may have other entries, and other numbers of them.
 
     Everything is read and checked before anything changes. Modules of the adapter that the saved one leaves out keep
-    no changes; a module that only the saved one has is refused. The adapter gets the saved one's config, and the scale
-    1. A compiled model gives the new results; it compiles anew where the number of entries of a layer changes.
+    no changes; a module that only the saved one has is refused. The adapter gets the saved one's config, and 1 as its
+    scale. A compiled model gives the new results; it compiles anew where the number of entries of a layer changes.
 
     Args:
         model: a model with the adapter, compiled or not.

@@ -5,6 +5,8 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.layers import AdaptedLayer, Conv1DLinear, Conv2d, Linear, is_biased_norm
 from peft_fps.norms import Norm
+from peft_fps.quantised import quantisation
+from peft_fps.quantised_layers import QuantisedLinear
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
@@ -12,11 +14,13 @@ LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
     TransformersConv1D: Conv1DLinear,
     nn.Conv2d: Conv2d,
 }
-"""Tuner layer for each kind of base layer with a weight matrix; subclasses of a kind count as the kind."""
+"""Tuner layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
 
 
 def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
     """Return the tuner layer for a base layer, None if its kind is not supported."""
     if is_biased_norm(module):
         return Norm
+    if quantisation(module) is not None:  # before its base class, which is a linear layer's too
+        return QuantisedLinear
     return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)

@@ -12,6 +12,7 @@ from peft_fps.adapters import FPSLayer
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.mixed_batch import BASE, by_adapter, check_samples
+from peft_fps.quantised import quantisation
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import Kept, Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
 
@@ -54,7 +55,8 @@ class AdaptedLayer(nn.Module, FPSLayer):
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward():
-            return self._beside_base(x, structure, values, bias_deltas, names, *args, **kwargs)
+            result = self.base_layer(x, *args, **kwargs)
+            return self._beside_base(result, x, structure, values, bias_deltas, names)
         dtype = _autocast_dtype(x) or x.dtype
         bias = self.base_layer.bias
         for delta in bias_deltas:
@@ -81,16 +83,14 @@ class AdaptedLayer(nn.Module, FPSLayer):
 
     def _beside_base(
         self,
+        result: Tensor,
         x: Tensor,
         structure: Structure,
         values: Tensor,
         bias_deltas: list[Tensor],
         names: list[str],
-        *args: Any,
-        **kwargs: Any,
     ) -> Tensor:
-        """Run the base layer as it is, with its hooks, and add the change's own product."""
-        result = self.base_layer(x, *args, **kwargs)
+        """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
         dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
         delta = self._delta_product(x.to(dtype), values, structure, self._kept(x, dtype, values, structure, names))
         for bias in bias_deltas:
@@ -211,6 +211,8 @@ def layer_shape(base_layer: Any) -> LayerShape:
     """Return neurons, fan-in and bias of a supported base layer; a norm has no fan-in."""
     if is_biased_norm(base_layer):
         return LayerShape(base_layer.bias.numel(), 0, True)
+    if quantisation(base_layer) is not None:  # 4-bit weights are packed in another shape
+        return LayerShape(base_layer.out_features, base_layer.in_features, base_layer.bias is not None)
     shape = base_layer.weight.shape
     neurons, inputs = (
         (shape[1], shape[0]) if isinstance(base_layer, TransformersConv1D) else (shape[0], shape[1:].numel())

@@ -1,7 +1,7 @@
 """Fold a sparse change into a layer's weight and take it out again, bit for bit."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_fps.quantised import dense_weight, put, quantisation
 from peft_fps.sparse import Structure, merged_entries, sums
 
 
@@ -23,7 +24,10 @@ class MergeRecord:
         bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
         changes: number of changes that are not zero, bias deltas included; counted only where the weight has less
             precision than the sum, 0 elsewhere.
-        lost: number of these that left the stored number as it was.
+        lost: number of these that left the stored number as it was; of a quantised weight, that moved it by less than
+            half of the change.
+        held: what held a quantised weight, whose entries cannot be restored one by one; None for other weights, and
+            `positions` and `weight` are empty otherwise.
     """
 
     positions: Tensor
@@ -31,12 +35,13 @@ class MergeRecord:
     bias: Tensor | None
     changes: int
     lost: int
+    held: Mapping[str, Any] | None = None
 
 
 @torch.no_grad()
 def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
     """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
-    positions, bias, changes, lost = structure.positions, None, 0, 0
+    positions, changes, lost = structure.positions, 0, 0
     if base.weight.dtype == values.dtype == torch.float32 and base.weight.is_contiguous():
         before = base.weight.reshape(-1).index_select(0, positions)
         base.weight.view(-1).index_add_(0, positions, values)
@@ -44,30 +49,46 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
         before, after = merged_entries(base.weight, values, positions)
         _write(base.weight, positions, after)
         changes, lost = _swallowed(before, after, values)
-    if bias_delta is not None:
-        bias_delta = bias_delta.view_as(base.bias)  # a norm's bias may have several dimensions
-    if bias_delta is not None and base.bias.dtype == bias_delta.dtype == torch.float32:
-        bias = base.bias.detach().clone()
-        base.bias.add_(bias_delta)
-    elif bias_delta is not None:
-        bias, bias_after = sums(base.bias.detach().clone(), bias_delta)
-        base.bias.copy_(bias_after)
-        changes_of_bias, lost_of_bias = _swallowed(bias, bias_after, bias_delta)
-        changes, lost = changes + changes_of_bias, lost + lost_of_bias
-    return MergeRecord(positions, before, bias, changes, lost)
+    bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
+    return MergeRecord(positions, before, bias, changes + changes_of_bias, lost + lost_of_bias)
+
+
+@torch.no_grad()
+def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Add `(neurons,)` to the layer's bias in place; None adds nothing.
+
+    Returns:
+        The original bias, and the numbers of changes and of lost ones as in `MergeRecord`.
+    """
+    if delta is None:
+        return None, 0, 0
+    delta = delta.view_as(base.bias)  # a norm's bias may have several dimensions
+    if base.bias.dtype == delta.dtype == torch.float32:
+        before = base.bias.detach().clone()
+        base.bias.add_(delta)
+        return before, 0, 0
+    before, after = sums(base.bias.detach().clone(), delta)
+    base.bias.copy_(after)
+    return before, *_swallowed(before, after, delta)
 
 
 @torch.no_grad()
 def restore_entries(base: Any, record: MergeRecord) -> None:
-    """Undo `merge_entries` in place."""
-    _write(base.weight, record.positions, record.weight)
+    """Undo a merge in place."""
+    if record.held is None:
+        _write(base.weight, record.positions, record.weight)
+    else:
+        put(base, record.held)
     if record.bias is not None:
         base.bias.copy_(record.bias)
 
 
 def is_finite(base: Any, record: MergeRecord) -> bool:
     """Whether everything that the merge wrote into the layer is finite."""
-    written = [base.weight.detach().reshape(-1).index_select(0, record.positions)]
+    if record.held is None:
+        written = [base.weight.detach().reshape(-1).index_select(0, record.positions)]
+    else:
+        written = [dense_weight(base)]
     if record.bias is not None:
         written.append(base.bias.detach())
     return all(bool(torch.isfinite(tensor).all()) for tensor in written)
@@ -84,13 +105,20 @@ def _swallowed(before: Tensor, after: Tensor, change: Tensor) -> tuple[int, int]
 def trial_copy(base: Any) -> Any:
     """Return a layer that computes as `base` does, hooks included, with copies of its weight and bias.
 
+    A quantised weight is shared, since merging replaces it as a whole.
+
     A forward put over the layer's own, as accelerate's hooks are, computes with the copies if it is a method bound to
     the layer, or a `functools.partial` whose first argument is the layer. A closure goes on reading the layer itself.
     """
     trial = copy.copy(base)
     trial.__dict__.update({name: _rebound(held, base, trial) for name, held in vars(trial).items()})
-    copies = {name: p if p is None else p.detach().clone() for name, p in base._parameters.items()}
-    trial.__dict__["_parameters"] = copies
+    kind = quantisation(base)
+    shared = None if kind is None else kind.weight
+    trial.__dict__["_parameters"] = {
+        name: p if p is None or name == shared else p.detach().clone() for name, p in base._parameters.items()
+    }
+    if kind is not None and "bias" in vars(base) and base.bias is not None:  # HQQ's is no parameter
+        trial.bias = base.bias.detach().clone()
     return trial
 
 

@@ -39,13 +39,14 @@ class FPSModel(BaseTuner):
     """A model with FPS adapters, made by `get_peft_model(model, FPSConfig(...))`.
 
     Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
-    (`merge_and_unload`, `merge_adapter`, `set_adapter`, ...).
+    (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...).
 
     Args:
         model: the base model, changed in place.
         peft_config: an `FPSConfig`, or a dict of them by adapter name. Each adapter gets a copy of its own.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the values on the meta device, to be loaded next.
+        state_dict: of the adapter to be loaded next; only the modules that it names are adapted.
     """
 
     prefix = PREFIX
@@ -241,7 +242,7 @@ class FPSModel(BaseTuner):
     # --- merging ------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base weights in place; `unmerge_adapter` restores them bit for bit.
+        """Fold adapters into the base weights in place; `model.unmerge_adapter()` restores them bit for bit.
 
         Args:
             adapter_names: adapters to merge, in order; the active ones if None.
@@ -268,6 +269,10 @@ class FPSModel(BaseTuner):
         with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
             unwatch_producers(self.model)
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # only unloading comes here, with the base layer as it is; PEFT's reads a weight off it, which HQQ's has not
+        setattr(parent, child_name, new_module)
 
     # --- state dict ---------------------------------------------------------------------------------------------
 

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.config import FPSConfig
+from peft_fps.kinds import layer_class
 from peft_fps.layers import layer_shape
 from peft_fps.merging import unmerged_copy
+from peft_fps.quantised import BaseWeight, base_weight
+from peft_fps.refusals import remedy
 from peft_fps.selection import LayerShape, allocate, check_granularity
-from peft_fps.targets import check_target, check_untied, count_base_parameters
+from peft_fps.targets import base_parameters, check_target, check_untied, count_base_parameters, named_base_modules
 
 
 def plan(
@@ -29,22 +32,25 @@ def plan(
     Raises:
         ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
     """
+    if not config.from_file:
+        _check_named_modules(model, config)
     norms = config.bias == "with_norms"
     bases = {name: check_target(model, name, norms) for name in names}
     check_untied(model, names)
     shapes = {name: layer_shape(base) for name, base in bases.items()}
-    weights = {name: _unmerged_weight(model, name) for name in names}
+    weights = {name: _base_weight(model, name) for name in names}
     found = fingerprint(weights)
+    parameters = config.automatic["base_parameters"] = count_base_parameters(model)  # for the model card too
     if config.from_file:
         assert config.allocation is not None
         _check_allocation(config.allocation, shapes)
-        as_saved = fingerprint({saved_names.get(name, name): weight for name, weight in weights.items()})
+        renamed = {saved_names.get(name, name): weight for name, weight in weights.items()}
+        as_saved = found if renamed == weights else fingerprint(renamed)
         check_fingerprint(config.base_fingerprint, as_saved, config.check_base)
         return {name: sizes["entries"] for name, sizes in config.allocation.items()}, found
     if not names:
         return {}, found  # PEFT says which targets were not found
     trained = {name: replace(s, bias=s.bias and config.bias != "none") for name, s in shapes.items()}
-    parameters = count_base_parameters(model)
     allocation = allocate(
         trained,
         base_parameters=parameters,
@@ -55,6 +61,24 @@ def plan(
     entries, biases = sum(allocation.entries.values()), allocation.biases
     check_granularity(config.granularity, trained, entries, biases=biases, base_parameters=parameters)
     return allocation.entries, found
+
+
+def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if a name in `target_modules` is a parameter's, which PEFT would pass over silently."""
+    wanted = config.target_modules
+    if not isinstance(wanted, (list, set)) or wanted == config.automatic.get("target_modules"):
+        return
+    modules = dict(named_base_modules(model))
+    ends = {f".{target}" for target in wanted if not any(f".{name}".endswith(f".{target}") for name in modules)}
+    for name, _ in base_parameters(model) if ends else ():
+        owner, _, own = name.rpartition(".")
+        if owner in modules and f".{name}".endswith(tuple(ends)):
+            module = modules[owner]
+            advice = f"Name the module, {owner}." if layer_class(module) else remedy(module)
+            raise ValueError(
+                f"{name}, named in target_modules, is the parameter {own} of a {type(module).__name__}, expected the "
+                f"name of a module. {advice}"
+            )
 
 
 def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mapping[str, LayerShape]) -> None:
@@ -74,11 +98,11 @@ def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mappi
             )
 
 
-def _unmerged_weight(model: nn.Module, name: str) -> Tensor:
+def _base_weight(model: nn.Module, name: str) -> BaseWeight:
+    """How to read a module's weight without what is merged into it; a quantised one is dequantised only then."""
     layer: Any = model.get_submodule(name)
-    if not isinstance(layer, FPSLayer):
-        return layer.weight
-    if not layer.merged:
-        return layer.base_layer.weight
-    records = [layer.merge_records[adapter] for adapter in reversed(layer.merged_adapters)]
-    return unmerged_copy(layer.base_layer, records).weight
+    base = layer
+    if isinstance(layer, FPSLayer):
+        records = [layer.merge_records[adapter] for adapter in reversed(layer.merged_adapters)]
+        base = unmerged_copy(layer.base_layer, records) if records else layer.base_layer
+    return base_weight(base)

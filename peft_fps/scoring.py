@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +50,16 @@ def scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Evidence) ->
 
 def weight_rows(layer: FPSLayer, first: int, last: int) -> Tensor:
     """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
-    with _brought(layer.base_layer):
-        weight = layer.base_layer.weight.detach()
-        return (weight.t() if layer.transposed else weight.flatten(1))[first:last]
+    with _brought(layer):
+        return layer.weight_rows(first, last)
 
 
 @contextmanager
-def _brought(base: Any) -> Iterator[None]:
+def _brought(layer: FPSLayer) -> Iterator[None]:
     """Have a weight that accelerate offloads at hand, as a call of the layer would."""
+    base = layer.base_layer
     hook = getattr(base, "_hf_hook", None)
-    if hook is None or base.weight.device.type != "meta":
+    if hook is None or layer.weight_tensor.device.type != "meta":
         yield
         return
     try:

@@ -17,8 +17,10 @@ from peft_fps.describing import describe
 from peft_fps.evidence import Gathering, gather
 from peft_fps.gradients import Loss
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, whole_parameters
+from peft_fps.quantised_layers import check_gradients
 from peft_fps.scoring import Evidence, Score, random_scorer, scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
+from peft_fps.selection.candidate import Selected
 from peft_fps.sharded import check_whole
 from peft_fps.targets import count_base_parameters
 
@@ -101,6 +103,7 @@ def calibrate(
     record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
         weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
+        check_gradients(weighted, config.importance)
         base, how = base_model(model), Gathering(loss, views, accumulators, training_mode)
         short_training = config.importance in ("movement", "l0")
         batches = Pass(
@@ -233,13 +236,18 @@ def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
-    """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
+def rank(
+    layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]
+) -> dict[str, Selected]:
+    """Return the best entries of all layers by their scores, as many and spread as the adapter's config says."""
     candidates = {
         path: Candidate(layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel(), scores[path])
         for path, layer in layers.items()
     }
-    for path, (columns, row_counts) in select_entries(
-        candidates, config.granularity, block_top=config.block_top, order=config.order
-    ).items():
+    return select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
+
+
+def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
+    """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
+    for path, (columns, row_counts) in rank(layers, config, adapter_name, scores).items():
         layers[path].set_selection(adapter_name, columns, row_counts)

@@ -16,6 +16,8 @@ from peft_fps.config import FPSConfig
 from peft_fps.kinds import LAYERS, layer_class
 from peft_fps.layers import is_biased_norm
 from peft_fps.norms import Norm
+from peft_fps.quantised import check_quantised, quantisation, quantised_elements, stored_weight
+from peft_fps.refusals import check_weight, remedy
 
 
 PREFIX = "fps_"
@@ -74,10 +76,21 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def count_base_parameters(model: nn.Module) -> int:
     """Return the number of parameters of the base model without its output head: what a budget is a share of.
 
-    Output embeddings that are tied to the input embeddings count, since they are the backbone's.
+    Output embeddings that are tied to the input embeddings count, since they are the backbone's. A packed weight
+    counts as many as it stands for, so that a quantised model has as many parameters as before.
     """
     heads = tuple(f"{head}." for head in output_head(model))
-    return sum(parameter.numel() for name, parameter in base_parameters(model) if not name.startswith(heads))
+    packed = {id(stored_weight(m)): quantised_elements(m) for m in model.modules() if quantisation(m) is not None}
+    return sum(
+        packed.get(id(parameter)) or _elements(parameter)
+        for name, parameter in base_parameters(model)
+        if not name.startswith(heads)
+    )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # 4-bit embeddings and experts
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
@@ -93,7 +106,7 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     return {
         name
         for name, module in named_base_modules(model)
-        if isinstance(module, tuple(LAYERS))
+        if layer_class(module) not in (None, Norm)
         and name not in heads
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)
@@ -183,7 +196,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError if a module to be trained whole is offloaded, where its copy would get no gradient."""
+    """Raise ValueError if a module to be trained whole is offloaded or quantised: its copy would get no gradient."""
     for name, module in named_base_modules(model):
         wanted = any(name == whole or name.endswith(f".{whole}") for whole in names)
         offloaded = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
@@ -191,6 +204,12 @@ def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
             raise ValueError(
                 f"{name} is to be trained whole (modules_to_save), but accelerate offloads it, so that it would get "
                 "no gradient. Keep it on a device with device_map, or pass modules_to_save=[]."
+            )
+        if wanted and any(quantisation(part) is not None for part in module.modules()):
+            raise ValueError(
+                f"{name} is to be trained whole (modules_to_save), but its weight is quantised, so that it gets no "
+                "gradient. Leave it out when the model is quantised (llm_int8_skip_modules of BitsAndBytesConfig, "
+                "modules_to_not_convert of others), or pass modules_to_save=[]."
             )
 
 
@@ -217,10 +236,7 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
     kind = layer_class(module)
     if kind is None or (kind is Norm and not norms):
         supported = ", ".join(base.__name__ for base in LAYERS)
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, expected one of {supported}. Leave it out of target_modules, or "
-            "train it whole with modules_to_save."
-        )
+        raise ValueError(f"{name} is a {type(module).__name__}, expected one of {supported}. {remedy(module)}")
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     if isinstance(parent, nn.MultiheadAttention):
@@ -228,20 +244,18 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
             f"{name} is read by torch.nn.MultiheadAttention without calling it, so an adapter there would have no "
             "effect. Leave it out with exclude_modules."
         )
+    if quantisation(module) is not None:
+        check_quantised(name, module)
+        _check_at_hand(model, name, stored_weight(module))
+        return module
     for own in ("weight", "bias") if kind is Norm else ("weight",):
         if own not in module._parameters:
             raise ValueError(
                 f"{name}.{own} is computed from other tensors (a parametrization), expected a parameter that a merge "
                 "can write to. Remove the parametrization, or leave the module out with exclude_modules."
             )
-    weight = module.weight
-    _check_at_hand(model, name, weight)
-    if not weight.is_floating_point() or weight.numel() == 0 or (weight.dim() < 2 and kind is not Norm):
-        raise ValueError(
-            f"{name} ({type(module).__name__}) has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, "
-            "expected a dense floating weight. Quantised and partitioned (ZeRO-3) weights are not supported: load the "
-            "base model unquantised and whole."
-        )
+    _check_at_hand(model, name, module.weight)
+    check_weight(name, module, dimensions=1 if kind is Norm else 2)
     return module
 
 
@@ -272,8 +286,10 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
             )
     targeted = {}
     for name in names:
-        written = "bias" if is_biased_norm(base_layers[name]) else "weight"
-        targeted[id(getattr(base_layers[name], written))] = name, written
+        if is_biased_norm(base_layers[name]):
+            targeted[id(base_layers[name].bias)] = name, "bias"
+        else:
+            targeted[id(stored_weight(base_layers[name]))] = name, "weight"
     for owner, module in named_base_modules(model):
         for own, parameter in module.named_parameters(recurse=False):
             name, written = targeted.get(id(parameter), (owner, own))

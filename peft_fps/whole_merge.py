@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.quantised_layers import QuantisedLinear, check_writable
 from peft_fps.sharded import check_whole
 
 
@@ -26,6 +27,7 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
     pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_values]
+    check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
     for layer in layers if safe_merge else ():
         layer.check_merge(list(adapter_names))
     for layer, name in pairs:
@@ -43,13 +45,19 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
     ]
     changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
     if lost > NEGLIGIBLE_LOSS * changes:
-        dtypes = sorted({str(layer.base_layer.weight.dtype) for layer in layers})
+        kinds = sorted({_kind_of_weight(layer) for layer in layers})
         warnings.warn(
             f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
-            f"last place of the {', '.join(dtypes)} weights. Load the base model in float32 to merge all of them, or "
+            f"last place of the {', '.join(kinds)} weights. Load the base model in float32 to merge all of them, or "
             "keep the adapter unmerged.",
             stacklevel=4,
         )
+
+
+def _kind_of_weight(layer: FPSLayer) -> str:
+    if isinstance(layer, QuantisedLinear):
+        return f"quantised ({layer.quantization_backend.backend_name})"
+    return str(layer.base_layer.weight.dtype)
 
 
 def _sums_are_finite(parameters: list[nn.Parameter]) -> bool:
