@@ -11,6 +11,7 @@ Importing this package registers the method `FPS` with PEFT:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from peft_fps.card import push_adapter
 from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.hotswap import hotswap_adapter
@@ -39,6 +40,7 @@ __all__ = [
     "calibrate",
     "hotswap_adapter",
     "last_complete_checkpoint",
+    "push_adapter",
     "rescale_adapter_scale",
     "save_adapter",
     "selection_report",

@@ -114,7 +114,7 @@ class FPSConfig(PeftConfig):
         plugin: name of the package to install and import before loading; informative.
         allocation: filled in on saving, like all that follow: for each module its neurons, inputs and entries.
         calibration: how the entries were chosen from data.
-        base_fingerprint: digest of a sample of the base weights.
+        base_fingerprint: digest and small sample of the base weights.
         whole_tensors: names of the tensors of modules that are saved whole.
         tensors_sha256: digest of the adapter's sparse tensors, so that a damaged file, or one of another save, is
             noticed.
@@ -323,9 +323,13 @@ class FPSConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config to a folder, in which PEFT has just written the adapter's tensors."""
+        """Write the config to a folder, in which PEFT has just written the adapter's tensors; complete its card."""
         self.pickled = is_pickled(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
+        if "auto_mapping_dict" in kwargs:  # from PeftModel.save_pretrained; others may yet write the tensors
+            from peft_fps.card import complete_card  # cards are about configs, so that it imports this module
+
+            complete_card(Path(save_directory), self, kwargs["auto_mapping_dict"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data in a fixed order, without `check_base`, which is the loading side's."""

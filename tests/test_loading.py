@@ -382,6 +382,7 @@ def test_only_the_named_adapter_is_saved(tmp_path: Path) -> None:
     two_adapters().save_pretrained(tmp_path, selected_adapters=["second"])
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == {
         "README.md",
+        "second/README.md",
         f"second/{CONFIG}",
         f"second/{WEIGHTS}",
     }
@@ -586,7 +587,7 @@ class TestGolden:
         assert written["format_version"] == 1
         assert written["plugin"] == "peft_fps"
         assert written["allocation"] == self.ALLOCATION
-        assert set(written["base_fingerprint"]) == {"sha256", "dtype"}
+        assert set(written["base_fingerprint"]) == {"sha256", "dtype", "sample"}
         assert "check_base" not in written
 
 

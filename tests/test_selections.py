@@ -165,7 +165,7 @@ def test_the_method_of_a_calibrated_adapter_is_its_record():
     method = Selection.of(model).method
     assert (method["importance"], method["order"], method["granularity"]) == ("activation", "bottom", "layer")
     assert (method["calibration"]["norm"], method["calibration"]["examples"]) == ("l2", 5)
-    assert set(method["base_fingerprint"]) == {"sha256", "dtype"}
+    assert set(method["base_fingerprint"]) == {"sha256", "dtype", "sample"}
 
 
 @pytest.mark.parametrize(

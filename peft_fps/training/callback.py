@@ -1,12 +1,14 @@
-"""Calibrate on the training data when training starts."""
+"""Calibrate on the training data when training starts, and tell the model card what was measured."""
 
 import logging
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_fps.lookup import active_adapter, adapter_layers
+from peft_fps.card import evaluation_at, keep_card
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers
 from peft_fps.selecting import calibrate
 
 
@@ -21,6 +23,10 @@ class FPSCallback(TrainerCallback):
 
     Resuming from a checkpoint therefore keeps the checkpoint's selection. TRL's trainers call it likewise:
     `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
+
+    The newest evaluation goes into the adapter's model card when it is saved next: metrics that begin with `eval_`, as
+    the Trainer names them; that of the best checkpoint if `load_best_model_at_end` has put it back. When the Trainer
+    pushes to the Hub, the card that it writes keeps what this package says. (TRL's trainers write one without it.)
 
     Args:
         num_batches: batches to use; the whole training set if None.
@@ -57,3 +63,32 @@ class FPSCallback(TrainerCallback):
             **self.options,
         )
         logger.info("%s", report)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what was measured; called by the Trainer."""
+        _note(kwargs["model"], state, state.global_step, kwargs.get("eval_dataloader"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what was measured on the checkpoint that was put back, if one was; called by the Trainer."""
+        put_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if put_back and state.best_global_step is not None:
+            _note(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the card that the Trainer is about to write keep our part; called by the Trainer."""
+        if isinstance(kwargs["model"], PeftModel):
+            keep_card(kwargs["model"], args.hub_model_id)
+
+
+def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
+    """Give the one active adapter the evaluation of a step, for its card; that of several together is none's."""
+    active = {name for layer in fps_layers(model).values() for name in layer.active_adapters}
+    measured = evaluation_at(step, state.log_history, getattr(data, "dataset", None))
+    if len(active) == 1 and measured is not None:
+        adapter_config(model, active.pop()).automatic["evaluation"] = measured

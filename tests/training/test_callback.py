@@ -1,11 +1,14 @@
 """`FPSCallback`: calibration as the first thing a Trainer run does, and nothing else is different for it."""
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -269,3 +272,91 @@ def test_an_option_that_is_none_is_refused_at_once(name: str) -> None:
         TypeError, match=f"FPSCallback got {name}, expected only loss, views, accumulators, training_mode"
     ):
         FPSCallback(**{name: None})
+
+
+# --- the model card -------------------------------------------------------------------------------------------------
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The metrics that the card in a folder states, read without huggingface_hub."""
+    metadata = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    return [metric for result in metadata["model-index"][0]["results"] for metric in result["metrics"]]
+
+
+def test_the_card_states_the_newest_evaluation(tmp_path: Path) -> None:
+    model = uncalibrated()
+    options: dict[str, Any] = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    run = trainer(model, tmp_path, [FPSCallback()], **options, save_steps=2)
+    run.train()
+    run.evaluate(metric_key_prefix="test")
+    model.save_pretrained(tmp_path / "end")
+    logged = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    for step, folder in ((2, "checkpoint-2"), (3, "end")):
+        expected = {"name": f"loss after {step} training steps", "type": "loss", "value": logged[step]}
+        assert results(tmp_path / folder) == [expected]
+    assert logged[2] != logged[3]
+
+
+def test_the_card_states_the_evaluation_of_the_best_checkpoint_that_was_put_back(tmp_path: Path) -> None:
+    accuracies = iter([0.5, 0.875, 0.25])
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    model = uncalibrated()
+    run = Trainer(
+        model,
+        arguments(tmp_path, max_steps=3, **options, **best),
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES,
+        compute_metrics=lambda _: {"accuracy": next(accuracies)},
+        callbacks=[FPSCallback()],
+    )
+    run.train()
+    model.save_pretrained(tmp_path / "end")
+    found = {metric["name"]: metric["value"] for metric in results(tmp_path / "end")}
+    assert found["accuracy after 2 training steps"] == 0.875
+    assert set(found) == {"accuracy after 2 training steps", "loss after 2 training steps"}
+
+
+def test_an_evaluation_of_several_adapters_is_none_of_each(tmp_path: Path) -> None:
+    model = adapted(tiny_vit())
+    model.add_adapter("other", FPSConfig(per_neuron=1, importance="magnitude", modules_to_save=[]))
+    model.base_model.set_adapter(["default", "other"])
+    trainer(model, tmp_path, [FPSCallback()]).evaluate()
+    model.save_pretrained(tmp_path / "both")
+    for folder in (tmp_path / "both", tmp_path / "both" / "other"):
+        assert "model-index" not in (folder / "README.md").read_text()
+
+
+def test_the_trainers_own_card_keeps_our_part(tmp_path: Path) -> None:
+    model = uncalibrated()
+    run = trainer(model, tmp_path, [FPSCallback()], hub_model_id="me/tiny")
+    run.train()
+    run.evaluate()
+    run.save_model()
+    run.create_model_card()
+    assert "FPS adapter" not in (tmp_path / "README.md").read_text()
+    run.callback_handler.on_push_begin(run.args, run.state, run.control)  # as trainer.push_to_hub does before that
+    for _ in range(2):
+        run.save_model()
+        run.create_model_card()
+        text = (tmp_path / "README.md").read_text()
+        assert text.count("## FPS adapter") == 1
+        assert "### Training hyperparameters" in text
+        assert 'PeftModel.from_pretrained(model, "me/tiny")' in text
+        assert [metric["name"] for metric in results(tmp_path)] == ["loss after 4 training steps"]
+    for whole in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        whole.create_or_update_model_card(str(tmp_path / "copy"))
+        assert trained_state(whole) == trained_state(model)
+    plain = tiny_vit()
+    FPSCallback().on_push_begin(run.args, run.state, run.control, model=plain)
+    assert "create_or_update_model_card" not in vars(plain)
+
+
+def test_other_evaluations_do_not_take_the_place_of_the_trainers(tmp_path: Path) -> None:
+    model = uncalibrated()
+    run = trainer(model, tmp_path, [FPSCallback()])
+    run.evaluate()
+    run.train()
+    run.evaluate(metric_key_prefix="test")
+    model.save_pretrained(tmp_path / "end")
+    assert [metric["name"] for metric in results(tmp_path / "end")] == ["loss after 0 training steps"]

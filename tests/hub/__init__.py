@@ -1,0 +1,1 @@
+"""Pushing to and loading from the Hub, over HTTP."""
