@@ -1,14 +1,20 @@
 """The commands."""
 
 import logging
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+import peft_fps
 from peft_fps.cli import benchmark, flags, reproduce
+from peft_fps.cli.compare import compare
 from peft_fps.cli.errors import fail
+from peft_fps.cli.inspect import inspect
+from peft_fps.cli.merge import merge
 from peft_fps.cli.options import FinetuneOptions
+from peft_fps.cli.select import select
 
 
 app = typer.Typer(
@@ -24,8 +30,18 @@ DEFAULTS = FinetuneOptions()
 DEFAULT_PRECISION = flags.Precision(DEFAULTS.precision)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(peft_fps.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def commands() -> None:
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Selection-based fine-tuning: train the few existing weights that matter, chosen by a forward pass."""
 
 
@@ -122,3 +138,9 @@ def finetune(
     if not all(checked["holds"] for checked in results["agreement"].values()):
         typer.echo("Error: what was saved does not predict what the trained model does; see the table.", err=True)
         raise typer.Exit(1)
+
+
+app.command()(select)
+app.command()(inspect)
+app.command()(compare)
+app.command()(merge)

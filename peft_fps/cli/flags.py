@@ -263,7 +263,8 @@ OutputFlag = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Gets adapter/ (the PEFT adapter), merged/ (the model with the adapter merged, and its image processor) "
-        "and results.json (everything in the final table, and how it came about).",
+        "and results.json (everything in the final table, and how it came about); training.png (the loss over epochs) "
+        "if matplotlib is installed.",
         rich_help_panel=OUTPUT,
     ),
 ]

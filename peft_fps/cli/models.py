@@ -30,7 +30,7 @@ def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:
         # a timm model takes the number of classes by this name only; others complain if they get it beside the names
         of_timm = AutoConfig.from_pretrained(name).model_type == "timm_wrapper"
         number = {"num_labels": len(classes)} if of_timm else {}
-        with _no_head_report():
+        with no_head_report():
             model, loaded = AutoModelForImageClassification.from_pretrained(
                 name,
                 id2label=dict(enumerate(classes)),
@@ -113,7 +113,7 @@ def upstream_deprecations() -> Iterator[None]:
 
 
 @contextmanager
-def _no_head_report() -> Iterator[None]:
+def no_head_report() -> Iterator[None]:
     """Drop transformers' table of weights that do not fit: the head never does, and the rest is checked here."""
     logger = logging.getLogger("transformers.modeling_utils")
 

@@ -9,7 +9,7 @@ from peft_fps.config import FPSConfig
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
-RESULTS, ADAPTER, MERGED = "results.json", "adapter", "merged"
+RESULTS, ADAPTER, MERGED, PICTURE = "results.json", "adapter", "merged", "training.png"
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-2,
@@ -116,7 +116,8 @@ class FinetuneOptions:
         """Remove what an earlier run of this command left in the output folder, and nothing else."""
         for name in (ADAPTER, MERGED):
             shutil.rmtree(self.output / name, ignore_errors=True)
-        (self.output / RESULTS).unlink(missing_ok=True)
+        for name in (RESULTS, PICTURE):
+            (self.output / name).unlink(missing_ok=True)
 
 
 def check_path(option: str, value: str) -> None:

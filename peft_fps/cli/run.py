@@ -1,6 +1,7 @@
 """The stages of `peft-fps finetune`, in order."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from peft_fps.cli.models import (
     load_processor,
     upstream_deprecations,
 )
-from peft_fps.cli.options import ADAPTER, DEFAULT_MODEL, MERGED, RESULTS, FinetuneOptions
+from peft_fps.cli.options import ADAPTER, DEFAULT_MODEL, MERGED, PICTURE, RESULTS, FinetuneOptions
 from peft_fps.cli.pixels import Collator, ImageSplit, prepare, two_views
 from peft_fps.cli.predict import Agreement, Predictor
-from peft_fps.cli.train import calibration_loader, train, training_arguments, worker_count
+from peft_fps.cli.train import LogHistory, calibration_loader, train, training_arguments, worker_count
+
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
@@ -72,7 +76,8 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     with stopwatch.stage("train"):
-        loss = train(model, arguments, splits["train"], collator)
+        history = LogHistory()
+        loss = train(model, arguments, splits["train"], collator, callbacks=[history])
 
     with stopwatch.stage("evaluate"):
         logits = {part: predictor.logits(model, splits[part], f"Predicting {part}") for part in ("validation", "test")}
@@ -82,6 +87,7 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
     with stopwatch.stage("save"):
         options.clear_output()
         model.save_pretrained(options.output / ADAPTER)
+    draw_training(history.records, options.output / PICTURE)
 
     with stopwatch.stage("merge"):
         merged = model.merge_and_unload()
@@ -122,6 +128,18 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
     }
     write_json(options.output / RESULTS, results)
     return results
+
+
+def draw_training(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw the loss over epochs from a Trainer's log; nothing if it is empty or matplotlib is not installed."""
+    if not records:
+        return
+    try:
+        from peft_fps.plots import plot_training
+    except ImportError as error:
+        logger.debug("no picture of the training: %s", error)
+        return
+    plot_training(records).savefig(path)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

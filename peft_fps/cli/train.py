@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_fps.cli.options import FinetuneOptions
 from peft_fps.cli.pixels import Collator, ImageSplit
@@ -20,6 +20,22 @@ LOGGED = 10
 
 class DivergedError(ValueError):
     """Training has led to a loss that is not finite."""
+
+
+class LogHistory(TrainerCallback):
+    """Keeps what a Trainer logs.
+
+    Attributes:
+        records: `state.log_history` at the end of training.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.records = list(state.log_history)
 
 
 def training_arguments(

@@ -107,7 +107,7 @@ def test_embedded_default_counts_what_it_saved(digits_run):
     assert results["trainable_parameters"] == trained
     assert results["adapter_bytes"] == sum(file.stat().st_size for file in (output / "adapter").iterdir())
     assert results["selection"]["share"] <= 0.0077
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "merged", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "merged", "results.json", "training.png"]
     assert (output / "merged" / "preprocessor_config.json").exists()
 
 
@@ -219,7 +219,7 @@ def test_options_replace_settings_of_a_preset(image_folder, tiny_model, tmp_path
 def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monkeypatch):
     seen = []
 
-    def train(model, arguments, images, collator):
+    def train(model, arguments, images, collator, **options):
         seen.append(arguments)
         return 0.0
 
