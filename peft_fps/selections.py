@@ -4,6 +4,7 @@ It can be taken from an adapter, given to another one, kept in a file, and compa
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from torch import nn
+from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
 from peft_fps.describing import CHOSEN, method_record, plain_method
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
 from peft_fps.renames import current_names
-from peft_fps.selecting import check_selectable, selection_report
+from peft_fps.scoring import Score, weight_rows
+from peft_fps.selecting import check_selectable, rank, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.allocation import exact
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
+from peft_fps.selection.own_scores import checked_scores
 from peft_fps.sparse import StructureError
 
 
@@ -140,6 +143,46 @@ class Selection:
         return selection_report(model, name)
 
     @classmethod
+    def from_scores(
+        cls,
+        model: nn.Module,
+        score: Callable[[str, Tensor], Tensor],
+        adapter_name: str | None = None,
+        *,
+        importance: str = "own scores",
+    ) -> "Selection":
+        """Select by a score of one's own: as many entries as the adapter has, spread as its config says.
+
+        The config gives `budget`, `budget_pattern` and `per_neuron`, `granularity`, `block_top` and `order`; its
+        importance is not used. The model is not changed; `apply` gives the adapter the entries.
+
+        Args:
+            model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+            score: from a module's path in the base model and its weight `(neurons, inputs)` to scores of that shape,
+                not negative; the larger is the better. A linear layer's weight is `(out_features, in_features)`, a
+                convolution's its filters, flattened. Called once for every module; all scores are held, in float32.
+            adapter_name: the active adapter if None.
+            importance: name of the score, for reports and records.
+
+        Raises:
+            TypeError: scores are no floating tensor.
+            ValueError: scores have a wrong shape, are negative, or not finite; or there are fewer entries than the
+                granularity needs.
+        """
+        name = adapter_name or active_adapter(model)
+        config, layers = adapter_config(model, name), adapter_layers(model, name)
+        weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
+        scorers = {path: _rows_of(_own_scores(path, layer, score)) for path, layer in weighted.items()}
+        ranked = rank(weighted, config, name, scorers)
+        method = {
+            "importance": importance,
+            "order": config.order,
+            "granularity": config.granularity,
+            "base_fingerprint": next(iter(layers.values())).fps_state[name].base_fingerprint,
+        }
+        return cls({path: ModuleEntries(*ranked[path], weighted[path].shape.inputs) for path in weighted}, method)
+
+    @classmethod
     def from_adapter(cls, folder: str | os.PathLike[str]) -> "Selection":
         """Read the selection out of a saved adapter, without a model.
 
@@ -194,6 +237,16 @@ class Selection:
         check_same_modules(other.modules, self.modules, "the other selection", "this selection", remedy)
         mine, others = ({p: m.positions() for p, m in each.modules.items()} for each in (self, other))
         return measure_overlap(mine, others)
+
+
+@torch.no_grad()
+def _own_scores(path: str, layer: FPSLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
+    weight = weight_rows(layer, 0, layer.shape.neurons)
+    return checked_scores(path, score(path, weight), layer.shape)
+
+
+def _rows_of(scores: Tensor) -> Score:
+    return lambda first, last: scores[first:last]
 
 
 def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:

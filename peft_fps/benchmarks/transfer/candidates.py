@@ -5,7 +5,6 @@ Each uses statistics of a layer's inputs and outputs by class, gathered in one p
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,6 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.lookup import base_model, fps_layers
-from peft_fps.scoring import weight_rows
-from peft_fps.selection.candidate import Candidate
-from peft_fps.selection.entries import ModuleEntries
-from peft_fps.selection.select import select_by_layer, select_by_neuron
 from peft_fps.selections import Selection
 
 
@@ -117,27 +112,21 @@ SCORES: dict[str, Score] = {
 """From a weight `(neurons, inputs)` and the moments of its layer to scores of the same shape; float64."""
 
 
-def select_by(model: nn.Module, score: str, granularity: str, data: Iterable[Mapping[str, Any]], classes: int) -> None:
-    """Give an FPS adapter the entries that are best by a score, as many per layer as it has.
+def select_by(model: nn.Module, score: str, data: Iterable[Mapping[str, Any]], classes: int) -> None:
+    """Give an FPS adapter the entries that are best by a score, as many and spread as its config says.
 
     Args:
         model: with an FPS adapter that is not trained.
         score: key of `SCORES`.
-        granularity: `"neuron"` or `"layer"`.
         data: batches of `pixel_values` and `labels`.
         classes: number of classes.
     """
     moments = gather_moments(model, data, classes)
-    selected = {}
-    old = Selection.of(model)
-    for path, layer in fps_layers(base_model(model)).items():
-        weight = weight_rows(layer, 0, layer.shape.neurons).double()
-        scores = SCORES[score](weight, moments[path]).float()
-        entries, of_rows = old.modules[path].entries, partial(_rows, scores)
-        candidate = Candidate(layer.shape.neurons, layer.shape.inputs, entries, of_rows)
-        chosen = select_by_neuron(candidate) if granularity == "neuron" else select_by_layer(candidate)
-        selected[path] = ModuleEntries(*chosen, layer.shape.inputs)
-    Selection(selected, {"importance": score}).apply(model)
+    formula = SCORES[score]
+    selection = Selection.from_scores(
+        model, lambda path, weight: formula(weight.double(), moments[path]), importance=score
+    )
+    selection.apply(model)
 
 
 @torch.no_grad()
@@ -179,10 +168,6 @@ def as_tokens(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return patches.transpose(1, 2), y.flatten(2).transpose(1, 2)
     return x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
-
-
-def _rows(scores: Tensor, first: int, last: int) -> Tensor:
-    return scores[first:last]
 
 
 def _centred(sums: Tensor, counts: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def select(
     if config.loss == "contrastive" or arm.augmented:
         views = two_views(load_processor(setting.model, setting.image_size))
     if arm.score:
-        select_by(model, arm.score, config.granularity, data, len(task.classes))
+        select_by(model, arm.score, data, len(task.classes))
     elif arm.augmented:
         assert views is not None
         pairs = (batch | {"pixel_values": views(batch["pixel_values"])} for batch in data)

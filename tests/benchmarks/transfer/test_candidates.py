@@ -184,7 +184,7 @@ def test_the_best_entries_are_selected_and_as_many_as_before(score, granularity)
     model = adapted(tiny_vit(), filled=False, budget=0.03, granularity=granularity, bias="none")
     data = labelled_images()
     before = Selection.of(model)
-    select_by(model, score, granularity, data, CLASSES)
+    select_by(model, score, data, CLASSES)
     after = Selection.of(model)
     assert after.method["importance"] == score
     moments = gather_moments(model, data, CLASSES)
@@ -199,7 +199,7 @@ def test_the_best_entries_are_selected_and_as_many_as_before(score, granularity)
 def test_what_is_selected_is_best_by_the_formula():
     """Without any of the module's own arithmetic; scores are far apart, so that rounding decides nothing."""
     model, data = adapted(tiny_vit(), filled=False, per_neuron=2), labelled_images()
-    select_by(model, "class-spread", "neuron", data, CLASSES)
+    select_by(model, "class-spread", data, CLASSES)
     for path, expected in references(tiny_vit(), layers_of(model), data).items():
         layer = layers_of(model)[path]
         scores = expected.score("class-spread", layer.base_layer.weight.detach().double().flatten(1).numpy())
@@ -212,7 +212,7 @@ def test_what_is_selected_is_best_by_the_formula():
 def test_a_trained_adapter_is_refused():
     model = adapted(tiny_vit())
     with unchanged(model), pytest.raises(ValueError, match="holds trained changes"):
-        select_by(model, "class-spread", "neuron", labelled_images(), CLASSES)
+        select_by(model, "class-spread", labelled_images(), CLASSES)
 
 
 def test_models_that_are_no_vision_models_need_no_patches():
