@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- models: every call gives a new model, equal to the last one ----------------------------------------------------
 
 
-def tiny_vit() -> ViTForImageClassification:
+def tiny_vit(num_labels: int = 5) -> ViTForImageClassification:
     config = ViTConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -44,7 +44,7 @@ def tiny_vit() -> ViTForImageClassification:
         num_attention_heads=2,
         image_size=16,
         patch_size=4,
-        num_labels=5,
+        num_labels=num_labels,
     )
     return _seeded(lambda: ViTForImageClassification(config))
 

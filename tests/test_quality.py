@@ -1,14 +1,19 @@
-"""Linter, formatter and type checker find nothing."""
+"""Linter, formatter and type checker find nothing; what runs on GitHub is pinned and may do little."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parent.parent
+GITHUB = ROOT / ".github"
+on_github = pytest.mark.skipif(not GITHUB.is_dir(), reason="the workflows are not part of a source distribution")
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,57 @@ def test_clean(command: list[str]) -> None:
         pytest.skip(f"{command[0]} is not installed beside this Python")
     run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def workflows() -> dict[str, dict[str, Any]]:
+    paths = (GITHUB / "workflows").glob("*.yml")
+    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+@on_github
+def test_actions_are_pinned_by_their_commits_and_leave_no_credentials() -> None:
+    used = [step for workflow in workflows().values() for step in steps(workflow) if "uses" in step]
+    assert used
+    for step in used:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
+        if step["uses"].startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+    lines = [line for path in (GITHUB / "workflows").glob("*.yml") for line in path.read_text().splitlines()]
+    versions = {line.partition("uses: ")[2] for line in lines if "uses:" in line}
+    assert all(re.search(r"  # v\d+\.\d+\.\d+$", version) for version in versions), versions
+    assert len(versions) == len({version.partition("@")[0] for version in versions})  # one version of each action
+
+
+@on_github
+def test_workflows_may_only_read() -> None:
+    for workflow in workflows().values():
+        assert workflow["permissions"] == {}
+        for job in workflow["jobs"].values():
+            assert job["permissions"] == {"contents": "read"}
+            assert job["timeout-minutes"] <= 90
+        # what others write, a branch's name say, never becomes part of a command
+        assert not [step for step in steps(workflow) if "${{" in step.get("run", "")]
+
+
+@on_github
+def test_the_workflow_runs_the_commands_of_the_readme() -> None:
+    commands = [step.get("run", "") for step in steps(workflows()["ci.yml"])]
+    for command in ('pip install ".[cli]" && peft-fps finetune', 'pip install ".[test]" && python -m pytest'):
+        assert any(run == command or run.startswith(f"{command} ") for run in commands)
+
+
+@on_github
+def test_issue_forms_ask_questions() -> None:
+    forms = {path.name: yaml.safe_load(path.read_text()) for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml")}
+    assert set(forms) == {"bug.yml", "feature.yml"}
+    for form in forms.values():
+        assert form["name"]
+        assert form["description"]
+        ids = [question["id"] for question in form["body"]]
+        assert len(set(ids)) == len(ids)
+        assert all(question["attributes"]["label"] for question in form["body"])
+        assert {question["type"] for question in form["body"]} <= {"textarea", "input", "dropdown"}

@@ -3,17 +3,25 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import typer
+from peft import get_peft_model
 from typer.testing import CliRunner
 
+import peft_fps
+from peft_fps import FPSConfig, Selection
 from peft_fps.cli.app import app
 from peft_fps.presets import preset_table
 from peft_fps.reproduce.recipes import recipe_table
+from tests.helpers import tiny_vit
 
 
 ROOT = Path(__file__).parent.parent
@@ -24,11 +32,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+PROGRAM = next(block for block in blocks("python") if "base_model()" in block)
+
+
 def test_quickstart_runs_as_printed(tmp_path: Path) -> None:
-    program = next(block for block in blocks("python") if "merge_and_unload" in block)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]
     accuracy = float(re.search(r"test accuracy ([0-9.]+)", run.stdout)[1])
@@ -37,9 +47,46 @@ def test_quickstart_runs_as_printed(tmp_path: Path) -> None:
     assert (tmp_path / "runs/quickstart/adapter/adapter_model.safetensors").exists()
 
 
-def test_programs_are_valid_python() -> None:
-    for block in blocks("python"):
-        compile(block, "README.md", "exec")
+FRAGMENTS = [block for block in blocks("python") if block != PROGRAM]
+
+
+def adapted(*names: str) -> Any:
+    """A small ViT with ten classes and adapters that are not trained."""
+    base = tiny_vit(num_labels=10)
+    model = get_peft_model(base, FPSConfig(per_neuron=2), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, FPSConfig(per_neuron=1, importance="random"))
+    return model
+
+
+@pytest.mark.parametrize("block", FRAGMENTS, ids=range(len(FRAGMENTS)))
+def test_fragments_run_as_printed(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_vit(num_labels=10).save_pretrained("base/model")
+    adapted("default").save_pretrained("me/vit-fps")
+    adapted("default").save_pretrained("path/to/adapter")
+    names = {  # what the text around a fragment speaks of
+        "peft_fps": peft_fps,
+        "model": adapted("cats", "dogs") if "cats" in block else adapted("default"),
+        "other_model": adapted("default"),
+        "second": Selection.of(adapted("default")),
+        "x": torch.zeros(3, 3, 16, 16),
+    }
+    exec(compile(block, "README.md", "exec"), names)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("peft-fps ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_have_the_options_that_are_printed(command: str) -> None:
+    found: Any = typer.main.get_command(app)
+    _, *words = shlex.split(command, comments=True)
+    while hasattr(found, "commands"):
+        found = found.commands[words.pop(0)]
+    found.make_context(found.name, words)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""The source distribution and the wheel hold what they should, and the wheel works where nothing else of ours is."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+ROOT = Path(__file__).parent.parent
+LARGEST = 5 * 2**20
+IF_PRESENT = {"bitsandbytes", "triton"}
+"""Imported only where they are installed already; no extra installs them."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and, built from that, the wheel."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Metadata:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Metadata.from_email(archive.read(name), validate=True)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel is installed, and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    run = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return folder
+
+
+def test_the_wheel_is_the_package_without_results_and_tests(wheel: Path) -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_fps").rglob("*") if path.is_file()}
+    wanted = {
+        name for name in files if "__pycache__" not in name and not name.startswith("peft_fps/benchmarks/results/")
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == wanted
+    for needed in ("py.typed", "sparse/kernels/sampled_product.cpp", "cli/default_model/model.safetensors"):
+        assert f"peft_fps/{needed}" in held
+
+
+def test_the_source_distribution_holds_sources_and_no_runs(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    folders, alone = {"peft_fps", "tests", "notebooks"}, {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"}
+    assert {name.partition("/")[0] for name in names} == folders | alone | {"PKG-INFO", ".gitignore"}
+    assert "tests/test_packaging.py" in names
+    assert not [name for name in names if "__pycache__" in name or "runs" in name.split("/")]
+
+
+def test_both_are_small(built: Path) -> None:
+    assert [path.name for path in built.iterdir() if path.stat().st_size > LARGEST] == []
+    assert len(list(built.iterdir())) == 2
+
+
+def test_the_metadata_are_valid(metadata: Metadata) -> None:
+    assert metadata.name == "peft-fps"
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.license_files == ["LICENSE"]
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description.startswith("# peft_fps")
+    assert str(metadata.requires_python) == ">=3.10"
+
+
+def test_every_import_is_a_declared_requirement(metadata: Metadata) -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in metadata.requires_dist}
+    distributions = packages_distributions()
+    undeclared = {}
+    for path in (ROOT / "peft_fps").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for module in {name.partition(".")[0] for name in modules}:
+                known = module in sys.stdlib_module_names or module in IF_PRESENT or module == "peft_fps"
+                names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+                if not known and not names & declared:
+                    undeclared[module] = str(path.relative_to(ROOT))
+    assert undeclared == {}
+
+
+def test_every_requirement_has_a_lowest_version(metadata: Metadata) -> None:
+    unbound = [
+        requirement.name
+        for requirement in metadata.requires_dist
+        if not any(bound.operator in (">=", "==") for bound in requirement.specifier)
+    ]
+    assert unbound == []
+
+
+def test_the_extra_for_tests_has_all_that_tests_may_import(metadata: Metadata) -> None:
+    def of_extra(extra: str) -> set[str]:
+        found: list[Requirement] = metadata.requires_dist
+        return {r.name for r in found if r.marker and r.marker.evaluate({"extra": extra})}
+
+    for extra in ("benchmark", "cli", "docs", "plots", "views"):
+        assert of_extra(extra) <= of_extra("test")
+
+
+WITHOUT_EXTRAS = """
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+for name in {extras}:
+    sys.modules[name] = None  # as if it were not installed
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification
+import peft_fps
+
+assert Path(peft_fps.__file__).is_relative_to({folder!r}), peft_fps.__file__
+assert peft_fps.__version__ == version("peft-fps")
+
+def base():
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_pretrained(files("peft_fps") / "cli" / "default_model").eval()
+
+model, images = get_peft_model(base(), peft_fps.FPSConfig()), torch.rand(4, 3, 32, 32)
+model.calibrate([{{"pixel_values": images}}], progress=False)
+with torch.no_grad():
+    for name, parameter in model.named_parameters():
+        if "fps_values" in name:
+            parameter += 0.01
+    outputs = model.eval()(images).logits
+    model.save_pretrained("adapter")
+    merged = PeftModel.from_pretrained(base(), "adapter").merge_and_unload()(images).logits
+torch.testing.assert_close(merged, outputs)
+assert not torch.allclose(outputs, base()(images).logits)
+print(peft_fps.__version__)
+"""
+
+
+def test_the_wheel_works_without_the_sources_and_without_any_extra(
+    installed: Path, metadata: Metadata, tmp_path: Path
+) -> None:
+    extras = ["datasets", "kornia", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
+    program = WITHOUT_EXTRAS.format(extras=extras, folder=str(installed))
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == [str(metadata.version)]
+
+
+def test_the_wheel_brings_the_command(installed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(installed / "bin" / "peft-fps"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert re.search(r"\bfinetune\b", run.stdout)
