@@ -1,8 +1,9 @@
 """What a user may ask for; every wrong value is refused when the config is built."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -23,20 +24,12 @@ from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type
 
 
-DEFAULT_BUDGET = 0.0077
-WITHOUT_DATA = ("magnitude", "random")
-"""Importances that need no data."""
+if TYPE_CHECKING:
+    from peft_fps.importances import Importance
 
+
+DEFAULT_BUDGET = 0.0077
 CHOICES = {
-    "importance": (
-        "activation",
-        *WITHOUT_DATA,
-        "gradient",
-        "fisher",
-        "sensitivity",
-        "movement",
-        "l0",
-    ),
     "order": ("top", "bottom"),
     "norm": ("l1", "l2"),
     "fisher": ("example", "batch"),
@@ -126,9 +119,7 @@ class FPSConfig(PeftConfig):
 
     budget: float | None = None
     per_neuron: float | None = None
-    importance: Literal["activation", "magnitude", "random", "gradient", "fisher", "sensitivity", "movement", "l0"] = (
-        "activation"
-    )
+    importance: str = "activation"
     order: Literal["top", "bottom"] = "top"
     norm: Literal["l1", "l2"] = "l1"
     weight_magnitude: bool = True
@@ -177,6 +168,7 @@ class FPSConfig(PeftConfig):
             )
         check_number("budget", self.budget, upper=1.0)
         check_number("per_neuron", self.per_neuron)
+        check_choice("importance", self.importance, tuple(_importances()))
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         check_number("selection_learning_rate", self.selection_learning_rate)
@@ -185,10 +177,11 @@ class FPSConfig(PeftConfig):
         epochs = self.selection_epochs
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"selection_epochs is {epochs!r}, expected an integer of at least 1.")
-        if self.loss == "contrastive" and self.importance not in ("gradient", "fisher", "sensitivity"):
+        if self.loss == "contrastive" and _importances()[self.importance].needs != "backward":
+            fitting = ", ".join(repr(name) for name, known in _importances().items() if known.needs == "backward")
             raise ValueError(
-                f"loss='contrastive' was given with importance={self.importance!r}, expected 'gradient', 'fisher' or "
-                "'sensitivity': it serves backward passes alone. Leave loss at 'task'."
+                f"loss='contrastive' was given with importance={self.importance!r}, expected one of {fitting}: it "
+                "serves backward passes alone. Leave loss at 'task'."
             )
         if self.recipe is not None:
             check_type("recipe", self.recipe, dict, "None or a dict of training arguments")
@@ -341,4 +334,10 @@ class FPSConfig(PeftConfig):
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
         entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
-        return self.importance not in WITHOUT_DATA and entries
+        return _importances()[self.importance].needs != "nothing" and entries
+
+
+def _importances() -> "Mapping[str, Importance]":
+    from peft_fps.importances import IMPORTANCES  # they work on layers and models, which read configs
+
+    return IMPORTANCES

@@ -8,19 +8,12 @@ import json
 from typing import Any
 
 from peft_fps.adapters import AdapterState
-from peft_fps.config import WITHOUT_DATA, FPSConfig
+from peft_fps.config import FPSConfig
+from peft_fps.importances import IMPORTANCES, WITHOUT_DATA
 
 
 CHOSEN = ("importance", "order", "granularity")
 """What every record tells."""
-
-TEXTS = {
-    "magnitude": "weight magnitude",
-    "gradient": "|sum of gradients|",
-    "sensitivity": "|weight x sum of gradients|",
-    "movement": "movement in a short fine-tuning",
-    "l0": "change under hard-concrete gates",
-}
 
 
 def describe(config: FPSConfig, state: AdapterState) -> str:
@@ -80,14 +73,7 @@ def _score(record: dict[str, Any]) -> str:
     if "combination" in record:
         return f"{record['combination']} combination of {', '.join(map(str, record.get('adapters', ())))}"
     chosen = record.get("importance")
-    if chosen is None:
-        return "an unknown method"
-    if chosen == "random":
-        return f"chance (seed {record['seed']})" if "seed" in record else "chance"
-    if chosen == "activation":
-        typical = "root mean square of the input" if record.get("norm") == "l2" else "mean |input|"
-        return f"weight magnitude x {typical}" if record.get("weight_magnitude", True) else typical
-    if chosen == "fisher":
-        return f"squared gradients of each {record.get('fisher', 'example')}"
-    loss = ", contrastive loss" if record.get("loss") == "contrastive" else ""
-    return f"{TEXTS.get(str(chosen), str(chosen))}{loss}"
+    known = IMPORTANCES.get(str(chosen))
+    if known is not None:
+        return known.text(record)
+    return "an unknown method" if chosen is None else str(chosen)

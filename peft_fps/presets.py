@@ -228,12 +228,15 @@ def _quoted(value: Any) -> str:
 
 
 def _passes(settings: Mapping[str, Any]) -> str:
+    from peft_fps.importances import IMPORTANCES  # they work on models, which read configs and so this module
+
     importance = settings.get("importance", "activation")
-    if settings.get("budget") == 0 or importance in ("magnitude", "random"):
+    needs = IMPORTANCES[importance].needs
+    if settings.get("budget") == 0 or needs == "nothing":
         return "none"
-    if importance == "activation":
+    if needs == "forward":
         return "forward"
-    if importance in ("movement", "l0"):
+    if needs == "training":
         epochs = settings["selection_epochs"]
         return f"short training, {epochs} epoch{'s' if epochs > 1 else ''}"
     if settings.get("loss") == "contrastive":

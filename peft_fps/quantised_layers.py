@@ -143,14 +143,14 @@ def check_writable(model: nn.Module, layers: Iterable[FPSLayer]) -> None:
 
 
 def check_gradients(layers: Mapping[str, FPSLayer], importance: str) -> None:
-    """Raise ValueError if an importance needs gradients of a weight that is quantised.
+    """Raise ValueError if one of the weights is quantised, so that it gets no gradient.
 
     Args:
         layers: to be scored, by module path.
-        importance: as in `FPSConfig`.
+        importance: what needs gradients, for the message.
     """
     for path, layer in layers.items():
-        if importance != "activation" and isinstance(layer, QuantisedLinear):
+        if isinstance(layer, QuantisedLinear):
             raise ValueError(
                 f"{path}: its weight is quantised ({layer.quantization_backend.backend_name}), expected one that gets "
                 f"gradients, since importance={importance!r} needs a backward pass. Choose importance='activation', "

@@ -14,11 +14,11 @@ from peft_fps.calibration import Pass
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
-from peft_fps.evidence import Gathering, gather
 from peft_fps.gradients import Loss
+from peft_fps.importances import IMPORTANCES, Evidence, Gathering, Request, Score
+from peft_fps.importances.random import random_scorer
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, whole_parameters
-from peft_fps.quantised_layers import check_gradients
-from peft_fps.scoring import Evidence, Score, random_scorer, scorer
+from peft_fps.scoring import scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
 from peft_fps.selection.candidate import Selected
 from peft_fps.sharded import check_whole
@@ -26,15 +26,7 @@ from peft_fps.targets import count_base_parameters
 
 
 RECORDED = ("importance", "order", "granularity", "seed")
-RECORDED_WITH_DATA = {
-    "activation": ("norm", "weight_magnitude"),
-    "gradient": ("loss",),
-    "fisher": ("loss", "fisher"),
-    "sensitivity": ("loss",),
-    "movement": ("selection_learning_rate", "selection_epochs"),
-    "l0": ("selection_learning_rate", "selection_epochs", "l0_penalty"),
-}
-"""What of the config is kept with a selection."""
+"""What of the config is kept with a selection, besides what its importance depends on."""
 
 
 def calibrate(
@@ -102,25 +94,25 @@ def calibrate(
     evidence: Evidence = {}
     record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
+        importance, base = IMPORTANCES[config.importance], base_model(model)
+        assert importance.gather is not None
         weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
-        check_gradients(weighted, config.importance)
-        base, how = base_model(model), Gathering(loss, views, accumulators, training_mode)
-        short_training = config.importance in ("movement", "l0")
         batches = Pass(
             data,
             num_batches=num_batches,
             batch_size=batch_size,
             collator=collator,
             progress=progress,
-            epochs=config.selection_epochs if short_training else 1,
+            epochs=config.selection_epochs if importance.needs == "training" else 1,
             purpose=f"importance={config.importance!r}",
         )
+        how = Gathering(loss, views, accumulators, training_mode)
         with _adapters_off(base, adapter_name):
-            evidence, counts = gather(base, weighted, config, adapter_name, batches, how)
-        record |= {key: getattr(config, key) for key in RECORDED_WITH_DATA[config.importance]} | counts
+            evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
+        record |= {key: getattr(config, key) for key in importance.recorded} | counts
         unreached = [path for path in weighted if path not in evidence]
         if unreached:
-            found = "saw no input" if config.importance == "activation" else "got no gradient"
+            found = "saw no input" if importance.needs == "forward" else "got no gradient"
             warnings.warn(
                 f"{len(unreached)} of {len(weighted)} modules {found} during calibration and are selected by "
                 f"weight magnitude: {', '.join(unreached)}.",

@@ -19,9 +19,10 @@ from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
 from peft_fps.describing import CHOSEN, method_record, plain_method
+from peft_fps.importances import Score
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
+from peft_fps.reading import weight_rows
 from peft_fps.renames import current_names
-from peft_fps.scoring import Score, weight_rows
 from peft_fps.selecting import check_selectable, rank, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.allocation import exact

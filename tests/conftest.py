@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
+os.environ["OMP_NUM_THREADS"] = "1"  # of notebooks and other processes too: they run side by side
 
 import pytest
 import torch

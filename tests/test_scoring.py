@@ -9,7 +9,10 @@ from torch import Tensor
 from peft_fps import FPSConfig
 from peft_fps.calibration import InputStatistics
 from peft_fps.gradients import Exact, Streaming
-from peft_fps.scoring import STRIPE, UNREACHED, Evidence, random_scorer, scorer
+from peft_fps.importances import Evidence
+from peft_fps.importances.importance import UNREACHED
+from peft_fps.importances.random import STRIPE, random_scorer
+from peft_fps.scoring import scorer
 from tests.helpers import adapted, layers_of, normal, tiny_conv, tiny_gpt2, tiny_mlp
 
 
@@ -88,3 +91,6 @@ def test_random_scores_depend_on_seed_path_and_row_alone():
     assert not torch.equal(random_scorer(layer, PATH, 4)(0, 5), whole[:5])
     assert not torch.equal(random_scorer(layer, "last", 3)(0, 5), whole[:5])
     assert whole.unique().numel() > 0.99 * whole.numel()
+    assert 0 <= float(whole.min()) < 0.01
+    assert 0.99 < float(whole.max()) < 1
+    assert abs(float(whole.mean()) - 0.5) < 0.02

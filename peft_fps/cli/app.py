@@ -110,7 +110,7 @@ def finetune(
         preset=preset,
         budget=budget,
         per_neuron=per_neuron,
-        importance=importance and importance.value,
+        importance=importance,
         order=order and order.value,
         loss=loss and loss.value,
         granularity=granularity and granularity.value,

@@ -9,24 +9,12 @@ import typer
 
 from peft_fps.cli.options import RECIPE, SELECTION_DEFAULTS
 from peft_fps.config import DEFAULT_BUDGET
+from peft_fps.importances import IMPORTANCES
 from peft_fps.presets import PRESETS
 
 
 RATE, EPOCHS, BATCH = (RECIPE[key] for key in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"))
 DATA, SELECTION, TRAINING, OUTPUT = "Model and data", "What is trained", "Training", "Output"
-
-
-class Importance(str, Enum):
-    """How a weight is scored."""
-
-    activation = "activation"
-    magnitude = "magnitude"
-    random = "random"
-    gradient = "gradient"
-    fisher = "fisher"
-    sensitivity = "sensitivity"
-    movement = "movement"
-    l0 = "l0"
 
 
 class Order(str, Enum):
@@ -160,15 +148,22 @@ PerNeuronFlag = Annotated[
         rich_help_panel=SELECTION,
     ),
 ]
+
+
+def _known_importance(name: str | None) -> str | None:
+    if name is not None and name not in IMPORTANCES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, IMPORTANCES))}.")
+    return name
+
+
 ImportanceFlag = Annotated[
-    Importance | None,
+    str | None,
     typer.Option(
         metavar="NAME",
-        help="How a weight is scored. activation: its magnitude times the typical magnitude of its input (FPS); "
-        "magnitude: that alone; random: a control; gradient: the size of the summed gradients (GPS); fisher: squared "
-        "gradients of each image (FISH Mask, TR-PTS); sensitivity: magnitude times gradient; movement: the change in "
-        "a short fine-tuning (FAR); l0: the change that survives an L0 penalty (DiffPruning). "
-        f"{without('importance')}",
+        callback=_known_importance,
+        help="How a weight is scored. "
+        + "; ".join(f"{name}: {importance.help}" for name, importance in IMPORTANCES.items())
+        + f". {without('importance')}",
         rich_help_panel=SELECTION,
     ),
 ]

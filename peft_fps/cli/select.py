@@ -101,7 +101,7 @@ def select(
         preset=preset,
         budget=budget,
         per_neuron=per_neuron,
-        importance=importance and importance.value,
+        importance=importance,
         order=order and order.value,
         loss=loss and loss.value,
         granularity=granularity and granularity.value,

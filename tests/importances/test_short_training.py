@@ -14,7 +14,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from peft_fps import FPSConfig, evidence
+from peft_fps import FPSConfig
+from peft_fps.importances import short_training
 from tests.helpers import (
     images,
     layers_of,
@@ -453,7 +454,7 @@ def test_the_record_counts_batches_of_all_epochs(
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_several_processes_are_refused(importance: str, monkeypatch: pytest.MonkeyPatch):
     model = fresh(tiny_conv(), importance)
-    monkeypatch.setattr(evidence, "is_distributed", lambda: True)
+    monkeypatch.setattr(short_training, "is_distributed", lambda: True)
     message = rf"importance='{importance}' trains for a while.* Select in one process"
     with unchanged(model), pytest.raises(ValueError, match=message):
         model.calibrate(batches_of("conv"), progress=False)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import peft_fps.evidence
+import peft_fps
+from peft_fps.importances import backward
 from tests.gradients.test_backward import (
     BACKWARD,
     CASES,
@@ -137,7 +138,7 @@ def test_contrastive_without_views_makes_its_own(monkeypatch: pytest.MonkeyPatch
             made.append(images)
             return two_views(images)
 
-    monkeypatch.setattr(peft_fps.evidence, "TwoViews", Views)
+    monkeypatch.setattr(backward, "TwoViews", Views)
     calibrated("vit", loss="contrastive")
     assert len(made) == 3
 

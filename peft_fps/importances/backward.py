@@ -1,0 +1,162 @@
+"""Evidence from one backward pass over data, for the importances that sum up gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fps.adapters import FPSLayer
+from peft_fps.calibration import is_distributed, run_model
+from peft_fps.gradients import (
+    Accumulator,
+    BatchLoss,
+    Exact,
+    Streaming,
+    TwoViews,
+    Weight,
+    accumulate_gradients,
+    contrastive_step,
+    task_loss,
+)
+from peft_fps.importances.importance import Evidence, Gathering, Request, Score
+from peft_fps.quantised_layers import check_gradients
+from peft_fps.targets import output_head
+
+
+if TYPE_CHECKING:
+    from peft_fps.config import FPSConfig
+
+
+MEMORIES = ("device", "cpu", "streaming")
+
+
+def gather_gradients(
+    request: Request, *, term: Callable[[Tensor, Tensor], Tensor], per_example: bool = False
+) -> tuple[Evidence, dict[str, int]]:
+    """Run the base model over data forward and backward, and return sums of a term of the gradients.
+
+    Args:
+        request: what from.
+        term: from a weight and its gradient, both `(neurons, inputs)` float32, to what is summed over batches.
+        per_example: run each example of a batch by itself.
+
+    Raises:
+        ValueError, TypeError: as `peft_fps.calibrate`. Nothing was changed then.
+    """
+    weights = weights_of(request)
+    sums = accumulators(request, streamable=True)
+    counts = accumulate_gradients(
+        request.base,
+        weights,
+        request.data,
+        batch_loss(request.base, request.config, request.how),
+        sums,
+        term=lambda path, gradient: term(weights[path].as_matrix(weights[path].parameter.detach()), gradient),
+        per_example=per_example,
+        training=request.how.training_mode,
+    )
+    return reached(sums), counts
+
+
+def size_of_sums(layer: FPSLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
+    """Score a weight by the size of what was summed up for it."""
+    return lambda first, last: sums.rows(first, last).float().abs()
+
+
+def loss_of(record: Mapping[str, Any]) -> str:
+    """Return what a report adds if the gradients were of another loss than the task's."""
+    return ", contrastive loss" if record.get("loss") == "contrastive" else ""
+
+
+def reached(sums: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
+    """Return the sums of the modules that got a gradient."""
+    return {path: held for path, held in sums.items() if held.reached}
+
+
+def weights_of(request: Request) -> dict[str, Weight]:
+    """Return the weights that are to get gradients, by module path.
+
+    Raises:
+        ValueError: one of them cannot.
+    """
+    name = request.config.importance
+    check_gradients(request.layers, name)
+    for path, layer in request.layers.items():
+        remedy = f"since importance={name!r} needs a backward pass"
+        if layer.base_layer.weight.device.type == "meta":
+            raise ValueError(
+                f"{path}: its weight is offloaded (on the meta device), expected one that gets gradients, {remedy}. "
+                "Keep the model on a device, or choose importance='activation'. Nothing was changed."
+            )
+        if layer.base_layer.weight.is_inference():
+            raise ValueError(
+                f"{path}: its weight was made in inference mode, expected one that gets gradients, {remedy}. Load the "
+                "model outside of torch.inference_mode(), or choose importance='activation'. Nothing was changed."
+            )
+    return {path: Weight(layer.base_layer.weight, layer.transposed) for path, layer in request.layers.items()}
+
+
+def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator]:
+    """Return empty sums for every layer, held where `calibrate(accumulators=...)` says.
+
+    Args:
+        request: what for.
+        streamable: whether a shortlist of the first batch's largest can serve the importance.
+
+    Raises:
+        ValueError: it cannot, or the place is unknown.
+    """
+    layers, config, where = request.layers, request.config, request.how.accumulators
+    if where not in MEMORIES:
+        raise ValueError(f"accumulators is {where!r}, expected one of {', '.join(map(repr, MEMORIES))}.")
+    if where != "streaming":
+        device = torch.device("cpu") if where == "cpu" else None
+        return {path: Exact(device) for path in layers}
+    unfit = [
+        text
+        for text, found in (
+            (f"importance={config.importance!r}", not streamable),
+            (f"granularity={config.granularity!r}", config.granularity in ("row", "column")),
+            ("order='bottom'", config.order == "bottom"),
+            ("several processes", is_distributed()),
+        )
+        if found
+    ]
+    if unfit:
+        raise ValueError(
+            f"accumulators='streaming' was given with {', '.join(unfit)}, expected accumulators='device' or 'cpu': a "
+            "shortlist of the largest entries cannot serve these."
+        )
+    by_neuron = config.granularity in ("neuron", "block")
+    entries = {path: layer.fps_values[request.adapter_name].numel() for path, layer in layers.items()}
+    if config.granularity in ("model", "block"):
+        # only their sum counts; how an earlier calibration has spread them must not bind this one
+        total, neurons = sum(entries.values()), sum(layer.shape.neurons for layer in layers.values())
+        entries = {path: -(-total * layer.shape.neurons // neurons) for path, layer in layers.items()}
+    return {path: Streaming(number, by_neuron) for path, number in entries.items()}
+
+
+def batch_loss(base: nn.Module, config: FPSConfig, how: Gathering) -> BatchLoss:
+    """Return the loss that config and call ask for.
+
+    Raises:
+        ValueError: both name one, or the contrastive loss finds no head.
+    """
+    if config.loss == "contrastive":
+        if how.loss is not None:
+            raise ValueError(
+                "loss was given to calibrate, but the config says loss='contrastive'. Leave one of them out."
+            )
+        heads = output_head(base) or config.modules_to_save or []
+        if not heads:
+            raise ValueError(
+                f"{type(base).__name__} has no classification head that is known, whose input loss='contrastive' "
+                "compares. Name it in modules_to_save, or use loss='task'."
+            )
+        head, views = heads[0], how.views or TwoViews()
+        return lambda model, batch: contrastive_step(model, head, batch, views)
+    of_outputs = how.loss or task_loss
+    return lambda model, batch: of_outputs(run_model(model, batch), batch)

@@ -1,0 +1,50 @@
+"""A seeded uniform score, the control of every comparison; drawn on the CPU so that all devices agree."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft_fps.adapters import FPSLayer
+from peft_fps.importances.importance import Importance, Score
+
+
+if TYPE_CHECKING:
+    from peft_fps.config import FPSConfig
+
+
+STRIPE = 64
+"""Rows that are drawn at once."""
+
+
+def random_scorer(layer: FPSLayer, path: str, seed: int) -> Score:
+    """Return scores that depend on the seed, the module path and the row alone."""
+
+    def score(first: int, last: int) -> Tensor:
+        begin = first // STRIPE * STRIPE
+        stripes = [_stripe(seed, path, row, layer.shape.inputs) for row in range(begin, last, STRIPE)]
+        device = next(iter(layer.fps_columns.values())).device
+        return torch.cat(stripes)[first - begin : last - begin].to(device)
+
+    return score
+
+
+def _stripe(seed: int, path: str, row: int, inputs: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed} {path} {row}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(STRIPE, inputs, generator=generator, dtype=torch.float32)
+
+
+def _scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Any) -> Score:
+    return random_scorer(layer, path, config.seed)
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return f"chance (seed {record['seed']})" if "seed" in record else "chance"
+
+
+RANDOM = Importance(name="random", needs="nothing", help="a control", text=_text, scorer=_scorer)
