@@ -68,8 +68,9 @@ class Result:
         load = self.workload
         where = self.machine.get("gpu") or f"{self.machine['processor']}, {load.threads} threads"
         cut = " cut down," if load.quick else ""
+        malloc = ", the system's malloc" if load.system_malloc else ""
         return (
-            f"{load.model},{cut} {self.parameters:,} parameters, {load.precision}, {where}, "
+            f"{load.model},{cut} {self.parameters:,} parameters, {load.precision}, {where}{malloc}, "
             f"PyTorch {self.machine['torch']}, {self.date}"
         )
 

@@ -23,9 +23,10 @@ class Workload:
     precision: str = "fp32"
     rounds: int = 7
     quick: bool = False
+    system_malloc: bool = False
 
     def prepare(self) -> None:
-        """Set the number of threads and the seed of the process, and let it keep the memory that it frees.
+        """Set the number of threads and the seed of the process, and let it keep the memory that it frees if wished.
 
         Raises:
             ValueError: the device is not there.
@@ -34,7 +35,8 @@ class Workload:
             raise ValueError("--device is 'cuda', but PyTorch finds no CUDA device here.")
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        keep_freed()
+        if not self.system_malloc:
+            keep_freed()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that a forward pass runs in."""

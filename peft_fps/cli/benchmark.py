@@ -102,6 +102,15 @@ QuickFlag = Annotated[
 ThreadsFlag = Annotated[
     int, typer.Option(min=1, metavar="N", help="CPU threads of the arithmetic.", rich_help_panel=MACHINE)
 ]
+SystemMallocFlag = Annotated[
+    bool,
+    typer.Option(
+        "--system-malloc",
+        help="Leave the C library's way with freed memory as it is. Without this flag it keeps it for the next step, "
+        "since otherwise a step's time depends on where on the heap its memory happens to lie.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DeviceFlag = Annotated[Device, typer.Option(help="Where the model computes.", rich_help_panel=MACHINE)]
 OutputFlag = Annotated[
     Path,
@@ -135,6 +144,7 @@ def cost(
     quick: QuickFlag = False,
     threads: ThreadsFlag = 2,
     device: DeviceFlag = Device.cpu,
+    system_malloc: SystemMallocFlag = False,
     output: OutputFlag = FOLDER,
     verbose: flags.VerboseFlag = False,
 ) -> None:
@@ -168,7 +178,17 @@ def cost(
     from peft_fps.benchmarks.report import NO_EVIDENCE, tables
     from peft_fps.benchmarks.workload import Workload
 
-    workload = Workload(model, batch_size, selection_batch_size, threads, device.value, precision.value, rounds, quick)
+    workload = Workload(
+        model,
+        batch_size,
+        selection_batch_size,
+        threads,
+        device.value,
+        precision.value,
+        rounds,
+        quick,
+        system_malloc,
+    )
     try:
         result = measure(workload, rows.split(","))
         written = write(result, output)

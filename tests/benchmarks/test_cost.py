@@ -13,7 +13,7 @@ from peft_fps.benchmarks.rows import importance, memory, selection
 from peft_fps.benchmarks.workload import Workload
 from peft_fps.cli import benchmark
 from peft_fps.cli.app import app
-from peft_fps.config import CHOICES
+from peft_fps.importances import IMPORTANCES
 from tests.helpers import finish, start_python
 
 
@@ -145,7 +145,7 @@ def test_every_importance_is_compared_with_forward_passes(workload, monkeypatch)
     monkeypatch.setattr(importance, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
     row = importance.measure(workload)
     named = {kind.config["importance"] for kind in importance.KINDS.values()}
-    assert named == {name for name in CHOICES["importance"] if name != "random"}
+    assert named == {name for name in IMPORTANCES if name != "random"}
     seconds, peaks = row.raw["seconds"], row.raw["peak_bytes"]
     figures = {figure.what: figure.value for figure in row.figures}
     for name in importance.KINDS:

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from peft_fps.benchmarks import workload
 from peft_fps.benchmarks.workload import Workload, switched
 
 
@@ -25,3 +26,11 @@ def test_a_missing_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no CUDA device"):
         Workload(device="cuda").prepare()
+
+
+@pytest.mark.parametrize("system_malloc", [True, False])
+def test_freed_memory_is_kept_unless_the_systems_way_is_wished(system_malloc, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workload, "keep_freed", lambda: asked.append(True))
+    Workload(system_malloc=system_malloc, threads=torch.get_num_threads()).prepare()
+    assert bool(asked) != system_malloc
