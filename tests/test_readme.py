@@ -120,6 +120,16 @@ def test_the_cost_table_is_the_measured_one() -> None:
     assert measured["date"] in README
 
 
+def test_the_ratios_with_the_systems_malloc_are_measured() -> None:
+    path = ROOT / "peft_fps" / "benchmarks" / "results" / "step_system_malloc.json"
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    seconds = {name: raw["median"] for name, raw in measured["rows"]["step"]["raw"]["seconds"].items()}
+    installed, alone = (seconds[name] / seconds["lora"] for name in ("fps", "fps-pytorch"))
+    assert measured["evidence"]
+    assert measured["workload"]["system_malloc"]
+    assert f"{installed:.2f} of LoRA's as installed and {alone:.2f} with PyTorch alone" in README
+
+
 def test_the_language_models_table_is_the_measured_one() -> None:
     path = ROOT / "peft_fps" / "benchmarks" / "results" / "decoder.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
