@@ -33,6 +33,7 @@ class Arm:
         score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
+        rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
         tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
     """
 
@@ -44,6 +45,7 @@ class Arm:
     score: str | None = None
     images: int | None = None
     augmented: bool = False
+    rates_by_input: bool = False
 
 
 def selecting(**options: Any) -> Build:
@@ -117,6 +119,7 @@ ARMS: dict[str, Arm] = {
     "random": Arm("random", selecting(importance="random")),
     "magnitude": Arm("magnitude, as NeuroAda", selecting(importance="magnitude")),
     "fps": Arm("FPS", selecting()),
+    "fps-input-rates": Arm("FPS, rates by input", selecting(), rates_by_input=True),
     "gps": Arm("GPS, contrastive", selecting(importance="gradient", loss="contrastive")),
     "gps-task": Arm("GPS, cross-entropy", selecting(importance="gradient"), tuned_as="gps"),
     "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model")),

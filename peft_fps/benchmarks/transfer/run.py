@@ -19,6 +19,7 @@ from peft_fps.benchmarks.memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.candidates import select_by
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
+from peft_fps.benchmarks.transfer.rates import by_input
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
 from peft_fps.cli.linear_head import fit_linear_head
 from peft_fps.cli.models import classifier, interpolates, load_model, load_processor, upstream_deprecations
@@ -76,9 +77,13 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         workers=0,
     )
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
+    callbacks = []
+    if ARMS[cell.method].rates_by_input:
+        batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
+        callbacks = [by_input(model, batches, len(task.classes))]
     training, loss = time.perf_counter(), None
     try:
-        loss = train(model, arguments, task.splits["train"], collator)
+        loss = train(model, arguments, task.splits["train"], collator, callbacks=callbacks)
     except DivergedError:
         logger.warning("%s diverged", cell)  # whatever it predicts now is its accuracy
     seconds = {"select": selecting, "train": time.perf_counter() - training}

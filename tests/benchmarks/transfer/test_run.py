@@ -45,6 +45,7 @@ KINDS = {
     "gps-task": 1e-2,
     "fps-8-images": 1e-2,
     "fps-augmented": 1e-2,
+    "fps-input-rates": 1e-2,
     "try-class-covariance": 1e-2,
     "try-image-spread-layer": 1e-2,
 }
@@ -77,9 +78,9 @@ def ran(setting):
     models = {"linear": None}
     method, original = "", run.train
 
-    def train(model, *rest):
+    def train(model, *rest, **options):
         models[method] = model
-        return original(model, *rest)
+        return original(model, *rest, **options)
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +200,7 @@ def test_a_rate_that_diverges_is_a_bad_result_and_no_error(method, setting):
 
 
 def test_a_loss_that_is_not_finite_is_none(setting, monkeypatch, caplog):
-    def diverge(model, *rest):
+    def diverge(model, *rest, **options):
         for parameter in model.parameters():
             parameter.data.fill_(math.nan)
         raise DivergedError("The training loss is nan")
@@ -292,7 +293,7 @@ def test_size_of_a_file(setting, tmp_path):
 
 
 def test_other_errors_of_training_are_no_divergence(setting, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise ValueError("images of two sizes")
 
     monkeypatch.setattr(run, "train", refuse)
