@@ -47,6 +47,11 @@ class Arm:
     augmented: bool = False
     rates_by_input: bool = False
 
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is another method with something changed, or a candidate, rather than a published method."""
+        return self.tuned_as is not None or self.rates_by_input
+
 
 def selecting(**options: Any) -> Build:
     """Return a method of this package: the best entries by some importance, without biases unless asked for."""

@@ -5,7 +5,6 @@ from statistics import mean, median
 
 from peft_fps.benchmarks.report import MIB
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.cells import RowKey
 from peft_fps.benchmarks.transfer.report import Results
 from peft_fps.benchmarks.transfer.statistics import over_seeds
 
@@ -30,8 +29,9 @@ LOOKS = {
 def draw(results: Results, path: Path) -> None:
     """Draw the mean test accuracy of every method that has run on all tasks, to a PNG file.
 
-    Left: against trained parameters, logarithmic, with standard errors over seeds; linear head left out, which trains
-    none of the backbone. Right: against the peak memory of selection.
+    Left: against trained parameters, logarithmic, with standard errors over seeds; a dashed line for the linear head,
+    which trains none of the backbone. Right: against the peak memory of selection, at the share where learning rates
+    were chosen.
 
     Args:
         results: of a run.
@@ -47,24 +47,25 @@ def draw(results: Results, path: Path) -> None:
     canvas = Canvas(figsize=(11, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
     left, right = canvas.subplots(1, 2)
-    for method in LOOKS:
-        rows = [row for row in results.rows if row[0] == method and complete(results, row)]
-        color, marker = LOOKS[method]
+    for method, (color, marker) in LOOKS.items():
+        rows = sorted(row for row in results.rows if row[0] == method and results.seeds(row))
+        if not rows:
+            continue
+        reached = [over_seeds(results.accuracies(row), results.tasks) for row in rows]
+        heights = [100 * estimate.mean for estimate in reached]
+        errors = [100 * (estimate.error or 0.0) for estimate in reached]
         label = ARMS[method].label
-        for row in rows:
-            estimate = over_seeds(results.accuracies(row), results.tasks)
-            records = results.rows[row]
-            trained = 100 * mean(record.trained / record.backbone for record in records)
-            height, error = 100 * estimate.mean, 100 * (estimate.error or 0.0)
-            if method == "linear":
-                left.axhline(height, color=color, linestyle="--", linewidth=1, label=label)
-                continue
-            style = {"color": color, "marker": marker, "markersize": 9, "markeredgecolor": "black", "linestyle": ""}
-            left.errorbar(trained, height, yerr=error, capsize=3, label=label, **style)
-            memory = median(record.bytes["select"] for record in records) / MIB
-            if method not in ("full", "bitfit", "lora", "shira"):
-                right.errorbar(memory, height, yerr=error, capsize=3, label=label, **style)
-            label = "_nolegend_"  # one entry for a method of several shares
+        if method == "linear":
+            left.axhline(heights[0], color=color, linestyle="--", linewidth=1, label=label)
+            continue
+        trained = [100 * mean(cell.trained / cell.backbone for cell in results.rows[row]) for row in rows]
+        style = {"color": color, "marker": marker, "markersize": 9, "markeredgecolor": "black", "linewidth": 1}
+        left.errorbar(trained, heights, yerr=errors, capsize=3, label=label, **style)
+        for row, height, error in zip(rows, heights, errors, strict=True):
+            # at one share alone, since the height would tell of the share otherwise
+            if row[1] == results.tuned_share and method not in ("lora", "shira"):
+                memory = median(record.bytes["select"] for record in results.rows[row]) / MIB
+                right.errorbar(memory, height, yerr=error, capsize=3, label=label, **style | {"linestyle": ""})
     left.set_xscale("log")
     low, high = left.get_xlim()
     left.set_xlim(low / 1.5, high * 1.5)
@@ -80,8 +81,3 @@ def draw(results: Results, path: Path) -> None:
             axes.legend(fontsize=7)
     canvas.suptitle(f"{len(results.tasks)} tasks; bars: standard error over seeds", fontsize=9, x=0.01, ha="left")
     canvas.savefig(path)
-
-
-def complete(results: Results, row: RowKey) -> bool:
-    """Return whether some seed of a row has run on all tasks."""
-    return results.complete(row)

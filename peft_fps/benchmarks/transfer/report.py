@@ -22,6 +22,7 @@ class Results:
 
     def __init__(self, records: Iterable[Record], setting: Setting) -> None:
         everything = list(records)
+        self.tuned_share = setting.tuned_share
         validation = {record.cell: record.validation for record in everything}
         self.rates: dict[tuple[str, str], float | None] = {}
         for method, task in product(ARMS, dict.fromkeys(record.cell.task for record in everything)):
@@ -57,14 +58,16 @@ class Results:
         shares = dict.fromkeys((None, share))
         return [(method, at) for at in shares for method in ARMS if (method, at) in self.rows]
 
-    def complete(self, row: RowKey) -> bool:
-        """Return whether some seed of a row has run on all tasks."""
+    def seeds(self, row: RowKey) -> set[int]:
+        """Return the seeds of a row that have run on all tasks."""
         accuracies = self.accuracies(row)
-        return bool(set.intersection(*(set(accuracies.get(task, {})) for task in self.tasks)))
+        return set.intersection(*(set(accuracies.get(task, {})) for task in self.tasks))
 
 
 def tables(results: Results, baseline: str) -> list[Table]:
-    """Return for each share the accuracies and the differences, then the learning rates and the costs.
+    """Return for each share the accuracies and the differences, then accuracy by share, learning rates and costs.
+
+    A share with one method alone is left to the table of all shares.
 
     Args:
         results: of the run.
@@ -74,11 +77,20 @@ def tables(results: Results, baseline: str) -> list[Table]:
     shares: list[float | None] = [*results.shares] or [None]
     for share in shares:
         rows = results.of_share(share)
-        most = "" if share is None else f", at most {share:.2%} of the backbone trained"
-        found.append(accuracy_table(results, rows, f"Test accuracy, %{most}"))
+        if len(shares) > 1 and sum(at is not None for _, at in rows) < 2:
+            continue
         reference = (baseline, share if ARMS[baseline].budgeted else None)
+        most = "" if share is None else f", at most {share:.2%} of the backbone trained"
+        methods = [row for row in rows if not ARMS[row[0]].is_variant]
+        variants = [row for row in rows if ARMS[row[0]].is_variant]
+        if methods or not variants:
+            found.append(accuracy_table(results, methods, f"Test accuracy, %{most}"))
+        if variants:
+            beside = [row for row in methods if row == reference]
+            found.append(accuracy_table(results, beside + variants, f"Test accuracy of variants, %{most}"))
         found.append(difference_table(results, [row for row in rows if row != reference], reference))
-    return [*found, rate_table(results), cost_table(results)]
+    by_share = [budget_table(results)] if len(shares) > 1 else []
+    return [*found, *by_share, rate_table(results), cost_table(results)]
 
 
 def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Table:
@@ -104,7 +116,7 @@ def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Tabl
                     f"{100 * mean(mean(accuracies[task].values()) for task in tasks):.1f}" if group in complete else ""
                     for group, tasks in results.groups.items()
                 ),
-                show(over_seeds(accuracies, results.tasks)) if results.complete(row) else "",
+                show(over_seeds(accuracies, results.tasks)) if results.seeds(row) else "",
             )
         )
     return Table(title, header, tuple(lines))
@@ -127,9 +139,39 @@ def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey)
     return Table(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
 
 
+def budget_table(results: Results) -> Table:
+    """Return a line for each method of several shares: its mean over tasks at each, with the seeds that all have."""
+    shares = sorted(results.shares)
+    lines = []
+    for method in ARMS:
+        run = [share for share in shares if (method, share) in results.rows and results.seeds((method, share))]
+        seeds = set.intersection(*(results.seeds((method, share)) for share in run)) if len(run) > 1 else set()
+        if seeds:
+            means = {
+                share: over_seeds(
+                    {
+                        task: {seed: value for seed, value in found.items() if seed in seeds}
+                        for task, found in results.accuracies((method, share)).items()
+                    },
+                    results.tasks,
+                )
+                for share in run
+            }
+            lines.append(
+                (
+                    ARMS[method].label,
+                    str(len(seeds)),
+                    *(show(means[share]) if share in means else "" for share in shares),
+                )
+            )
+    header = ("method", "seeds", *(f"{100 * share:g}%" for share in shares))
+    return Table("Mean test accuracy, %, by share of the backbone trained", header, tuple(lines))
+
+
 def rate_table(results: Results) -> Table:
-    """Return the learning rate that was chosen for each method and task; variants take their method's."""
-    tuned = [m for m in ARMS if ARMS[m].learning_rates and any(method == m for method, _ in results.rows)]
+    """Return the learning rate that was chosen for each method and task; variants that take their method's are left out."""
+    known = {method for method, _ in results.rates if ARMS[method].learning_rates and not ARMS[method].tuned_as}
+    tuned = [method for method in ARMS if method in known]
     lines = []
     for method in tuned:
         rates = [results.rates.get((method, task)) for task in results.tasks]

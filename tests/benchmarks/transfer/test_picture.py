@@ -3,7 +3,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.picture import LOOKS, complete, draw
+from peft_fps.benchmarks.transfer.picture import LOOKS, draw
 from peft_fps.benchmarks.transfer.report import Results
 from tests.benchmarks.transfer.records import SETTING, chosen, record
 
@@ -38,7 +38,7 @@ def drawn(tmp_path, monkeypatch):
 
 
 def points(axes):
-    """Position by legend label; rows beyond the first of a method have none."""
+    """Position of a method's first point by its label."""
     return {bars.get_label(): tuple(bars.lines[0].get_xydata()[0]) for bars in axes.containers}
 
 
@@ -73,11 +73,19 @@ def test_bars_are_standard_errors_over_seeds(drawn):
     assert bars[:, 1].tolist() == [pytest.approx(50.0), pytest.approx(60.0)]  # 55 ± half the difference
 
 
-def test_a_method_of_two_shares_has_one_entry_in_the_legend(drawn):
-    left, right = drawn(*rows("fps"), *(record("fps", task, share=0.5, test=0.9, trained=500) for task in "abc"))
+def test_a_method_of_two_shares_is_a_line_in_order_and_its_memory_is_at_the_tuned_share(drawn):
+    other = [
+        record("fps", task, share=0.01, test=0.3, trained=10, bytes={"select": 2**30, "train": 0, "adapter": 0})
+        for task in "abc"
+    ]
+    left, right = drawn(*rows("fps"), *other)
     for axes in (left, right):
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["FPS"]
-        assert len(axes.containers) == 2
+        assert len(axes.containers) == 1
+    line = left.containers[0].lines[0]
+    assert line.get_xydata().ravel().tolist() == pytest.approx([1.0, 30.0, 5.0, 60.0])
+    assert line.get_linestyle() == "-"
+    assert right.containers[0].lines[0].get_xydata().ravel().tolist() == pytest.approx([1.0, 60.0])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +98,3 @@ def test_nothing_is_complete(drawn, records):
     assert not left.containers
     assert not right.containers
     assert left.get_legend() is None
-
-
-def test_complete_rows():
-    results = Results([*rows("fps"), *chosen("gps")], SETTING)
-    assert complete(results, ("fps", 0.05))
-    assert not complete(results, ("gps", 0.05))

@@ -6,6 +6,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.report import (
     Results,
     accuracy_table,
+    budget_table,
     cost_table,
     difference_table,
     rate_table,
@@ -80,15 +81,16 @@ def test_rows_of_a_share(results):
 @pytest.mark.parametrize(
     ("seeds", "complete"),
     [
-        ({"a": [0], "b": [0, 1], "c": [0]}, True),
-        ({"a": [0], "b": [0]}, False),
-        ({"a": [0], "b": [1], "c": [0]}, False),
+        ({"a": [0], "b": [0, 1], "c": [0]}, {0}),
+        ({"a": [0, 2], "b": [2, 1, 0], "c": [0, 2]}, {0, 2}),
+        ({"a": [0], "b": [0]}, set()),
+        ({"a": [0], "b": [1], "c": [0]}, set()),
     ],
 )
-def test_a_row_is_complete_with_a_seed_that_has_all_tasks(seeds, complete):
+def test_seeds_that_have_all_tasks(seeds, complete):
     records = [record("linear", task, seed, share=None, rate=None) for task, found in seeds.items() for seed in found]
     others = [record("bitfit", task, share=None) for task in "abc"]
-    assert Results([*records, *others], SETTING).complete(("linear", None)) is complete
+    assert Results([*records, *others], SETTING).seeds(("linear", None)) == complete
 
 
 def test_accuracies_with_means_and_standard_errors(results):
@@ -178,7 +180,7 @@ def test_rates_of_every_method_by_task():
         *chosen("full"),
         *chosen("full", "c", best=0.001),
         record("full", "b", share=None, rate=0.0003),  # the only trial there
-        record("fps-l2", "b", share=0.1, rate=OTHER),  # of no other task, but its rates are known
+        record("fps-l2", "b", share=0.1, rate=OTHER),  # has the rates of fps
         *chosen("magnitude", "b", best=0.003),
     ]
     table = rate_table(Results(records, SETTING))
@@ -189,30 +191,58 @@ def test_rates_of_every_method_by_task():
         ("magnitude, as NeuroAda", "0.003", "", ""),
         ("FPS", "0.03", "0.01", "0.01"),
         ("GPS, contrastive", "0.01", "", "0.01"),
-        ("FPS, l2", "0.03", "0.01", "0.01"),
     )
 
 
 def test_tables_of_every_share_of_the_rates_and_of_the_costs():
     rates = {"a": BEST, "b": OTHER, "c": BEST}
-    records = [*everything(), *(record("fps", task, share=0.1, test=0.9, rate=rate) for task, rate in rates.items())]
-    found = tables(Results(records, SETTING), "gps")
+    more = [
+        record(method, task, share=share, test=0.9, rate=rate)
+        for task, rate in rates.items()
+        for method, share in (("fps", 0.1), ("fps-layer", 0.1), ("fps", 0.2), ("fps-l2", 0.05), ("fps-layer", 0.05))
+    ]
+    found = tables(Results([*everything(), *more], SETTING), "fps")
     assert [table.title for table in found] == [
         "Test accuracy, %, at most 10.00% of the backbone trained",
-        "Difference to GPS, contrastive, points of accuracy, at 10.00%",
+        "Test accuracy of variants, %, at most 10.00% of the backbone trained",
+        "Difference to FPS, points of accuracy, at 10.00%",
         "Test accuracy, %, at most 5.00% of the backbone trained",
-        "Difference to GPS, contrastive, points of accuracy, at 5.00%",
+        "Test accuracy of variants, %, at most 5.00% of the backbone trained",
+        "Difference to FPS, points of accuracy, at 5.00%",
+        "Mean test accuracy, %, by share of the backbone trained",
         "Learning rates, chosen on validation images",
         "What the methods cost here (cells run side by side: the times are a hint)",
     ]
+    linear, gps = "linear head, frozen model", "GPS, contrastive"
     assert [[line[0] for line in table.lines] for table in found] == [
-        ["linear head, frozen model", "FPS"],
-        [],  # the baseline has not been run there
-        ["linear head, frozen model", "FPS", "GPS, contrastive"],
-        ["linear head, frozen model", "FPS"],
-        ["FPS", "GPS, contrastive"],
-        ["linear head, frozen model", "FPS", "GPS, contrastive"],
+        [linear, "FPS"],
+        ["FPS", "FPS, layer"],
+        [linear, "FPS, layer"],
+        [linear, "FPS", gps],
+        ["FPS", "FPS, l2", "FPS, layer"],
+        [linear, gps, "FPS, l2", "FPS, layer"],
+        ["FPS", "FPS, layer"],
+        ["FPS", gps],
+        [linear, "FPS", gps, "FPS, l2", "FPS, layer"],
     ]
+
+
+def test_means_by_share_are_over_the_seeds_that_all_shares_have():
+    every = [
+        *(trial for task in "abc" for trial in chosen("fps", task, test=0.5)),
+        *(record("fps", task, 1, test=0.6) for task in "abc"),
+        *(record("fps", task, 2, test=1.0) for task in "abc"),
+        *(record("fps", task, seed, test=0.7 + 0.1 * seed, share=0.2) for task in "abc" for seed in (0, 1)),
+        *(record("fps", task, 2, test=1.0, share=0.2) for task in "ab"),  # a seed without all tasks
+        *(record("fps", task, test=0.1, share=0.005) for task in "ab"),  # a share without
+        *(trial for task in "abc" for trial in chosen("gps", task)),  # a method of one share
+        *(trial for task in "abc" for trial in chosen("random", task)),
+        *(record("random", task, 1, share=0.2) for task in "abc"),  # no seed in common
+        *(record("linear", task, share=None, rate=None) for task in "abc"),
+    ]
+    table = budget_table(Results(every, SETTING))
+    assert table.header == ("method", "seeds", "0.5%", "5%", "20%")
+    assert table.lines == (("FPS", "2", "", "55.0 ± 5.0", "75.0 ± 5.0"),)
 
 
 def test_a_baseline_that_has_no_share(results):
