@@ -164,6 +164,20 @@ def test_the_tables_of_accuracies_are_those_of_the_kept_cells(tmp_path: Path) ->
         assert part in README
 
 
+def test_the_table_of_overlaps_is_the_measured_one() -> None:
+    folder = ROOT / "peft_fps" / "benchmarks" / "results" / "overlap"
+    assert (folder / "overlap.md").read_text(encoding="utf-8").strip() in README
+    measured = json.loads((folder / "overlap.json").read_text(encoding="utf-8"))
+    command = next(block for block in blocks("bash") if "benchmark overlap" in block)
+    assert f"--only {','.join(measured['tasks'])} " in command
+    assert f"--seeds {measured['seeds']} " in command
+    found = [agreement["method"] for agreement in measured["agreements"]]
+    methods = re.search(r"--methods (\S+)", command)[1].split(",")
+    reference = re.search(r"--reference (\S+)", command)[1]
+    assert found[0] == reference
+    assert sorted(found) == sorted([reference, *methods])
+
+
 def test_the_importances_table_is_the_measured_one() -> None:
     path = ROOT / "peft_fps" / "benchmarks" / "results" / "importance.json"
     measured = json.loads(path.read_text(encoding="utf-8"))

@@ -135,6 +135,7 @@ ARMS: dict[str, Arm] = {
         "FPS, l2, activation alone", selecting(norm="l2", weight_magnitude=False), tuned_as="fps"
     ),
     "fps-layer": Arm("FPS, layer", selecting(granularity="layer"), tuned_as="fps"),
+    "fps-model": Arm("FPS, model", selecting(granularity="model"), tuned_as="fps"),
     "fps-l2-layer": Arm("FPS, l2, layer", selecting(norm="l2", granularity="layer"), tuned_as="fps"),
     "fps-unweighted-layer": Arm(
         "FPS, activation alone, layer", selecting(weight_magnitude=False, granularity="layer"), tuned_as="fps"
