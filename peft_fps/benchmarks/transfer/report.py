@@ -169,7 +169,7 @@ def budget_table(results: Results) -> Table:
 
 
 def rate_table(results: Results) -> Table:
-    """Return the learning rate that was chosen for each method and task; variants that take their method's are left out."""
+    """Return the learning rate that was chosen for each method and task, those of variants that share it left out."""
     known = {method for method, _ in results.rates if ARMS[method].learning_rates and not ARMS[method].tuned_as}
     tuned = [method for method in ARMS if method in known]
     lines = []
