@@ -67,8 +67,6 @@ class Results:
 def tables(results: Results, baseline: str) -> list[Table]:
     """Return for each share the accuracies and the differences, then accuracy by share, learning rates and costs.
 
-    A share with one method alone is left to the table of all shares.
-
     Args:
         results: of the run.
         baseline: method that the others are compared with, at the same share if it has one.
@@ -77,8 +75,6 @@ def tables(results: Results, baseline: str) -> list[Table]:
     shares: list[float | None] = [*results.shares] or [None]
     for share in shares:
         rows = results.of_share(share)
-        if len(shares) > 1 and sum(at is not None for _, at in rows) < 2:
-            continue
         reference = (baseline, share if ARMS[baseline].budgeted else None)
         most = "" if share is None else f", at most {share:.2%} of the backbone trained"
         methods = [row for row in rows if not ARMS[row[0]].is_variant]

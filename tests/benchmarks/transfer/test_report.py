@@ -203,6 +203,8 @@ def test_tables_of_every_share_of_the_rates_and_of_the_costs():
     ]
     found = tables(Results([*everything(), *more], SETTING), "fps")
     assert [table.title for table in found] == [
+        "Test accuracy, %, at most 20.00% of the backbone trained",
+        "Difference to FPS, points of accuracy, at 20.00%",
         "Test accuracy, %, at most 10.00% of the backbone trained",
         "Test accuracy of variants, %, at most 10.00% of the backbone trained",
         "Difference to FPS, points of accuracy, at 10.00%",
@@ -215,6 +217,8 @@ def test_tables_of_every_share_of_the_rates_and_of_the_costs():
     ]
     linear, gps = "linear head, frozen model", "GPS, contrastive"
     assert [[line[0] for line in table.lines] for table in found] == [
+        [linear, "FPS"],
+        [linear],
         [linear, "FPS"],
         ["FPS", "FPS, layer"],
         [linear, "FPS, layer"],
