@@ -61,6 +61,7 @@ def by_input(
     for path, layer in fps_layers(base_model(model)).items():
         if adapter in layer.fps_values:
             found = moments[path]
+            # an input that is always zero gives no gradient, so that its rate does not matter
             squares = (found.token_squares / found.tokens)[layer.fps_columns[adapter].long()]
             logs[layer.fps_values[adapter]] = -0.5 * squares.clamp_min(torch.finfo(torch.float32).tiny).log()
     entries = sum(log.numel() for log in logs.values())

@@ -80,7 +80,9 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     callbacks = []
     if ARMS[cell.method].rates_by_input:
         batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
+        start = time.perf_counter()
         callbacks = [by_input(model, batches, len(task.classes))]
+        selecting += time.perf_counter() - start  # a pass over the images as well
     training, loss = time.perf_counter(), None
     try:
         loss = train(model, arguments, task.splits["train"], collator, callbacks=callbacks)
