@@ -128,7 +128,14 @@ ARMS: dict[str, Arm] = {
     "gps": Arm("GPS, contrastive", selecting(importance="gradient", loss="contrastive")),
     "gps-task": Arm("GPS, cross-entropy", selecting(importance="gradient"), tuned_as="gps"),
     "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model")),
-    "fps-biases": Arm("FPS with biases", selecting(bias="all"), tuned_as="fps"),
+    "random-biases": Arm("random, with biases", selecting(importance="random", bias="all"), tuned_as="random"),
+    "magnitude-biases": Arm(
+        "magnitude, with biases", selecting(importance="magnitude", bias="all"), tuned_as="magnitude"
+    ),
+    "fps-biases": Arm("FPS, with biases", selecting(bias="all"), tuned_as="fps"),
+    "gps-biases": Arm(
+        "GPS, with biases", selecting(importance="gradient", loss="contrastive", bias="all"), tuned_as="gps"
+    ),
     "fps-l2": Arm("FPS, l2", selecting(norm="l2"), tuned_as="fps"),
     "fps-unweighted": Arm("FPS, activation alone", selecting(weight_magnitude=False), tuned_as="fps"),
     "fps-l2-unweighted": Arm(

@@ -85,7 +85,7 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     assert type(config) is others.get(method, FPSConfig)
     if isinstance(config, FPSConfig):
         assert (config.budget, config.per_neuron, config.seed) == (0.1, None, 7)
-        assert config.bias == ("all" if method == "fps-biases" else "none")
+        assert config.bias == ("all" if method.endswith("-biases") else "none")
     if isinstance(config, ShiraConfig):
         assert config.random_seed == 7
 
@@ -98,6 +98,9 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
         ("fps-unweighted-layer", {"norm": "l1", "weight_magnitude": False, "granularity": "layer"}),
         ("fps-l2-unweighted-layer", {"norm": "l2", "weight_magnitude": False, "granularity": "layer"}),
         ("gps", {"importance": "gradient", "loss": "contrastive", "granularity": "neuron"}),
+        ("gps-biases", {"importance": "gradient", "loss": "contrastive", "bias": "all"}),
+        ("magnitude-biases", {"importance": "magnitude", "bias": "all"}),
+        ("random-biases", {"importance": "random", "bias": "all"}),
         ("gps-task", {"importance": "gradient", "loss": "task"}),
         ("fish-mask", {"importance": "fisher", "granularity": "model", "fisher": "example"}),
         ("tr-pts", {"importance": "fisher", "granularity": "block", "block_top": 0.03}),
