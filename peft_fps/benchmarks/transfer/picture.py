@@ -20,10 +20,11 @@ LOOKS = {
     "random": ("#999999", "X"),
     "magnitude": ("#F0E442", "<"),
     "fps": ("#0072B2", "*"),
+    "fps-biases": ("#0072B2", "p"),
     "gps": ("#D55E00", ">"),
     "fish-mask": ("#009E73", "h"),
 }
-"""Colour and marker of the methods that are drawn; variants are left to the tables."""
+"""Colour and marker of what is drawn: methods, and FPS as its config is by default; the rest is left to the tables."""
 
 
 def draw(results: Results, path: Path) -> None:
