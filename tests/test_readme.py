@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from typer.testing import CliRunner
 
 import peft_fps
 from peft_fps import FPSConfig, Selection
+from peft_fps.benchmarks.transfer.cells import Setting
+from peft_fps.benchmarks.transfer.command import table_rows
+from peft_fps.benchmarks.transfer.plan import pending, trials
+from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
 from peft_fps.presets import preset_table
 from peft_fps.reproduce.recipes import recipe_table
@@ -77,6 +82,10 @@ def test_fragments_run_as_printed(block: str, tmp_path: Path, monkeypatch: pytes
 
 def commands() -> list[str]:
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    functions = [re.fullmatch(r'(\w+)\(\) \{ (.*) "\$@"; \}', line) for line in lines]
+    meanings = {found[1]: found[2] for found in functions if found}
+    called = [line.split(maxsplit=1) for line in lines if " " in line]
+    lines = [" ".join((meanings.get(name, name), rest)) for name, rest in called]
     return [line for line in lines if line.startswith("peft-fps ")]
 
 
@@ -151,8 +160,8 @@ def test_the_table_of_recipes_is_the_packages() -> None:
 def test_the_tables_of_accuracies_are_those_of_the_kept_cells(tmp_path: Path) -> None:
     kept = ROOT / "peft_fps" / "benchmarks" / "results" / "transfer"
     shutil.copy(kept / "cells.jsonl", tmp_path)
-    command = next(block for block in blocks("bash") if "benchmark transfer" in block)
-    options = re.search(r"benchmark transfer (.*)", command.replace("\\\n", " "))[1].split()
+    command = next(command for command in commands() if "benchmark transfer" in command)
+    options = re.search(r"benchmark transfer (.*)", command)[1].split()
     model = json.loads((kept / "cells.jsonl").read_text().split("\n")[0])["setting"]["model"]
     given = dict(zip(options[::2], options[1::2], strict=True)) | {"--model": model, "--output": str(tmp_path)}
     arguments = [part for option in given.items() for part in option]
@@ -160,8 +169,26 @@ def test_the_tables_of_accuracies_are_those_of_the_kept_cells(tmp_path: Path) ->
     assert ended.exit_code == 0, ended.output
     tables = (tmp_path / "transfer.md").read_text()
     assert tables == (kept / "transfer.md").read_text()
-    for part in tables.strip().split("\n\n"):
-        assert part in README
+    section = README[README.index("## Which selection is better") : README.index("### How firm a selection is")]
+    printed = re.findall(r"^\*\*[^\n]+\*\*\n\n\|.*?(?=\n\n)", section, re.DOTALL | re.MULTILINE)
+    assert len(printed) > 5
+    for table in printed:
+        assert table in tables
+
+
+def test_the_printed_commands_run_the_kept_cells_and_no_others() -> None:
+    header, records = read(ROOT / "peft_fps" / "benchmarks" / "results" / "transfer" / "cells.jsonl")
+    setting = Setting(tasks="", **header["setting"])
+    kept, asked = {record.cell for record in records}, set()
+    for command in re.findall(r"benchmark transfer (--.*)", "\n".join(commands())):
+        words = shlex.split(command)
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        tasks, seeds = options["--only"].split(","), int(options["--seeds"])
+        rows = table_rows(options["--methods"].split(","), options["--budgets"].split(","))
+        assert pending(tasks, rows, seeds, setting, records) == []
+        asked |= {cell for row, task in product(rows, tasks) for cell in trials(row[0], task, setting)}
+        asked |= {cell for cell in kept if cell.row in rows and cell.task in tasks and cell.seed < seeds}
+    assert kept == asked
 
 
 def test_the_table_of_overlaps_is_the_measured_one() -> None:
