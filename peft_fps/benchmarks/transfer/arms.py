@@ -137,21 +137,13 @@ ARMS: dict[str, Arm] = {
         "GPS, with biases", selecting(importance="gradient", loss="contrastive", bias="all"), tuned_as="gps"
     ),
     "fps-l2": Arm("FPS, l2", selecting(norm="l2"), tuned_as="fps"),
+    "fps-layer": Arm("FPS, layer", selecting(granularity="layer"), tuned_as="fps"),
+    "fps-l2-layer": Arm("FPS, l2, layer", selecting(norm="l2", granularity="layer"), tuned_as="fps"),
     "fps-unweighted": Arm("FPS, activation alone", selecting(weight_magnitude=False), tuned_as="fps"),
     "fps-l2-unweighted": Arm(
         "FPS, l2, activation alone", selecting(norm="l2", weight_magnitude=False), tuned_as="fps"
     ),
-    "fps-layer": Arm("FPS, layer", selecting(granularity="layer"), tuned_as="fps"),
     "fps-model": Arm("FPS, model", selecting(granularity="model"), tuned_as="fps"),
-    "fps-l2-layer": Arm("FPS, l2, layer", selecting(norm="l2", granularity="layer"), tuned_as="fps"),
-    "fps-unweighted-layer": Arm(
-        "FPS, activation alone, layer", selecting(weight_magnitude=False, granularity="layer"), tuned_as="fps"
-    ),
-    "fps-l2-unweighted-layer": Arm(
-        "FPS, l2, activation alone, layer",
-        selecting(norm="l2", weight_magnitude=False, granularity="layer"),
-        tuned_as="fps",
-    ),
     "magnitude-layer": Arm(
         "magnitude, layer", selecting(importance="magnitude", granularity="layer"), tuned_as="magnitude"
     ),
@@ -164,14 +156,8 @@ ARMS: dict[str, Arm] = {
     },
     "fps-augmented": Arm("FPS, augmented images", selecting(), tuned_as="fps", augmented=True),
     **{
-        f"try-{score}{suffix}": Arm(
-            f"try: {score}{suffix}",
-            selecting(importance="magnitude", granularity=suffix[1:] or "neuron"),
-            tuned_as="fps",
-            score=score,
-        )
+        f"try-{score}": Arm(f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", score=score)
         for score in SCORES
-        for suffix in ("", "-layer")
     },
 }
 """All methods by the names of the command line."""

@@ -24,7 +24,6 @@ class Moments:
         counts: `(classes,)`, images of each class.
         inputs: `(classes, inputs)`, sums of the images' mean inputs.
         outputs: `(classes, neurons)`, likewise of outputs.
-        image_squares: `(inputs,)`, sum over images of the squared mean input.
         token_sums: `(inputs,)`, sum of the inputs of all tokens.
         token_squares: `(inputs,)`, sum of their squares.
         tokens: number of tokens.
@@ -33,7 +32,6 @@ class Moments:
     counts: Tensor
     inputs: Tensor
     outputs: Tensor
-    image_squares: Tensor
     token_sums: Tensor
     token_squares: Tensor
     tokens: int = 0
@@ -45,14 +43,7 @@ class Moments:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.float64)
 
-        return cls(
-            zeros(classes),
-            zeros(classes, inputs),
-            zeros(classes, neurons),
-            zeros(inputs),
-            zeros(inputs),
-            zeros(inputs),
-        )
+        return cls(zeros(classes), zeros(classes, inputs), zeros(classes, neurons), zeros(inputs), zeros(inputs))
 
     def add(self, x: Tensor, y: Tensor, labels: Tensor) -> None:
         """Add a batch: inputs `(images, tokens, inputs)`, outputs `(images, tokens, neurons)`, labels `(images,)`."""
@@ -60,7 +51,6 @@ class Moments:
         self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
         self.inputs.index_add_(0, labels, means)
         self.outputs.index_add_(0, labels, y.double().mean(1))
-        self.image_squares += means.square().sum(0)
         self.token_sums += x.double().sum((0, 1))
         self.token_squares += x.double().square().sum((0, 1))
         self.tokens += x.shape[0] * x.shape[1]
@@ -79,11 +69,6 @@ class Moments:
         """Standard deviation over classes of the class-mean input, `(inputs,)`."""
         return self.class_inputs.square().mean(0).sqrt()
 
-    def spread_of_images(self) -> Tensor:
-        """Standard deviation over images of the mean input of an image, `(inputs,)`."""
-        images = self.counts.sum()
-        return (self.image_squares / images - (self.inputs.sum(0) / images).square()).clamp_min(0).sqrt()
-
     def spread_of_tokens(self) -> Tensor:
         """Standard deviation over all tokens, `(inputs,)`."""
         return (self.token_squares / self.tokens - (self.token_sums / self.tokens).square()).clamp_min(0).sqrt()
@@ -98,11 +83,7 @@ def _by_class_covariance(weight: Tensor, moments: Moments) -> Tensor:
 
 SCORES: dict[str, Score] = {
     "class-spread": lambda weight, moments: weight.abs() * moments.spread_of_classes(),
-    "image-spread": lambda weight, moments: weight.abs() * moments.spread_of_images(),
     "token-spread": lambda weight, moments: weight.abs() * moments.spread_of_tokens(),
-    "class-ratio": lambda weight, moments: (
-        weight.abs() * moments.spread_of_classes() / moments.spread_of_images().clamp_min(1e-12)
-    ),
     "class-covariance": _by_class_covariance,
     "weighted-covariance": lambda weight, moments: weight.abs() * _by_class_covariance(weight, moments),
     "output-spread": lambda weight, moments: (

@@ -176,23 +176,26 @@ def rate_table(results: Results) -> Table:
 
 
 def cost_table(results: Results) -> Table:
-    """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file."""
+    """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file.
+
+    Of methods that have a choice, cells of the share at which learning rates are chosen, which all of them have.
+    """
     lines = []
-    for method in ARMS:
-        records = [record for row, found in results.rows.items() if row[0] == method for record in found]
-        if records:
-            lines.append(
-                (
-                    ARMS[method].label,
-                    f"{median(record.seconds['select'] for record in records):.1f}",
-                    f"{median(record.bytes['select'] for record in records) / MIB:.1f}",
-                    f"{median(record.seconds['train'] for record in records):.0f}",
-                    f"{median(record.bytes['train'] for record in records) / MIB:.1f}",
-                    f"{max(record.bytes['adapter'] for record in records) / 1024:,.0f}",
-                )
+    for row in results.of_share(results.tuned_share):
+        records = results.rows[row]
+        lines.append(
+            (
+                ARMS[row[0]].label,
+                f"{median(record.seconds['select'] for record in records):.1f}",
+                f"{median(record.bytes['select'] for record in records) / MIB:.1f}",
+                f"{median(record.seconds['train'] for record in records):.0f}",
+                f"{median(record.bytes['train'] for record in records) / MIB:.1f}",
+                f"{max(record.bytes['adapter'] for record in records) / 1024:,.0f}",
             )
+        )
     header = ("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB")
-    return Table("What the methods cost here (cells run side by side: the times are a hint)", header, tuple(lines))
+    title = f"What the methods cost here, at {results.tuned_share:.2%} (cells run side by side: the times are a hint)"
+    return Table(title, header, tuple(lines))
 
 
 def show(estimate: Estimate) -> str:

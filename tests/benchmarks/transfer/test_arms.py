@@ -95,8 +95,8 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     [
         ("fps", {"importance": "activation", "norm": "l1", "weight_magnitude": True, "granularity": "neuron"}),
         ("fps-l2", {"norm": "l2", "weight_magnitude": True, "granularity": "neuron"}),
-        ("fps-unweighted-layer", {"norm": "l1", "weight_magnitude": False, "granularity": "layer"}),
-        ("fps-l2-unweighted-layer", {"norm": "l2", "weight_magnitude": False, "granularity": "layer"}),
+        ("fps-l2-layer", {"norm": "l2", "weight_magnitude": True, "granularity": "layer"}),
+        ("fps-l2-unweighted", {"norm": "l2", "weight_magnitude": False, "granularity": "neuron"}),
         ("gps", {"importance": "gradient", "loss": "contrastive", "granularity": "neuron"}),
         ("gps-biases", {"importance": "gradient", "loss": "contrastive", "bias": "all"}),
         ("magnitude-biases", {"importance": "magnitude", "bias": "all"}),
@@ -106,7 +106,6 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
         ("tr-pts", {"importance": "fisher", "granularity": "block", "block_top": 0.03}),
         ("magnitude-layer", {"importance": "magnitude", "granularity": "layer"}),
         ("try-class-spread", {"importance": "magnitude", "granularity": "neuron"}),
-        ("try-class-spread-layer", {"importance": "magnitude", "granularity": "layer"}),
         ("fps-32-images", {"importance": "activation", "granularity": "neuron"}),
     ],
 )

@@ -32,7 +32,6 @@ class Reference:
         self.class_inputs = by_class - by_class.mean(0)
         self.class_outputs = out_by_class - out_by_class.mean(0)
         self.of_classes = deviation(by_class)
-        self.of_images = deviation(images)
         self.of_tokens = deviation(x.reshape(-1, x.shape[-1]))
         self.of_outputs = deviation(out_by_class)
         self.covariance = np.zeros((y.shape[-1], x.shape[-1]))
@@ -45,9 +44,7 @@ class Reference:
             w, covariance = abs(weight[neuron, inputs]), abs(self.covariance[neuron, inputs])
             found[neuron, inputs] = {
                 "class-spread": w * self.of_classes[inputs],
-                "image-spread": w * self.of_images[inputs],
                 "token-spread": w * self.of_tokens[inputs],
-                "class-ratio": w * self.of_classes[inputs] / self.of_images[inputs],
                 "class-covariance": covariance,
                 "weighted-covariance": w * covariance,
                 "output-spread": w * self.of_classes[inputs] * self.of_outputs[neuron],
@@ -87,7 +84,6 @@ def test_moments_are_those_of_all_batches_together(labels, tokens, seed):
         "class_inputs": moments.class_inputs,
         "class_outputs": moments.class_outputs,
         "of_classes": moments.spread_of_classes(),
-        "of_images": moments.spread_of_images(),
         "of_tokens": moments.spread_of_tokens(),
     }
     for name, value in found.items():
@@ -220,4 +216,4 @@ def test_models_that_are_no_vision_models_need_no_patches():
     data = [{"x": normal(6, 10, seed=seed), "labels": torch.arange(6) % CLASSES} for seed in range(2)]
     found = gather_moments(model, data, CLASSES)["first"]
     images = torch.cat([batch["x"] for batch in data]).double().numpy()
-    np.testing.assert_allclose(found.spread_of_images(), deviation(images), rtol=1e-6)
+    np.testing.assert_allclose(found.spread_of_tokens(), deviation(images), rtol=1e-6)

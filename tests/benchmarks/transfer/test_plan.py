@@ -172,7 +172,7 @@ def test_the_linear_head_has_no_rate():
     assert pending(["a"], [("linear", None)], 2, SETTING, []) == [Cell("a", "linear", None, s, None) for s in (0, 1)]
 
 
-METHODS = ("linear", "full", "bitfit", "lora", "fps", "fps-l2", "try-image-spread", "gps-task", "random")
+METHODS = ("linear", "full", "bitfit", "lora", "fps", "fps-l2", "try-token-spread", "gps-task", "random")
 ROWS = st.lists(
     st.sampled_from(METHODS).flatmap(
         lambda method: st.tuples(st.just(method), st.sampled_from([0.05, 0.1]) if ARMS[method].budgeted else st.none())

@@ -150,8 +150,10 @@ def test_costs_are_medians_over_cells_and_the_largest_file():
         cell(1, 3.0, 30.0, 3 * 2**20, 2**23, 2_048_000),
         cell(2, 2.04, 24.4, 2**21, 2**22, 512),
         *chosen("fps", seconds={"select": 9.0, "train": 8.0}),
+        cell(0, 99.0, 99.0, 2**30, 2**30, 2**30, "fps", 0.1, BEST),  # another share than that of the rates
     ]
     table = cost_table(Results(records, SETTING))
+    assert table.title.startswith("What the methods cost here, at 5.00%")
     assert table.header == (
         *("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB"),
     )
@@ -213,7 +215,7 @@ def test_tables_of_every_share_of_the_rates_and_of_the_costs():
         "Difference to FPS, points of accuracy, at 5.00%",
         "Mean test accuracy, %, by share of the backbone trained",
         "Learning rates, chosen on validation images",
-        "What the methods cost here (cells run side by side: the times are a hint)",
+        "What the methods cost here, at 5.00% (cells run side by side: the times are a hint)",
     ]
     linear, gps = "linear head, frozen model", "GPS, contrastive"
     assert [[line[0] for line in table.lines] for table in found] == [

@@ -47,7 +47,7 @@ KINDS = {
     "fps-augmented": 1e-2,
     "fps-input-rates": 1e-2,
     "try-class-covariance": 1e-2,
-    "try-image-spread-layer": 1e-2,
+    "try-token-spread": 1e-2,
 }
 """Learning rates by method."""
 
