@@ -14,8 +14,9 @@ from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters, output_head
 
 
-FULL, FEW = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
-"""Learning rates to choose from: for full fine-tuning, and for methods that train few numbers."""
+FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+"""Learning rates to choose from: for full fine-tuning, for methods that put many entries into few layers, and for
+others that train few numbers."""
 
 Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
 
@@ -35,6 +36,7 @@ class Arm:
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
         tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
+        varies: whether it is another method with something changed, although it has learning rates of its own.
     """
 
     label: str
@@ -46,11 +48,12 @@ class Arm:
     images: int | None = None
     augmented: bool = False
     rates_by_input: bool = False
+    varies: bool = False
 
     @property
     def is_variant(self) -> bool:
         """Whether it is another method with something changed, or a candidate, rather than a published method."""
-        return self.tuned_as is not None or self.rates_by_input
+        return self.varies or self.tuned_as is not None
 
 
 def selecting(**options: Any) -> Build:
@@ -124,10 +127,10 @@ ARMS: dict[str, Arm] = {
     "random": Arm("random", selecting(importance="random")),
     "magnitude": Arm("magnitude, as NeuroAda", selecting(importance="magnitude")),
     "fps": Arm("FPS", selecting()),
-    "fps-input-rates": Arm("FPS, rates by input", selecting(), rates_by_input=True),
+    "fps-input-rates": Arm("FPS, rates by input", selecting(), rates_by_input=True, varies=True),
     "gps": Arm("GPS, contrastive", selecting(importance="gradient", loss="contrastive")),
     "gps-task": Arm("GPS, cross-entropy", selecting(importance="gradient"), tuned_as="gps"),
-    "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model")),
+    "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model"), learning_rates=DENSE),
     "random-biases": Arm("random, with biases", selecting(importance="random", bias="all"), tuned_as="random"),
     "magnitude-biases": Arm(
         "magnitude, with biases", selecting(importance="magnitude", bias="all"), tuned_as="magnitude"
@@ -143,7 +146,7 @@ ARMS: dict[str, Arm] = {
     "fps-l2-unweighted": Arm(
         "FPS, l2, activation alone", selecting(norm="l2", weight_magnitude=False), tuned_as="fps"
     ),
-    "fps-model": Arm("FPS, model", selecting(granularity="model"), tuned_as="fps"),
+    "fps-model": Arm("FPS, model", selecting(granularity="model"), learning_rates=DENSE, varies=True),
     "magnitude-layer": Arm(
         "magnitude, layer", selecting(importance="magnitude", granularity="layer"), tuned_as="magnitude"
     ),

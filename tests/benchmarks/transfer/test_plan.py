@@ -39,7 +39,8 @@ def naive_trials(method: str, task: str, share: float = 0.05) -> list[Cell]:
     method = ARMS[method].tuned_as or method
     if method == "linear":
         return []
-    rates = (0.0001, 0.0003, 0.001) if method == "full" else RATES
+    others = {"full": (0.0001, 0.0003, 0.001), "fish-mask": (0.001, 0.003, 0.01), "fps-model": (0.001, 0.003, 0.01)}
+    rates = others.get(method, RATES)
     return [Cell(task, method, None if method in ("full", "bitfit") else share, 0, rate) for rate in rates]
 
 
