@@ -1,7 +1,7 @@
 """What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class AdapterState:
         calibration: how they were chosen from data, None if they were not or that is unknown.
         base_fingerprint: of the base model, None where it could not be taken.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
+        unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
         thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
     """
 
@@ -49,6 +50,7 @@ class AdapterState:
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
     saved_inputs: str = "rebuild"
+    unreached: set[str] = field(default_factory=set)
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 
@@ -126,6 +128,8 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         """
         columns, row_counts = check_entries(columns, row_counts, self.shape.neurons, self.shape.inputs)
         self.resize(adapter_name, columns.numel())
+        self.resize_bias(adapter_name, self.shape.neurons)
+        self.fps_state[adapter_name].unreached.discard(self.module_path)
         device = self.fps_columns[adapter_name].device
         self.fps_columns[adapter_name] = columns.to(device, torch.int32)
         self.fps_row_counts[adapter_name] = row_counts.to(device, torch.int32)
@@ -140,6 +144,46 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
             values.data = values.data.new_full((entries,), torch.nan)
             values.grad = None
             self.fps_columns[adapter_name] = self.fps_columns[adapter_name].new_full((entries,), UNLOADED_COLUMN)
+
+    def resize_bias(self, adapter_name: str, neurons: int) -> None:
+        """Make room for a bias delta of another size, to be set next, if the adapter has one here."""
+        bias = self.fps_bias.get(adapter_name)
+        if bias is not None and bias.numel() != neurons:
+            bias.data = bias.data.new_full((neurons,), torch.nan)
+            bias.grad = None
+
+    def leave_out(self, adapter_name: str) -> None:
+        """Let the adapter hold nothing here, neither entries nor a bias delta, until it gets a selection."""
+        self.resize(adapter_name, 0)
+        self.resize_bias(adapter_name, 0)
+        self.fps_row_counts[adapter_name] = torch.zeros_like(self.fps_row_counts[adapter_name])
+        self.fps_state[adapter_name].unreached.add(self.module_path)
+
+    def make_room(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Take over the sizes that each adapter has in a state dict; what does not fit is left for torch to refuse.
+
+        Args:
+            state_dict: about to be loaded.
+            prefix: of this layer's keys in it.
+        """
+        for name, state in self.fps_state.items():
+            keys = (f"{prefix}{held}.{name}" for held in ("fps_values", "fps_columns", "fps_bias"))
+            values, columns, bias = (state_dict.get(key) for key in keys)
+            if values is None or columns is None or values.dim() != 1 or values.shape != columns.shape:
+                continue
+            self.resize(name, values.numel())
+            state.selected = True
+            reached = values.numel() > 0 or bias is None or bias.numel() > 0
+            self.resize_bias(name, self.shape.neurons if reached else 0)
+            (state.unreached.discard if reached else state.unreached.add)(self.module_path)
+
+    def carries(self, adapter_name: str) -> bool:
+        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
+        return adapter_name in self.fps_values and self.module_path not in self.fps_state[adapter_name].unreached
+
+    def bias_delta(self, adapter_name: str) -> nn.Parameter | None:
+        """The adapter's bias delta `(neurons,)`, None where it has none."""
+        return self.fps_bias[adapter_name] if adapter_name in self.fps_bias and self.carries(adapter_name) else None
 
     @property
     def weight_tensor(self) -> Tensor:
@@ -199,6 +243,8 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         columns = self.fps_columns[adapter_name]
         if any(tensor.device.type == "meta" for tensor in (columns, *self.adapter_parameters(adapter_name))):
             return True
+        if not self.carries(adapter_name):
+            return False
         if columns.numel():
             return not bool((columns != UNLOADED_COLUMN).any())
         bias = self.fps_bias.get(adapter_name)
@@ -221,9 +267,9 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
-            if adapter_name in self.fps_bias:
-                check_floating("fps_bias", self.fps_bias[adapter_name], torch.Size([self.shape.neurons]))
-                check_finite("fps_bias", self.fps_bias[adapter_name])
+            if (bias := self.bias_delta(adapter_name)) is not None:
+                check_floating("fps_bias", bias, torch.Size([self.shape.neurons]))
+                check_finite("fps_bias", bias)
         except StructureError as error:
             raise ValueError(
                 f"{where}: {error}. Its tensors are damaged or incomplete; load an intact file."
@@ -260,8 +306,9 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
 
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         """Add the adapter's changes, times its scale, to a base layer in place."""
-        bias = self.scaled(self.fps_bias[name].data, name) if name in self.fps_bias else None
-        return merge_entries(base, self.structure(name), self.scaled(self.fps_values[name].data, name), bias)
+        bias = self.bias_delta(name)
+        delta = None if bias is None else self.scaled(bias.data, name)
+        return merge_entries(base, self.structure(name), self.scaled(self.fps_values[name].data, name), delta)
 
     def check_merge(self, names: list[str]) -> None:
         """Raise ValueError if merging the named adapters, one after the other, would write NaN or infinity."""

@@ -57,6 +57,13 @@ def check_regex(name: str, pattern: str) -> None:
         raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
 
 
+def check_unreached(name: str, record: dict[str, Any]) -> None:
+    """Raise ValueError unless what a calibration's record says of modules without input is a list of names."""
+    unreached = record.get("unreached", [])
+    if not isinstance(unreached, list) or not all(isinstance(path, str) for path in unreached):
+        raise ValueError(f"{name} has unreached={unreached!r}, expected a list of module names.")
+
+
 def check_allocation(allocation: Any) -> None:
     """Raise unless the value is None or an allocation: neurons, inputs and entries by module."""
     if allocation is None:

@@ -18,6 +18,7 @@ from peft_fps.checks import (
     check_number,
     check_regex,
     check_type,
+    check_unreached,
     check_version,
 )
 from peft_fps.presets import preset_settings
@@ -197,6 +198,7 @@ class FPSConfig(PeftConfig):
             examples = self.calibration.get("examples", 0)
             if isinstance(examples, bool) or not isinstance(examples, int):
                 raise ValueError(f"calibration has examples={examples!r}, expected an integer.")
+            check_unreached("calibration", self.calibration)
         check_type("plugin", self.plugin, str, "a package name")
         digest: Any = self.base_fingerprint
         strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))

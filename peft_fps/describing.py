@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from peft_fps.adapters import AdapterState
+from peft_fps.checks import check_unreached
 from peft_fps.config import FPSConfig
 from peft_fps.importances import IMPORTANCES, WITHOUT_DATA
 
@@ -62,6 +63,8 @@ def plain_method(method: Any) -> dict[str, Any]:
     examples = record.get("examples", 0) if isinstance(record, dict) else 0
     if not isinstance(record, dict | None) or isinstance(examples, bool) or not isinstance(examples, int):
         raise ValueError(f"method has calibration={record!r}, expected None or a dict whose 'examples' is an integer.")
+    if isinstance(record, dict):
+        check_unreached("method", record)
     strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
     if digest is not None and not strings:
         raise ValueError(f"method has base_fingerprint={digest!r}, expected None or a dict with 'sha256' and 'dtype'.")

@@ -22,7 +22,7 @@ from peft_fps.checkpoint import (
     decode,
 )
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import adapter_config, adapter_layers, base_model
+from peft_fps.lookup import adapter_config, base_model, target_layers
 from peft_fps.planning import plan
 from peft_fps.renames import current_names
 
@@ -69,7 +69,7 @@ def hotswap_adapter(
 
 
 def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, options: dict[str, Any]) -> None:
-    old, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
+    old, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     _check_present(layers, adapter_name)
     config = _checked_config(FPSConfig.from_pretrained(path, **options), old, model, adapter_name, layers)
     options = {key: value for key, value in options.items() if key != "check_base"}
@@ -78,6 +78,7 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     config.inference_mode = old.inference_mode
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration, state.saved_inputs = True, config.calibration, config.saved_inputs
+    state.unreached.difference_update(config.allocation or ())
     state.thawed.clear()
     for module in model.modules():
         configs = module.__dict__.get("peft_config")

@@ -14,7 +14,16 @@ from peft_fps.merging import unmerged_copy
 from peft_fps.mixed_batch import BASE, by_adapter, check_samples
 from peft_fps.quantised import quantisation
 from peft_fps.selection import LayerShape
-from peft_fps.sparse import Kept, Structure, dense_delta, sparse_conv2d, sparse_delta_linear, sparse_linear
+from peft_fps.sparse import (
+    Kept,
+    Structure,
+    changed_weight,
+    dense_delta,
+    sparse_conv2d,
+    sparse_delta_linear,
+    sparse_linear,
+)
+from peft_fps.substitution import call_with, overrides_forward
 
 
 class AdaptedLayer(nn.Module, FPSLayer):
@@ -26,6 +35,22 @@ class AdaptedLayer(nn.Module, FPSLayer):
         super().__init__()
         self._setup(base_layer, module_path, layer_shape(base_layer))
         self.in_features, self.out_features = self._features()
+        self._overridden = overrides_forward(base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a submodule, or what the base layer has under a public name: models read it off their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # private names are how libraries mark the modules they have changed, each its own
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+        return getattr(base, name)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""
@@ -35,13 +60,13 @@ class AdaptedLayer(nn.Module, FPSLayer):
             if self.disable_adapters and self.merged:
                 return self._unmerged_forward(x)
             return self._forward_with([], x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.fps_values]
+        names = [name for name in self.active_adapters if self.carries(name)]
         return self._forward_with(names, x, *args, **kwargs)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         check_samples(self, x, adapter_names)
-        held: Any = () if self.disable_adapters else self.fps_values
-        names = [name if name in held else BASE for name in adapter_names]
+        carried = set() if self.disable_adapters else {name for name in adapter_names if self.carries(name)}
+        names = [name if name in carried else BASE for name in adapter_names]
         return by_adapter(
             lambda name, part: self._forward_with([] if name == BASE else [name], part, *args, **kwargs), x, names
         )
@@ -55,6 +80,8 @@ class AdaptedLayer(nn.Module, FPSLayer):
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward():
+            if self._overridden:
+                return self._changed_base(structure, values, bias_deltas, x, *args, **kwargs)
             result = self.base_layer(x, *args, **kwargs)
             return self._beside_base(result, x, structure, values, bias_deltas, names)
         dtype = _autocast_dtype(x) or x.dtype
@@ -80,6 +107,20 @@ class AdaptedLayer(nn.Module, FPSLayer):
         base = self.base_layer
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return "forward" not in vars(base) and not hooked
+
+    def _changed_base(
+        self, structure: Structure, values: Tensor, bias_deltas: list[Tensor], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the base layer's own forward, whatever it makes of its weight, with W + ΔW and b + Δb in their place.
+
+        The dense W + ΔW lives until backward, and its gradient is formed for a moment.
+        """
+        base = self.base_layer
+        tensors = {"weight": changed_weight(base.weight, values, structure)}
+        if bias_deltas:
+            exact = torch.promote_types(base.bias.dtype, torch.float32)
+            tensors["bias"] = sum((delta.to(exact) for delta in bias_deltas), base.bias.to(exact)).to(base.bias.dtype)
+        return call_with(base, tensors, x, *args, **kwargs)
 
     def _beside_base(
         self,

@@ -1,6 +1,8 @@
 """Between PEFT's state dicts and the layers: encode on saving, check everything on loading."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import delete_adapter
@@ -41,7 +43,7 @@ def saved_state(
     result: dict[str, Tensor] = {}
     allocation, state = {}, AdapterState()
     for full_name, layer in fps_layers(model).items():
-        if adapter_name not in layer.fps_values:
+        if not layer.carries(adapter_name):
             continue
         keys = {name: f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}" for name in TENSORS}
         held = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
@@ -95,6 +97,10 @@ def load_state(
     expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
     try:
         modules, others = _split(model, state_dict)
+        absent = [] if config.from_file or not modules else [path for path in expected if path not in modules]
+        carrying = {path for path, (_, layer) in by_path.items() if layer.carries(adapter_name)}
+        if not config.from_file and modules.keys() != carrying:
+            expected, free = _as_reached(absent, modules, by_path, adapter_name), False
         check_adapter_tensors(modules, expected, total_only=free)
         current = model.state_dict()
         check_whole_modules(others, {key: current[key] for key in _whole_modules(model, adapter_name).values()})
@@ -102,9 +108,19 @@ def load_state(
         _withdraw(model, adapter_name)
         raise
     result = dict(others)
+    if absent:
+        warnings.warn(
+            f"The adapter file holds nothing for {len(absent)} of {len(by_path)} modules, as a calibration leaves it "
+            f"that did not reach them; they will not be trained: {', '.join(absent)}.",
+            stacklevel=2,
+        )
+    for path in absent:
+        by_path[path][1].leave_out(adapter_name)
     for path, tensors in modules.items():
         full_name, layer = by_path[path]
         layer.resize(adapter_name, tensors["fps_columns"].numel())
+        layer.resize_bias(adapter_name, layer.shape.neurons)
+        layer.fps_state[adapter_name].unreached.discard(path)
         layer.fps_state[adapter_name].selected = True
         layer.fps_state[adapter_name].thawed.clear()
         for name, held in (("fps_values", layer.fps_values), ("fps_bias", layer.fps_bias)):
@@ -131,6 +147,35 @@ def _split(
         else:
             others[key] = tensor
     return current_names(base_model(model), modules), others
+
+
+def _as_reached(
+    absent: Sequence[str],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, tuple[str, FPSLayer]],
+    adapter_name: str,
+) -> dict[str, Expected]:
+    """Return what is expected of a file whose calibration has reached other modules than the model's adapter has.
+
+    Modules may have other numbers of entries than the model's: together no more than the model has, biases included.
+    """
+    planned = sum(p.numel() for _, layer in layers.values() for p in layer.adapter_parameters(adapter_name))
+    trained = sum(
+        tensor.numel()
+        for tensors in modules.values()
+        for name, tensor in tensors.items()
+        if name in ("fps_values", "fps_bias")
+    )
+    if trained > planned:
+        raise ValueError(
+            f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, expected at "
+            f"most the {planned:,} that this adapter has. {REMEDY}"
+        )
+    return {
+        path: replace(_expected(layer, adapter_name), entries=modules[path]["fps_columns"].numel())
+        for path, (_, layer) in layers.items()
+        if path not in absent and "fps_columns" in modules[path]
+    }
 
 
 def _expected(layer: FPSLayer, adapter_name: str) -> Expected:

@@ -20,6 +20,11 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return the layers that carry the adapter, by their path in the base model."""
+    return {path: layer for path, layer in target_layers(model, adapter_name).items() if layer.carries(adapter_name)}
+
+
+def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
+    """Return the layers that the adapter was made for, those included that no data has reached, by their path."""
     layers = fps_layers(model).values()
     return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
 

@@ -1,17 +1,16 @@
 """The tuner layer of normalisations, of which an adapter trains the bias alone."""
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peft_fps.adapters import AdapterState
 from peft_fps.inputs import note_producer
 from peft_fps.layers import AdaptedLayer
+from peft_fps.substitution import call_with, twin_with
 
 
 class Norm(AdaptedLayer):
@@ -22,12 +21,6 @@ class Norm(AdaptedLayer):
     # DistributedDataParallel
     adapter_layer_names = ("fps_bias",)
     other_param_names = ("fps_values", "fps_columns", "fps_row_counts", "fps_state", "scaling")
-
-    def __init__(self, base_layer: Any, module_path: str) -> None:
-        super().__init__(base_layer, module_path)
-        # torch.nn.TransformerEncoderLayer and others read these off their norms
-        self.normalized_shape = base_layer.normalized_shape
-        self.eps, self.elementwise_affine = base_layer.eps, base_layer.elementwise_affine
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `(..., *normalized_shape)` to the same shape; subclasses of the norm may have another layout."""
@@ -52,7 +45,7 @@ class Norm(AdaptedLayer):
             bias = bias + delta
         bias = bias.to(base.bias.dtype)
         if not self._owns_forward():
-            return _call_with(base, {"bias": bias}, x, *args, **kwargs) if deltas else base(x, *args, **kwargs)
+            return call_with(base, {"bias": bias}, x, *args, **kwargs) if deltas else base(x, *args, **kwargs)
         form = partial(_layer_norm, tuple(base.normalized_shape), base.eps)
         result = form(x, base.weight, bias)
         note_producer(result, form, [x, base.weight, bias])
@@ -69,17 +62,10 @@ class Norm(AdaptedLayer):
         # where a subclass puts its bias (channels may come first) it alone knows: with no weight, nothing else is left
         delta = delta.to(self.base_layer.bias.dtype)
         alone = {"weight": torch.zeros_like(delta), "bias": delta}
-        return _call_with(self.base_layer, alone, x.detach(), *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return call_with(self.base_layer, alone, x.detach(), *args, **kwargs)
+        return type(self.base_layer).forward(twin_with(self.base_layer, alone), x.detach(), *args, **kwargs)
 
 
 def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
-
-
-def _call_with(base: Any, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Run the forward of the base layer's class with other tensors for its parameters; `base` stays untouched."""
-    if torch.compiler.is_compiling():
-        return functional_call(base, parameters, args, kwargs)
-    twin = copy.copy(base)  # unlike functional_call, safe while another thread runs the layer
-    twin.__dict__["_parameters"] = base._parameters | parameters
-    return type(base).forward(twin, *args, **kwargs)

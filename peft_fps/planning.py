@@ -1,6 +1,6 @@
 """Before a model is changed: which modules an adapter will have, how many entries each, and whether all of it fits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft_fps.merging import unmerged_copy
 from peft_fps.quantised import BaseWeight, base_weight
 from peft_fps.refusals import remedy
 from peft_fps.selection import LayerShape, allocate, check_granularity
+from peft_fps.selection.allocation import matches
 from peft_fps.targets import base_parameters, check_target, check_untied, count_base_parameters, named_base_modules
 
 
@@ -50,17 +51,39 @@ def plan(
         return {name: sizes["entries"] for name, sizes in config.allocation.items()}, found
     if not names:
         return {}, found  # PEFT says which targets were not found
+    return allocate_entries(shapes, config, parameters), found
+
+
+def allocate_entries(
+    shapes: Mapping[str, LayerShape], config: FPSConfig, base_parameters: int, *, absent: Collection[str] = ()
+) -> dict[str, int]:
+    """Return the number of entries of each module, by path, as the config's budget or K says.
+
+    Args:
+        shapes: of the modules that are trained, by path.
+        config: of the adapter.
+        base_parameters: of the base model without its head.
+        absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.
+
+    Raises:
+        ValueError: the budget does not fit.
+    """
     trained = {name: replace(s, bias=s.bias and config.bias != "none") for name, s in shapes.items()}
+    patterns = {
+        pattern: value
+        for pattern, value in config.budget_pattern.items()
+        if any(matches(pattern, name) for name in shapes) or not any(matches(pattern, name) for name in absent)
+    }
     allocation = allocate(
         trained,
-        base_parameters=parameters,
+        base_parameters=base_parameters,
         budget=config.budget,
         per_neuron=config.per_neuron,
-        budget_pattern=config.budget_pattern,
+        budget_pattern=patterns,
     )
     entries, biases = sum(allocation.entries.values()), allocation.biases
-    check_granularity(config.granularity, trained, entries, biases=biases, base_parameters=parameters)
-    return allocation.entries, found
+    check_granularity(config.granularity, trained, entries, biases=biases, base_parameters=base_parameters)
+    return allocation.entries
 
 
 def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:

@@ -109,7 +109,8 @@ class QuantisedLinear(AdaptedLayer):
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         self.check_writable()
         structure, values = self.structure(name), self.scaled(self.fps_values[name].data, name)
-        bias = self.scaled(self.fps_bias[name].data, name) if name in self.fps_bias else None
+        bias = self.bias_delta(name)
+        delta = None if bias is None else self.scaled(bias.data, name)
         positions = structure.positions.to(torch.int64)
         dense = dense_weight(base, self.quantization_backend).contiguous()
         before, after = merged_entries(dense, values, positions)
@@ -119,7 +120,7 @@ class QuantisedLinear(AdaptedLayer):
         stored = dense_weight(base, self.quantization_backend).contiguous().view(-1)[positions]
         # a scale that moves with the merge lets every entry move a little, so what counts is most of the change
         lost = ((stored.float() - before.float()).abs() < values.abs() / 2) & (values != 0)
-        original, changes_of_bias, lost_of_bias = add_to_bias(base, bias)
+        original, changes_of_bias, lost_of_bias = add_to_bias(base, delta)
         changes = int((values != 0).sum()) + changes_of_bias
         return MergeRecord(
             positions[:0], before[:0], original, changes=changes, lost=int(lost.sum()) + lost_of_bias, held=held

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_fps.quantised import SUPPORTED
+from peft_fps.quantised import SUPPORTED, quantisation
+from peft_fps.substitution import follows_its_weight, overrides_forward
 
 
 def remedy(module: nn.Module) -> str:
@@ -25,6 +26,44 @@ def remedy(module: nn.Module) -> str:
             "it out of target_modules."
         )
     return "Leave it out of target_modules, or train it whole with modules_to_save."
+
+
+def obstacle(module: Any, own: str = "weight") -> str | None:
+    """Return what about a layer of a supported kind keeps it from a sparse change, None if nothing does.
+
+    Args:
+        module: the layer.
+        own: the parameter that the change is added to.
+    """
+    if quantisation(module) is not None:
+        return None
+    if own not in module._parameters:
+        return (
+            f"its {own} is computed from other tensors (a parametrization), expected a parameter that a merge can "
+            "write to"
+        )
+    if not overrides_forward(module):
+        return None
+    if _is_offloaded(module):
+        return "it has a forward of its own and is offloaded by accelerate, expected its weight at hand"
+    if module.weight.device.type != "meta" and follows_its_weight(module) is False:
+        return (
+            f"the forward of {type(module).__name__} does not follow its {own} (it may keep a copy made before), "
+            "expected one that computes with the changed weight"
+        )
+    return None
+
+
+def unverified(module: Any) -> str | None:
+    """Return why it is unknown whether a layer's own forward computes with a changed weight, None if it is known."""
+    known = not overrides_forward(module) or module.weight.device.type == "meta"
+    if known or follows_its_weight(module) is not None:
+        return None
+    return f"the forward of {type(module).__name__} fails on an input alone, so that it cannot be tried"
+
+
+def _is_offloaded(module: Any) -> bool:
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
 def check_weight(name: str, module: Any, dimensions: int) -> None:

@@ -1,6 +1,5 @@
 """The verbs that choose and report an adapter's entries, on any model that carries one."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,14 +9,22 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import Pass
+from peft_fps.calibration import Pass, called_anywhere, calls_noted
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
 from peft_fps.gradients import Loss
 from peft_fps.importances import IMPORTANCES, Evidence, Gathering, Request, Score
 from peft_fps.importances.random import random_scorer
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, whole_parameters
+from peft_fps.lookup import (
+    active_adapter,
+    adapter_config,
+    adapter_layers,
+    base_model,
+    target_layers,
+    whole_parameters,
+)
+from peft_fps.reached import entries_of_reached, warn_of_unreached
 from peft_fps.scoring import scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
 from peft_fps.selection.candidate import Selected
@@ -51,8 +58,9 @@ def calibrate(
     modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
     are left out of input statistics where a batch has an `attention_mask` of two dimensions; a decoder's as its own
     mask, the labels or the padding tokens say. In a distributed run every process brings its own share of the data,
-    and all get the same selection. Modules that no batch reached, such as experts without a token, are named in a
-    warning and selected by weight magnitude.
+    and all get the same selection. Modules that no batch reached would not be trained either (unused
+    poolers, experts without a token, layers whose weight the model reads without calling them): they are named in a
+    warning and hold nothing, and their part of the budget goes to the others.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
@@ -83,7 +91,7 @@ def calibrate(
             without hooks, or has been trained. The model is unchanged then.
     """
     adapter_name = adapter_name or active_adapter(model)
-    config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
+    config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     check_selectable(layers, adapter_name, discard_values)
     check_whole(
         base_model(model),
@@ -92,6 +100,7 @@ def calibrate(
         "and give the selection to the others (Selection.save, Selection.load).",
     )
     evidence: Evidence = {}
+    reached = {path for path, layer in layers.items() if layer.carries(adapter_name)}
     record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
         importance, base = IMPORTANCES[config.importance], base_model(model)
@@ -107,18 +116,19 @@ def calibrate(
             purpose=f"importance={config.importance!r}",
         )
         how = Gathering(loss, views, accumulators, training_mode)
-        with _adapters_off(base, adapter_name):
+        with _adapters_off(base, adapter_name), calls_noted(layers) as called:
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
         record |= {key: getattr(config, key) for key in importance.recorded} | counts
-        unreached = [path for path in weighted if path not in evidence]
-        if unreached:
-            found = "saw no input" if importance.needs == "forward" else "got no gradient"
-            warnings.warn(
-                f"{len(unreached)} of {len(weighted)} modules {found} during calibration and are selected by "
-                f"weight magnitude: {', '.join(unreached)}.",
-                stacklevel=2,
-            )
-    _select(layers, config, adapter_name, {p: scorer(layer, p, config, evidence) for p, layer in layers.items()})
+        reached = called_anywhere(called, list(layers), base)
+        if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
+            reached = {path for path in reached if path in evidence or path not in weighted}
+    entries = entries_of_reached(model, adapter_name, reached)
+    scores = {path: scorer(layer, path, config, evidence) for path, layer in layers.items() if path in reached}
+    _select(layers, config, adapter_name, entries, scores)
+    if unreached := [path for path in layers if path not in reached]:
+        found = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
+        warn_of_unreached(unreached, layers, config, found)
+        record["unreached"] = unreached
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, record
     return selection_report(model, adapter_name)
@@ -136,17 +146,19 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
     rows = []
     for path, layer in layers.items():
         values, counts = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name]
-        biases = layer.shape.neurons if adapter_name in layer.fps_bias else 0
+        biases = layer.shape.neurons if layer.bias_delta(adapter_name) is not None else 0
         size = encoded_bytes(counts, layer.shape.inputs, values.element_size(), biases)
         rows.append(LayerSelection(path, layer.shape.neurons, layer.shape.inputs, values.numel(), biases, size))
     head = whole_parameters(model, adapter_name).values()
+    state = next(iter(layers.values())).fps_state[adapter_name]
     return SelectionReport(
         layers=tuple(rows),
         base_parameters=count_base_parameters(base_model(model)),
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
-        method=describe(config, next(iter(layers.values())).fps_state[adapter_name]),
+        method=describe(config, state),
+        unreached=tuple((state.calibration or {}).get("unreached", ())),
     )
 
 
@@ -163,7 +175,8 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
         path: scorer(layer, path, config, {}) if seed is None else random_scorer(layer, path, seed)
         for path, layer in layers.items()
     }
-    _select(layers, config, adapter_name, scores)
+    entries = {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
+    _select(layers, config, adapter_name, entries, scores)
     if not config.init_weights:
         for layer in layers.values():
             for parameter in layer.adapter_parameters(adapter_name):
@@ -229,17 +242,37 @@ def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def rank(
-    layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]
+    layers: Mapping[str, FPSLayer], config: FPSConfig, entries: Mapping[str, int], scores: Mapping[str, Score]
 ) -> dict[str, Selected]:
-    """Return the best entries of all layers by their scores, as many and spread as the adapter's config says."""
+    """Return the best entries of layers by their scores, spread as the config says.
+
+    Args:
+        layers: by module path.
+        config: says how entries are spread.
+        entries: how many each layer is to have, or what adds up to those of all where the config spreads them.
+        scores: of the layers named in `entries`.
+    """
+    shapes = {path: layers[path].shape for path in entries}
     candidates = {
-        path: Candidate(layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel(), scores[path])
-        for path, layer in layers.items()
+        path: Candidate(shape.neurons, shape.inputs, entries[path], scores[path]) for path, shape in shapes.items()
     }
     return select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
 
 
-def _select(layers: Mapping[str, FPSLayer], config: FPSConfig, adapter_name: str, scores: Mapping[str, Score]) -> None:
-    """Rank and set the entries of all layers; a layer is changed only after all are ranked."""
-    for path, (columns, row_counts) in rank(layers, config, adapter_name, scores).items():
-        layers[path].set_selection(adapter_name, columns, row_counts)
+def _select(
+    layers: Mapping[str, FPSLayer],
+    config: FPSConfig,
+    adapter_name: str,
+    entries: Mapping[str, int],
+    scores: Mapping[str, Score],
+) -> None:
+    """Rank and set the entries of the layers named in `entries`; in others the adapter holds nothing from now on.
+
+    A layer is changed only after all are ranked.
+    """
+    ranked = rank(layers, config, entries, scores)
+    for path, layer in layers.items():
+        if path in ranked:
+            layer.set_selection(adapter_name, *ranked[path])
+        else:
+            layer.leave_out(adapter_name)

@@ -20,7 +20,7 @@ from peft_fps.checkpoint.selection_file import read_adapter, read_selection, wri
 from peft_fps.config import FPSConfig
 from peft_fps.describing import CHOSEN, method_record, plain_method
 from peft_fps.importances import Score
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, target_layers
 from peft_fps.reading import weight_rows
 from peft_fps.renames import current_names
 from peft_fps.selecting import check_selectable, rank, selection_report
@@ -30,6 +30,7 @@ from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
 from peft_fps.selection.own_scores import checked_scores
 from peft_fps.sparse import StructureError
+from peft_fps.targets import count_base_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -118,21 +119,26 @@ class Selection:
                 The model is unchanged then.
         """
         name = adapter_name or active_adapter(model)
-        config, layers = adapter_config(model, name), adapter_layers(model, name)
+        config, layers = adapter_config(model, name), target_layers(model, name)
         check_selectable(layers, name, discard_values)
         modules = current_names(base_model(model), self.modules)
+        record = self.method.get("calibration") or {}
+        unreached = set(current_names(base_model(model), dict.fromkeys(record.get("unreached", ())))) - modules.keys()
         check_same_modules(
             modules,
-            {path: layer.shape for path, layer in layers.items() if layer.shape.inputs},
+            {path: layer.shape for path, layer in layers.items() if layer.shape.inputs and path not in unreached},
             "the selection",
             f"adapter {name!r}",
             "Apply the selection to an adapter with the target_modules and the base model that it was made with. "
             "Nothing was changed.",
         )
-        _check_budget(self.entries, config, selection_report(model, name), name)
+        biased = [layer for path, layer in layers.items() if name in layer.fps_bias and path not in unreached]
+        _check_budget(self.entries, config, sum(layer.shape.neurons for layer in biased), base_model(model), name)
         method = plain_method(self.method)
         for path, layer in layers.items():
-            if path in modules:
+            if path in unreached:
+                layer.leave_out(name)
+            elif path in modules:
                 layer.set_selection(name, modules[path].columns, modules[path].row_counts)
             else:
                 nothing = torch.zeros(0, dtype=torch.int32), torch.zeros(layer.shape.neurons, dtype=torch.int32)
@@ -174,7 +180,8 @@ class Selection:
         config, layers = adapter_config(model, name), adapter_layers(model, name)
         weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
         scorers = {path: _rows_of(_own_scores(path, layer, score)) for path, layer in weighted.items()}
-        ranked = rank(weighted, config, name, scorers)
+        entries = {path: layer.fps_values[name].numel() for path, layer in weighted.items()}
+        ranked = rank(weighted, config, entries, scorers)
         method = {
             "importance": importance,
             "order": config.order,
@@ -257,15 +264,16 @@ def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
     return {**chosen, "calibration": record, "base_fingerprint": state.base_fingerprint}
 
 
-def _check_budget(entries: int, config: FPSConfig, report: SelectionReport, name: str) -> None:
-    """Raise ValueError if so many entries and the adapter's bias deltas together exceed its budget."""
+def _check_budget(entries: int, config: FPSConfig, biases: int, base: nn.Module, name: str) -> None:
+    """Raise ValueError if so many entries and bias deltas together exceed the adapter's budget."""
     if config.budget is None:
         return
+    parameters = count_base_parameters(base)
     # a budget of 0 trains the biases, and they do not count
-    limit = int(exact(config.budget) * report.base_parameters) if config.budget else report.biases
-    if entries + report.biases > limit:
+    limit = int(exact(config.budget) * parameters) if config.budget else biases
+    if entries + biases > limit:
         raise ValueError(
-            f"adapter {name!r}: the selection has {entries:,} entries, which with {report.biases:,} bias deltas train "
-            f"{entries + report.biases:,} parameters, expected at most {limit:,} by budget={config.budget} of "
-            f"{report.base_parameters:,}. Add the adapter with a larger budget. Nothing was changed."
+            f"adapter {name!r}: the selection has {entries:,} entries, which with {biases:,} bias deltas train "
+            f"{entries + biases:,} parameters, expected at most {limit:,} by budget={config.budget} of "
+            f"{parameters:,}. Add the adapter with a larger budget. Nothing was changed."
         )

@@ -17,7 +17,7 @@ from peft_fps.kinds import LAYERS, layer_class
 from peft_fps.layers import is_biased_norm
 from peft_fps.norms import Norm
 from peft_fps.quantised import check_quantised, quantisation, quantised_elements, stored_weight
-from peft_fps.refusals import check_weight, remedy
+from peft_fps.refusals import check_weight, obstacle, remedy, unverified
 
 
 PREFIX = "fps_"
@@ -103,14 +103,29 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     heads = output_head(model)
     inside = tuple(f"{head}." for head in heads)
     skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return {
-        name
+    found = {
+        name: module
         for name, module in named_base_modules(model)
         if layer_class(module) not in (None, Norm)
         and name not in heads
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)
     }
+    unfit = {name: why for name, module in found.items() if (why := obstacle(module) or unverified(module))}
+    if unfit:
+        kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
+        warnings.warn(
+            f"{len(unfit)} of {len(found)} layers are left out of the targets and stay frozen: {kinds}."
+            f" All of them: {', '.join(unfit)}. Pass target_modules to choose layers without this warning.",
+            stacklevel=2,
+        )
+    return found.keys() - unfit.keys()
+
+
+def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:
+    """Return of the modules that share a reason the first one alone."""
+    first = {reason: name for name, reason in reversed(reasons.items())}
+    return {name: reason for name, reason in reasons.items() if first[reason] == name}
 
 
 def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Parameter]:
@@ -249,11 +264,8 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
         _check_at_hand(model, name, stored_weight(module))
         return module
     for own in ("weight", "bias") if kind is Norm else ("weight",):
-        if own not in module._parameters:
-            raise ValueError(
-                f"{name}.{own} is computed from other tensors (a parametrization), expected a parameter that a merge "
-                "can write to. Remove the parametrization, or leave the module out with exclude_modules."
-            )
+        if found := obstacle(module, own):
+            raise ValueError(f"{name}: {found}. Mend that, or leave the module out with exclude_modules.")
     _check_at_hand(model, name, module.weight)
     check_weight(name, module, dimensions=1 if kind is Norm else 2)
     return module

@@ -69,7 +69,7 @@ def _checked_layers(tuner: Any, how: Combination, adapter_name: Any) -> dict[str
 
 
 def _carried(layer: FPSLayer, how: Combination) -> list[str]:
-    return [name for name in dict.fromkeys(how.adapters) if name in layer.fps_values]
+    return [name for name in dict.fromkeys(how.adapters) if layer.carries(name)]
 
 
 def _whole_modules(model: nn.Module, adapters: Sequence[str], chosen: str | None) -> dict[ModulesToSaveWrapper, str]:
@@ -95,7 +95,7 @@ def _whole_modules(model: nn.Module, adapters: Sequence[str], chosen: str | None
 
 @torch.no_grad()
 def _combine_layer(layer: FPSLayer, how: Combination) -> _Combined:
-    present = [(i, name) for i, name in enumerate(how.adapters) if name in layer.fps_values]
+    present = [(i, name) for i, name in enumerate(how.adapters) if layer.carries(name)]
     values = [layer.scaled(layer.fps_values[name], name) for _, name in present]
     if layer.shape.inputs:
         columns, row_counts, places = united_entries([layer.structure(name) for _, name in present])

@@ -5,6 +5,7 @@ from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.observe import observe
 from peft_fps.calibration.passes import Pass, device_of, is_distributed
 from peft_fps.calibration.preserve import undisturbed
+from peft_fps.calibration.reach import called_anywhere, calls_noted
 from peft_fps.calibration.statistics import InputStatistics
 
 
@@ -14,6 +15,8 @@ __all__ = [
     "Observed",
     "Pass",
     "batches",
+    "called_anywhere",
+    "calls_noted",
     "device_of",
     "feed",
     "is_distributed",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.padding import Padding, padding_of
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
 
@@ -28,12 +29,14 @@ class Observed:
         base: a linear layer, or a convolution.
         groups: groups of neurons that read different inputs (grouped convolutions), else 1.
         inputs: fan-in of a neuron.
+        own_forward: whether the base layer may make something else of its input before it multiplies.
     """
 
     module: nn.Module
     base: nn.Module
     groups: int
     inputs: int
+    own_forward: bool = False
 
 
 class Collector:
@@ -57,6 +60,9 @@ class Collector:
 
     def __enter__(self) -> "Collector":
         for path, layer in self._layers.items():
+            if layer.own_forward:
+                self._watch(path, layer.base)
+                continue
             hook = self._hook(path, layer.base)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
@@ -89,6 +95,23 @@ class Collector:
             self._add(path, base, x)
 
         return hook
+
+    def _watch(self, path: str, base: nn.Module) -> None:
+        """Let every call of a layer with a forward of its own add what it multiplies with its weight."""
+        watched: list[WatchedProduct] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watched.append(WatchedProduct(base))
+            watched[-1].__enter__()
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            product = watched.pop()
+            product.__exit__(None, None, None)
+            x, alike = product.found or (args[0] if args else next(iter(kwargs.values())), base)
+            self._add(path, alike, x)
+
+        self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
         if x.numel() == 0:  # an expert that no token was routed to

@@ -12,6 +12,7 @@ from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Observed, observe
 from peft_fps.importances.importance import Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.reading import weight_rows
+from peft_fps.substitution import overrides_forward
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
 def _observed(layer: FPSLayer) -> Observed:
     groups = getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
-    return Observed(layer, layer.base_layer, groups, layer.shape.inputs)
+    return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
 
 
 def _scorer(layer: FPSLayer, path: str, config: FPSConfig, statistics: InputStatistics) -> Score:

@@ -131,7 +131,9 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
             "shortlist of the largest entries cannot serve these."
         )
     by_neuron = config.granularity in ("neuron", "block")
-    entries = {path: layer.fps_values[request.adapter_name].numel() for path, layer in layers.items()}
+    held = {path: layer.fps_values[request.adapter_name].numel() for path, layer in layers.items()}
+    # a module that an earlier calibration did not reach has none, and may get some now
+    entries = {path: number or layers[path].shape.neurons for path, number in held.items()}
     if config.granularity in ("model", "block"):
         # only their sum counts; how an earlier calibration has spread them must not bind this one
         total, neurons = sum(entries.values()), sum(layer.shape.neurons for layer in layers.values())

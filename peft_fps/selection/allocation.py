@@ -102,7 +102,7 @@ def _match_patterns(layers: Mapping[str, LayerShape], patterns: Mapping[str, flo
     fixed: dict[str, float] = {}
     # the longest first, then by name: files do not keep the order of keys
     for pattern, value in sorted(patterns.items(), key=lambda item: (-len(item[0]), item[0])):
-        matched = [name for name in layers if re.match(rf"(.*\.)?({pattern})$", name)]
+        matched = [name for name in layers if matches(pattern, name)]
         if not matched:
             raise ValueError(
                 f"budget_pattern key {pattern!r} matches none of the {len(layers)} targeted modules, such as "
@@ -110,6 +110,11 @@ def _match_patterns(layers: Mapping[str, LayerShape], patterns: Mapping[str, flo
             )
         fixed.update((name, value) for name in matched if name not in fixed)
     return fixed
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a key of `budget_pattern`, a module path, its end or a regular expression, is about a module."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _common_k(layers: Mapping[str, LayerShape], available: int) -> Fraction:

@@ -32,6 +32,7 @@ class SelectionReport:
         head_bytes: their bytes in the adapter file.
         budget: the configured limit as a share of `base_parameters`, None where `per_neuron` was given.
         method: one line on how the entries were chosen.
+        unreached: modules that calibration did not reach, and that are not trained.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -40,6 +41,7 @@ class SelectionReport:
     head_bytes: int
     budget: float | None
     method: str
+    unreached: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -124,4 +126,6 @@ class SelectionReport:
             "the papers' convention)",
             f"adapter file:           {self.bytes:,} bytes, of these {self.head_bytes:,} for the head",
         ]
+        if self.unreached:
+            summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])

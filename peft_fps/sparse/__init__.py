@@ -4,7 +4,7 @@ Nothing in here knows of PEFT, transformers or modules: tensors in, tensors out.
 """
 
 from peft_fps.sparse.autograd import sparse_conv2d, sparse_delta_linear, sparse_linear
-from peft_fps.sparse.compose import compose_weight, dense_delta, merged_entries, sums
+from peft_fps.sparse.compose import changed_weight, compose_weight, dense_delta, merged_entries, sums
 from peft_fps.sparse.keeping import Kept, Reading, keep_columns, keep_whole
 from peft_fps.sparse.structure import (
     Structure,
@@ -24,6 +24,7 @@ __all__ = [
     "Structure",
     "StructureError",
     "build_structure",
+    "changed_weight",
     "check_entries",
     "check_finite",
     "check_floating",

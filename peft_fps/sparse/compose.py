@@ -50,6 +50,18 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
     return composed.t() if structure.transposed else composed
 
 
+def changed_weight(weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    """Return a new dense W + ΔW in the stored shape and dtype of `weight`, with a gradient for `values`.
+
+    Entries are summed in float32 or better and rounded once, so that they are what a merge would write.
+    """
+    positions = structure.positions.to(torch.int64)
+    flat = weight.detach().reshape(-1)
+    exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
+    after = (flat.index_select(0, positions).to(exact) + values.to(exact)).to(weight.dtype)
+    return flat.index_copy(0, positions, after).view(weight.shape)
+
+
 def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tensor:
     """Return ΔW as a dense tensor of the stored weight's `shape`, in the dtype of `values`."""
     return values.new_zeros(shape.numel()).index_add(0, structure.positions, values).view(shape)

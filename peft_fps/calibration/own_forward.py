@@ -1,0 +1,45 @@
+"""What a layer with a forward of its own multiplies with its weight, which need not be what it was called with.
+
+It may pad or normalise its input first. So the call of PyTorch's product is what is looked at.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
+
+
+class WatchedProduct(TorchFunctionMode):
+    """Context that notes the first product with a weight of a layer's shape.
+
+    Attributes:
+        found: the product's input, and a layer that does to it what the product did; None before.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.found: tuple[Tensor, nn.Module] | None = None
+        self._base: Any = base
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        names = ARGUMENTS.get(func)
+        if names is not None and self.found is None:
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            if given["weight"].shape == self._base.weight.shape:
+                self.found = given["input"], self._alike(given)
+        return func(*args, **(kwargs or {}))
+
+    def _alike(self, given: dict[str, Any]) -> nn.Module:
+        base = self._base
+        if not isinstance(base, nn.Conv2d):
+            return nn.Linear(base.in_features, base.out_features, device="meta")
+        geometry: Any = {name: given[name] for name in ("stride", "padding", "dilation", "groups") if name in given}
+        return nn.Conv2d(base.in_channels, base.out_channels, given["weight"].shape[2:], device="meta", **geometry)
