@@ -42,6 +42,7 @@ class AdapterState:
         base_fingerprint: of the base model, None where it could not be taken.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
+        buffers: digests of the base model's buffers when the adapter was added, by name.
         thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
     """
 
@@ -51,6 +52,7 @@ class AdapterState:
     base_fingerprint: dict[str, str] | None = None
     saved_inputs: str = "rebuild"
     unreached: set[str] = field(default_factory=set)
+    buffers: dict[str, str] = field(default_factory=dict)
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 

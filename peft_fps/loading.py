@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.buffers import buffer_digests, thaw_statistics
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
     REMEDY,
@@ -24,6 +25,7 @@ from peft_fps.checkpoint import (
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.lookup import base_model, fps_layers
+from peft_fps.planning import fingerprint_of
 from peft_fps.renames import current_names
 from peft_fps.sharded import is_sharded
 from peft_fps.sparse import StructureError, check_entries
@@ -52,14 +54,31 @@ def saved_state(
         sizes = (layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
         allocation[layer.module_path] = dict(zip(("neurons", "inputs", "entries"), sizes, strict=True))
         result |= {keys[name]: encode(name, tensor, layer.shape.inputs) for name, tensor in held.items()}
+    _warn_of_changed_buffers(model, adapter_name, state)
     # several adapters may share one config object, so each writes its own record just before it is saved
     config.allocation, config.calibration = allocation, state.calibration
-    config.base_fingerprint = state.base_fingerprint
+    # that of all targets was taken when the adapter was added
+    config.base_fingerprint = (
+        fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
+    )
     config.tensors_sha256 = tensors_digest(
         {key.removesuffix(f".{adapter_name}"): held for key, held in result.items()}
     )
     config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in _whole_modules(model, adapter_name))
     return result
+
+
+def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: AdapterState) -> None:
+    now = buffer_digests(base_model(model))
+    changed = [name for name, digest in state.buffers.items() if now.get(name, digest) != digest]
+    if changed:
+        owner = changed[0].rpartition(".")[0]
+        warnings.warn(
+            f"{', '.join(changed)}: buffers of the base model have changed since adapter {adapter_name!r} was added, "
+            "and are not saved with it, so that a reloaded model will compute something else. Train their modules "
+            f"whole, with modules_to_save=[{owner!r}] for instance, or keep them in evaluation mode.",
+            stacklevel=2,
+        )
 
 
 def _check_held(layer: FPSLayer, adapter_name: str, held: Mapping[str, Tensor]) -> None:
@@ -168,8 +187,8 @@ def _as_reached(
     )
     if trained > planned:
         raise ValueError(
-            f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, expected at "
-            f"most the {planned:,} that this adapter has. {REMEDY}"
+            f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
+            f"expected at most the {planned:,} that this adapter has. {REMEDY}"
         )
     return {
         path: replace(_expected(layer, adapter_name), entries=modules[path]["fps_columns"].numel())
@@ -206,6 +225,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             _replace(model, name, layer.base_layer)
     if alone:
         unwatch_producers(model)
+        thaw_statistics(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 _replace(model, name, module.original_module)

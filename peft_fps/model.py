@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
@@ -40,6 +41,9 @@ class FPSModel(BaseTuner):
 
     Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
     (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...).
+
+    BatchNorms, and other normalisations with running statistics, compute with these in training too and leave them as
+    they are, since they are not part of an adapter; those in modules that are trained whole go on tracking.
 
     Args:
         model: the base model, changed in place.
@@ -96,6 +100,8 @@ class FPSModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         watch_producers(model)
+        freeze_statistics(model)
+        self._state.buffers = buffer_digests(model)
         if not config.from_file:
             select_without_data(model, config, adapter_name)
 
@@ -185,6 +191,12 @@ class FPSModel(BaseTuner):
         """Let the model compute as the base model does, biases included."""
         self._enable_adapter_layers(enabled=False)
 
+    def train(self, mode: bool = True) -> "FPSModel":
+        """Set the training mode, but for normalisations whose running statistics stay as they are."""
+        super().train(mode)
+        evaluate_frozen(self.model)
+        return self
+
     # --- verbs --------------------------------------------------------------------------------------------------
 
     def calibrate(self, data: Any = None, **options: Any) -> SelectionReport:
@@ -263,11 +275,11 @@ class FPSModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if not merge:
-            unwatch_producers(self.model)
+            _release(self.model)
             _unmerge_all(self.model)
             return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
         with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
-            unwatch_producers(self.model)
+            _release(self.model)
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -308,6 +320,12 @@ class FPSModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield
+
+
+def _release(model: nn.Module) -> None:
+    """Take off all that was put on modules beside the adapted layers."""
+    unwatch_producers(model)
+    thaw_statistics(model)
 
 
 def _unmerge_all(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Before a model is changed: which modules an adapter will have, how many entries each, and whether all of it fits."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from peft_fps.quantised import BaseWeight, base_weight
 from peft_fps.refusals import remedy
 from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.selection.allocation import matches
+from peft_fps.sharded import is_sharded
 from peft_fps.targets import base_parameters, check_target, check_untied, count_base_parameters, named_base_modules
 
 
@@ -36,7 +37,8 @@ def plan(
     if not config.from_file:
         _check_named_modules(model, config)
     norms = config.bias == "with_norms"
-    bases = {name: check_target(model, name, norms) for name in names}
+    chosen = config.automatic.get("target_modules") or ()
+    bases = {name: check_target(model, name, norms, chosen=name in chosen) for name in names}
     check_untied(model, names)
     shapes = {name: layer_shape(base) for name, base in bases.items()}
     weights = {name: _base_weight(model, name) for name in names}
@@ -119,6 +121,13 @@ def _check_allocation(allocation: Mapping[str, Mapping[str, int]], shapes: Mappi
                 f"{name}: found {found[0]} neurons with {found[1]} inputs, expected {sizes['neurons']} with "
                 f"{sizes['inputs']} as in the adapter's config. {advice}"
             )
+
+
+def fingerprint_of(model: nn.Module, names: Iterable[str]) -> dict[str, str] | None:
+    """Return the fingerprint of the base model's weights at `names`; None where they are not at hand as a whole."""
+    weights = {name: _base_weight(model, name) for name in names}
+    sharded = any(is_sharded(parameter) for _, parameter in base_parameters(model))
+    return None if sharded else fingerprint(weights)
 
 
 def _base_weight(model: nn.Module, name: str) -> BaseWeight:

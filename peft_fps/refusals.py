@@ -28,12 +28,13 @@ def remedy(module: nn.Module) -> str:
     return "Leave it out of target_modules, or train it whole with modules_to_save."
 
 
-def obstacle(module: Any, own: str = "weight") -> str | None:
+def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str | None:
     """Return what about a layer of a supported kind keeps it from a sparse change, None if nothing does.
 
     Args:
         module: the layer.
         own: the parameter that the change is added to.
+        certain: name a forward of its own too that cannot be tried.
     """
     if quantisation(module) is not None:
         return None
@@ -46,20 +47,17 @@ def obstacle(module: Any, own: str = "weight") -> str | None:
         return None
     if _is_offloaded(module):
         return "it has a forward of its own and is offloaded by accelerate, expected its weight at hand"
-    if module.weight.device.type != "meta" and follows_its_weight(module) is False:
+    if module.weight.device.type == "meta":
+        return None
+    follows = follows_its_weight(module)
+    if follows is None and certain:
+        return f"the forward of {type(module).__name__} fails on an input alone, so that it cannot be tried"
+    if follows is False:
         return (
             f"the forward of {type(module).__name__} does not follow its {own} (it may keep a copy made before), "
             "expected one that computes with the changed weight"
         )
     return None
-
-
-def unverified(module: Any) -> str | None:
-    """Return why it is unknown whether a layer's own forward computes with a changed weight, None if it is known."""
-    known = not overrides_forward(module) or module.weight.device.type == "meta"
-    if known or follows_its_weight(module) is not None:
-        return None
-    return f"the forward of {type(module).__name__} fails on an input alone, so that it cannot be tried"
 
 
 def _is_offloaded(module: Any) -> bool:

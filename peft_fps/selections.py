@@ -121,8 +121,9 @@ class Selection:
         name = adapter_name or active_adapter(model)
         config, layers = adapter_config(model, name), target_layers(model, name)
         check_selectable(layers, name, discard_values)
+        method = plain_method(self.method)
         modules = current_names(base_model(model), self.modules)
-        record = self.method.get("calibration") or {}
+        record = method.get("calibration") or {}
         unreached = set(current_names(base_model(model), dict.fromkeys(record.get("unreached", ())))) - modules.keys()
         check_same_modules(
             modules,
@@ -134,7 +135,6 @@ class Selection:
         )
         biased = [layer for path, layer in layers.items() if name in layer.fps_bias and path not in unreached]
         _check_budget(self.entries, config, sum(layer.shape.neurons for layer in biased), base_model(model), name)
-        method = plain_method(self.method)
         for path, layer in layers.items():
             if path in unreached:
                 layer.leave_out(name)

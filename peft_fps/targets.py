@@ -17,7 +17,7 @@ from peft_fps.kinds import LAYERS, layer_class
 from peft_fps.layers import is_biased_norm
 from peft_fps.norms import Norm
 from peft_fps.quantised import check_quantised, quantisation, quantised_elements, stored_weight
-from peft_fps.refusals import check_weight, obstacle, remedy, unverified
+from peft_fps.refusals import check_weight, obstacle, remedy
 
 
 PREFIX = "fps_"
@@ -111,7 +111,7 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)
     }
-    unfit = {name: why for name, module in found.items() if (why := obstacle(module) or unverified(module))}
+    unfit = {name: why for name, module in found.items() if (why := obstacle(module, certain=True))}
     if unfit:
         kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
         warnings.warn(
@@ -228,8 +228,14 @@ def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
+def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bool = False) -> Any:
     """Return the base layer at `name` if it can carry a sparse change, or, with `norms`, a change of a norm's bias.
+
+    Args:
+        model: base model, with or without adapters.
+        name: path of the module.
+        norms: whether a norm will do.
+        chosen: whether `default_targets` has chosen it, which looks at what costs time.
 
     Raises:
         ValueError: says what stands there, what is expected, and what to do.
@@ -263,7 +269,7 @@ def check_target(model: nn.Module, name: str, norms: bool = False) -> Any:
         check_quantised(name, module)
         _check_at_hand(model, name, stored_weight(module))
         return module
-    for own in ("weight", "bias") if kind is Norm else ("weight",):
+    for own in () if chosen else ("weight", "bias") if kind is Norm else ("weight",):
         if found := obstacle(module, own):
             raise ValueError(f"{name}: {found}. Mend that, or leave the module out with exclude_modules.")
     _check_at_hand(model, name, module.weight)

@@ -44,7 +44,6 @@ from tests.helpers import (
     tiny_llama,
     tokens,
 )
-from tests.selection import naive
 from tests.training.test_trainer import arguments
 
 
@@ -485,7 +484,7 @@ def test_packed_experts_as_a_target_are_refused() -> None:
         get_peft_model(tiny_mixtral(), config(target_modules=["experts"]))
 
 
-def test_experts_without_a_token_are_named_and_selected_by_magnitude() -> None:
+def test_experts_without_a_token_are_named_and_not_trained() -> None:
     base = tiny_switch()
     with torch.no_grad():
         for name, module in base.named_modules():
@@ -496,20 +495,14 @@ def test_experts_without_a_token_are_named_and_selected_by_magnitude() -> None:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and any(f"expert_{number}." in name for number in (1, 2, 3))
     ]
-    by_magnitude = {
-        name: naive.by_neuron(
-            base.get_submodule(name).weight.abs().tolist(), 2 * base.get_submodule(name).weight.shape[0]
-        )
-        for name in idle
-    }
     model = get_peft_model(base, FPSConfig(per_neuron=2))
     batch = {"input_ids": tokens(), "labels": tokens(seed=3)}
     with pytest.warns(UserWarning, match="saw no input") as caught:
         model.calibrate([batch], progress=False)
     message = str(caught[0].message)
     assert message.startswith(f"{len(idle)} of {len(layers_of(model))} modules saw no input")
-    assert message.endswith(f"selected by weight magnitude: {', '.join(idle)}.")
-    assert {name: selected_columns(layers_of(model)[name]) for name in idle} == by_magnitude
+    assert f"will not be trained: {', '.join(idle)}." in message
+    assert all(layers_of(model)[name].fps_values["default"].numel() == 0 for name in idle)
     assert len(idle) == 2 * 3 * 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")

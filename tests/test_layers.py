@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
@@ -484,21 +483,6 @@ def test_a_forward_put_over_the_base_layers_own(way: str):
     assert ran == [way]
 
 
-class Scaled(nn.Linear):
-    """A linear layer with a forward of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * F.linear(input, self.weight, self.bias)
-
-
-def test_subclasses_keep_their_own_forward():
-    model = adapted(single(Scaled(6, 5)), target_modules=["layer"])
-    layer, x = layers_of(model)["layer"], normal(3, 6)
-    delta = F.linear(x.double(), dense_change(layer)).float() + layer.fps_bias["default"]
-    expected = 2 * F.linear(x, layer.base_layer.weight, layer.base_layer.bias) + delta
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_hooks_of_the_wrapped_layer_run():
     model, x = wrapped("linear")
     layer, ran = layers_of(model)["layer"], []
@@ -695,5 +679,5 @@ def test_layer_class():
     assert [layer_class(module) is None for module in (nn.Linear(1, 1), Conv1D(1, 1), nn.Conv2d(1, 1, 1))] == [
         False
     ] * 3
-    assert layer_class(Scaled(1, 1)) is layer_class(nn.Linear(1, 1))
+    assert layer_class(type("Other", (nn.Linear,), {})(1, 1)) is layer_class(nn.Linear(1, 1))
     assert layer_class(nn.Embedding(1, 1)) is None

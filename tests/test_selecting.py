@@ -504,25 +504,26 @@ class Unreached(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("weight_magnitude", [True, False], ids=["", "activation-alone"])
-@pytest.mark.parametrize("granularity", ["neuron", "layer"])
-def test_unreached_modules_are_named_and_selected_by_magnitude(weight_magnitude: bool, granularity: str):
-    torch.manual_seed(0)
-    base = Unreached()
-    by_magnitude = {n: m.weight.abs().tolist() for n, m in base.named_modules() if isinstance(m, nn.Linear)}
-    batches = [normal(3, 6, seed=seed) for seed in range(2)]
-    scores = naive_scores_of_used(copy.deepcopy(base), batches, weight_magnitude)
-    model = fresh(base, per_neuron=2, weight_magnitude=weight_magnitude, granularity=granularity)
-    with pytest.warns(UserWarning, match=r"2 of 3 modules saw no input.*weight magnitude: idle, spare"):
-        model.calibrate(batches, progress=False)
-    expected = naive_selection(by_magnitude | {"used": scores}, 2, granularity)
-    assert selection_of(model) == expected
-
-
 def naive_scores_of_used(base: Unreached, batches: list[Tensor], weight_magnitude: bool) -> list[list[float]]:
     activation = torch.cat(batches).double().abs().mean(0)
     weight = base.used.weight.detach().double().abs()
     return (weight * activation if weight_magnitude else activation.expand(weight.shape)).tolist()
+
+
+@pytest.mark.parametrize("weight_magnitude", [True, False], ids=["", "activation-alone"])
+@pytest.mark.parametrize("granularity", ["neuron", "layer"])
+def test_unreached_modules_are_named_and_hold_nothing(weight_magnitude: bool, granularity: str):
+    torch.manual_seed(0)
+    base = Unreached()
+    batches = [normal(3, 6, seed=seed) for seed in range(2)]
+    scores = naive_scores_of_used(copy.deepcopy(base), batches, weight_magnitude)
+    model = fresh(base, per_neuron=2, weight_magnitude=weight_magnitude, granularity=granularity)
+    with pytest.warns(UserWarning, match=r"2 of 3 modules saw no input.*not be trained: idle, spare.*per_neuron"):
+        report = model.calibrate(batches, progress=False)
+    nothing: dict[str, Rows] = {"idle": [[]] * 5, "spare": [[]] * 4}
+    assert selection_of(model) == naive_selection({"used": scores}, 2, granularity) | nothing
+    assert [row.module for row in report.layers] == ["used"]
+    assert report.trained == 2 * 5 + 5
 
 
 # --- state and report -----------------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""Statistics of what a layer with a forward of its own multiplies, against patches cut out one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_fps.calibration import Collector, Observed
+from tests.helpers import normal
+from tests.test_own_forward import Normalised, PadsFirst, Standardised
+
+
+def observed(base: nn.Module, inputs: int, groups: int, x: Tensor, norm: str) -> Tensor:
+    with torch.no_grad(), Collector({"layer": Observed(base, base, groups, inputs, own_forward=True)}, norm) as found:
+        found.start_batch({"x": x})
+        base(x)
+        base(x + 1)
+    return found.statistics["layer"].typical(norm)
+
+
+def typical(columns: Tensor, norm: str) -> Tensor:
+    """`(positions, groups, inputs)` to `(groups, inputs)`."""
+    columns = columns.double()
+    return columns.abs().mean(0) if norm == "l1" else columns.square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_convolution_that_pads_first(norm: str):
+    base, x = PadsFirst(4, 6, (3, 2), stride=2, groups=2, bias=False), normal(2, 4, 5, 6)
+    patches = []
+    for image in torch.cat([x, x + 1]):
+        padded = F.pad(image, (0, 1, 2, 1))
+        for top in range(0, padded.shape[1] - 2, 2):
+            for left in range(0, padded.shape[2] - 1, 2):
+                patches.append(padded[:, top : top + 3, left : left + 2].reshape(2, -1))
+    expected = typical(torch.stack(patches), norm)
+    torch.testing.assert_close(observed(base, 12, 2, x, norm), expected, rtol=1e-6, atol=0)
+
+
+def test_a_convolution_that_standardises_its_weight_reads_its_input_as_it_is():
+    base, x = Standardised(3, 5, 3, padding=1), normal(2, 3, 4, 4)
+    both = torch.cat([x, x + 1])
+    patches = F.unfold(both, 3, padding=1).transpose(1, 2).reshape(-1, 1, 27)
+    torch.testing.assert_close(observed(base, 27, 1, x, "l1"), typical(patches, "l1"), rtol=1e-6, atol=0)
+
+
+def test_a_linear_layer_that_normalises_its_input():
+    base, x = Normalised(6, 5), normal(3, 6)
+    columns = torch.cat([F.normalize(x, dim=-1), F.normalize(x + 1, dim=-1)])[:, None]
+    torch.testing.assert_close(observed(base, 6, 1, x, "l1"), typical(columns, "l1"), rtol=1e-6, atol=0)
+
+
+def test_without_a_product_that_is_known_the_input_counts():
+    class ByHand(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return (input[..., None, :] * self.weight).sum(-1)
+
+    x = normal(3, 6)
+    expected = typical(torch.cat([x, x + 1])[:, None], "l1")
+    torch.testing.assert_close(observed(ByHand(6, 5), 6, 1, x, "l1"), expected, rtol=1e-6, atol=0)
+
+
+def test_a_failing_forward_leaves_no_watch_behind():
+    class Fails(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            raise RuntimeError("no")
+
+    base = Fails(6, 5)
+    with pytest.raises(RuntimeError, match="no"):
+        observed(base, 6, 1, normal(3, 6), "l1")
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    assert torch.overrides._get_current_function_mode() is None
