@@ -86,9 +86,10 @@ class FPSConfig(PeftConfig):
             in every LayerNorm besides (as BitFit does); `"none"`.
         target_modules: names, ends of names or a regular expression, as everywhere in PEFT; `"all-linear"`; None
             means every linear and convolutional layer except the output head.
-        exclude_modules: names, ends of names or a regular expression of modules to leave out.
-        layers_to_transform: index or indices of the blocks to adapt; only with `target_modules` as names.
-        layers_pattern: name or names of the block list that the indices count.
+        exclude_modules: names, ends of names or a regular expression of modules to leave out; empty means none.
+        layers_to_transform: index or indices of the blocks to adapt; only with `target_modules` as names. Empty means
+            all.
+        layers_pattern: name or names of the block list that the indices count; empty means any.
         modules_to_save: modules trained and saved whole. None means the output head of a `...For...Classification`
             model, and nothing in other models; `[]` means nothing.
         recipe: recommended training arguments of a preset, to pass on: `TrainingArguments(**config.recipe)`.
@@ -159,6 +160,7 @@ class FPSConfig(PeftConfig):
         # one config object can serve several models. Likewise for targets and heads that a model has found itself.
         self.from_file = self.allocation is not None
         self.automatic: dict[str, Any] = {}
+        self._read_empty_values()
         check_version(self.format_version)
         if self.budget is None and self.per_neuron is None:
             self.budget = DEFAULT_BUDGET
@@ -215,6 +217,17 @@ class FPSConfig(PeftConfig):
                 f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
                 "names of the tensors saved whole. The config is incomplete; fetch or save it again."
             )
+
+    def _read_empty_values(self) -> None:
+        # PEFT takes them for no value; the index 0 is one
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), (str, list, set, tuple)) and not getattr(self, name):
+                setattr(self, name, None)
+        for name in ("exclude_modules", "modules_to_save"):  # an empty list of the latter is not the default
+            if getattr(self, name) == "":
+                setattr(self, name, [])
+        if not self.inference_mode:
+            self.inference_mode = False
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):

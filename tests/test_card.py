@@ -20,7 +20,7 @@ from peft_fps import FPSConfig, save_adapter
 from peft_fps.card import Evaluation, evaluation_at, write_card
 from peft_fps.card.facts import Facts
 from peft_fps.card.markdown import BEGIN, END, code, loading_snippet, plain, put, render
-from tests.helpers import adapted, config, images, layers_of, tiny_bert, tiny_mlp, tiny_vit
+from tests.helpers import adapted, config, images, layers_of, through_transformers, tiny_bert, tiny_mlp, tiny_vit
 
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -407,12 +407,16 @@ def test_a_card_that_cannot_be_read_stops_no_saving(metadata: str, model: PeftMo
         PeftModel.from_pretrained(tiny_vit(), folder)
 
 
-def test_others_get_no_card_from_us(tmp_path: Path) -> None:
+@through_transformers
+def test_transformers_own_saving_gets_no_card_from_us(tmp_path: Path) -> None:
     model = tiny_vit()
     model.add_adapter(config())
     for _ in range(2):
         model.save_pretrained(tmp_path / "transformers")
     assert not (tmp_path / "transformers" / CARD).exists()
+
+
+def test_other_configs_and_methods_get_no_card_from_us(tmp_path: Path) -> None:
     FPSConfig().save_pretrained(tmp_path / "config")
     assert [path.name for path in (tmp_path / "config").iterdir()] == [CONFIG]
     lora = get_peft_model(tiny_mlp(), LoraConfig(target_modules=["first"]))

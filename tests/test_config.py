@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
 from peft_fps import FPSConfig
-from tests.helpers import adapted, finish, start_python, tiny_vit
+from tests.helpers import adapted, finish, layers_of, start_python, tiny_llama, tiny_vit
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -107,6 +109,44 @@ def test_lists_of_modules_become_sets(name: str, kind: type):
 def test_blocks_to_transform(given: Any, kept: Any):
     assert FPSConfig(target_modules=["query"], layers_to_transform=given).layers_to_transform == kept
     assert FPSConfig(target_modules="all-linear", layers_to_transform=given, layers_pattern="h").layers_pattern == "h"
+
+
+EMPTY = {
+    "exclude_modules": ["", [], (), set(), None],
+    "layers_to_transform": [[], None],
+    "layers_pattern": ["", [], (), set(), None],
+    "modules_to_save": ["", [], ()],
+    "inference_mode": [None, 0, "", False],
+    "revision": ["", None],
+    "auto_mapping": [{}, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EMPTY.items() for value in values])
+def test_empty_values_mean_what_they_mean_to_peft(name: str, value: Any, tmp_path: Path):
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["up_proj"], **{name: value}))
+    expected = {path for path, module in lora.named_modules() if isinstance(module, BaseTunerLayer)}
+    wrapped = {path for path, module in lora.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    frozen = [parameter for parameter in lora.parameters() if parameter.requires_grad] == []
+    model = get_peft_model(
+        tiny_llama(), FPSConfig(target_modules=["up_proj"], importance="magnitude", **{name: value})
+    )
+    assert {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)} == expected
+    assert {path for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)} == wrapped
+    assert ([parameter for parameter in model.parameters() if parameter.requires_grad] == []) == frozen
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_llama(), tmp_path).peft_config["default"].layers_pattern is None
+
+
+@pytest.mark.parametrize("blocks", [[], (), set()])
+@pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj"]])
+def test_no_blocks_to_transform_means_all(blocks: Any, targets: Any):
+    given, without = (
+        get_peft_model(tiny_llama(), FPSConfig(target_modules=targets, importance="magnitude", **options))
+        for options in ({"layers_to_transform": blocks}, {})
+    )
+    assert set(layers_of(given)) == set(layers_of(without))
+    assert len({path.split(".")[2] for path in layers_of(given)}) == len(given.base_model.model.model.layers) > 1
 
 
 @pytest.mark.parametrize("budget", [0, 0.0, 1, 1.0, 1e-9])

@@ -23,6 +23,7 @@ from tests.helpers import (
     layers_of,
     normal,
     selected_columns,
+    through_transformers,
     tiny_conv,
     tiny_gpt2,
     tiny_mlp,
@@ -162,6 +163,7 @@ def test_a_wider_file_widens_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(layers_of(model)["first"].fps_values["default"], file["base_model.model.first.fps_values"])
 
 
+@through_transformers
 def test_adapters_of_a_transformers_model(tmp_path: Path) -> None:
     folder, model = saved(tmp_path, tiny_vit, per_neuron=3, modules_to_save=[]), tiny_vit()
     model.add_adapter(config(modules_to_save=[]), "default")

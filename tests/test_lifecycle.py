@@ -41,6 +41,7 @@ from tests.helpers import (
     layers_of,
     normal,
     selected_columns,
+    through_transformers,
     tiny_bert,
     tiny_conv,
     tiny_gpt2,
@@ -220,7 +221,7 @@ def test_a_deleted_name_can_be_used_again() -> None:
     assert set(selections(model, "second")) == {"vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc1"}
 
 
-@pytest.mark.parametrize("second", ["PeftModel", "injected", "transformers"])
+@pytest.mark.parametrize("second", ["PeftModel", "injected", pytest.param("transformers", marks=through_transformers)])
 def test_a_refused_second_adapter_leaves_the_first(second: str) -> None:
     wrong = config(budget=0.00001, target_modules=["q_proj"])
     if second == "PeftModel":

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,75 @@ def test_the_extra_for_tests_has_all_that_tests_may_import(metadata: Metadata) -
 
     for extra in ("benchmark", "cli", "docs", "plots", "views"):
         assert of_extra(extra) <= of_extra("test")
+
+
+# --- the versions that the tests are run with ------------------------------------------------------------------------
+
+
+def requirements(lines: Iterable[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+CONSTRAINTS = requirements((ROOT / "tests" / "constraints.txt").read_text(encoding="utf-8").splitlines())
+
+
+def pins_for(**environment: str) -> dict[str, set[str]]:
+    """The versions that are pinned in an environment, by package."""
+    pins: dict[str, set[str]] = {}
+    for pin in CONSTRAINTS:
+        if pin.marker is None or pin.marker.evaluate(environment):
+            pins.setdefault(canonicalize_name(pin.name), set()).update(bound.version for bound in pin.specifier)
+    return pins
+
+
+def wanted(requirement: Requirement, extra: str, environment: dict[str, str]) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra, **environment})
+
+
+def test_constraints_are_exact_versions() -> None:
+    bounds = [list(pin.specifier) for pin in CONSTRAINTS]
+    assert {bound.operator for given in bounds for bound in given} == {"=="}
+    assert all(len(given) == 1 and "*" not in given[0].version for given in bounds)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_once_within_its_bounds(metadata: Metadata, python: str) -> None:
+    environment = {"python_version": python, "python_full_version": f"{python}.1"}
+    pins = pins_for(**environment)
+    extras = ["", *metadata.provides_extra]
+    needed = [r for r in metadata.requires_dist for extra in extras if wanted(r, extra, environment)]
+    assert len(needed) > 30
+    for requirement in needed:
+        if canonicalize_name(requirement.name) == "peft-fps":
+            continue
+        (version,) = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), str(requirement)
+
+
+def test_what_pinned_packages_need_is_pinned_too(metadata: Metadata) -> None:
+    pins, missing = pins_for(), set()
+    asked = {(canonicalize_name(r.name), extra) for r in metadata.requires_dist for extra in ["", *r.extras]}
+    seen: set[tuple[str, str]] = set()
+    while asked:
+        name, extra = one = asked.pop()
+        seen.add(one)
+        if name not in pins:
+            missing |= {name} - {"peft-fps"}
+            continue
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue
+        if Version(found.version).public not in pins[name]:  # another release may need other packages
+            continue
+        for needed in map(Requirement, found.requires or []):
+            if wanted(needed, extra, {}):
+                asked |= {(canonicalize_name(needed.name), of) for of in ["", *needed.extras]} - seen
+    assert missing == set()
+    assert len(seen) > 60
+
+
+# --- the installed wheel ---------------------------------------------------------------------------------------------
 
 
 WITHOUT_EXTRAS = """

@@ -65,8 +65,18 @@ def test_workflows_may_only_read() -> None:
 @on_github
 def test_the_workflow_runs_the_commands_of_the_readme() -> None:
     commands = [step.get("run", "") for step in steps(workflows()["ci.yml"])]
-    for command in ('pip install ".[cli]" && peft-fps finetune', 'pip install ".[test]" && python -m pytest'):
+    tested = 'pip install -c tests/constraints.txt ".[test]" && python -m pytest'
+    for command in ('pip install ".[cli]" && peft-fps finetune', tested):
         assert any(run == command or run.startswith(f"{command} ") for run in commands)
+
+
+@on_github
+def test_the_newest_versions_are_tested_weekly_apart_from_the_verdict() -> None:
+    newest = workflows()["newest.yml"]
+    assert set(newest[True]) == {"schedule", "workflow_dispatch"}  # YAML reads "on" as a truth value
+    commands = [step.get("run", "") for step in steps(newest)]
+    assert not any("constraints" in command for command in commands)
+    assert commands.index("pip freeze") < commands.index("python -m pytest")
 
 
 @on_github

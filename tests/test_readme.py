@@ -99,7 +99,11 @@ def test_commands_have_the_options_that_are_printed(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ['pip install ".[cli]" && peft-fps finetune', 'pip install ".[test]" && python -m pytest']
+    "command",
+    [
+        'pip install ".[cli]" && peft-fps finetune',
+        'pip install -c tests/constraints.txt ".[test]" && python -m pytest',
+    ],
 )
 def test_ci_runs_the_printed_commands(command: str) -> None:
     assert command in [line for block in blocks("bash") for line in block.splitlines()]

@@ -28,6 +28,7 @@ from tests.helpers import (
     layers_of,
     normal,
     selected_columns,
+    through_transformers,
     tiny_bert,
     tiny_conv,
     tiny_gpt2,
@@ -378,6 +379,7 @@ def test_other_adapters_do_not_drive_the_activations():
     assert model.active_adapters == ["other"]
 
 
+@through_transformers
 def test_adapters_of_transformers_itself():
     model = tiny_vit()
     model.add_adapter(FPSConfig(per_neuron=3))

@@ -32,6 +32,7 @@ from tests.helpers import (
     normal,
     selected_columns,
     selections,
+    through_transformers,
     tiny_conv,
     tiny_gpt2,
     tiny_llama,
@@ -139,6 +140,7 @@ def test_a_selection_is_a_copy_that_training_and_new_selections_do_not_reach():
     assert as_rows(found) == before
 
 
+@through_transformers
 def test_a_selection_of_a_transformers_model_without_a_peft_model():
     model = tiny_vit()
     model.add_adapter(config())

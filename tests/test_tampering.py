@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTMSNConfig, ViTMSNForImageClassification
 
 from peft_fps.adapters import FPSLayer
-from tests.helpers import adapted, bits, config, fill, images, layers_of, normal, tiny_vit, unchanged
+from tests.helpers import (
+    adapted,
+    bits,
+    config,
+    fill,
+    images,
+    layers_of,
+    normal,
+    through_transformers,
+    tiny_vit,
+    unchanged,
+)
 
 
 pytestmark = [
@@ -753,6 +764,16 @@ def test_transformers_loads_and_the_layers_refuse(case: str, intact: Path, tmp_p
         with pytest.raises(ValueError, match=r"adapter 'default'.*(expected|were not loaded).*[Ll]oad an") as error:
             logits(model)
         assert re.search(TENSORS[case].where, str(error.value))
+    for module in model.modules():
+        if isinstance(module, (FPSLayer, ModulesToSaveWrapper)):
+            module.enable_adapters(False)
+    assert bits(logits(model)) == bits(logits(tiny_vit()))
+
+
+@through_transformers
+def test_transformers_disables_what_the_layers_refuse(intact: Path, tmp_path: Path) -> None:
+    model = tiny_vit()
+    TRANSFORMERS.load(model, tampered(intact, tmp_path, TENSORS["column negative"]))
     model.disable_adapters()
     assert bits(logits(model)) == bits(logits(tiny_vit()))
 

@@ -12,10 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-CACHES = ("past_key_values", "layer_past")
-"""Arguments that a layer writes its keys and values to."""
-
-
 @contextmanager
 def gradients_handed_over(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], receive: Callable[[str, Tensor], None]
@@ -78,7 +74,7 @@ def _recomputed(forward: Callable[..., Any], with_cache: bool) -> Callable[..., 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not with_cache:  # as transformers does: a cache must not be filled a second time
             args = tuple(None if isinstance(value, Cache) else value for value in args)
-            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+            kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
     return recomputed
