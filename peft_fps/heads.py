@@ -1,6 +1,7 @@
 """What a head is: the part of a model that turns its backbone's features into outputs, most often new and random."""
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -48,14 +49,15 @@ def find_head(model: nn.Module) -> Head:
     names: list[str] = []
     output: list[str] = []
     raw: list[str] = []
-    pretrained = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
-    for path, part in pretrained:
-        where = f"{path}." if path else ""
-        if any(f"{path}.".startswith(f"{name}.") for name in names):
+    pretrained: list[str] = []
+    for path, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or f"{path}.".startswith(tuple(f"{name}." for name in names)):
             continue
-        if _is_language_model(part):
+        where = f"{path}." if path else ""
+        if _is_pretrained(part):
+            pretrained.append(where)
             output += [where + name for name in _output_embeddings(part)]
-        elif not type(part).__name__.endswith("ForPreTraining"):
+        elif _has_task(part) and not where.startswith(tuple(pretrained)):
             beside, own = _beside_backbone(part)
             names += [where + name for name in beside]
             raw += [where + name for name in own]
@@ -68,7 +70,7 @@ def find_head(model: nn.Module) -> Head:
         labelled, own = _sized_by_labels(model, [*names, *output], raw)
         names, raw = names + labelled, raw + own
     modules, held = _members(model, names)
-    return Head(_outermost(_all_names(model, modules)), _outermost(_all_names(model, output)), sorted({*raw, *held}))
+    return Head(all_names(model, modules), all_names(model, output, shared=False), sorted({*raw, *held}))
 
 
 def output_head(model: nn.Module) -> list[str]:
@@ -80,13 +82,27 @@ def output_head(model: nn.Module) -> list[str]:
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 
-def _is_language_model(model: PreTrainedModel) -> bool:
-    """Whether the model puts out tokens of the kind that it takes in (CTC over audio takes in none)."""
+def _has_task(model: PreTrainedModel) -> bool:
+    """Whether the class is one for a task; `CLIPModel` and the like are backbones themselves, projections included."""
+    return not _of_transformers(model) or re.search(r"For[A-Z]", type(model).__name__) is not None
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.")
+
+
+def _is_pretrained(model: PreTrainedModel) -> bool:
+    """Whether all parts come from the checkpoint: the model puts out tokens as it takes them in, or pre-trains.
+
+    CTC over audio takes no tokens in.
+    """
+    name = type(model).__name__
     inputs = _embeddings(model, "get_input_embeddings")
-    tokens = [part for part in inputs.modules() if isinstance(part, nn.Embedding)] if inputs is not None else []
-    outputs = _embeddings(model, "get_output_embeddings")
-    rows = _rows(outputs)
-    return bool(tokens) and (type(model).can_generate() or any(part.num_embeddings == rows for part in tokens))
+    parts = list(inputs.modules()) if inputs is not None else []
+    rows = _rows(_embeddings(model, "get_output_embeddings"))
+    generates = type(model).can_generate() and any(isinstance(part, nn.Embedding) for part in parts)
+    named = name.endswith(("ForPreTraining", "ForConditionalGeneration", "ForCausalLM"))
+    return generates or named or (rows is not None and any(_rows(part) == rows for part in parts))
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:
@@ -98,8 +114,8 @@ def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:
 
 
 def _rows(module: Any) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else None
+    weight: Any = getattr(module, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() else None
 
 
 def _output_embeddings(model: PreTrainedModel) -> list[str]:
@@ -114,9 +130,10 @@ def _output_embeddings(model: PreTrainedModel) -> list[str]:
     found = []
     for name, module in model.named_modules():
         weight = getattr(_bare(module), "weight", None)
-        beside = isinstance(weight, nn.Parameter) and weight.dim() == 2 and not f"{name}.".startswith(backbones)
-        if module is outputs or (beside and (rows in weight.shape or uses[id(weight)] > 1)):
+        if module is outputs:
             found.append(name)
+        elif isinstance(weight, nn.Parameter) and weight.dim() == 2 and not f"{name}.".startswith(backbones):
+            found += [name] if rows in weight.shape or uses[id(weight)] > 1 else []
     return [name for name in found if not isinstance(_bare(model.get_submodule(name)), nn.Embedding)]
 
 
@@ -127,8 +144,6 @@ def _beside_backbone(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     for backbone in (model.base_model_prefix, "backbone"):
         if backbone in children:
             return [name for name in children if name != backbone], own
-    if type(model).__module__.startswith("transformers.") and "For" not in type(model).__name__:
-        return [], []  # CLIPModel and the like are backbones themselves, projections included
     models = [name for name, child in children.items() if isinstance(child, PreTrainedModel)]
     inside = sum(_size(children[name]) for name in models)
     if 2 * inside < sum(_size(child) for child in children.values()):
@@ -143,12 +158,11 @@ def _sized_by_labels(model: PreTrainedModel, known: list[str], raw: list[str]) -
     A twin with one label more, made without memory for its weights, tells.
     """
     labels = getattr(model.config, "num_labels", None)
-    of_transformers = type(model).__module__.startswith("transformers.")
-    if not of_transformers or "For" not in type(model).__name__ or not isinstance(labels, int):
+    if not _of_transformers(model) or not _has_task(model) or not isinstance(labels, int):
         return [], []
     inside = tuple(f"{name}." for name in known)
     others = (p for name, p in model.named_parameters() if not name.startswith(inside) and name not in raw)
-    if _is_language_model(model) or not any(p.dim() and p.shape[0] in (labels, labels + 1) for p in others):
+    if _is_pretrained(model) or not any(p.dim() and p.shape[0] in (labels, labels + 1) for p in others):
         return [], []
     config = copy.deepcopy(model.config)
     config.num_labels = labels + 1
@@ -227,10 +241,25 @@ def _members(model: nn.Module, names: Iterable[str]) -> tuple[list[str], list[st
     return modules, parameters
 
 
-def _all_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """All names of the modules that have one of these."""
-    wanted = {id(model.get_submodule(name)) for name in names}
-    return [name for name, module in named_outside(model) if id(module) in wanted]
+def all_names(model: nn.Module, names: Iterable[str], shared: bool = True) -> list[str]:
+    """Return all names of the modules that have one of these, in the model's order, the outermost alone.
+
+    Args:
+        model: with or without adapters.
+        names: full names of modules.
+        shared: add layers that share a weight with these, as detectors' decoders do, embeddings left out.
+    """
+    modules = [_bare(model.get_submodule(name)) for name in names]
+    inner = [part for module in modules for part in module.modules() if shared and not isinstance(part, nn.Embedding)]
+    tensors = {id(parameter) for part in inner for parameter in part.parameters(recurse=False)}
+    wanted = {id(module) for module in modules}
+    kept: list[str] = []
+    for name, module in named_outside(model):
+        own = [] if isinstance(module, nn.Embedding) else _bare(module).parameters(recurse=False)
+        within = name.startswith(tuple(f"{outer}." for outer in kept))
+        if not within and (id(_bare(module)) in wanted or any(id(parameter) in tensors for parameter in own)):
+            kept.append(name)
+    return kept
 
 
 def named_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -242,14 +271,6 @@ def named_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             within.append(f"{name}.")
         yield name, module
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    kept: list[str] = []
-    for name in names:  # outer modules come before those within them
-        if not name.startswith(tuple(f"{outer}." for outer in kept)):
-            kept.append(name)
-    return kept
 
 
 def _bare(module: Any) -> Any:

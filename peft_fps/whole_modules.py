@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.config import FPSConfig
-from peft_fps.heads import LISTS, find_head, named_outside
+from peft_fps.heads import LISTS, all_names, find_head, named_outside
 from peft_fps.quantised import quantisation
 
 
@@ -56,9 +56,7 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     while lists := [name for name in found if isinstance(modules[name], LISTS)]:
         members = [f"{name}.{key}" for name in lists for key, _ in modules[name].named_children()]
         found = [name for name in found if name not in lists] + members
-    shared = {id(modules[name]) for name in found}
-    names = [path for path, module in modules.items() if id(module) in shared]
-    return [name for name in names if not _inside(name, [other for other in names if other != name])]
+    return all_names(model, found)
 
 
 def check_whole_modules(model: nn.Module, names: list[str]) -> None:
