@@ -34,12 +34,13 @@ def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parame
     wrappers = (
         (name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
     )
-    return {
-        f"{name}.{own}": parameter
+    found = {
+        id(parameter): (f"{name}.{own}", parameter)
         for name, wrapper in wrappers
         for own, parameter in wrapper.named_parameters()
         if f".{adapter_name}." in f".{own}"
     }
+    return dict(found.values())  # a shared module's once
 
 
 def active_adapter(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,13 +28,19 @@ from peft_fps.targets import (
     base_parameters,
     biased_norms,
     check_adapter_name,
-    check_whole_modules_present,
     default_targets,
     in_wanted_block,
-    trained_head,
 )
 from peft_fps.weighted import add_weighted_adapter
 from peft_fps.whole_merge import whole_merge
+from peft_fps.whole_modules import (
+    check_whole_modules,
+    trained_head,
+    warn_of_untrained_head,
+    whole_modules,
+    with_whole_head,
+    wrap_whole,
+)
 
 
 class FPSModel(BaseTuner):
@@ -87,6 +94,7 @@ class FPSModel(BaseTuner):
             thawed=thawed if config.from_file else [],
         )
         self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
+        self._injected = adapter_name
         try:
             super().inject_adapter(
                 model,
@@ -99,6 +107,8 @@ class FPSModel(BaseTuner):
             # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
             self.peft_config.pop(adapter_name, None)
             raise
+        finally:
+            config.modules_to_save = config.automatic.pop("wrapped", config.modules_to_save)
         watch_producers(model)
         freeze_statistics(model)
         self._state.buffers = buffer_digests(model)
@@ -111,9 +121,12 @@ class FPSModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         for name, find in (("modules_to_save", trained_head), ("target_modules", default_targets)):
             value = getattr(peft_config, name)
+            if peft_config.from_file and name == "modules_to_save":
+                continue  # an adapter has what it was saved with
             if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
                 peft_config.automatic[name] = find(model, peft_config)
                 setattr(peft_config, name, peft_config.automatic[name])
+        peft_config.modules_to_save = with_whole_head(model, peft_config)
         shorthand = str(peft_config.target_modules).lower() == "all-linear"
         _maybe_include_all_linear_layers(peft_config, model)
         if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
@@ -123,13 +136,15 @@ class FPSModel(BaseTuner):
             current = current_names(model, peft_config.allocation)
             saved_names = dict(zip(current, peft_config.allocation, strict=True))
             peft_config.allocation = current
-        check_whole_modules_present(model, peft_config.modules_to_save or [])
+        whole = peft_config.automatic["whole"] = whole_modules(model, peft_config)
+        check_whole_modules(model, whole)
         peft_config.automatic["norms"] = set()
         # norms come on top of targets; without any, PEFT is to say which were not found
         if peft_config.bias == "with_norms" and not peft_config.from_file and self._matched(peft_config, model):
             peft_config.automatic["norms"] = biased_norms(model, peft_config)
         names = self._matched(peft_config, model)
         self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
+        warn_of_untrained_head(model, peft_config, names, whole)
 
     def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
         """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
@@ -141,12 +156,17 @@ class FPSModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        whole = peft_config.automatic.get("whole", ())
+        in_whole = key in whole or key.startswith(tuple(f"{name}." for name in whole))
         if peft_config.from_file:  # the allocation decides; to match a stranger's expression could take for ever
-            whole = peft_config.modules_to_save or ()
-            if key in peft_config.allocation and not any(f".{name}." in f".{key}." for name in whole):
+            if key in peft_config.allocation and not in_whole:
                 return True
             return _ExcludedModule() if peft_config.exclude_modules else False  # PEFT warns if none was excluded
-        matched: Any = BaseTuner._check_target_module_exists(peft_config, key)
+        if in_whole:
+            return _ExcludedModule()
+        by_names = copy.copy(peft_config)
+        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
+        matched: Any = BaseTuner._check_target_module_exists(by_names, key)
         if isinstance(matched, _ExcludedModule):
             return matched
         return matched or key in peft_config.automatic.get("norms", ())
@@ -182,6 +202,16 @@ class FPSModel(BaseTuner):
         # PEFT would also unfreeze the base model's biases for bias="all"; here bias deltas belong to the adapter
         for _, parameter in base_parameters(model):
             parameter.requires_grad = False
+        config: Any = self.peft_config[self._injected]
+        wrap_whole(
+            model,
+            config.automatic["whole"],
+            self._injected,
+            inference_mode=config.inference_mode,
+            activate=self._injected in self.active_adapters,
+        )
+        # PEFT's turn is next, which would wrap every module whose path ends so
+        config.automatic["wrapped"], config.modules_to_save = config.modules_to_save, None
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         # PEFT allows one adapter with biases, since it trains the base model's; ours sum like all other values

@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted, which are its output head, and what the budget counts."""
+"""Which modules of a model are adapted, and what the budget counts."""
 
 import re
 import warnings
@@ -8,11 +8,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.checkpoint import TENSORS
 from peft_fps.config import FPSConfig
+from peft_fps.heads import find_head, output_head
 from peft_fps.kinds import LAYERS, layer_class
 from peft_fps.layers import is_biased_norm
 from peft_fps.norms import Norm
@@ -23,69 +23,42 @@ from peft_fps.refusals import check_weight, obstacle, remedy
 PREFIX = "fps_"
 
 
-def output_head(model: nn.Module) -> list[str]:
-    """Return the names of the modules that turn features into outputs; empty if the model does not tell.
-
-    For a transformers model: its output embeddings (language models) and everything that stands beside the backbone
-    (`classifier`, `score`, ...). For a timm model, wrapped by transformers or not: what `get_classifier()` returns.
-    """
-    heads: list[str] = []
-    last: list[Any] = []
-    backbone: Any = model
-    if isinstance(model, PreTrainedModel):
-        prefix = getattr(model, "base_model_prefix", "")
-        backbone = getattr(model, prefix, None) if prefix else None
-        if isinstance(backbone, nn.Module):
-            children = ((name, child) for name, child in model.named_children() if name != prefix)
-            heads = [name for name, child in children if next(child.parameters(), None) is not None]
-        last.append(model.get_output_embeddings())
-    if callable(getattr(backbone, "get_classifier", None)):
-        last.append(backbone.get_classifier())
-    for name, module in model.named_modules():
-        inside = any(name == head or name.startswith(f"{head}.") for head in heads)
-        if any(module is head for head in last) and name and not inside:
-            heads.append(name)
-    return heads
-
-
-def trained_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
-    """Return the head modules that are trained whole by default: those of a `...For...Classification` model."""
-    return (output_head(model) or None) if re.search(r"For\w*Classification", type(model).__name__) else None
-
-
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of everything that belongs to the base model, adapters left out, each once."""
     seen: set[int] = set()
+    for name, parameter in _all_names_of_parameters(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
 
-    def visit(module: Any, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        if isinstance(module, BaseTunerLayer):
-            yield from visit(module.get_base_layer(), path)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            yield from visit(module.original_module, path)
-        else:
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield f"{path}{name}", parameter
-            for name, child in module.named_children():
-                yield from visit(child, f"{path}{name}.")
 
-    yield from visit(model, "")
+def _all_names_of_parameters(module: Any, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    if isinstance(module, BaseTunerLayer):
+        yield from _all_names_of_parameters(module.get_base_layer(), path)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _all_names_of_parameters(module.original_module, path)
+    else:
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}{name}", parameter
+        for name, child in module.named_children():
+            yield from _all_names_of_parameters(child, f"{path}{name}.")
 
 
 def count_base_parameters(model: nn.Module) -> int:
     """Return the number of parameters of the base model without its output head: what a budget is a share of.
 
-    Output embeddings that are tied to the input embeddings count, since they are the backbone's. A packed weight
-    counts as many as it stands for, so that a quantised model has as many parameters as before.
+    Of what the head shares with the rest (output embeddings that are tied to the input embeddings), the rest is the
+    owner. A packed weight counts as many as it stands for, so that a quantised model has as many parameters as before.
     """
-    heads = tuple(f"{head}." for head in output_head(model))
+    head = find_head(model)
+    left_out = tuple(f"{name}." for name in [*head.modules, *head.output_embeddings])
+    counted = {
+        id(parameter): parameter
+        for name, parameter in _all_names_of_parameters(model)
+        if not name.startswith(left_out) and name not in head.parameters
+    }
     packed = {id(stored_weight(m)): quantised_elements(m) for m in model.modules() if quantisation(m) is not None}
-    return sum(
-        packed.get(id(parameter)) or _elements(parameter)
-        for name, parameter in base_parameters(model)
-        if not name.startswith(heads)
-    )
+    return sum(packed.get(key) or _elements(parameter) for key, parameter in counted.items())
 
 
 def _elements(parameter: nn.Parameter) -> int:
@@ -208,24 +181,6 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             f"The adapter's name {adapter_name!r} is also part of a module's path, by which PEFT would confuse their "
             "tensors when saving. Choose another adapter name."
         )
-
-
-def check_whole_modules_present(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError if a module to be trained whole is offloaded or quantised: its copy would get no gradient."""
-    for name, module in named_base_modules(model):
-        wanted = any(name == whole or name.endswith(f".{whole}") for whole in names)
-        offloaded = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
-        if wanted and offloaded:
-            raise ValueError(
-                f"{name} is to be trained whole (modules_to_save), but accelerate offloads it, so that it would get "
-                "no gradient. Keep it on a device with device_map, or pass modules_to_save=[]."
-            )
-        if wanted and any(quantisation(part) is not None for part in module.modules()):
-            raise ValueError(
-                f"{name} is to be trained whole (modules_to_save), but its weight is quantised, so that it gets no "
-                "gradient. Leave it out when the model is quantised (llm_int8_skip_modules of BitsAndBytesConfig, "
-                "modules_to_not_convert of others), or pass modules_to_save=[]."
-            )
 
 
 def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bool = False) -> Any:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peft_fps.benchmarks.methods import PER_NEURON
 from peft_fps.benchmarks.models import copy_model
 from peft_fps.gradients.losses import contrastive_step
-from peft_fps.targets import output_head
+from peft_fps.heads import output_head
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from peft_fps.benchmarks.models import batches, copy_model
 from peft_fps.benchmarks.workload import Workload
 from peft_fps.cli.models import upstream_deprecations
 from peft_fps.config import FPSConfig
+from peft_fps.heads import output_head
 from peft_fps.lookup import fps_layers
-from peft_fps.targets import output_head
 
 
 PER_NEURON = 6

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from peft_fps.targets import output_head
+from peft_fps.heads import output_head
 
 
 def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:

@@ -21,9 +21,9 @@ from peft_fps.gradients import (
     contrastive_step,
     task_loss,
 )
+from peft_fps.heads import output_head
 from peft_fps.importances.importance import Evidence, Gathering, Request, Score
 from peft_fps.quantised_layers import check_gradients
-from peft_fps.targets import output_head
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from peft_fps.benchmarks.transfer.candidates import SCORES
 from peft_fps.config import FPSConfig
-from peft_fps.targets import count_base_parameters, output_head
+from peft_fps.heads import output_head
+from peft_fps.targets import count_base_parameters
 
 
 FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
