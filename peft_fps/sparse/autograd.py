@@ -144,11 +144,13 @@ class _SparseConv2d(torch.autograd.Function):
                 composed = compose(weight, values, structure, dtype)
                 grad_x = conv2d_input(ctx.input_shape, composed, grad_output, stride, padding, dilation, groups)
             if ctx.needs_input_grad[2]:
-                # dense for the moment of this layer only: one patch embedding, not a network of matrices
-                grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
-                grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
-                if is_differentiated_again():
-                    grad_values = FirstDerivative.apply(grad_values.detach(), values, grad_output)
+                again = is_differentiated_again()
+                with torch.no_grad():
+                    # dense for the moment of this layer only: one patch embedding, not a network of matrices
+                    grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
+                    grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
+                if again:
+                    grad_values = FirstDerivative.apply(grad_values, values, grad_output)
             if ctx.needs_input_grad[3]:
                 grad_bias = grad_output.sum((0, 2, 3))
         return grad_x, None, grad_values, grad_bias, None, None
