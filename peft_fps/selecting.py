@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import Pass
 from peft_fps.checkpoint import encoded_bytes
+from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
 from peft_fps.gradients import Loss
@@ -107,7 +108,7 @@ def calibrate(
             purpose=f"importance={config.importance!r}",
         )
         how = Gathering(loss, views, accumulators, training_mode)
-        with _adapters_off(base, adapter_name):
+        with _adapters_off(base, adapter_name), run_eagerly(base):
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
         record |= {key: getattr(config, key) for key in importance.recorded} | counts
         unreached = [path for path in weighted if path not in evidence]
