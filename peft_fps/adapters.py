@@ -10,20 +10,18 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_fps.latest import version
+from peft_fps.deriving import Derived, DerivingLayer
 from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
 from peft_fps.scaling import ScaledLayer
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
     Structure,
     StructureError,
-    build_structure,
     check_entries,
     check_finite,
     check_floating,
     dense_delta,
     even_row_counts,
-    unite_structures,
 )
 
 
@@ -56,17 +54,7 @@ class AdapterState:
     thawed: list[nn.Parameter] = field(default_factory=list)
 
 
-@dataclass
-class _Derived:
-    """A structure and the very tensors it was derived from, to notice when they are replaced or overwritten."""
-
-    structure: Structure
-    columns: Tensor
-    row_counts: Tensor
-    versions: tuple[int, int]
-
-
-class FPSLayer(ScaledLayer, BaseTunerLayer):
+class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
     """A frozen base layer with sparse changes.
 
     Attributes:
@@ -99,12 +87,8 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.merge_records: dict[str, MergeRecord] = {}
-        self._derived: dict[str, _Derived] = {}
-        self._united: dict[tuple[str, ...], tuple[list[Structure], Structure, Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # derived data: a copy, or another process, checks the tensors anew and derives it again
-        return self.__dict__ | {"_derived": {}, "_united": {}}
+        self._derived = {}
+        self._united = {}
 
     def update_layer(
         self, adapter_name: str, entries: int, bias: bool, state: AdapterState, inference_mode: bool = False
@@ -121,6 +105,7 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
         self.fps_state[adapter_name] = state
         self.scaling[adapter_name] = 1.0
+        self._derived[adapter_name] = Derived()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_selection(self, adapter_name: str, columns: Tensor, row_counts: Tensor) -> None:
@@ -138,6 +123,8 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         for parameter in self.adapter_parameters(adapter_name):
             parameter.data.zero_()
             parameter.grad = None
+        if self._derived[adapter_name].known is not None:  # else the first use derives it
+            self.renew(adapter_name)
 
     def resize(self, adapter_name: str, entries: int) -> None:
         """Make room for another number of entries, whose columns and values are to be set next."""
@@ -216,30 +203,6 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         values = self.scaled(self.fps_values[adapter_name], adapter_name).to(weight.dtype)
         return dense_delta(values, self.structure(adapter_name), weight.shape)
 
-    def structure(self, adapter_name: str) -> Structure:
-        """Return where the adapter's entries lie, checking its tensors whenever they are not the ones last checked.
-
-        Raises:
-            ValueError: the tensors do not form a valid adapter of this layer, or were never loaded.
-        """
-        derived = self._derived.get(adapter_name)
-        if derived is not None and torch.compiler.is_compiling():
-            return derived.structure
-        columns, row_counts = self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
-        versions = (version(columns), version(row_counts))
-        same = derived is not None and derived.columns is columns and derived.row_counts is row_counts
-        if derived is not None and same and derived.versions == versions:
-            return derived.structure
-        self.check_tensors(adapter_name)
-        with torch.inference_mode(False):  # what is derived during inference must serve training later
-            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
-        if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
-            columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
-            self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
-        versions = (version(columns), version(row_counts))
-        self._derived[adapter_name] = _Derived(structure, columns, row_counts, versions)
-        return structure
-
     def awaits_loading(self, adapter_name: str) -> bool:
         """Whether the adapter was built from a saved config and its tensors were neither loaded nor selected."""
         columns = self.fps_columns[adapter_name]
@@ -282,13 +245,7 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
         if len(names) == 1:
             values = self.fps_values[names[0]]
             return self.structure(names[0]), values if self.scaling[names[0]] == 1 else self.scaled(values, names[0])
-        structures = [self.structure(name) for name in names]
-        known = self._united.get(tuple(names))
-        if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
-            with torch.inference_mode(False):
-                known = (structures, *unite_structures(structures))
-            self._united[tuple(names)] = known
-        _, united, places = known
+        united, places = self.united_structure(names)
         scaled = [self.scaled(self.fps_values[name], name) for name in names]
         values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
         return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)

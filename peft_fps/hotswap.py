@@ -21,6 +21,7 @@ from peft_fps.checkpoint import (
     check_whole_modules,
     decode,
 )
+from peft_fps.compiled import plain_name, unwrapped
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import adapter_config, base_model, target_layers
 from peft_fps.planning import plan
@@ -65,7 +66,7 @@ def hotswap_adapter(
             base weights, or has other modules or bias deltas. The model is unchanged then.
     """
     with torch.inference_mode(False):  # what is written during inference must serve training later
-        _swap(getattr(model, "_orig_mod", model), model_name_or_path, adapter_name, torch_device, kwargs)
+        _swap(unwrapped(model), model_name_or_path, adapter_name, torch_device, kwargs)
 
 
 def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, options: dict[str, Any]) -> None:
@@ -168,7 +169,7 @@ def _whole_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             tensors = module.state_dict(keep_vars=True)
-            place = path.replace("_orig_mod.", "").removeprefix(PEFT_PREFIX)
+            place = plain_name(path).removeprefix(PEFT_PREFIX)
             for key, stored in module.adapter_state_dict_load_map(adapter_name).items():
                 found[f"{place}.{key}"] = tensors[stored]
     return found

@@ -18,7 +18,7 @@ from transformers import activations
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.latest import Latest, version
-from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole
+from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole, needs_operators
 
 
 PRODUCERS = (
@@ -99,7 +99,7 @@ def keep_input(x: Tensor, product_dtype: torch.dtype, structure: Structure, save
     Returns:
         What to keep; None where nothing is known of `x` (a leaf, a transformed or a traced function).
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.grad_fn is None:
+    if torch.compiler.is_compiling() or needs_operators(x) or x.grad_fn is None:
         return None
     with torch.no_grad():
         producer = _producer.get(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.deriving import renew_after_loading
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.mixed_batch import BASE, by_adapter, check_samples
@@ -36,6 +37,7 @@ class AdaptedLayer(nn.Module, FPSLayer):
         self._setup(base_layer, module_path, layer_shape(base_layer))
         self.in_features, self.out_features = self._features()
         self._overridden = overrides_forward(base_layer)
+        self.register_load_state_dict_post_hook(renew_after_loading)
 
     def __getattr__(self, name: str) -> Any:
         """Return a submodule, or what the base layer has under a public name: models read it off their layers."""
@@ -148,6 +150,7 @@ class AdaptedLayer(nn.Module, FPSLayer):
         result: Tensor = unmerged_copy(self.base_layer, records)(x)
         return result
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called while a graph is traced
     def _warn_if_unselected(self, names: list[str]) -> None:
         for name in names:
             state = self.fps_state[name]

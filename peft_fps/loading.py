@@ -22,6 +22,7 @@ from peft_fps.checkpoint import (
     encode,
     tensors_digest,
 )
+from peft_fps.compiled import plain_name
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.lookup import base_model, fps_layers
@@ -62,9 +63,10 @@ def saved_state(
         fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
     )
     config.tensors_sha256 = tensors_digest(
-        {key.removesuffix(f".{adapter_name}"): held for key, held in result.items()}
+        {plain_name(key.removesuffix(f".{adapter_name}")): held for key, held in result.items()}
     )
-    config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in _whole_modules(model, adapter_name))
+    wholes = (plain_name(key) for key in _whole_modules(model, adapter_name))
+    config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in wholes)
     return result
 
 

@@ -5,6 +5,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.compiled import unwrapped
 from peft_fps.config import FPSConfig
 
 
@@ -14,8 +15,9 @@ def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """Return the model inside a `PeftModel` and wrappers of `torch.compile`, or the model itself."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:

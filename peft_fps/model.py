@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
@@ -83,9 +84,36 @@ class FPSModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FPSConfig)
+        try:
+            check_adapter_name(unwrapped(model), adapter_name)
+            with compiled_in_place(self):
+                self._prepare_state(self.model, config)
+                self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
+                self._injected = adapter_name
+                super().inject_adapter(
+                    self.model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
+        except Exception:
+            # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
+            self.peft_config.pop(adapter_name, None)
+            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):  # noted by transformers
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
+        finally:
+            config.modules_to_save = config.automatic.pop("wrapped", config.modules_to_save)
+        watch_producers(self.model)
+        freeze_statistics(self.model)
+        self._state.buffers = buffer_digests(self.model)
+        if not config.from_file:
+            select_without_data(self.model, config, adapter_name)
+
+    def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
         if not config.from_file:  # left by an earlier save
             config.allocation = config.calibration = config.base_fingerprint = None
-        check_adapter_name(model, adapter_name)
         thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
         self._state = AdapterState(
             selected=config.from_file or not config.needs_calibration,
@@ -93,27 +121,6 @@ class FPSModel(BaseTuner):
             saved_inputs=config.saved_inputs,
             thawed=thawed if config.from_file else [],
         )
-        self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
-        self._injected = adapter_name
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except Exception:
-            # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
-            self.peft_config.pop(adapter_name, None)
-            raise
-        finally:
-            config.modules_to_save = config.automatic.pop("wrapped", config.modules_to_save)
-        watch_producers(model)
-        freeze_statistics(model)
-        self._state.buffers = buffer_digests(model)
-        if not config.from_file:
-            select_without_data(model, config, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -337,6 +344,11 @@ class FPSModel(BaseTuner):
         return saved_state(model, config, adapter_name, state_dict)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # every key of an adapter file comes through here; parts may have been compiled since the adapter was added
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -369,4 +381,4 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _module_of(key: str) -> str:
-    return key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.")
+    return plain_name(key.rsplit(f".{PREFIX}", 1)[0])

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from peft_fps.compiled import plain_name
+
 
 Value = TypeVar("Value")
 
@@ -22,7 +24,7 @@ def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Val
 
     Paths that exist in the model, and those that transformers knows no present name for, stay as they are.
     """
-    modules = {name for name, _ in model.named_modules()}
+    modules = {plain_name(name) for name, _ in model.named_modules()}
     if not isinstance(model, PreTrainedModel) or all(name in modules for name in named):
         return dict(named)
     renamed = {}

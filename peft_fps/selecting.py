@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import Pass, called_anywhere, calls_noted
 from peft_fps.checkpoint import encoded_bytes
+from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
 from peft_fps.gradients import Loss
@@ -116,7 +117,7 @@ def calibrate(
             purpose=f"importance={config.importance!r}",
         )
         how = Gathering(loss, views, accumulators, training_mode)
-        with _adapters_off(base, adapter_name), calls_noted(layers) as called:
+        with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
         record |= {key: getattr(config, key) for key in importance.recorded} | counts
         reached = called_anywhere(called, list(layers), base)

@@ -5,12 +5,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.checkpoint import TENSORS
+from peft_fps.checkpoint import PEFT_PREFIX, TENSORS
 from peft_fps.config import FPSConfig
 from peft_fps.heads import find_head, output_head
 from peft_fps.kinds import LAYERS, layer_class
@@ -21,6 +22,10 @@ from peft_fps.refusals import check_weight, obstacle, remedy
 
 
 PREFIX = "fps_"
+
+PATH_PARTS = {*PEFT_PREFIX.split("."), *TENSORS, "base_layer", "modules_to_save", "original_module"}
+PATH_PARTS |= {"_orig_mod", "_fsdp_wrapped_module"}
+"""What PEFT, `torch.compile` and FSDP add to the paths of a model."""
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -168,15 +173,30 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise ValueError for a name by which PEFT would take tensors of other modules for the adapter's."""
+def check_adapter_name(model: nn.Module, adapter_name: Any) -> None:
+    """Raise TypeError or ValueError for a name that torch refuses, or by which PEFT would confuse tensors."""
+    if not isinstance(adapter_name, str):
+        kind = type(adapter_name).__name__
+        raise TypeError(f"The adapter's name is {adapter_name!r} of type {kind}, expected a string.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"The adapter's name is {adapter_name!r}, expected one that is not empty and has no dot, which divides "
+            "the parts of a module's path. Choose another adapter name."
+        )
     if adapter_name == "__base__":
         raise ValueError(
             f"The adapter's name {adapter_name!r} stands for the base model in `adapter_names=[...]`. Choose another "
             "adapter name."
         )
-    parts = {part for name, _ in base_parameters(model) for part in name.split(".")}
-    if adapter_name in parts | set(TENSORS) | {"base_layer", "modules_to_save", "original_module"}:
+    holders: tuple[Any, ...] = (nn.ModuleDict(), nn.ParameterDict(), BufferDict(persistent=True))
+    if any(hasattr(holder, adapter_name) for holder in holders):
+        raise ValueError(
+            f"The adapter's name {adapter_name!r} is also an attribute of torch's modules, which for that reason "
+            "cannot hold an adapter under it. Choose another adapter name."
+        )
+    names = [name for name, _ in base_parameters(model)]
+    names += [name for name, _ in model.named_buffers() if f".{PREFIX}" not in name]
+    if adapter_name in {part for name in names for part in name.split(".")} | PATH_PARTS:
         raise ValueError(
             f"The adapter's name {adapter_name!r} is also part of a module's path, by which PEFT would confuse their "
             "tensors when saving. Choose another adapter name."

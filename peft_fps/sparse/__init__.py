@@ -16,6 +16,7 @@ from peft_fps.sparse.structure import (
     even_row_counts,
     unite_structures,
 )
+from peft_fps.sparse.transforms import is_jit_tracing, needs_operators
 
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "compose_weight",
     "dense_delta",
     "even_row_counts",
+    "is_jit_tracing",
     "keep_columns",
     "keep_whole",
     "merged_entries",
+    "needs_operators",
     "sparse_conv2d",
     "sparse_delta_linear",
     "sparse_linear",

@@ -5,18 +5,19 @@ entry reads (see `keeping`). The gradient of the values is a sampled dense-dense
 entries (see `products`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
 from peft_fps.sparse.keeping import NOTHING, Kept, keep_own_columns
 from peft_fps.sparse.products import add_input_gradient, added_product, adding_is_cheaper, sampled_product
 from peft_fps.sparse.structure import Structure
+from peft_fps.sparse.transforms import FirstDerivative, dense_sum, is_differentiated_again, needs_operators
 
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
@@ -42,15 +43,13 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(weight, values, *kept.tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, values, *tensors = ctx.saved_tensors
         need_x, _, need_values, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_values = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
             if need_values:
-                grad_values, grad_bias = sampled_product(grad_output, ctx.columns(*tensors), ctx.structure)
-                grad_values = grad_values.to(values.dtype)
+                grad_values, grad_bias = _gradient_of_values(grad_output, values, ctx.columns, tensors, ctx.structure)
             if need_bias:
                 grad_bias = grad_output.sum(0) if grad_bias is None else grad_bias.to(grad_output.dtype)
             if need_x:  # last: whoever comes next in the graph finds it in the cache
@@ -60,11 +59,25 @@ class _SparseLinear(torch.autograd.Function):
 
 def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
     """Return `grad_output (W + ΔW)`."""
+    if is_differentiated_again():
+        return grad_output @ dense_sum(weight, values, structure, grad_output.dtype)
     if adding_is_cheaper(grad_output, weight, values, structure):
         grad_x = grad_output @ (weight.t() if structure.transposed else weight)
         add_input_gradient(grad_x, grad_output, values, structure)
         return grad_x
     return grad_output @ compose_weight(weight, values, structure, grad_output.dtype)
+
+
+def _gradient_of_values(
+    grad_output: Tensor, values: Tensor, columns: Callable[..., Tensor], kept: list[Tensor], structure: Structure
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of the values, and the sum of `grad_output`, None where it is to be differentiated."""
+    if not is_differentiated_again():
+        product, sums = sampled_product(grad_output, columns(*kept), structure)
+        return product.to(values.dtype), sums
+    with torch.no_grad():
+        product, _ = sampled_product(grad_output, columns(*kept), structure)
+    return FirstDerivative.apply(product.to(values.dtype), values, grad_output), None
 
 
 class _SparseDeltaLinear(torch.autograd.Function):
@@ -81,7 +94,6 @@ class _SparseDeltaLinear(torch.autograd.Function):
         ctx.save_for_backward(values, *kept.tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         values, *tensors = ctx.saved_tensors
         structure = ctx.structure
@@ -91,8 +103,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
                 part = grad_output @ compact_delta(values, structure, grad_output.dtype)
                 grad_x = part.new_zeros(ctx.input_shape).index_copy(-1, structure.union, part)
             if ctx.needs_input_grad[1]:
-                grad_values, _ = sampled_product(grad_output, ctx.columns(*tensors), structure)
-                grad_values = grad_values.to(values.dtype)
+                grad_values, _ = _gradient_of_values(grad_output, values, ctx.columns, tensors, structure)
         return grad_x, grad_values, None, None
 
 
@@ -122,7 +133,6 @@ class _SparseConv2d(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, values = ctx.saved_tensors
         structure, (stride, padding, dilation, groups) = ctx.structure, ctx.geometry
@@ -130,12 +140,17 @@ class _SparseConv2d(torch.autograd.Function):
         dtype = grad_output.dtype
         with torch.autocast(grad_output.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                composed = compose_weight(weight, values, structure, dtype)
+                compose = dense_sum if is_differentiated_again() else compose_weight
+                composed = compose(weight, values, structure, dtype)
                 grad_x = conv2d_input(ctx.input_shape, composed, grad_output, stride, padding, dilation, groups)
             if ctx.needs_input_grad[2]:
-                # dense for the moment of this layer only: one patch embedding, not a network of matrices
-                grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
-                grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
+                again = is_differentiated_again()
+                with torch.no_grad():
+                    # dense for the moment of this layer only: one patch embedding, not a network of matrices
+                    grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
+                    grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
+                if again:
+                    grad_values = FirstDerivative.apply(grad_values, values, grad_output)
             if ctx.needs_input_grad[3]:
                 grad_bias = grad_output.sum((0, 2, 3))
         return grad_x, None, grad_values, grad_bias, None, None
@@ -149,7 +164,9 @@ def sparse_linear(
     structure: Structure,
     kept: Kept | None = None,
 ) -> Tensor:
-    """Return `x (W + ΔW)ᵀ + bias`; first-order gradients for `x`, `values` and `bias`, none for `weight`.
+    """Return `x (W + ΔW)ᵀ + bias`; gradients for `x`, `values` and `bias`, none for `weight`.
+
+    Gradients of `x` and `bias` can be differentiated again, that of `values` within torch.func alone.
 
     Args:
         x: `(..., inputs)`; its dtype is the dtype of the product.
@@ -164,6 +181,8 @@ def sparse_linear(
     """
     flat = x.reshape(-1, structure.inputs)
     with torch.autocast(x.device.type, enabled=False):
+        if needs_operators(x):
+            return F.linear(x, dense_sum(weight, values, structure, x.dtype), bias)
         # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
         product = _SparseLinear.apply if torch.is_grad_enabled() else _SparseLinear.forward
         result = product(flat, weight, values, bias, structure, kept)
@@ -173,6 +192,8 @@ def sparse_linear(
 def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure, kept: Kept | None = None) -> Tensor:
     """Return `x ΔWᵀ` alone, for base layers whose own forward must run; shapes and gradients as `sparse_linear`."""
     with torch.autocast(x.device.type, enabled=False):
+        if needs_operators(x):
+            return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
         result = _SparseDeltaLinear.apply(x.reshape(-1, structure.inputs), values, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
 
@@ -197,5 +218,7 @@ def sparse_conv2d(
     """
     batched = x if x.dim() == 4 else x[None]
     with torch.autocast(x.device.type, enabled=False):
+        if needs_operators(x):
+            return F.conv2d(x, dense_sum(weight, values, structure, x.dtype), bias, *geometry)
         result = _SparseConv2d.apply(batched, weight, values, bias, structure, geometry)
     return result if x.dim() == 4 else result[0]

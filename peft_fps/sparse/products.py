@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_fps.sparse.kernels import cpu, cuda
 from peft_fps.sparse.structure import Structure
+from peft_fps.sparse.transforms import needs_operators
 
 
 # Cost of one dot product, and of laying out one column along the tokens, in multiply-adds of a dense product, as
@@ -34,7 +35,8 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
         `(nnz,)`, and `(neurons,)` sums over the tokens, the gradients of values and bias; in the dtype of
         `grad_output`, or float32 from a compiled kernel.
     """
-    if grad_output.numel() and entries_are_few(structure) and not torch.compiler.is_compiling():
+    batched = needs_operators(grad_output)
+    if grad_output.numel() and entries_are_few(structure) and not (batched or torch.compiler.is_compiling()):
         for kernel in (cpu, cuda):
             if kernel.fits(grad_output, inputs, structure):
                 return kernel.sampled_product(grad_output, inputs, structure)
@@ -43,7 +45,8 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
         return grad_output.new_zeros(structure.positions.numel()), sums
     if inputs.shape[1] != structure.union.numel():
         inputs = inputs.index_select(1, structure.union)
-    if dots_are_cheaper(structure) and grad_output.device.type == "cpu" and grad_output.dtype.itemsize >= 4:
+    float32 = grad_output.device.type == "cpu" and grad_output.dtype.itemsize >= 4
+    if dots_are_cheaper(structure) and float32 and not batched:
         return product_by_dots(grad_output, inputs, structure), sums
     return product_by_columns(grad_output, inputs, structure), sums
 
@@ -65,7 +68,8 @@ def product_by_columns(grad_output: Tensor, used_inputs: Tensor, structure: Stru
     parts = []
     for chunk in structure.chunks:
         entries = slice(chunk.first_entry, chunk.last_entry)
-        product = grad_output[:, chunk.first_row : chunk.last_row].t() @ used_inputs
+        # not by [:, a:b], which is an alias where it takes all: gradients that are batched have no rule for that
+        product = grad_output.narrow(1, chunk.first_row, chunk.last_row - chunk.first_row).t() @ used_inputs
         rows = structure.rows[entries].to(torch.int64) - chunk.first_row
         places = rows * structure.union.numel() + structure.union_positions[entries]
         parts.append(product.reshape(-1).index_select(0, places))
@@ -99,7 +103,7 @@ def adding_is_cheaper(x: Tensor, weight: Tensor, values: Tensor, structure: Stru
 
     So it is for few tokens, on the CPU. `x` is the layer's input, or the gradient of its output.
     """
-    plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not needs_operators(x)
     float32 = x.dtype == weight.dtype == values.dtype == torch.float32
     laid_out = x.shape[0] * (structure.neurons + structure.union.numel())
     return plain and float32 and 0 < laid_out < weight.numel() and structure.positions.numel() > 0

@@ -277,15 +277,6 @@ def test_gradcheck(kind: str):
     assert torch.autograd.gradcheck(function, leaves(*(tensor.double() for tensor in arguments)), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_second_derivative_is_refused(kind: str):
-    function, arguments, _ = products()[kind]
-    x, values, bias = leaves(*(tensor.double() for tensor in arguments))
-    (first,) = torch.autograd.grad(function(x, values, bias).square().sum(), values, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch):
