@@ -1,7 +1,7 @@
 """What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,9 @@ from peft_fps.sparse import (
 
 UNLOADED_COLUMN = -1
 """Fills the columns of an adapter that was built from a saved config, until its tensors are loaded."""
+
+Undone = tuple[str, MergeRecord, MergeRecord]
+"""A merge that was undone: the adapter, its record, and what was overwritten."""
 
 
 @dataclass
@@ -248,15 +251,28 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' changes to the base layer in place, keeping the originals of the entries they touch.
 
+        Whatever is raised, nothing is changed.
+
         Raises:
-            ValueError: with `safe_merge`, the merged weights would not be finite; nothing is changed then.
+            ValueError: a name is there twice, the weight is not at hand, or, with `safe_merge`, the merged weights
+                would not be finite.
         """
+        if adapter_names is not None and not adapter_names:
+            return
+        check_distinct(adapter_names or ())
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_values]
+        if names:
+            self._check_at_hand("merge into")
         if safe_merge:
             self.check_merge(names)
-        for name in names:
-            self.merge_records[name] = self._merge_into(self.base_layer, name)
-            self.merged_adapters.append(name)
+        before = len(self.merged_adapters)
+        try:
+            for name in names:
+                self.merge_records[name] = self._merge_into(self.base_layer, name)
+                self.merged_adapters.append(name)
+        except BaseException:
+            self.take_out(len(self.merged_adapters) - before)
+            raise
 
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         """Add the adapter's changes, times its scale, to a base layer in place."""
@@ -278,11 +294,50 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
                 )
 
     def unmerge(self) -> None:
-        """Put the originals back, bit for bit, latest merge first."""
+        """Put the originals back, bit for bit, latest merge first; whatever is raised, nothing is changed."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            restore_entries(self.base_layer, self.merge_records.pop(self.merged_adapters.pop()))
+        self.take_out(len(self.merged_adapters))
+
+    def take_out(self, count: int) -> list[Undone]:
+        """Undo the latest `count` merges, all or none; returns what `put_back` needs."""
+        undone: list[Undone] = []
+        try:
+            for name in self.merged_adapters[: -count - 1 : -1] if count else ():
+                self._check_at_hand("unmerge")
+                record = self.merge_records[name]
+                undone.append((name, record, restore_entries(self.base_layer, record)))
+                self.merged_adapters.pop()
+                del self.merge_records[name]
+        except BaseException:
+            self.put_back(undone)
+            raise
+        return undone
+
+    def put_back(self, undone: list[Undone]) -> None:
+        """Do merges again that `take_out` has undone, bit for bit, whatever the adapters hold by now."""
+        for name, record, merged in reversed(undone):
+            restore_entries(self.base_layer, merged)
+            self.merge_records[name] = record
+            self.merged_adapters.append(name)
+
+    def _check_at_hand(self, verb: str) -> None:
+        """Raise ValueError if the base weight is on the meta device, where nothing that is written stays."""
+        if self.weight_tensor.device.type == "meta":
+            raise ValueError(
+                f"{self.module_path}: its weight is on the meta device, expected a weight at hand to {verb}. Load the "
+                "base model's weights first, or let the whole model do it (model.merge_adapter() and "
+                "model.unmerge_adapter() bring weights that accelerate offloads). Nothing was changed."
+            )
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as PEFT does.
+
+        Raises:
+            ValueError: a name is there twice, so that its changes would count twice.
+        """
+        check_distinct(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
@@ -305,6 +360,16 @@ class FPSLayer(ScaledLayer, BaseTunerLayer):
             if getattr(hook, "offload", False):
                 return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
         return device
+
+
+def check_distinct(names: str | Iterable[str]) -> None:
+    """Raise ValueError if a name is there twice."""
+    listed = [names] if isinstance(names, str) else list(names)
+    if twice := sorted({name for name in listed if listed.count(name) > 1}):
+        raise ValueError(
+            f"The adapters {listed} hold {', '.join(map(repr, twice))} more than once, expected each name once. To "
+            "let an adapter count more, scale it with model.set_scale. Nothing was changed."
+        )
 
 
 def _single_hooks(hook: Any) -> Iterator[Any]:

@@ -1,14 +1,15 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.adapters import AdapterState, FPSLayer, check_distinct
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
@@ -32,7 +33,7 @@ from peft_fps.targets import (
     trained_head,
 )
 from peft_fps.weighted import add_weighted_adapter
-from peft_fps.whole_merge import whole_merge
+from peft_fps.whole_merge import merge_whole, unmerge_whole
 
 
 class FPSModel(BaseTuner):
@@ -235,6 +236,18 @@ class FPSModel(BaseTuner):
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
         add_weighted_adapter(self, combination, adapter_name, modules_to_save_from)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; see PEFT. Merged adapters are unmerged first.
+
+        Raises:
+            ValueError: a name is there twice. Nothing is changed then.
+        """
+        check_distinct(adapter_name)
+        if any(layer.merged for layer in fps_layers(self.model).values()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Scale an adapter's changes, entries and bias deltas alike; its scale is 1 before, and is not saved."""
         set_scale(self.model, adapter_name, scale)
@@ -249,11 +262,13 @@ class FPSModel(BaseTuner):
             safe_merge: check all modules for NaN and infinity first and merge all or nothing.
         """
         self._check_merge_allowed()
-        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge) as layers:
-            for layer in layers:
-                hooked = hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")
-                with onload_layer(layer) if hooked else nullcontext():
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back, bit for bit, in all layers; if one fails, all stay merged."""
+        if not any(layer.merged for layer in fps_layers(self.model).values()):
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        unmerge_whole(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -262,13 +277,13 @@ class FPSModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if not merge:
-            unwatch_producers(self.model)
-            _unmerge_all(self.model)
-            return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
-        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
-            unwatch_producers(self.model)
-            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        # all layers are merged before the first is taken out of the model, so that a failure leaves it as it was
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        else:
+            unmerge_whole(self.model)
+        unwatch_producers(self.model)
+        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # only unloading comes here, with the base layer as it is; PEFT's reads a weight off it, which HQQ's has not
@@ -308,12 +323,6 @@ class FPSModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield
-
-
-def _unmerge_all(model: nn.Module) -> None:
-    for layer in fps_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
 
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
