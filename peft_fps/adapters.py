@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.latest import version
@@ -44,7 +45,7 @@ class AdapterState:
         calibration: how they were chosen from data, None if they were not or that is unknown.
         base_fingerprint: of the base model, None where it could not be taken.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
-        thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
+        before: an adapter file began to load; None once it has, and for an adapter that came from no file.
     """
 
     selected: bool = False
@@ -52,7 +53,44 @@ class AdapterState:
     calibration: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
     saved_inputs: str = "rebuild"
-    thawed: list[nn.Parameter] = field(default_factory=list)
+    before: "Before | None" = None
+
+
+@dataclass(frozen=True)
+class Before:
+    """What of a model PEFT changes by adding an adapter to it, as it was.
+
+    Attributes:
+        trainable: every parameter and whether it required grad.
+        active: layers, modules that other adapters train whole, and what was active there.
+        merged: layers and the adapters that were merged there.
+    """
+
+    trainable: list[tuple[nn.Parameter, bool]]
+    active: list[tuple[Any, Any]]
+    merged: list[tuple["FPSLayer", list[str]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Before":
+        """Note it down."""
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        holders: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+        layers = [module for module in holders if isinstance(module, FPSLayer)]
+        return cls(
+            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            [(module, module._active_adapter) for module in holders],
+            [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged],
+        )
+
+    def restore(self) -> None:
+        """Make it so again; adapters that were merged are merged with what they hold now."""
+        for module, active in self.active:
+            module._active_adapter = active
+        for parameter, required in self.trainable:
+            parameter.requires_grad_(required)
+        for layer, names in self.merged:
+            if not layer.merged:
+                layer.merge(adapter_names=names)
 
 
 @dataclass

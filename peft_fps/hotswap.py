@@ -23,8 +23,9 @@ from peft_fps.checkpoint import (
 )
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import adapter_config, adapter_layers, base_model
-from peft_fps.planning import plan
+from peft_fps.planning import plan, take_targets_from_allocation
 from peft_fps.renames import current_names
+from peft_fps.wholes import check_whole_modules_apart, check_whole_tensors, whole_modules
 
 
 TRAINED = ("fps_values", "fps_bias")
@@ -78,7 +79,7 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     config.inference_mode = old.inference_mode
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration, state.saved_inputs = True, config.calibration, config.saved_inputs
-    state.thawed.clear()
+    state.before = None
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
@@ -106,6 +107,7 @@ def _checked_config(
     if not isinstance(found, FPSConfig) or found.allocation is None:
         kind = type(found).__name__
         raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
+    found.check_complete()
     if found.bias != old.bias:
         raise ValueError(
             f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
@@ -118,6 +120,8 @@ def _checked_config(
             f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
         )
     base = base_model(model)
+    take_targets_from_allocation(found)
+    wholes = whole_modules(base, found)
     names = current_names(base, found.allocation)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
@@ -126,7 +130,9 @@ def _checked_config(
         )
     saved_names = dict(zip(names, found.allocation, strict=True))
     found.allocation = names
+    check_whole_modules_apart(base, found, wholes, list(names))
     plan(base, found, list(names), saved_names)
+    check_whole_tensors(base, found, wholes)
     return found
 
 

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer, check_distinct
+from peft_fps.adapters import AdapterState, Before, FPSLayer, check_distinct
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
@@ -17,7 +17,7 @@ from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch
-from peft_fps.planning import plan
+from peft_fps.planning import check_task, plan, take_targets_from_allocation
 from peft_fps.renames import current_names
 from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
@@ -34,6 +34,7 @@ from peft_fps.targets import (
 )
 from peft_fps.weighted import add_weighted_adapter
 from peft_fps.whole_merge import merge_whole, unmerge_whole
+from peft_fps.wholes import check_whole_modules_apart, check_whole_tensors, whole_modules
 
 
 class FPSModel(BaseTuner):
@@ -75,16 +76,17 @@ class FPSModel(BaseTuner):
         assert isinstance(config, FPSConfig)
         if not config.from_file:  # left by an earlier save
             config.allocation = config.calibration = config.base_fingerprint = None
-        check_adapter_name(model, adapter_name)
-        thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
         self._state = AdapterState(
             selected=config.from_file or not config.needs_calibration,
             calibration=config.calibration,
             saved_inputs=config.saved_inputs,
-            thawed=thawed if config.from_file else [],
+            before=Before.of(model) if config.from_file else None,
         )
         self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
         try:
+            if state_dict is None:
+                config.check_complete()
+            check_adapter_name(model, adapter_name)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -104,11 +106,17 @@ class FPSModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_task(model, peft_config)
+        if peft_config.from_file:
+            take_targets_from_allocation(peft_config)
         for name, find in (("modules_to_save", trained_head), ("target_modules", default_targets)):
             value = getattr(peft_config, name)
+            if peft_config.from_file:  # says all of it, or means none
+                continue
             if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
                 peft_config.automatic[name] = find(model, peft_config)
                 setattr(peft_config, name, peft_config.automatic[name])
+        wholes = peft_config.automatic["wholes"] = whole_modules(model, peft_config)
         shorthand = str(peft_config.target_modules).lower() == "all-linear"
         _maybe_include_all_linear_layers(peft_config, model)
         if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
@@ -124,7 +132,9 @@ class FPSModel(BaseTuner):
         if peft_config.bias == "with_norms" and not peft_config.from_file and self._matched(peft_config, model):
             peft_config.automatic["norms"] = biased_norms(model, peft_config)
         names = self._matched(peft_config, model)
+        check_whole_modules_apart(model, peft_config, wholes, names)
         self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
+        check_whole_tensors(model, peft_config, wholes)
 
     def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
         """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
@@ -137,10 +147,11 @@ class FPSModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if peft_config.from_file:  # the allocation decides; to match a stranger's expression could take for ever
-            whole = peft_config.modules_to_save or ()
-            if key in peft_config.allocation and not any(f".{name}." in f".{key}." for name in whole):
+            if key in peft_config.allocation:
                 return True
             return _ExcludedModule() if peft_config.exclude_modules else False  # PEFT warns if none was excluded
+        if any(f"{key}.".startswith(f"{path}.") for path in peft_config.automatic["wholes"]):
+            return _ExcludedModule()
         matched: Any = BaseTuner._check_target_module_exists(peft_config, key)
         if isinstance(matched, _ExcludedModule):
             return matched
