@@ -1,13 +1,14 @@
 """What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.deriving import Derived, DerivingLayer
@@ -28,6 +29,9 @@ from peft_fps.sparse import (
 UNLOADED_COLUMN = -1
 """Fills the columns of an adapter that was built from a saved config, until its tensors are loaded."""
 
+Undone = tuple[str, MergeRecord, MergeRecord]
+"""A merge that was undone: the adapter, its record, and what was overwritten."""
+
 
 @dataclass
 class AdapterState:
@@ -41,7 +45,7 @@ class AdapterState:
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
         buffers: digests of the base model's buffers when the adapter was added, by name.
-        thawed: base parameters that were trainable before an adapter file began to load, to undo that if it fails.
+        before: an adapter file began to load; None once it has, and for an adapter that came from no file.
     """
 
     selected: bool = False
@@ -51,7 +55,44 @@ class AdapterState:
     saved_inputs: str = "rebuild"
     unreached: set[str] = field(default_factory=set)
     buffers: dict[str, str] = field(default_factory=dict)
-    thawed: list[nn.Parameter] = field(default_factory=list)
+    before: "Before | None" = None
+
+
+@dataclass(frozen=True)
+class Before:
+    """What of a model PEFT changes by adding an adapter to it, as it was.
+
+    Attributes:
+        trainable: every parameter and whether it required grad.
+        active: layers, modules that other adapters train whole, and what was active there.
+        merged: layers and the adapters that were merged there.
+    """
+
+    trainable: list[tuple[nn.Parameter, bool]]
+    active: list[tuple[Any, Any]]
+    merged: list[tuple["FPSLayer", list[str]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Before":
+        """Note it down."""
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        holders: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+        layers = [module for module in holders if isinstance(module, FPSLayer)]
+        return cls(
+            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            [(module, module._active_adapter) for module in holders],
+            [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged],
+        )
+
+    def restore(self) -> None:
+        """Make it so again; adapters that were merged are merged with what they hold now."""
+        for module, active in self.active:
+            module._active_adapter = active
+        for parameter, required in self.trainable:
+            parameter.requires_grad_(required)
+        for layer, names in self.merged:
+            if not layer.merged:
+                layer.merge(adapter_names=names)
 
 
 class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
@@ -253,15 +294,28 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' changes to the base layer in place, keeping the originals of the entries they touch.
 
+        Whatever is raised, nothing is changed.
+
         Raises:
-            ValueError: with `safe_merge`, the merged weights would not be finite; nothing is changed then.
+            ValueError: a name is there twice, the weight is not at hand, or, with `safe_merge`, the merged weights
+                would not be finite.
         """
+        if adapter_names is not None and not adapter_names:
+            return
+        check_distinct(adapter_names or ())
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_values]
+        if names:
+            self._check_at_hand("merge into")
         if safe_merge:
             self.check_merge(names)
-        for name in names:
-            self.merge_records[name] = self._merge_into(self.base_layer, name)
-            self.merged_adapters.append(name)
+        before = len(self.merged_adapters)
+        try:
+            for name in names:
+                self.merge_records[name] = self._merge_into(self.base_layer, name)
+                self.merged_adapters.append(name)
+        except BaseException:
+            self.take_out(len(self.merged_adapters) - before)
+            raise
 
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         """Add the adapter's changes, times its scale, to a base layer in place."""
@@ -284,11 +338,50 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
                 )
 
     def unmerge(self) -> None:
-        """Put the originals back, bit for bit, latest merge first."""
+        """Put the originals back, bit for bit, latest merge first; whatever is raised, nothing is changed."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            restore_entries(self.base_layer, self.merge_records.pop(self.merged_adapters.pop()))
+        self.take_out(len(self.merged_adapters))
+
+    def take_out(self, count: int) -> list[Undone]:
+        """Undo the latest `count` merges, all or none; returns what `put_back` needs."""
+        undone: list[Undone] = []
+        try:
+            for name in self.merged_adapters[: -count - 1 : -1] if count else ():
+                self._check_at_hand("unmerge")
+                record = self.merge_records[name]
+                undone.append((name, record, restore_entries(self.base_layer, record)))
+                self.merged_adapters.pop()
+                del self.merge_records[name]
+        except BaseException:
+            self.put_back(undone)
+            raise
+        return undone
+
+    def put_back(self, undone: list[Undone]) -> None:
+        """Do merges again that `take_out` has undone, bit for bit, whatever the adapters hold by now."""
+        for name, record, merged in reversed(undone):
+            restore_entries(self.base_layer, merged)
+            self.merge_records[name] = record
+            self.merged_adapters.append(name)
+
+    def _check_at_hand(self, verb: str) -> None:
+        """Raise ValueError if the base weight is on the meta device, where nothing that is written stays."""
+        if self.weight_tensor.device.type == "meta":
+            raise ValueError(
+                f"{self.module_path}: its weight is on the meta device, expected a weight at hand to {verb}. Load the "
+                "base model's weights first, or let the whole model do it (model.merge_adapter() and "
+                "model.unmerge_adapter() bring weights that accelerate offloads). Nothing was changed."
+            )
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as PEFT does.
+
+        Raises:
+            ValueError: a name is there twice, so that its changes would count twice.
+        """
+        check_distinct(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
@@ -311,6 +404,16 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
             if getattr(hook, "offload", False):
                 return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
         return device
+
+
+def check_distinct(names: str | Iterable[str]) -> None:
+    """Raise ValueError if a name is there twice."""
+    listed = [names] if isinstance(names, str) else list(names)
+    if twice := sorted({name for name in listed if listed.count(name) > 1}):
+        raise ValueError(
+            f"The adapters {listed} hold {', '.join(map(repr, twice))} more than once, expected each name once. To "
+            "let an adapter count more, scale it with model.set_scale. Nothing was changed."
+        )
 
 
 def _single_hooks(hook: Any) -> Iterator[Any]:

@@ -161,6 +161,7 @@ class FPSConfig(PeftConfig):
         self.from_file = self.allocation is not None
         self.automatic: dict[str, Any] = {}
         self._read_empty_values()
+        self.missing_weights: str | None = None  # the folder that this config came from, if it holds no adapter file
         check_version(self.format_version)
         if self.budget is None and self.per_neuron is None:
             self.budget = DEFAULT_BUDGET
@@ -202,6 +203,11 @@ class FPSConfig(PeftConfig):
                 raise ValueError(f"calibration has examples={examples!r}, expected an integer.")
             check_unreached("calibration", self.calibration)
         check_type("plugin", self.plugin, str, "a package name")
+        for name in ("base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None:
+                check_type(name, getattr(self, name), str, "None or a string")
+        if self.auto_mapping is not None:
+            check_type("auto_mapping", self.auto_mapping, dict, "None or what an adapter_config.json holds")
         digest: Any = self.base_fingerprint
         strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
         if digest is not None and not strings:
@@ -322,6 +328,8 @@ class FPSConfig(PeftConfig):
                 ).parent
             except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
                 return config
+        if config.from_file and not (is_pickled(folder) or (folder / WEIGHTS).exists()):
+            config.missing_weights = str(folder)
         check_folder(folder, config.whole_tensors or [], config.pickled, config.tensors_sha256)
         if config.allocation is None and (is_pickled(folder) or (folder / WEIGHTS).exists()):
             raise ValueError(
@@ -338,6 +346,14 @@ class FPSConfig(PeftConfig):
             from peft_fps.card import complete_card  # cards are about configs, so that it imports this module
 
             complete_card(Path(save_directory), self, kwargs["auto_mapping_dict"])
+
+    def check_complete(self) -> None:
+        """Raise ValueError if the config came from a folder with no adapter file beside it."""
+        if self.missing_weights is not None:
+            raise ValueError(
+                f"{self.missing_weights} holds a config and no {WEIGHTS}, expected both to load an adapter. Save or "
+                "fetch the adapter again, or start from an FPSConfig without allocation. Nothing was changed."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data in a fixed order, without `check_base`, which is the loading side's."""

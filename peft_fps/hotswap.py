@@ -24,8 +24,10 @@ from peft_fps.checkpoint import (
 from peft_fps.compiled import plain_name, unwrapped
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import adapter_config, base_model, target_layers
-from peft_fps.planning import plan
+from peft_fps.planning import plan, take_targets_from_allocation
 from peft_fps.renames import current_names
+from peft_fps.whole_checks import check_whole_modules_apart, check_whole_tensors
+from peft_fps.whole_modules import whole_modules
 
 
 TRAINED = ("fps_values", "fps_bias")
@@ -80,7 +82,7 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration, state.saved_inputs = True, config.calibration, config.saved_inputs
     state.unreached.difference_update(config.allocation or ())
-    state.thawed.clear()
+    state.before = None
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
@@ -108,6 +110,7 @@ def _checked_config(
     if not isinstance(found, FPSConfig) or found.allocation is None:
         kind = type(found).__name__
         raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
+    found.check_complete()
     if found.bias != old.bias:
         raise ValueError(
             f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
@@ -120,6 +123,8 @@ def _checked_config(
             f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
         )
     base = base_model(model)
+    take_targets_from_allocation(found)
+    wholes = whole_modules(base, found)
     names = current_names(base, found.allocation)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
@@ -128,7 +133,9 @@ def _checked_config(
         )
     saved_names = dict(zip(names, found.allocation, strict=True))
     found.allocation = names
+    check_whole_modules_apart(base, found, wholes, list(names))
     plan(base, found, list(names), saved_names)
+    check_whole_tensors(base, found, wholes)
     return found
 
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import delete_adapter
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
-from peft_fps.buffers import buffer_digests, thaw_statistics
+from peft_fps.buffers import buffer_digests
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
     REMEDY,
@@ -143,7 +143,7 @@ def load_state(
         layer.resize_bias(adapter_name, layer.shape.neurons)
         layer.fps_state[adapter_name].unreached.discard(path)
         layer.fps_state[adapter_name].selected = True
-        layer.fps_state[adapter_name].thawed.clear()
+        layer.fps_state[adapter_name].before = None
         for name, held in (("fps_values", layer.fps_values), ("fps_bias", layer.fps_bias)):
             if name in tensors:  # never narrower than the file
                 parameter = held[adapter_name]
@@ -219,29 +219,36 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
     if not any(layer.awaits_loading(adapter_name) for layer in layers.values()):
         return
-    thawed = [p for layer in layers.values() for p in layer.fps_state[adapter_name].thawed]
-    alone = all(set(layer.fps_values) == {adapter_name} for layer in fps_layers(model).values())
-    delete_adapter(model, adapter_name, prefix=PREFIX)
+    before = next(iter(layers.values())).fps_state[adapter_name].before
+    if before is not None:
+        before.restore()  # first, so that what is taken out is active nowhere
     for name, layer in layers.items():
-        if not layer.fps_values:
+        if set(layer.fps_values) == {adapter_name}:
             _replace(model, name, layer.base_layer)
-    if alone:
-        unwatch_producers(model)
-        thaw_statistics(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
+        else:
+            layer.delete_adapter(adapter_name)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            if set(module.modules_to_save) == {adapter_name}:
                 _replace(model, name, module.original_module)
+            else:
+                del module.modules_to_save[adapter_name]
+                module._adapters.discard(adapter_name)
+    left = fps_layers(model)
+    paths = {layer.module_path for layer in left.values()}
     for module in model.modules():
+        if isinstance(module, BaseTuner):
+            module.targeted_module_names = [name for name in module.targeted_module_names if name in paths]
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict):  # one dict that tuner and base model share
             configs.pop(adapter_name, None)
             if not configs:
                 del module.peft_config
-    if alone:
-        for parameter in thawed:
-            parameter.requires_grad = True
-    else:
+    if left:
         watch_producers(model)  # norms that were wrapped noted their outputs themselves
+    else:
+        unwatch_producers(model)
+        thaw_statistics(model)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.quantised import dense_weight, put, quantisation
+from peft_fps.quantised import dense_weight, held_by, put, quantisation
 from peft_fps.sparse import Structure, merged_entries, sums
 
 
@@ -40,16 +40,25 @@ class MergeRecord:
 
 @torch.no_grad()
 def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
-    """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once."""
+    """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once.
+
+    Whatever is raised on the way, the layer is as it was.
+    """
     positions, changes, lost = structure.positions, 0, 0
     if base.weight.dtype == values.dtype == torch.float32 and base.weight.is_contiguous():
-        before = base.weight.reshape(-1).index_select(0, positions)
-        base.weight.view(-1).index_add_(0, positions, values)
+        before, after = base.weight.reshape(-1).index_select(0, positions), None
     else:
         before, after = merged_entries(base.weight, values, positions)
-        _write(base.weight, positions, after)
-        changes, lost = _swallowed(before, after, values)
-    bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
+    try:
+        if after is None:
+            base.weight.view(-1).index_add_(0, positions, values)
+        else:
+            _write(base.weight, positions, after)
+            changes, lost = _swallowed(before, after, values)
+        bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
+    except BaseException:
+        _write(base.weight, positions, before)
+        raise
     return MergeRecord(positions, before, bias, changes + changes_of_bias, lost + lost_of_bias)
 
 
@@ -68,13 +77,34 @@ def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, in
         base.bias.add_(delta)
         return before, 0, 0
     before, after = sums(base.bias.detach().clone(), delta)
+    swallowed = _swallowed(before, after, delta)
     base.bias.copy_(after)
-    return before, *_swallowed(before, after, delta)
+    return before, *swallowed
 
 
 @torch.no_grad()
-def restore_entries(base: Any, record: MergeRecord) -> None:
-    """Undo a merge in place."""
+def restore_entries(base: Any, record: MergeRecord) -> MergeRecord:
+    """Undo a merge in place, wherever and in whatever dtype the layer is by now.
+
+    Returns:
+        What was overwritten: restoring that does the merge again, bit for bit. If anything is raised, the layer is as
+        it was.
+    """
+    merged = replace(
+        record,
+        weight=record.weight if record.held is not None else _read(base.weight, record.positions),
+        bias=None if record.bias is None else base.bias.detach().clone(),
+        held=None if record.held is None else held_by(base),
+    )
+    try:
+        _overwrite(base, record)
+    except BaseException:
+        _overwrite(base, merged)
+        raise
+    return merged
+
+
+def _overwrite(base: Any, record: MergeRecord) -> None:
     if record.held is None:
         _write(base.weight, record.positions, record.weight)
     else:
@@ -85,10 +115,7 @@ def restore_entries(base: Any, record: MergeRecord) -> None:
 
 def is_finite(base: Any, record: MergeRecord) -> bool:
     """Whether everything that the merge wrote into the layer is finite."""
-    if record.held is None:
-        written = [base.weight.detach().reshape(-1).index_select(0, record.positions)]
-    else:
-        written = [dense_weight(base)]
+    written = [_read(base.weight, record.positions) if record.held is None else dense_weight(base)]
     if record.bias is not None:
         written.append(base.bias.detach())
     return all(bool(torch.isfinite(tensor).all()) for tensor in written)
@@ -139,9 +166,14 @@ def _rebound(held: Any, base: Any, trial: Any) -> Any:
     return held
 
 
+def _read(source: Tensor, positions: Tensor) -> Tensor:
+    return source.detach().reshape(-1).index_select(0, positions.to(source.device))
+
+
 def _write(target: Tensor, positions: Tensor, entries: Tensor) -> None:
     """Write in place, through autograd's eyes, so that a backward that still needs the old numbers is refused."""
-    positions = positions.to(torch.int64)
+    # a model may have been moved, or cast, while it was merged
+    positions, entries = positions.to(target.device, torch.int64), entries.to(target)
     if target.is_contiguous():
         target.view(-1).index_copy_(0, positions, entries)
     else:  # channels-last convolutions, transposed views

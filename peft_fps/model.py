@@ -1,15 +1,16 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.adapters import AdapterState, Before, FPSLayer, check_distinct
 from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
 from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.composition import Combination
@@ -19,7 +20,7 @@ from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch
-from peft_fps.planning import plan
+from peft_fps.planning import check_task, plan, take_targets_from_allocation
 from peft_fps.renames import current_names
 from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
@@ -33,9 +34,9 @@ from peft_fps.targets import (
     in_wanted_block,
 )
 from peft_fps.weighted import add_weighted_adapter
-from peft_fps.whole_merge import whole_merge
+from peft_fps.whole_checks import check_whole_modules_apart, check_whole_tensors
+from peft_fps.whole_merge import merge_whole, unmerge_whole
 from peft_fps.whole_modules import (
-    check_whole_modules,
     trained_head,
     warn_of_untrained_head,
     whole_modules,
@@ -90,6 +91,8 @@ class FPSModel(BaseTuner):
                 self._prepare_state(self.model, config)
                 self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
                 self._injected = adapter_name
+                if state_dict is None:
+                    config.check_complete()
                 super().inject_adapter(
                     self.model,
                     adapter_name,
@@ -114,26 +117,29 @@ class FPSModel(BaseTuner):
     def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
         if not config.from_file:  # left by an earlier save
             config.allocation = config.calibration = config.base_fingerprint = None
-        thawed = [parameter for _, parameter in base_parameters(model) if parameter.requires_grad]
         self._state = AdapterState(
             selected=config.from_file or not config.needs_calibration,
             calibration=config.calibration,
             saved_inputs=config.saved_inputs,
-            thawed=thawed if config.from_file else [],
+            before=Before.of(model) if config.from_file else None,
         )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_task(model, peft_config)
+        if peft_config.from_file:
+            take_targets_from_allocation(peft_config)
         for name, find in (("modules_to_save", trained_head), ("target_modules", default_targets)):
             value = getattr(peft_config, name)
-            if peft_config.from_file and name == "modules_to_save":
-                continue  # an adapter has what it was saved with
+            if peft_config.from_file:  # says all of it, or means none
+                continue
             if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
                 peft_config.automatic[name] = find(model, peft_config)
                 setattr(peft_config, name, peft_config.automatic[name])
         peft_config.modules_to_save = with_whole_head(model, peft_config)
+        whole = peft_config.automatic["whole"] = whole_modules(model, peft_config)
         shorthand = str(peft_config.target_modules).lower() == "all-linear"
         _maybe_include_all_linear_layers(peft_config, model)
         if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
@@ -143,14 +149,14 @@ class FPSModel(BaseTuner):
             current = current_names(model, peft_config.allocation)
             saved_names = dict(zip(current, peft_config.allocation, strict=True))
             peft_config.allocation = current
-        whole = peft_config.automatic["whole"] = whole_modules(model, peft_config)
-        check_whole_modules(model, whole)
         peft_config.automatic["norms"] = set()
         # norms come on top of targets; without any, PEFT is to say which were not found
         if peft_config.bias == "with_norms" and not peft_config.from_file and self._matched(peft_config, model):
             peft_config.automatic["norms"] = biased_norms(model, peft_config)
         names = self._matched(peft_config, model)
+        check_whole_modules_apart(model, peft_config, whole, names)
         self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
+        check_whole_tensors(model, peft_config, whole)
         warn_of_untrained_head(model, peft_config, names, whole)
 
     def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
@@ -166,7 +172,7 @@ class FPSModel(BaseTuner):
         whole = peft_config.automatic.get("whole", ())
         in_whole = key in whole or key.startswith(tuple(f"{name}." for name in whole))
         if peft_config.from_file:  # the allocation decides; to match a stranger's expression could take for ever
-            if key in peft_config.allocation and not in_whole:
+            if key in peft_config.allocation:
                 return True
             return _ExcludedModule() if peft_config.exclude_modules else False  # PEFT warns if none was excluded
         if in_whole:
@@ -284,6 +290,18 @@ class FPSModel(BaseTuner):
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
         add_weighted_adapter(self, combination, adapter_name, modules_to_save_from)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; see PEFT. Merged adapters are unmerged first.
+
+        Raises:
+            ValueError: a name is there twice. Nothing is changed then.
+        """
+        check_distinct(adapter_name)
+        if any(layer.merged for layer in fps_layers(self.model).values()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Scale an adapter's changes, entries and bias deltas alike; its scale is 1 before, and is not saved."""
         set_scale(self.model, adapter_name, scale)
@@ -298,11 +316,13 @@ class FPSModel(BaseTuner):
             safe_merge: check all modules for NaN and infinity first and merge all or nothing.
         """
         self._check_merge_allowed()
-        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge) as layers:
-            for layer in layers:
-                hooked = hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")
-                with onload_layer(layer) if hooked else nullcontext():
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back, bit for bit, in all layers; if one fails, all stay merged."""
+        if not any(layer.merged for layer in fps_layers(self.model).values()):
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        unmerge_whole(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -311,13 +331,13 @@ class FPSModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if not merge:
-            _release(self.model)
-            _unmerge_all(self.model)
-            return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
-        with whole_merge(self.model, adapter_names or self.active_adapters, safe_merge):
-            _release(self.model)
-            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        # all layers are merged before the first is taken out of the model, so that a failure leaves it as it was
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        else:
+            unmerge_whole(self.model)
+        _release(self.model)
+        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # only unloading comes here, with the base layer as it is; PEFT's reads a weight off it, which HQQ's has not
@@ -368,12 +388,6 @@ def _release(model: nn.Module) -> None:
     """Take off all that was put on modules beside the adapted layers."""
     unwatch_producers(model)
     thaw_statistics(model)
-
-
-def _unmerge_all(model: nn.Module) -> None:
-    for layer in fps_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
 
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
@@ -18,6 +19,10 @@ from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.selection.allocation import matches
 from peft_fps.sharded import is_sharded
 from peft_fps.targets import base_parameters, check_target, check_untied, count_base_parameters, named_base_modules
+
+
+DUMMY = DUMMY_TARGET_MODULES.lower()
+"""PEFT's word for no target at all."""
 
 
 def plan(
@@ -86,6 +91,27 @@ def allocate_entries(
     entries, biases = sum(allocation.entries.values()), allocation.biases
     check_granularity(config.granularity, trained, entries, biases=biases, base_parameters=base_parameters)
     return allocation.entries
+
+
+def take_targets_from_allocation(config: FPSConfig) -> None:
+    """Let the targets of a config from a file be those with entries, where it leaves them to the model."""
+    assert config.allocation is not None
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
+    if config.target_modules is None or shorthand:
+        config.target_modules = set(config.allocation)
+
+
+def check_task(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if PEFT's class for the config's `task_type` could not be built around the model.
+
+    PEFT finds that out when the adapter is in the model already.
+    """
+    needs = "prepare_inputs_for_generation"
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, needs):
+        raise ValueError(
+            f"task_type is {config.task_type!r}, expected a model that generates (with {needs}), found a "
+            f"{type(model).__name__}. Leave task_type out, or load the model with its language model head."
+        )
 
 
 def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:

@@ -116,11 +116,15 @@ class QuantisedLinear(AdaptedLayer):
         before, after = merged_entries(dense, values, positions)
         dense.view(-1).index_copy_(0, positions, after)
         held = held_by(base)
-        put(base, requantised(base, dense, self.quantization_backend))
-        stored = dense_weight(base, self.quantization_backend).contiguous().view(-1)[positions]
-        # a scale that moves with the merge lets every entry move a little, so what counts is most of the change
-        lost = ((stored.float() - before.float()).abs() < values.abs() / 2) & (values != 0)
-        original, changes_of_bias, lost_of_bias = add_to_bias(base, delta)
+        try:
+            put(base, requantised(base, dense, self.quantization_backend))
+            stored = dense_weight(base, self.quantization_backend).contiguous().view(-1)[positions]
+            # a scale that moves with the merge lets every entry move a little, so what counts is most of the change
+            lost = ((stored.float() - before.float()).abs() < values.abs() / 2) & (values != 0)
+            original, changes_of_bias, lost_of_bias = add_to_bias(base, delta)
+        except BaseException:
+            put(base, held)
+            raise
         changes = int((values != 0).sum()) + changes_of_bias
         return MergeRecord(
             positions[:0], before[:0], original, changes=changes, lost=int(lost.sum()) + lost_of_bias, held=held

@@ -14,6 +14,7 @@ from peft_fps.config import FPSConfig
 from peft_fps.lookup import fps_layers
 from peft_fps.selection.allocation import round_up
 from peft_fps.targets import check_adapter_name, count_base_parameters
+from peft_fps.whole_checks import whole_tensors
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
     configs = [tuner.peft_config[name] for name in how.adapters]
     givers = list(dict.fromkeys(wholes.values()))
     names = dict.fromkeys(name for giver in givers for name in tuner.peft_config[giver].modules_to_save or [])
-    tuner.peft_config[adapter_name] = _combined_config(model, configs, layers, combined, list(names), how)
+    config = _combined_config(model, configs, layers, combined, list(names), how)
+    config.whole_tensors = whole_tensors(model, [path for path, module in model.named_modules() if module in wholes])
+    tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(model, adapter_name)
     for path, tensors in combined.items():
         _fill(layers[path], adapter_name, tensors)
@@ -169,4 +172,4 @@ def _fill(layer: FPSLayer, adapter_name: str, tensors: _Combined) -> None:
     if adapter_name in layer.fps_bias:
         bias = torch.zeros(layer.shape.neurons, device=tensors.values.device) if tensors.bias is None else tensors.bias
         layer.fps_bias[adapter_name].data = bias
-    layer.fps_state[adapter_name].thawed.clear()
+    layer.fps_state[adapter_name].before = None

@@ -1,28 +1,68 @@
-"""Merging a whole model: everything is checked before the first layer changes."""
+"""Merging and unmerging a whole model: all layers or none."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.adapters import FPSLayer, Undone, check_distinct
 from peft_fps.quantised_layers import QuantisedLinear, check_writable
 from peft_fps.sharded import check_whole
 
+
+Result = TypeVar("Result")
 
 NEGLIGIBLE_LOSS = 0.01
 """Share of the changes that rounding may swallow in a merge before a warning is due."""
 
 
-@contextmanager
-def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> Iterator[Sequence[FPSLayer]]:
-    """Check all layers before the first is merged, give them, and say afterwards how much rounding swallowed."""
+def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> None:
+    """Merge adapters in all layers, and say how much rounding swallowed.
+
+    All layers are checked before the first is merged. If one fails even so, for want of memory say, those before it
+    are unmerged again.
+
+    Raises:
+        TypeError, ValueError: the names are no list of known and distinct adapters, or a layer cannot be merged.
+            Nothing was changed then.
+    """
     check_whole(
         model, "merge", "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
     )
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
+    _check(model, layers, adapter_names, safe_merge)
+    before = [len(layer.merged_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            _at_hand(layer, partial(layer.merge, safe_merge=safe_merge, adapter_names=list(adapter_names)))
+        _warn_of_losses(layers, before)
+    except BaseException:
+        for layer, count in zip(layers, before, strict=True):
+            _at_hand(layer, partial(layer.take_out, len(layer.merged_adapters) - count))
+        raise
+
+
+def unmerge_whole(model: nn.Module) -> None:
+    """Put the originals back in all layers; if one fails, those before it are merged again, bit for bit."""
+    merged: list[FPSLayer] = [module for module in model.modules() if isinstance(module, FPSLayer) and module.merged]
+    undone: list[tuple[FPSLayer, list[Undone]]] = []
+    try:
+        for layer in merged:
+            undone.append((layer, _at_hand(layer, partial(layer.take_out, len(layer.merged_adapters)))))
+    except BaseException:
+        for layer, taken in undone:
+            _at_hand(layer, partial(layer.put_back, taken))
+        raise
+
+
+def _check(model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str], safe_merge: bool) -> None:
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
+    check_distinct(adapter_names)
     known = {name for layer in layers for name in layer.fps_values}
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
@@ -35,13 +75,29 @@ def whole_merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
     if not _sums_are_finite([parameter for layer, name in pairs for parameter in layer.adapter_parameters(name)]):
         for layer, name in pairs:
             layer.check_tensors(name)  # a sum may also overflow
-    before = {(id(layer), name) for layer in layers for name in layer.merged_adapters}
-    yield layers
+
+
+def _at_hand(layer: FPSLayer, act: Callable[[], Result]) -> Result:
+    """Run `act` while a weight that accelerate offloads is at hand; what it raises comes out when that is put away."""
+    if not (hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")):
+        return act()
+    found: list[Result] = []
+    failure: BaseException | None = None
+    with onload_layer(layer):
+        try:
+            found.append(act())
+        except BaseException as error:  # PEFT would leave the weight where it has brought it
+            failure = error
+    if failure is not None:
+        raise failure
+    return found[0]
+
+
+def _warn_of_losses(layers: Sequence[FPSLayer], before: Sequence[int]) -> None:
     records = [
         layer.merge_records[name]
-        for layer in layers
-        for name in layer.merged_adapters
-        if (id(layer), name) not in before
+        for layer, count in zip(layers, before, strict=True)
+        for name in layer.merged_adapters[count:]
     ]
     changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
     if lost > NEGLIGIBLE_LOSS * changes:

@@ -5,13 +5,12 @@ import warnings
 from typing import Any
 
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.config import FPSConfig
 from peft_fps.heads import LISTS, all_names, find_head, named_outside
-from peft_fps.quantised import quantisation
+from peft_fps.whole_checks import check_trainable_whole, remedy_for
 
 
 NAMED_BY_PEFT = {
@@ -43,42 +42,37 @@ def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
 def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     """Return the full names of the modules that `modules_to_save` names, the names of a shared module all together.
 
-    A name of the model's head means that module. Others mean, as in PEFT, every module whose path ends so; of a saved
+    A name of the model's head means that module. Others mean every module whose path ends so, behind a dot; of a saved
     adapter, those that it has tensors of. Lists of modules stand for their members.
+
+    Raises:
+        ValueError: a name is no module's, or is that of a module that cannot be trained whole.
     """
     modules = dict(named_outside(model))
     head = find_head(model).modules
     found: list[str] = []
     for name in config.modules_to_save or ():
-        ends = [path for path in modules if path.endswith(name)]
+        ends = [path for path in modules if f".{path}".endswith(f".{name}")]
+        if not ends and name not in NAMED_BY_PEFT.get(config.task_type, ()):  # type: ignore[call-overload]
+            raise ValueError(
+                f"modules_to_save names {name!r}, expected the path, or the end of the path behind a dot, of a module "
+                f"of the {type(model).__name__}. {remedy_for(config)}"
+            )
         saved = [path for path in ends if any(key.startswith(f"{path}.") for key in config.whole_tensors or ())]
         found += saved if config.from_file and saved else [name] if name in head else ends
+    for path in found:
+        if outer := next((other for other in found if path.startswith(f"{other}.")), None):
+            raise ValueError(
+                f"{path} and {outer}, in which it lies, are both to be trained whole (modules_to_save="
+                f"{config.modules_to_save}), expected one of them. {remedy_for(config)}"
+            )
     while lists := [name for name in found if isinstance(modules[name], LISTS)]:
         members = [f"{name}.{key}" for name in lists for key, _ in modules[name].named_children()]
         found = [name for name in found if name not in lists] + members
-    return all_names(model, found)
-
-
-def check_whole_modules(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError if a module to be trained whole is adapted, offloaded or quantised: a copy would not learn."""
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"{name} is to be trained whole (modules_to_save), but already carries an adapter, expected a module "
-                "without one. Delete that adapter first, or leave the module out of modules_to_save."
-            )
-        if any(getattr(getattr(part, "_hf_hook", None), "offload", False) for part in module.modules()):
-            raise ValueError(
-                f"{name} is to be trained whole (modules_to_save), but accelerate offloads it, so that it would get "
-                "no gradient. Keep it on a device with device_map, or pass modules_to_save=[]."
-            )
-        if any(quantisation(part) is not None for part in module.modules()):
-            raise ValueError(
-                f"{name} is to be trained whole (modules_to_save), but its weight is quantised, so that it gets no "
-                "gradient. Leave it out when the model is quantised (llm_int8_skip_modules of BitsAndBytesConfig, "
-                "modules_to_not_convert of others), or pass modules_to_save=[]."
-            )
+    named = all_names(model, found)
+    for path in named:
+        check_trainable_whole(model, path, config)
+    return named
 
 
 def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:

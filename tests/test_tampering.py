@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTMSNConfig, ViTMSNForImageClassification
 
+from peft_fps import hotswap_adapter
 from peft_fps.adapters import FPSLayer
 from tests.helpers import (
     adapted,
@@ -38,7 +39,6 @@ from tests.helpers import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter second was active which is now deleted:UserWarning"),
 ]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -310,7 +310,60 @@ CONFIGS: dict[str, Tampering] = {
         _config(base_fingerprint={"sha256": 5, "dtype": 7}), "base weights|base_fingerprint", "expected"
     ),
     "fingerprint as text": Tampering(_config(base_fingerprint="00"), "base_fingerprint", "'00' of type str, expected"),
+    "task of a model that generates": Tampering(
+        _config(task_type="CAUSAL_LM"), "task_type", "'CAUSAL_LM', expected a model that generates"
+    ),
+    "base name as number": Tampering(_config(base_model_name_or_path=5), "base_model_name_or_path", "5 of type int"),
+    "revision as list": Tampering(_config(revision=["main"]), "revision", "of type list, expected None or a string"),
+    "mapping as text": Tampering(_config(auto_mapping="x"), "auto_mapping", "'x' of type str, expected None or what"),
+    "whole tensors of nothing": Tampering(
+        _config(whole_tensors=["classifier.weight"]), "classifier.bias", "lacks this tensor .*expected the tensors of"
+    ),
+    "entries in a module trained whole": Tampering(
+        _allocation(lambda a: a.update({"classifier": {"neurons": 5, "inputs": 32, "entries": 5}})),
+        "classifier: ",
+        "has entries for it, and trains classifier whole .*expected one of the two",
+    ),
 }
+
+NO_MODULE = "names .*, expected the path, or the end of the path behind a dot, of a module"
+NOT_TO_BE_WHOLE = {
+    **dict.fromkeys(["lm_head", ".", "classifier.", "sifier", "l.*er", "(head|vit)", "vit.layers.7"], NO_MODULE),
+    **dict.fromkeys(["base_layer", "fps_columns", "fps_values", "original_module", "modules_to_save", "default"],
+                    f"{NO_MODULE}|a part of an adapter|also the end of"),
+    "layer": f"{NO_MODULE}|also the end of",
+    "layers": "a ModuleList, which only holds other modules",
+    "q_proj": "has entries for it, and trains .* whole|carries sparse changes of another adapter",
+    "k_proj": "whole_tensors of the adapter's config lists|carries sparse changes of another adapter",
+    "attention": "has entries for it, and trains .* whole|a part that another adapter changes",
+    "layers.0": "has entries for it, and trains .* whole|a part that another adapter changes",
+    "vit": "has entries for it, and trains vit whole|a part that another adapter changes",
+    "layernorm": "classifier.bias: whole_tensors of the adapter's config lists this tensor",
+}  # fmt: skip
+"""Names in `modules_to_save` that a file must not have, whatever tensors it brings."""
+
+
+def _whole(name: str, full: bool) -> Tampering:
+    """The config trains other modules whole; with `full`, the file holds their tensors, and the config says so."""
+
+    def change(folder: Path) -> None:
+        _config(modules_to_save=[name])(folder)
+        if full:
+            paths = {path: path for path, _ in tiny_vit().named_modules() if path.endswith(name)}
+            if name == "base_layer":
+                paths = {f"{LAYER}.base_layer": LAYER}
+            model = tiny_vit()
+            tensors = {
+                f"{path}.{own}": tensor.clone() + 1
+                for path, module in paths.items()
+                for own, tensor in model.get_submodule(module).state_dict().items()
+            }
+            _tensors(lambda held: held.update({f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}))(folder)
+            _config(whole_tensors=sorted({*tensors, "classifier.weight", "classifier.bias"}))(folder)
+
+    return Tampering(change, "modules_to_save|whole_tensors", NOT_TO_BE_WHOLE[name])
+
+
 UNLIKE_THE_FILE: dict[str, Tampering] = {
     "one entry more": Tampering(_sizes(entries=109), LAYER, "108 elements, expected 109 as the config says"),
     "lacks a module": Tampering(
@@ -344,6 +397,7 @@ FILES: dict[str, Tampering] = {
     ),
     "huge header": Tampering(_bytes(lambda data: b"\xff" * 8 + data[8:]), WEIGHTS, "not a readable safetensors file"),
     "empty": Tampering(_bytes(lambda data: b""), WEIGHTS, "not a readable safetensors file"),
+    "missing": Tampering(lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "holds a config and no .*expected both"),
     "pickle": Tampering(_pickled, "adapter_model.bin", f"is a pickled adapter, expected {WEIGHTS}"),
 }
 
@@ -366,6 +420,11 @@ def _fresh(intact: Path) -> nn.Module:
 def _with_first(intact: Path) -> nn.Module:
     """Carries an adapter that shares one kind of module with the one to come."""
     return adapted(tiny_vit(), "first", target_modules=["k_proj", "q_proj"], per_neuron=1)
+
+
+def _merged(model: Any) -> nn.Module:
+    model.merge_adapter()
+    return model
 
 
 def _inject(model: nn.Module, folder: Path, name: str = "default") -> None:
@@ -409,6 +468,13 @@ FILE_DOORS = {
 }
 INJECTING_DOORS = {"inject": INJECT, "inject second": INJECT_SECOND}
 TENSOR_DOORS = FILE_DOORS | INJECTING_DOORS | {"load_adapter into existing": RELOAD}
+HOTSWAP = Door(
+    lambda intact: PeftModel.from_pretrained(tiny_vit(), intact),
+    lambda model, folder: hotswap_adapter(model, str(folder), "default"),
+)
+SECOND_MERGED = Door(
+    lambda intact: _merged(_with_first(intact)), lambda model, folder: model.load_adapter(folder, "second")
+)
 CONFIG_DOORS = (
     FILE_DOORS | INJECTING_DOORS | {"transformers": TRANSFORMERS, "transformers second": TRANSFORMERS_SECOND}
 )
@@ -466,6 +532,65 @@ def test_config_fields(case: str, door: str, intact: Path, tmp_path: Path) -> No
     model = CONFIG_DOORS[door].prepare(intact)
     message = refuse(CONFIG_DOORS[door], model, tampered(intact, tmp_path, CONFIGS[case]), ValueError, TypeError)
     assert_says(message, CONFIGS[case])
+
+
+WHOLE_DOORS = {
+    name: CONFIG_DOORS[name] for name in ("from_pretrained", "load_adapter", "inject second", "transformers")
+}
+WHOLE_DOORS |= {"hotswap": HOTSWAP, "load_adapter merged": SECOND_MERGED}
+
+
+@pytest.mark.parametrize("door", WHOLE_DOORS)
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [(name, False) for name in NOT_TO_BE_WHOLE]
+    + [(name, True) for name in ("sifier", "base_layer", "q_proj", "attention", "vit", "layernorm")],
+)
+def test_modules_that_a_file_must_not_train_whole(
+    name: str, full: bool, door: str, intact: Path, tmp_path: Path
+) -> None:
+    opened = WHOLE_DOORS[door]
+    case = _whole(name, full)
+    message = refuse(opened, opened.prepare(intact), tampered(intact, tmp_path, case))
+    assert_says(message, case if door != "hotswap" else Tampering(case.change, "", "trains .* whole|modules_to_save"))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+@pytest.mark.parametrize("case", ["value NaN", "no module tensor", "head of integers"])
+def test_a_file_that_is_refused_late_leaves_a_merged_model_merged(case: str, intact: Path, tmp_path: Path) -> None:
+    """PEFT unmerges before it adds an adapter."""
+    tampering = TENSORS["no tensor of a module" if case == "no module tensor" else case]
+    model = SECOND_MERGED.prepare(intact)
+    assert_says(refuse(SECOND_MERGED, model, tampered(intact, tmp_path, tampering)), tampering)
+    assert all(layer.merged_adapters == ["first"] for layer in layers_of(model).values())
+
+
+def test_a_module_that_only_the_refused_file_trains_whole_is_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    adapted(tiny_vit(), target_modules=["fc2"], modules_to_save=["vit.layernorm"]).save_pretrained(folder)
+    model = adapted(tiny_vit(), "first", target_modules=["k_proj"], modules_to_save=["classifier"])
+    case = _element("weight", 3, nan, "contains NaN", "vit.layernorm")
+    assert_says(refuse(SECOND, model, tampered(folder, tmp_path, case)), case)
+    assert not any("fc2" in name for name in model.base_model.targeted_module_names)
+    model.load_adapter(folder, "second")
+    assert model.base_model.model.vit.layernorm.modules_to_save.keys() == {"second"}
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear", "dummy-target-modules", ".*", ["nothing"]])
+def test_the_record_of_entries_decides_whatever_the_targets_say(
+    target_modules: Any, intact: Path, tmp_path: Path
+) -> None:
+    fields = {"target_modules": target_modules, "layers_to_transform": None, "exclude_modules": None}
+    model = PeftModel.from_pretrained(tiny_vit(), tampered(intact, tmp_path, Tampering(_config(**fields), "", "")))
+    expected = PeftModel.from_pretrained(tiny_vit(), intact)
+    assert layers_of(model).keys() == layers_of(expected).keys()
+    assert bits(logits(model)) == bits(logits(expected))
+
+
+def test_a_pattern_from_a_file_is_not_matched_where_the_record_decides(intact: Path, tmp_path: Path) -> None:
+    """Its matching grows exponentially with the length of a module's name."""
+    evil = _config(target_modules=None, layers_to_transform=[0], layers_pattern=["([a-z_.]+)+!"])
+    PeftModel.from_pretrained(tiny_vit(), tampered(intact, tmp_path, Tampering(evil, "", "")))
 
 
 @pytest.mark.parametrize("door", FILE_DOORS)

@@ -100,7 +100,9 @@ def partitioned(parameter: nn.Parameter) -> None:
     vars(parameter).update(ds_id=0, ds_shape=whole, ds_numel=whole.numel())
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 0.01}, {"target_modules": ["linear"]}, {"modules_to_save": ["a"]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"budget": 0.01}, {"target_modules": ["linear"]}, {"modules_to_save": ["embedding"]}]
+)
 def test_partitioned_parameters_are_refused_at_once(options: dict[str, Any]) -> None:
     base = Parts()
     for parameter in base.parameters():

@@ -31,7 +31,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peft_fps import Selection
+from peft_fps import Selection, hotswap_adapter
 from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns
 
 
@@ -76,6 +76,11 @@ def base() -> nn.Module:
     return _seeded(Fuzzed)
 
 
+def merged(model: Any) -> nn.Module:
+    model.merge_adapter()
+    return model
+
+
 @dataclass(frozen=True)
 class Door:
     """A way to load: which model stands ready, and the call that loads into it."""
@@ -92,6 +97,16 @@ DOORS = {
         lambda intact: adapted(base(), "older", target_modules=["hidden"], modules_to_save=["head"], per_neuron=1),
         lambda model, folder: model.load_adapter(folder, "second"),
         "second",
+    ),
+    "second merged": Door(
+        lambda intact: merged(adapted(base(), "older", target_modules=["hidden"], modules_to_save=["norm"])),
+        lambda model, folder: model.load_adapter(folder, "second"),
+        "second",
+    ),
+    "hotswap": Door(
+        lambda intact: PeftModel.from_pretrained(base(), intact),
+        lambda model, folder: hotswap_adapter(model, str(folder), "default"),
+        "default",
     ),
     "again": Door(
         lambda intact: PeftModel.from_pretrained(base(), intact),

@@ -34,6 +34,12 @@ TEXTS = (
     ),
     *("\0", "\u202e", "\ud83d\ude00", "é" * 300, "x" * 5000, "__class__", "fps_values", "LORA", "os.system"),
 )
+NAMES = (
+    *("lm_head", "wte", "base_layer", "fps_values", "fps_columns", "fps_row_counts", "fps_bias", "original_module"),
+    *("modules_to_save", "default", "older", "head", "hidden", "norm", "convolution_of_the_embedding_stage", "stage"),
+    *("hidden.base_layer", "head.original_module", "head.modules_to_save.older", "ead", "h.*", ".", "e", "second"),
+)
+"""What a config may come to name: modules, parts of adapters, ends of names, and nothing."""
 DTYPES = (
     *("BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "F64", "I64", "U64"),
     *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "X9", "", 5),
@@ -156,7 +162,28 @@ def damage_json_text(data: bytes, chance: Random) -> bytes:
         return data.replace(b"0", b"9" * chance.choice((20, 400, 5000)), 1)
     if special == 2:
         return data.replace(b"{", b'{"format_version": 1, "format_version": 7, ', 1)
+    if special < 9:
+        return damage_names(data, chance)
     return json.dumps(damage_json(json.loads(data), chance)).encode()
+
+
+def damage_names(data: bytes, chance: Random) -> bytes:
+    """Let the config name other modules, to be trained whole or with entries, and now and then list their tensors."""
+    content = json.loads(data)
+    names = [chance.choice(NAMES) for _ in range(chance.choice((1, 1, 2)))]
+    kind = chance.randrange(6)
+    if kind < 3:
+        content["modules_to_save"] = names if kind else [*content["modules_to_save"], *names]
+    elif kind == 3:
+        content["allocation"] |= {name: chance.choice(list(content["allocation"].values())) for name in names}
+    elif kind == 4:
+        content["target_modules"] = chance.choice((names, None, "all-linear", "dummy-target-modules"))
+        content["modules_to_save"] = None
+    else:
+        content["task_type"] = chance.choice(("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
+    if chance.random() < 0.5:
+        content["whole_tensors"] = [f"{name}.{own}" for name in names for own in ("weight", "bias")]
+    return json.dumps(content).encode()
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
