@@ -111,4 +111,3 @@ def single_examples(batch: Any) -> Iterator[Any]:
 
     for index in range(size):
         yield sliced(batch, index, top=True)
-

@@ -115,10 +115,7 @@ def _calls(
     model: nn.Module, inputs: Mapping[str, Any] | list[Mapping[str, Any]]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     forward = Forward.of(model)
-    if isinstance(inputs, list):
-        columns = inputs
-    else:
-        columns = [inputs] if forward.named(inputs) else _columns(inputs)
+    columns = inputs if isinstance(inputs, list) else _columns(inputs, forward)
     found = [(column, forward.call(column)) for column in columns]
     for column, call in found:
         if call is None:
@@ -131,8 +128,10 @@ def _calls(
     return [call for _, call in found if call is not None]
 
 
-def _columns(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _columns(inputs: Mapping[str, Any], forward: Forward) -> list[Mapping[str, Any]]:
     """Mappings of the same names without their columns' prefixes, or the mapping itself if it has no columns."""
+    if forward.named(inputs):
+        return [inputs]
     features = [match for match in map(FEATURE.match, inputs) if match]
     prefixes = dict.fromkeys(match[1] for match in features)
     if not prefixes or "" in prefixes:
