@@ -136,7 +136,9 @@ def _columns(inputs: Mapping[str, Any], forward: Forward) -> list[Mapping[str, A
     prefixes = dict.fromkeys(match[1] for match in features)
     if not prefixes or "" in prefixes:
         return [inputs]
-    return [
-        {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
-        for prefix in prefixes
-    ]
+    columns: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
+    for name, value in inputs.items():
+        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        if owner is not None:
+            columns[owner][name.removeprefix(owner)] = value
+    return list(columns.values())

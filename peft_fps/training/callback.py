@@ -12,7 +12,7 @@ from peft_fps.card import evaluation_at, keep_card
 from peft_fps.importances import IMPORTANCES
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers
 from peft_fps.selecting import calibrate
-from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_trainer
+from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ class FPSCallback(TrainerCallback):
             plainly = IMPORTANCES[config.importance].needs == "forward"
             data = AsTrained(trainer, model, data, plainly)
             options["run"] = data.run
-        with nullcontext() if trainer is None else undisturbed_trainer(trainer, model):
+        kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
+        with kept, undisturbed_order(kwargs["train_dataloader"]):
             report = calibrate(
                 model, data, adapter_name=name, num_batches=self.num_batches, progress=progress, **options
             )

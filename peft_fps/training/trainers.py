@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -88,6 +89,24 @@ def undisturbed_trainer(trainer: Trainer, model: nn.Module) -> Iterator[None]:
         vars(trainer.state).update(state)
         vars(trainer).clear()
         vars(trainer).update(before)
+
+
+@contextmanager
+def undisturbed_order(data: Any) -> Iterator[None]:
+    """Let batches come once more as they would have come: samplers may draw from generators of their own."""
+    found = [(generator, generator.get_state()) for generator in _generators(data)]
+    try:
+        yield
+    finally:
+        for generator, state in found:
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    held = [getattr(loader, name, None) for name in ("generator", "synchronized_generator")]
+    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+    found = [generator for part in parts if part is not None for generator in _generators(part)]
+    return [generator for generator in held if isinstance(generator, torch.Generator)] + found
 
 
 def _copied(value: Any) -> Any:
