@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
-from peft_fps.buffers import buffer_digests
+from peft_fps.buffers import buffer_digests, thaw_statistics
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
     REMEDY,

@@ -21,6 +21,7 @@ from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch
 from peft_fps.planning import check_task, plan, take_targets_from_allocation
+from peft_fps.reference import config_of_copy, copy_adapter, reference_of
 from peft_fps.renames import current_names
 from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
@@ -78,13 +79,19 @@ class FPSModel(BaseTuner):
     ) -> None:
         """Add an adapter to the model; called by PEFT.
 
-        Everything is checked before the first module is replaced.
+        Everything is checked before the first module is replaced. One named `"ref"` that comes with the config object
+        of another adapter is a copy of that one, as TRL's trainers want it; give it a copy of the config to have it
+        fresh.
 
         Raises:
             ValueError: a target cannot be adapted, the budget does not fit, or a saved config is another model's.
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FPSConfig)
+        to_be_loaded = low_cpu_mem_usage or state_dict is not None
+        source = None if to_be_loaded else reference_of(self.peft_config, adapter_name)
+        if source is not None:
+            self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
         try:
             check_adapter_name(unwrapped(model), adapter_name)
             with compiled_in_place(self):
@@ -111,7 +118,9 @@ class FPSModel(BaseTuner):
         watch_producers(self.model)
         freeze_statistics(self.model)
         self._state.buffers = buffer_digests(self.model)
-        if not config.from_file:
+        if source is not None:
+            copy_adapter(self.model, source, adapter_name)
+        elif not config.from_file:
             select_without_data(self.model, config, adapter_name)
 
     def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:

@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import Pass, called_anywhere, calls_noted
+from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
@@ -51,6 +51,7 @@ def calibrate(
     views: Callable[[Tensor], Tensor] | None = None,
     accumulators: Literal["device", "cpu", "streaming"] = "device",
     training_mode: bool = False,
+    run: Run | None = None,
 ) -> SelectionReport:
     """Choose the entries of an adapter as its config says, from passes over data.
 
@@ -66,8 +67,10 @@ def calibrate(
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
-            A batch is a mapping passed by name, a tuple whose first element is the input, or a tensor. Labels stand
-            under `labels`, or second in a tuple. Not needed if the importance uses no data.
+            A batch is a mapping passed by name (or whole, where the model takes one mapping, as sentence-transformers
+            do), a tuple whose first element is the input, or a tensor. Columns of texts, several mappings or names
+            with a prefix (`anchor_input_ids`), go through the model one after the other. Labels stand under `labels`,
+            or second in a tuple. Not needed if the importance uses no data.
         adapter_name: the active adapter if None.
         num_batches: stop after so many batches; the whole pass if None.
         batch_size: examples per batch, if `data` holds examples.
@@ -82,12 +85,14 @@ def calibrate(
             weights, or on the `"cpu"`. `"streaming"` holds a shortlist, eight times the entries that will be selected
             and largest in the first batch, and misses entries that become large only later.
         training_mode: backward passes in training mode, dropout active, as GPS's code has it.
+        run: called with the base model and a batch on its device, of any kind then; runs the model, and returns its
+            outputs, whose entry `loss` counts where a loss is needed. If None, batches are passed as said above.
 
     Returns:
         What was selected; prints as a table.
 
     Raises:
-        TypeError: the data is of an unknown kind.
+        TypeError: the data is of an unknown kind, or the model takes nothing of what a batch holds.
         ValueError: no data, activations, losses or gradients that are not finite, or a model that is merged, offloaded
             without hooks, or has been trained. The model is unchanged then.
     """
@@ -116,7 +121,7 @@ def calibrate(
             epochs=config.selection_epochs if importance.needs == "training" else 1,
             purpose=f"importance={config.importance!r}",
         )
-        how = Gathering(loss, views, accumulators, training_mode)
+        how = Gathering(loss, views, accumulators, training_mode, run)
         with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
         record |= {key: getattr(config, key) for key in importance.recorded} | counts

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` with an `FPSConfig`: calibration, then training; the base model stays; saving and loading."""
+"""TRL's trainers with an `FPSConfig`: calibration, then training; the base model stays; saving and loading."""
 
 from pathlib import Path
 from typing import Any
@@ -6,29 +6,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel, get_peft_model
+from transformers import LlamaForSequenceClassification
 
-from peft_fps import FPSCallback, FPSConfig
-from tests.helpers import base_bytes, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from peft_fps import FPSCallback, FPSConfig, Selection
+from tests.helpers import base_bytes, fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.words import LINES, tokenizer
 
 
 trl = pytest.importorskip("trl", reason="trl is not installed; pip install trl")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
-
-WORDS = [f"w{number}" for number in range(46)]
-LINES = [" ".join(WORDS[(start + step) % 46] for step in range(3 + start % 4)) for start in range(12)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def trainer(folder: Path, base: Any, config: FPSConfig, callbacks: list[Any], **options: Any) -> Any:
@@ -121,3 +109,198 @@ def test_without_calibration_it_says_which_line_to_add(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_llama(), FPSConfig(per_neuron=2), [], max_steps=1)
     with pytest.warns(UserWarning, match=r"model\.calibrate\(train_dataloader\).*callbacks=\[FPSCallback\(\)\]"):
         run.train()
+
+
+# --- further trainers -----------------------------------------------------------------------------------------------
+
+
+def pairs() -> list[dict[str, str]]:
+    """A prompt with a completion that is preferred and one that is not."""
+    return [
+        {"prompt": line, "chosen": f" {LINES[(i + 1) % 12]}", "rejected": f" {LINES[(i + 2) % 12]}"}
+        for i, line in enumerate(LINES)
+    ]
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
+def tiny_reward_model() -> Any:
+    config = tiny_llama().config
+    config.num_labels, config.pad_token_id = 1, 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(config).eval()
+
+
+GENERATING: dict[str, Any] = {"num_generations": 2, "max_completion_length": 5}
+TRAINERS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "sft": ("SFT", [{"text": line} for line in LINES], {}),
+    "dpo": ("DPO", pairs(), {}),
+    "kto": ("KTO", [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0}
+                    for i, p in enumerate(pairs())], {}),
+    "reward": ("Reward", [{"chosen": p["prompt"], "rejected": p["chosen"]} for p in pairs()], {}),
+    "grpo": ("GRPO", [{"prompt": line} for line in LINES], GENERATING),
+    "rloo": ("RLOO", [{"prompt": line} for line in LINES], GENERATING),
+}  # fmt: skip
+
+
+def any_trainer(kind: str, folder: Path, model: Any, callbacks: list[Any], **options: Any) -> Any:
+    """A trainer of TRL on a model, which may be a `PeftModel` or come with a `peft_config` among the options."""
+    name, examples, own = TRAINERS[kind]
+    config = options.pop("peft_config", None)
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    rewards = {"reward_funcs": variety} if own else {}
+    return getattr(trl, f"{name}Trainer")(
+        model,
+        args=getattr(trl, f"{name}Config")(str(folder), **(defaults | own | options)),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer(),
+        peft_config=config,
+        callbacks=callbacks,
+        **rewards,
+    )
+
+
+def fresh(kind: str, **options: Any) -> PeftModel:
+    base = tiny_reward_model() if kind == "reward" else tiny_llama()
+    task = {"task_type": "SEQ_CLS"} if kind == "reward" else {}
+    return get_peft_model(base, FPSConfig(**{"per_neuron": 2, **task, **options}))
+
+
+def logged(run: Any) -> list[dict[str, Any]]:
+    """What a trainer has logged, but for the time that it took."""
+    timed = ("time", "per_second", "runtime")
+    return [
+        {k: v for k, v in entry.items() if not any(part in k for part in timed)} for entry in run.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("importance", ["activation", "gradient"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_every_trainer_is_calibrated_and_not_disturbed(kind: str, importance: str, tmp_path: Path) -> None:
+    """Training, and all that is logged, are those of a run that starts with the same selection."""
+    model = fresh(kind, importance=importance)
+    before, by_magnitude = base_bytes(model), selections(model)
+    run = any_trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
+    run.train()
+    assert "over 8 examples" in model.selection_report().method or kind in ("dpo", "reward")
+    assert selections(model) != by_magnitude
+    assert base_bytes(model) == before
+
+    other = fresh(kind, importance=importance)
+    Selection.of(model).apply(other)
+    again = any_trainer(kind, tmp_path, other, [FPSCallback(num_batches=2)])
+    again.train()
+    assert logged(run) == logged(again)
+    for path, layer in layers_of(other).items():
+        assert torch.equal(layer.fps_values["default"], layers_of(model)[path].fps_values["default"])
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == other.get_parameter(name).requires_grad, name
+
+
+def test_gradients_are_those_of_the_trainers_loss(tmp_path: Path) -> None:
+    """DPO starts at its reference, where the loss of a pair is -log σ(β · 0) and its gradient -β/2 of the margin's."""
+    model = fresh("dpo", importance="gradient", bias="none")
+    run = any_trainer("dpo", tmp_path, model, [FPSCallback()], beta=0.5)
+    batches = list(run.get_train_dataloader())
+    run.train()
+
+    plain = tiny_llama()
+    for batch in batches:
+        kept = batch["completion_mask"][:, 1:]
+        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        chances = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        chosen, rejected = (chances * kept).sum(1).chunk(2)
+        (-0.25 * (chosen - rejected)).mean().backward()
+    for path, layer in layers_of(model).items():
+        best = plain.get_parameter(f"{path}.weight").grad.abs().topk(2).indices.sort().values.tolist()
+        assert selected_columns(layer) == best, path
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_inputs_are_those_of_prompts_and_completions_without_padding(kind: str, tmp_path: Path) -> None:
+    model = fresh(kind)
+    run = any_trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
+    seen, loss = [], run.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(inputs)
+        return loss(model, inputs, *args, **kwargs)
+
+    run.compute_loss = compute_loss
+    run.train()
+    texts = [
+        torch.cat([ids[mask.bool()], answer[answered.bool()]])[None]
+        for inputs in seen[:2]
+        for ids, mask, answer, answered in zip(
+            *(inputs[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True
+        )
+    ]
+    assert len(texts) == 8
+    other = fresh(kind)
+    other.calibrate([{"input_ids": ids} for ids in texts], progress=False)
+    assert selections(model) == selections(other)
+
+
+def test_by_hand_such_batches_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = fresh("grpo")
+    run = any_trainer("grpo", tmp_path, model, [])
+    with pytest.raises(TypeError, match=r"holds 'prompt', but the forward of LlamaForCausalLM takes input_ids.*run="):
+        model.calibrate(run.get_train_dataloader(), progress=False)
+
+
+# --- the reference of a trained adapter -----------------------------------------------------------------------------
+
+
+def outputs(model: PeftModel, adapter: str = "default") -> torch.Tensor:
+    model.set_adapter(adapter)
+    with torch.no_grad():
+        result = model.eval()(input_ids=tokens()).logits
+    model.set_adapter("default")
+    return result
+
+
+@pytest.mark.parametrize("state", ["trained", "loaded"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "rloo"])
+def test_the_reference_is_the_adapter_as_at_the_start(kind: str, state: str, tmp_path: Path) -> None:
+    model = fresh(kind, granularity="model")
+    model.calibrate([{"input_ids": tokens(seed=3)}], progress=False)
+    fill(model)
+    if state == "loaded":
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
+    chosen, start, base = selections(model), outputs(model), tiny_llama()(input_ids=tokens()).logits
+    run = any_trainer(kind, tmp_path, model, [FPSCallback()], **({"beta": 0.1} if kind != "dpo" else {}))
+    assert torch.equal(outputs(model, "ref"), start)
+    run.train()
+    assert selections(model) == chosen
+    assert torch.equal(outputs(model, "ref"), start)
+    assert not torch.allclose(outputs(model), start, atol=1e-3)
+    assert not torch.allclose(start, base, atol=1e-3)
+    if kind != "rloo":
+        assert run.state.log_history[0]["rewards/chosen"] == 0.0
+    assert run.state.log_history[0].get("kl", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("importance", ["activation", "gradient"])
+def test_the_reference_of_a_new_adapter_is_the_base_model(importance: str, tmp_path: Path) -> None:
+    model = fresh("dpo", importance=importance)
+    any_trainer("dpo", tmp_path, model, [FPSCallback()]).train()
+    assert (
+        "12 examples" in model.selection_report("default").method or "24" in model.selection_report("default").method
+    )
+    torch.testing.assert_close(outputs(model, "ref"), tiny_llama()(input_ids=tokens()).logits.detach())
+    assert not torch.allclose(outputs(model), outputs(model, "ref"), atol=1e-4)

@@ -1,6 +1,7 @@
 """One forward pass over data: how strongly each input of each layer is driven."""
 
-from peft_fps.calibration.batches import batches, feed, run_model, single_examples
+from peft_fps.calibration.batches import batches, single_examples
+from peft_fps.calibration.calls import Run, feed, fits, run_model
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.observe import observe
 from peft_fps.calibration.passes import Pass, device_of, is_distributed
@@ -14,11 +15,13 @@ __all__ = [
     "InputStatistics",
     "Observed",
     "Pass",
+    "Run",
     "batches",
     "called_anywhere",
     "calls_noted",
     "device_of",
     "feed",
+    "fits",
     "is_distributed",
     "observe",
     "run_model",

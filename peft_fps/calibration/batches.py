@@ -1,12 +1,9 @@
-"""From whatever holds calibration data to batches, and from a batch to a call of the model."""
+"""From whatever holds calibration data to batches, and what a batch is made of."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 
@@ -43,44 +40,44 @@ def _is_dataset(data: Any) -> bool:
     return isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets"
 
 
-def feed(model: nn.Module, batch: Any, device: torch.device) -> int:
-    """Run the model on one batch, moved to `device`, and return the number of examples in it; see `run_model`."""
-    inputs = send_to_device(inputs_of(batch), device)
-    run_model(model, inputs)
-    return count_examples(inputs)
+def inputs_of(batch: Any) -> Tensor | Mapping[str, Any] | list[Mapping[str, Any]]:
+    """Return what of a batch goes to the model: of a tuple or list the first element, the rest being labels.
 
-
-def run_model(model: nn.Module, batch: Any) -> Any:
-    """Return the model's outputs for a batch on its device.
-
-    A mapping is passed by name (names that the model's forward does not take are left out), of a tuple or list the
-    first element (the rest being labels), a tensor as it is.
-    """
-    inputs = inputs_of(batch)
-    return model(inputs) if isinstance(inputs, Tensor) else model(**_accepted(model, inputs))
-
-
-def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
-    """Return what of a batch goes to the model.
+    Several mappings of the same names are inputs of a call each: sentence pairs, alone or first in a tuple.
 
     Raises:
-        TypeError: it is neither a tensor nor a mapping.
+        TypeError: it is none of these.
     """
+    if _are_columns(batch):
+        return list(batch)
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if inputs is not batch and _are_columns(inputs):
+        return list(inputs)
     if not isinstance(inputs, (Mapping, Tensor)):
         raise TypeError(
             f"a calibration batch is of type {type(batch).__name__}, expected a mapping of tensors, a tensor, or a "
-            "tuple that begins with one of these."
+            "tuple that begins with one of these. For batches of another kind, pass run=callable to calibrate."
         )
     return inputs
+
+
+def _are_columns(parts: Any) -> bool:
+    several = isinstance(parts, (tuple, list)) and len(parts) > 1
+    return several and all(isinstance(part, Mapping) and part.keys() == parts[0].keys() for part in parts)
 
 
 def count_examples(batch: Any) -> int:
     """Return the number of examples in a batch: the first dimension of the first tensor that has one.
 
-    Without such a tensor, the length of the first list.
+    Without such a tensor, the length of the first list; of a list of what is neither, its own.
     """
-    inputs = inputs_of(batch)
+    try:
+        inputs = inputs_of(batch)
+    except TypeError:  # for a `run` of the user's
+        return len(batch) if isinstance(batch, (tuple, list)) else 1
+    if isinstance(inputs, list):
+        tensors = any(isinstance(value, Tensor) for value in inputs[0].values())
+        return count_examples(inputs[0]) if tensors else len(inputs)
     if isinstance(inputs, Tensor):
         return inputs.shape[0] if inputs.dim() else 1
     sizes = [value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
@@ -96,6 +93,7 @@ def single_examples(batch: Any) -> Iterator[Any]:
     texts, or of annotations). A list or tuple of tensors that hold the whole batch each is kept as it is built.
     """
     size = count_examples(batch)
+    paired = isinstance(batch, (tuple, list)) and bool(batch) and _are_columns(batch[0])
 
     def whole(part: Any) -> bool:
         return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == size
@@ -108,15 +106,8 @@ def single_examples(batch: Any) -> Iterator[Any]:
         if isinstance(part, (tuple, list)):
             if len(part) == size and not top and not all(map(whole, part)):
                 return part[index : index + 1]
-            return [sliced(value, index) for value in part]
+            return [sliced(value, index, top and paired and value is part[0]) for value in part]
         return part
 
     for index in range(size):
         yield sliced(batch, index, top=True)
-
-
-def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(inputs)
-    return {name: value for name, value in inputs.items() if name in parameters}

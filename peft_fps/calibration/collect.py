@@ -1,9 +1,11 @@
 """Hooks that gather input statistics while a model runs."""
 
+import inspect
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from types import TracebackType
 from typing import Any
 
@@ -40,19 +42,25 @@ class Observed:
 
 
 class Collector:
-    """Context in which every call of the given layers adds to its input statistics.
+    """Context in which every call of the given layers within a batch adds to its input statistics.
 
-    Layers that read one tensor (query, key and value projections) share its reduction.
+    Layers that read one tensor (query, key and value projections) share its reduction. Calls between two batches do
+    not count: data may be made by the model itself.
 
     Args:
         layers: what to observe, by module path.
         norm: `"l1"` or `"l2"`.
+        model: whose calls say which positions are padding; a batch may take several.
     """
 
-    def __init__(self, layers: Mapping[str, Observed], norm: str) -> None:
+    def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._layers = layers
         self._norm = norm
+        self._model = model
+        self._forward: Callable[..., Any] | None = None
+        self._within = False
+        self._batch: Mapping[str, Any] = {}
         self._padding = Padding()
         self._reduced: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
         self._touched: dict[str, None] = {}
@@ -65,6 +73,10 @@ class Collector:
                 continue
             hook = self._hook(path, layer.base)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._model is not None:
+            # PEFT calls a base model's forward itself, which no hook of the module would notice
+            self._forward = vars(self._model).get("forward")
+            self._model.forward = self._watched(self._model, self._model.forward)
         return self
 
     def __exit__(
@@ -73,15 +85,43 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._reduced.clear()
+        if self._model is not None:
+            vars(self._model).pop("forward", None)
+            if self._forward is not None:
+                self._model.forward = self._forward
 
     def start_batch(self, batch: Any, model: nn.Module | None = None) -> None:
-        """Note which positions are padding in what is about to go to the model; see `padding_of`."""
-        self._reduced.clear()
+        """Count from now on, and note which positions are padding in what is about to go to the model.
+
+        Args:
+            batch: of data; see `padding_of` for a mapping, which may stand first in a tuple.
+            model: as there.
+        """
         self._touched.clear()
-        self._padding = padding_of(batch, model)
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        self._batch = inputs if isinstance(inputs, Mapping) else {}
+        self._start_call({}, model)
+        self._within = True
+
+    def _start_call(self, inputs: Mapping[str, Any], model: nn.Module | None) -> None:
+        self._reduced.clear()
+        # a forward may leave out what its batch says of padding
+        self._padding = padding_of({**self._batch, **inputs}, model)
+
+    def _watched(self, model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(forward).parameters)
+
+        @wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            alone = args[0] if args and isinstance(args[0], Mapping) else {}
+            self._start_call({**dict(zip(names, args, strict=False)), **kwargs, **alone}, model)
+            return forward(*args, **kwargs)
+
+        return watched
 
     def check_batch(self, index: int) -> None:
-        """Raise ValueError if the batch that has run brought an input that is not finite, naming the first module."""
+        """End a batch; raise ValueError if it brought an input that is not finite, naming the first module."""
+        self._within = False
         for path in self._touched:
             if not bool(torch.isfinite(self.statistics[path].sums).all()):
                 raise ValueError(
@@ -91,8 +131,8 @@ class Collector:
 
     def _hook(self, path: str, base: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._add(path, base, x)
+            if self._within:
+                self._add(path, base, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 

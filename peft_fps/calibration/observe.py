@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_fps.calibration.batches import feed, inputs_of
+from peft_fps.calibration.calls import Run, feed
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.passes import Pass, device_of, is_distributed
 from peft_fps.calibration.preserve import undisturbed
@@ -14,7 +14,7 @@ from peft_fps.calibration.statistics import InputStatistics, wide_dtype
 
 
 def observe(
-    model: nn.Module, layers: Mapping[str, Observed], norm: str, data: Pass
+    model: nn.Module, layers: Mapping[str, Observed], norm: str, data: Pass, run: Run | None = None
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
     """Run the model on data and return the input statistics of the layers that were reached.
 
@@ -25,6 +25,7 @@ def observe(
         layers: what to observe, by module path.
         norm: `"l1"` or `"l2"`.
         data: the batches.
+        run: how the model is run on a batch; see `feed`.
 
     Returns:
         Statistics by module path, and the numbers of `batches` and `examples`.
@@ -34,10 +35,10 @@ def observe(
         TypeError: data of an unknown kind.
     """
     device = device_of(model)
-    with undisturbed(model), Collector(layers, norm) as collector:
+    with undisturbed(model), Collector(layers, norm, model) as collector:
         for index, batch in data:
-            collector.start_batch(inputs_of(batch), model)
-            data.counts["examples"] += feed(model, batch, device)
+            collector.start_batch(batch, model)
+            data.counts["examples"] += feed(model, batch, device, run)
             collector.check_batch(index)
         if is_distributed():
             statistics = _sum_over_processes(collector.statistics, layers, device)

@@ -36,7 +36,7 @@ def activation_alone(weight: Tensor, activation: Tensor) -> Tensor:
 
 def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     layers = {path: _observed(layer) for path, layer in request.layers.items()}
-    return observe(request.base, layers, request.config.norm, request.data)
+    return observe(request.base, layers, request.config.norm, request.data, request.how.run)
 
 
 def _observed(layer: FPSLayer) -> Observed:

@@ -152,6 +152,11 @@ def batch_loss(base: nn.Module, config: FPSConfig, how: Gathering) -> BatchLoss:
             raise ValueError(
                 "loss was given to calibrate, but the config says loss='contrastive'. Leave one of them out."
             )
+        if how.run is not None:
+            raise ValueError(
+                "run was given to calibrate, but loss='contrastive' of the config runs the model on two views of each "
+                "image itself. Leave one of them out."
+            )
         heads = output_head(base) or config.modules_to_save or []
         if not heads:
             raise ValueError(
@@ -160,5 +165,5 @@ def batch_loss(base: nn.Module, config: FPSConfig, how: Gathering) -> BatchLoss:
             )
         head, views = heads[0], how.views or TwoViews()
         return lambda model, batch: contrastive_step(model, head, batch, views)
-    of_outputs = how.loss or task_loss
-    return lambda model, batch: of_outputs(run_model(model, batch), batch)
+    of_outputs, run = how.loss or task_loss, how.run or run_model
+    return lambda model, batch: of_outputs(run(model, batch), batch)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import InputStatistics, Pass
+from peft_fps.calibration import InputStatistics, Pass, Run
 from peft_fps.gradients import Accumulator, Loss
 
 
@@ -29,12 +29,13 @@ UNREACHED = 1e-30
 
 @dataclass(frozen=True)
 class Gathering:
-    """How losses, views and sums are had; see `peft_fps.calibrate`, where each is explained."""
+    """How losses, views, sums and outputs are had; see `peft_fps.calibrate`, where each is explained."""
 
     loss: Loss | None = None
     views: Callable[[Tensor], Tensor] | None = None
     accumulators: Literal["device", "cpu", "streaming"] = "device"
     training_mode: bool = False
+    run: Run | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Calibrate on the training data when training starts, and tell the model card what was measured."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 from peft import PeftModel
@@ -8,21 +9,30 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_fps.card import evaluation_at, keep_card
+from peft_fps.importances import IMPORTANCES
 from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers
 from peft_fps.selecting import calibrate
+from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("loss", "views", "accumulators", "training_mode")
+OPTIONS = ("loss", "views", "accumulators", "training_mode", "run")
 """Arguments of `calibrate` that a callback passes on."""
 
 
 class FPSCallback(TrainerCallback):
     """Calibrates the active adapter on the Trainer's own training data, unless it is calibrated or loaded already.
 
-    Resuming from a checkpoint therefore keeps the checkpoint's selection. TRL's trainers call it likewise:
-    `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
+    Resuming from a checkpoint therefore keeps the checkpoint's selection. TRL's and sentence-transformers' trainers
+    call it likewise: `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
+
+    An importance that needs gradients takes those of the trainer's own loss (`trainer.compute_loss`), unless `loss`,
+    `run` or the contrastive loss of the config says otherwise. One that needs inputs alone runs the model on the
+    trainer's batches; where these do not hold what the model takes, the trainer prepares them and computes its loss.
+    GRPO and RLOO generate and score completions for that, as in a step of training: give `num_batches`. The trainer is
+    found among the callers, since transformers does not hand it over; called by anything else, the callback passes
+    batches to the model as `calibrate` does.
 
     The newest evaluation goes into the adapter's model card when it is saved next: metrics that begin with `eval_`, as
     the Trainer names them; that of the best checkpoint if `load_best_model_at_end` has put it back. When the Trainer
@@ -31,7 +41,8 @@ class FPSCallback(TrainerCallback):
     Args:
         num_batches: batches to use; the whole training set if None.
         progress: show a progress bar; None follows the Trainer's `disable_tqdm`.
-        options: further arguments of `peft_fps.calibrate`, as there: `loss`, `views`, `accumulators`, `training_mode`.
+        options: further arguments of `peft_fps.calibrate`, as there: `loss`, `views`, `accumulators`, `training_mode`,
+            `run`.
 
     Raises:
         TypeError: an option that is none of these.
@@ -54,14 +65,18 @@ class FPSCallback(TrainerCallback):
         if all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
             return
         progress = not args.disable_tqdm if self.progress is None else self.progress
-        report = calibrate(
-            model,
-            kwargs["train_dataloader"],
-            adapter_name=name,
-            num_batches=self.num_batches,
-            progress=progress,
-            **self.options,
-        )
+        data, options, config = kwargs["train_dataloader"], dict(self.options), adapter_config(model, name)
+        given = config.loss == "contrastive" or options.keys() & {"loss", "run"}
+        trainer = None if given else calling_trainer(self)
+        if trainer is not None:
+            plainly = IMPORTANCES[config.importance].needs == "forward"
+            data = AsTrained(trainer, model, data, plainly)
+            options["run"] = data.run
+        kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
+        with kept, undisturbed_order(kwargs["train_dataloader"]):
+            report = calibrate(
+                model, data, adapter_name=name, num_batches=self.num_batches, progress=progress, **options
+            )
         logger.info("%s", report)
 
     def on_evaluate(

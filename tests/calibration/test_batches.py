@@ -12,6 +12,7 @@ from transformers import BatchEncoding, BatchFeature
 
 from peft_fps.calibration import batches, feed, run_model, single_examples
 from peft_fps.calibration.batches import count_examples
+from tests.helpers import tiny_llama, tokens
 
 
 CPU = torch.device("cpu")
@@ -152,6 +153,99 @@ def test_names_that_forward_takes_are_passed():
     assert torch.equal(model.seen[0]["mask"], Y)
 
 
+class OneMapping(Recorder):
+    """As sentence-transformers: one mapping, and options that are no inputs; it writes into the mapping."""
+
+    def forward(self, input: "dict[str, Tensor]", **options: Any) -> None:
+        assert not options
+        self.seen.append(dict(input))
+        input["states"] = X
+
+
+class Unannotated(OneMapping):
+    def forward(self, features):
+        self.seen.append(features)
+
+
+@pytest.mark.parametrize("kind", [OneMapping, Unannotated])
+@pytest.mark.parametrize("labels", [(), (Y,)], ids=["alone", "with labels"])
+def test_a_model_that_takes_one_mapping_gets_it(kind: type[Recorder], labels: tuple[Tensor, ...]):
+    model, inputs = kind(), {"input_ids": X, "mask": Y}
+    assert feed(model, (inputs, *labels) if labels else inputs, CPU) == 3
+    (seen,) = model.seen
+    assert set(seen) == {"input_ids", "mask"}
+    assert set(inputs) == {"input_ids", "mask"}
+
+
+LEFT, RIGHT = {"input_ids": X, "mask": Y}, {"input_ids": X + 1, "mask": Y + 1}
+PREFIXED = {
+    f"{column}_{name}": value for column, part in (("a", LEFT), ("a_b", RIGHT)) for name, value in part.items()
+}
+
+
+class ByName(Recorder):
+    def forward(self, input_ids: Tensor | None = None, mask: Tensor | None = None, labels: Any = None) -> Tensor:
+        assert input_ids is not None
+        self.seen.append({"input_ids": input_ids, "mask": mask})
+        return input_ids
+
+
+@pytest.mark.parametrize("kind", [OneMapping, ByName])
+@pytest.mark.parametrize(
+    "batch",
+    [(LEFT, RIGHT), [LEFT, RIGHT], ([LEFT, RIGHT], Y), [(LEFT, RIGHT), Y], {**PREFIXED, "label": Y, "labels": Y}],
+    ids=["tuple", "list", "with-labels", "list-with-labels", "prefixes"],
+)
+def test_columns_are_a_call_each(kind: type[Recorder], batch: Any):
+    model = kind()
+    assert feed(model, batch, CPU) == 3
+    assert [seen["input_ids"].tolist() for seen in model.seen] == [X.tolist(), (X + 1).tolist()]
+    assert all(set(seen) == {"input_ids", "mask"} for seen in model.seen)
+    assert [seen["mask"].tolist() for seen in model.seen] == [Y.tolist(), (Y + 1).tolist()]
+
+
+def test_outputs_of_several_columns_are_listed():
+    assert [out.tolist() for out in run_model(ByName(), (LEFT, RIGHT))] == [X.tolist(), (X + 1).tolist()]
+    assert torch.equal(run_model(ByName(), LEFT), X)
+
+
+def test_a_mapping_of_the_same_place_with_other_names_is_labels():
+    model = Recorder()
+    assert feed(model, ({"x": X}, {"boxes": Y}), CPU) == 3
+    assert len(model.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "held", "takes"),
+    [
+        (Recorder, {"y": X}, "'y'", "x, mask"),
+        (Recorder, {"mask": X}, "'mask'", "x, mask"),  # x is needed
+        (ByName, {"labels": Y}, "'labels'", "input_ids, mask, labels"),
+        (ByName, {"anchor": X}, "'anchor'", "input_ids, mask, labels"),
+        (ByName, [{"prompt": "a"}, {"prompt": "b"}], "'prompt'", "input_ids, mask, labels"),
+        (ByName, {}, "nothing", "input_ids, mask, labels"),
+    ],
+)
+def test_a_batch_that_forward_takes_nothing_of_is_refused(kind: Any, batch: Any, held: str, takes: str):
+    model = kind()
+    with pytest.raises(TypeError, match=rf"holds {held}, but the forward of {kind.__name__} takes {takes}\. .*run="):
+        feed(model, batch, CPU)
+    assert not model.seen
+
+
+def test_names_that_a_transformers_model_only_passes_on_are_no_input():
+    with pytest.raises(TypeError, match="holds 'tokens', but the forward of LlamaForCausalLM takes input_ids"):
+        run_model(tiny_llama(), {"tokens": tokens()})
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [3, X], [{"prompt": "a"}, {"prompt": "b"}]], ids=repr)
+def test_batches_of_any_kind_go_to_a_run_of_ones_own(batch: Any):
+    seen: list[Any] = []
+    count = feed(Recorder(), batch, CPU, lambda model, given: seen.append((type(model), given)))
+    assert seen == [(Recorder, batch)]
+    assert count == (2 if isinstance(batch, list) else 1)
+
+
 @pytest.mark.parametrize("batch", ["text", 3, None, [], (), ["text"], [3, X]], ids=repr)
 def test_a_batch_of_another_kind_is_refused(batch: Any):
     model = Recorder()
@@ -222,6 +316,8 @@ BOXES = [{"boxes": torch.full((i + 1, 4), float(i)), "class": torch.arange(3)} f
         ({"x": X, "several": [X, X + 1, X + 2]}, {"x": X[1:2], "several": [X[1:2], X[1:2] + 1, X[1:2] + 2]}),
         ((X, Y, Y), (X[1:2], Y[1:2], Y[1:2])),  # as many parts as examples
         (BatchEncoding({"x": X, "other": Y}), {"x": X[1:2], "other": Y[1:2]}),
+        ([{"x": X}] * 3, [{"x": X[1:2]}] * 3),  # as many columns as examples
+        (([{"x": X}] * 3, ["a", "b", "c"]), ([{"x": X[1:2]}] * 3, ["b"])),
     ],
     ids=[
         "tensor",
@@ -235,6 +331,8 @@ BOXES = [{"boxes": torch.full((i + 1, 4), float(i)), "class": torch.arange(3)} f
         "several",
         "three",
         "encoding",
+        "columns",
+        "columns-and-texts",
     ],
 )
 def test_single_examples(batch: Any, second: Any):

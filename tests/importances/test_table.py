@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from peft_fps import FPSConfig, Selection
-from peft_fps.calibration.batches import feed
+from peft_fps.calibration import feed
 from peft_fps.cli.app import app
 from peft_fps.importances import IMPORTANCES, WITHOUT_DATA, Importance
 from tests.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp

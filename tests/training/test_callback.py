@@ -11,9 +11,10 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import RandomSampler
+from transformers import Trainer, TrainerCallback, default_data_collator
 
-from peft_fps import FPSCallback, FPSConfig
+from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.training import callback as module
 from tests.helpers import adapted, images, layers_of, selected_columns, tiny_vit
 from tests.training.test_trainer import EXAMPLES, arguments, dropping, trained_state, trainer
@@ -101,6 +102,81 @@ def test_some_batches_only(accumulation: int, tmp_path: Path, calls: list[dict[s
     assert again == expected
     assert trained_state(by_callback) == trained_state(by_hand)
     assert "4 examples" in str(by_callback.selection_report())
+
+
+@pytest.mark.parametrize("importance", ["activation", "gradient"])
+def test_samplers_with_generators_of_their_own_draw_as_before(importance: str, tmp_path: Path) -> None:
+    class Shuffling(Trainer):
+        def _get_train_sampler(self, *_: Any) -> RandomSampler:
+            return RandomSampler(EXAMPLES, generator=torch.Generator().manual_seed(3))  # goes on with every epoch
+
+    runs = []
+    for selection in (None, "applied"):
+        model = uncalibrated(importance=importance)
+        if selection is not None:
+            Selection.of(runs[0]).apply(model)
+        options = arguments(tmp_path, accelerator_config={"use_seedable_sampler": False})
+        Shuffling(model, options, train_dataset=EXAMPLES, callbacks=[FPSCallback()]).train()
+        runs.append(model)
+    assert trained_state(runs[0]) == trained_state(runs[1])
+
+
+def test_the_trainer_runs_batches_that_the_model_does_not_take(tmp_path: Path) -> None:
+    """As in training: with what it makes of them, which is kept from what it has counted."""
+
+    class Renaming(Trainer):
+        steps = 0
+
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {"images": inputs["picture"], "labels": inputs["answer"]}
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return model(pixel_values=inputs["images"], labels=inputs["labels"]).loss
+
+    examples = [{"picture": e["pixel_values"], "answer": e["labels"]} for e in EXAMPLES]
+    for importance in ("activation", "gradient"):
+        model, other = uncalibrated(importance=importance), uncalibrated(importance=importance)
+        options = arguments(tmp_path, max_steps=3, remove_unused_columns=False)
+        run = Renaming(model, options, train_dataset=examples, callbacks=[FPSCallback()])
+        run.train()
+        assert run.steps == 3
+        other.calibrate(EXAMPLES, collator=default_data_collator, batch_size=4, progress=False)
+        assert selections(model) == selections(other)
+        assert "12 examples" in str(model.selection_report())
+
+
+def test_label_smoothing_is_part_of_the_loss(tmp_path: Path) -> None:
+    model, other = uncalibrated(importance="gradient"), uncalibrated(importance="gradient")
+    trainer(model, tmp_path, [FPSCallback()], label_smoothing_factor=0.5).train()
+
+    def smoothed(outputs: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits, batch["labels"], label_smoothing=0.5)
+
+    other.calibrate(EXAMPLES, collator=default_data_collator, batch_size=4, progress=False, loss=smoothed)
+    assert selections(model) == selections(other)
+
+
+def test_a_run_of_ones_own_comes_before_the_trainers(tmp_path: Path) -> None:
+    seen: list[nn.Module] = []
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        seen.append(model)
+        return model(pixel_values=batch["pixel_values"].flip(3))
+
+    model, other = uncalibrated(), uncalibrated()
+    trainer(model, tmp_path, [FPSCallback(run=run)]).train()
+    assert seen == [model.get_base_model()] * 3
+    other.calibrate([{"pixel_values": batch["pixel_values"].flip(3)} for batch in BATCHES], progress=False)
+    assert selections(model) == selections(other)
+
+
+def test_called_by_something_else_it_passes_batches_to_the_model(tmp_path: Path) -> None:
+    model, other = uncalibrated(), uncalibrated()
+    own = trainer(uncalibrated(), tmp_path)
+    FPSCallback().on_train_begin(own.args, own.state, own.control, model=model, train_dataloader=BATCHES)
+    other.calibrate(BATCHES, progress=False)
+    assert selections(model) == selections(other)
 
 
 def test_once_at_the_start_on_all_training_data(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
