@@ -1,0 +1,52 @@
+"""Architectures of timm, at small image sizes and with few classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tests.helpers import normal
+from tests.street.lifecycle import Case
+
+
+def architecture(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        found: nn.Module = timm.create_model(name, num_classes=3, **options)
+        return found
+
+    return build
+
+
+def square(size: int) -> Callable[[], Tensor]:
+    return lambda: normal(2, 3, size, size)
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+MODELS: dict[str, Case] = {
+    "vit": Case(architecture("vit_tiny_patch16_224", **SMALL), square(32)),
+    "deit-distilled": Case(architecture("deit_tiny_distilled_patch16_224", **SMALL), square(32)),
+    "beit": Case(architecture("beit_base_patch16_224", **SMALL), square(32), idle=True),
+    "eva02": Case(architecture("eva02_tiny_patch14_224", **SMALL), square(32), idle=True),
+    "mixer": Case(architecture("mixer_s16_224", img_size=32, patch_size=8, embed_dim=24, num_blocks=2), square(32)),
+    "swin": Case(
+        architecture(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2)
+        ),
+        square(32),
+    ),
+    "resnet": Case(architecture("resnet10t"), square(32)),
+    "resnet-bit": Case(architecture("resnetv2_50x1_bit", layers=(1, 1), channels=(32, 64), stem_chs=8), square(32)),
+    "nfnet": Case(architecture("nf_regnet_b0", width_factor=0.25, depth_factor=0.25), square(32)),
+    "efficientnet": Case(architecture("test_efficientnet"), square(32)),
+    "mobilenet-v3": Case(architecture("mobilenetv3_small_050"), square(32)),
+    "tf-mobilenet": Case(architecture("tf_mobilenetv3_small_minimal_100", channel_multiplier=0.35), square(32)),
+    "convnext": Case(architecture("test_convnext"), square(32)),
+    "levit": Case(
+        architecture("levit_128s", img_size=64, embed_dim=(16, 24, 32), key_dim=8, num_heads=2, depth=1), square(64)
+    ),
+    "byobnet": Case(architecture("test_byobnet"), square(32)),
+    "vit-test": Case(architecture("test_vit", img_size=32), square(32)),
+}
