@@ -47,12 +47,16 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     adapter, those that it has tensors of. Lists of modules stand for their members.
     """
     modules = dict(named_outside(model))
-    head = find_head(model).modules
-    found: list[str] = []
-    for name in config.modules_to_save or ():
+    names = list(config.modules_to_save or ())
+    saved = config.whole_tensors or [] if config.from_file else []
+    head = [] if saved else find_head(model).modules
+    exact = [name for name in names if name in modules and (_holds(name, saved) if saved else name in head)]
+    others = [key for key in saved if not _inside(key, exact)]
+    found = list(exact)
+    for name in names:
         ends = [path for path in modules if path.endswith(name)]
-        saved = [path for path in ends if any(key.startswith(f"{path}.") for key in config.whole_tensors or ())]
-        found += saved if config.from_file and saved else [name] if name in head else ends
+        kept = [path for path in ends if _holds(path, others)]
+        found += kept if kept or name in exact else ends
     while lists := [name for name in found if isinstance(modules[name], LISTS)]:
         members = [f"{name}.{key}" for name in lists for key, _ in modules[name].named_children()]
         found = [name for name in found if name not in lists] + members
