@@ -168,7 +168,9 @@ def test_of_language_models_output_embeddings_alone_are_left_out(task: str, ever
             for part in model.get_submodule(path).modules():
                 if isinstance(part, nn.Linear):
                     sized = {part.out_features, part.out_features + 1, part.in_features} & sizes
-                    odd = name.startswith(("IBert", "Kyutai", "Mllama"))  # embeddings of another class, or with more rows
+                    odd = name.startswith(
+                        ("IBert", "Kyutai", "Mllama")
+                    )  # embeddings of another class, or with more rows
                     if not odd and not sized and id(part.weight) not in embeddings:
                         wrong.append(f"{name}: {path} is none")
     assert wrong == []
