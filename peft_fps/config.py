@@ -53,7 +53,7 @@ class FPSConfig(PeftConfig):
 
     Args:
         budget: largest share of the base model's parameters that the adapter may train, selected entries and bias
-            deltas together; the output head is left out on both sides. Never exceeded, and used up to less than one
+            deltas together; the head and output embeddings are left out on both sides. Never exceeded, and used up to less than one
             entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone (BitFit).
         per_neuron: the other way to say it: entries per output neuron, K in the papers. Need not be whole; above a
             neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
@@ -85,13 +85,15 @@ class FPSConfig(PeftConfig):
         bias: `"all"` trains a bias delta in every targeted module that has a bias (as GPS and FPS do); `"with_norms"`
             in every LayerNorm besides (as BitFit does); `"none"`.
         target_modules: names, ends of names or a regular expression, as everywhere in PEFT; `"all-linear"`; None
-            means every linear and convolutional layer except the output head.
+            means every linear and convolutional layer except the head: what stands beside the backbone, depends on
+            the number of labels, or is timm's and torchvision's classifier; and a language model's output embeddings.
         exclude_modules: names, ends of names or a regular expression of modules to leave out; empty means none.
         layers_to_transform: index or indices of the blocks to adapt; only with `target_modules` as names. Empty means
             all.
         layers_pattern: name or names of the block list that the indices count; empty means any.
-        modules_to_save: modules trained and saved whole. None means the output head of a `...For...Classification`
-            model, and nothing in other models; `[]` means nothing.
+        modules_to_save: modules trained and saved whole. None means the head, which is new; language models have none,
+            and models of other kinds none that is known. `[]` means nothing. Names are paths of modules, or ends of
+            paths behind a dot, but that of a module of the head means it alone, and that of a list its members.
         recipe: recommended training arguments of a preset, to pass on: `TrainingArguments(**config.recipe)`.
         budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
             given, else the share of that module's weights. Where several keys match, the longest counts. The remaining

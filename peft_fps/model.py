@@ -235,6 +235,12 @@ class FPSModel(BaseTuner):
         # PEFT's turn is next, which would wrap every module whose path ends so
         config.automatic["wrapped"], config.modules_to_save = config.modules_to_save, None
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # detectors tie their heads, and have no input embeddings that PEFT asks for
+            return []
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         # PEFT allows one adapter with biases, since it trains the base model's; ours sum like all other values
         pass

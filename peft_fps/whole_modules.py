@@ -49,17 +49,21 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
         ValueError: a name is no module's, or is that of a module that cannot be trained whole.
     """
     modules = dict(named_outside(model))
-    head = find_head(model).modules
-    found: list[str] = []
-    for name in config.modules_to_save or ():
+    names = list(config.modules_to_save or ())
+    saved = config.whole_tensors or [] if config.from_file else []
+    head = [] if saved else find_head(model).modules
+    exact = [name for name in names if name in modules and (_holds(name, saved) if saved else name in head)]
+    others = [key for key in saved if not _inside(key, exact)]
+    found = list(exact)
+    for name in names:
         ends = [path for path in modules if f".{path}".endswith(f".{name}")]
         if not ends and name not in NAMED_BY_PEFT.get(config.task_type, ()):  # type: ignore[call-overload]
             raise ValueError(
                 f"modules_to_save names {name!r}, expected the path, or the end of the path behind a dot, of a module "
                 f"of the {type(model).__name__}. {remedy_for(config)}"
             )
-        saved = [path for path in ends if any(key.startswith(f"{path}.") for key in config.whole_tensors or ())]
-        found += saved if config.from_file and saved else [name] if name in head else ends
+        kept = [path for path in ends if _holds(path, others)]
+        found += kept if kept or name in exact else ends
     for path in found:
         if outer := next((other for other in found if path.startswith(f"{other}.")), None):
             raise ValueError(

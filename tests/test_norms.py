@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_mo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ViltConfig, ViltForQuestionAnswering
 
 from peft_fps import FPSConfig
 from peft_fps.norms import Norm
@@ -163,10 +163,14 @@ def test_only_the_wanted_blocks_norms_are_adapted() -> None:
 
 
 def test_the_head_s_norms_are_left_out() -> None:
+    """A new head's, that is; those around a language model's output embeddings come from the checkpoint."""
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = BertForMaskedLM(BertConfig(vocab_size=20, **shape))
     assert isinstance(base.cls.predictions.transform.LayerNorm, nn.LayerNorm)
-    assert {path.split(".")[0] for path in norms_of(with_norms(base))} == {"bert"}
+    assert {path.split(".")[0] for path in norms_of(with_norms(base))} == {"bert", "cls"}
+    base = ViltForQuestionAnswering(ViltConfig(vocab_size=20, image_size=16, patch_size=8, **shape))
+    assert isinstance(base.classifier[1], nn.LayerNorm)
+    assert {path.split(".")[0] for path in norms_of(adapted(base, bias="with_norms"))} == {"vilt"}
 
 
 def test_modules_trained_whole_are_left_out() -> None:

@@ -98,6 +98,13 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
                 f"{key}: the adapter file holds this tensor, expected only sparse tensors of targeted modules and the "
                 f"modules named in modules_to_save; base weights are never loaded from an adapter. {REMEDY}"
             )
+        found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
+        if tensor.dim() and found[1:] == wanted[1:] and found[0] != wanted[0]:
+            raise ValueError(
+                f"{_plain(key)}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
+                f"the model's (shape {wanted}). Load the base model with as many classes as the adapter was trained "
+                "for (num_labels, num_classes, ...). Nothing was loaded."
+            )
         try:
             if expected[key].is_floating_point():
                 _check_trained("tensor", tensor, expected[key].shape)
@@ -111,6 +118,12 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
     for key in expected:
         if key not in tensors:
             raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {REMEDY}")
+
+
+def _plain(key: str) -> str:
+    """The tensor's name in the base model."""
+    module, _, tensor = key.removeprefix("base_model.model.").partition(".modules_to_save.")
+    return f"{module}.{tensor.partition('.')[2]}" if tensor else module
 
 
 def _check_trained(name: str, tensor: Tensor, shape: torch.Size) -> None:
