@@ -1,6 +1,7 @@
 """Settings that hold for all tests: offline, one thread (tiny products wait for each other), no deadline."""
 
 import os
+from importlib.util import find_spec
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
@@ -12,6 +13,24 @@ from hypothesis import HealthCheck, settings
 
 
 torch.set_num_threads(1)
+
+
+def _let_torchvision_load() -> None:
+    """Define two operators of torchvision's compiled part where that is made for another build of torch.
+
+    The wheel of the package index is built for CUDA and does not load beside a CPU build. Its models need none of
+    these operators, but importing it, and with it timm and parts of transformers and TRL, fails without them.
+    """
+    if find_spec("torchvision") is None or "+cpu" not in torch.__version__:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not torch._C._dispatch_has_kernel(f"torchvision::{name}"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    pytest.torchvision_operators = library  # they are gone with it
+
+
+_let_torchvision_load()
 
 settings.register_profile(
     "peft_fps",

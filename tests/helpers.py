@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -24,13 +25,27 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import check_peft_version
 
 from peft_fps import FPSConfig
 from peft_fps.adapters import FPSLayer
 
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _refusal_of_transformers() -> str:
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        return f"transformers' own calls for adapters, load_adapter aside, refuse the installed PEFT: {error}"
+    return ""
+
+
+through_transformers = pytest.mark.skipif(_refusal_of_transformers() != "", reason=_refusal_of_transformers())
+"""For tests of `add_adapter`, `disable_adapters` and so on of a transformers model, without a `PeftModel`."""
 
 
 # --- models: every call gives a new model, equal to the last one ----------------------------------------------------
