@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peft_fps
 from peft_fps import FPSCallback, FPSConfig
-from tests.helpers import base_bytes, layers_of, selected_columns, tiny_bert
+from tests.helpers import base_bytes, layers_of, selected_columns, through_transformers, tiny_bert
 from tests.words import LINES, tokenizer
 
 
@@ -49,6 +49,7 @@ def inner(model: Any, config: FPSConfig) -> Any:
 
 
 WAYS = {"native": native, "inner": inner, "whole": get_peft_model}
+EVERY_WAY = [pytest.param("native", marks=through_transformers), "inner", "whole"]
 
 
 def selections(model: nn.Module) -> list[list[list[int]]]:
@@ -81,7 +82,7 @@ BATCHES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("batches", BATCHES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_calibration_by_hand_leaves_padding_out(way: str, batches: str, saved: Path) -> None:
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2))
     report = peft_fps.calibrate(model, BATCHES[batches], progress=False)
@@ -116,7 +117,7 @@ def trainer(folder: Path, model: Any, callbacks: list[Any], **options: Any) -> A
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_the_trainer_calibrates_on_both_columns(way: str, saved: Path, tmp_path: Path) -> None:
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2))
     before = base_bytes(model)
@@ -127,7 +128,7 @@ def test_the_trainer_calibrates_on_both_columns(way: str, saved: Path, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:.*got no gradient during calibration")  # the pooler
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_gradients_are_those_of_the_trainers_loss(way: str, saved: Path, tmp_path: Path) -> None:
     """Multiple negatives: each anchor's own positive among all of the batch, by 20 times the cosine."""
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2, importance="gradient", bias="none"))
@@ -150,7 +151,7 @@ def test_gradients_are_those_of_the_trainers_loss(way: str, saved: Path, tmp_pat
             assert selected_columns(layer) == weight.grad.abs().topk(2).indices.sort().values.tolist(), path
 
 
-@pytest.mark.parametrize("way", ["native", "inner"])
+@pytest.mark.parametrize("way", EVERY_WAY[:2])
 def test_what_was_trained_is_saved_and_loaded(way: str, saved: Path, tmp_path: Path) -> None:
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2))
     start = model.encode(LINES, convert_to_tensor=True)

