@@ -67,7 +67,7 @@ def test_no_name_and_no_string() -> None:
         get_peft_model(model, config(), "")
     other: Any = 3
     with unchanged(model), pytest.raises(TypeError, match="name is 3 of type int, expected a string"):
-        get_peft_model(model, config(), other)
+        inject_adapter_in_model(config(), model, other)
 
 
 def test_a_refusal_leaves_a_base_model_of_transformers_without_a_trace(tmp_path: Path) -> None:
