@@ -176,7 +176,7 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
     layers = adapter_layers(model, adapter_name)
     if any(layer.fps_columns[adapter_name].device.type == "meta" for layer in layers.values()):
         return  # nothing to rank; the tensors are to be loaded
-    seed = None if config.init_weights else int(torch.randint(2**62, ()))
+    seed = None if config.init_weights else int(torch.randint(2**62, (), device="cpu"))
     scores = {
         path: scorer(layer, path, config, {}) if seed is None else random_scorer(layer, path, seed)
         for path, layer in layers.items()
@@ -187,8 +187,8 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
         for layer in layers.values():
             for parameter in layer.adapter_parameters(adapter_name):
                 # bounded away from zero, so that no change can vanish
-                noise = torch.rand(parameter.shape, dtype=torch.float32) + 0.5
-                sign = torch.randint(2, parameter.shape) * 2 - 1
+                noise = torch.rand(parameter.shape, dtype=torch.float32, device="cpu") + 0.5
+                sign = torch.randint(2, parameter.shape, device="cpu") * 2 - 1
                 parameter.data.copy_(noise * sign)
 
 

@@ -141,8 +141,8 @@ class Selection:
             elif path in modules:
                 layer.set_selection(name, modules[path].columns, modules[path].row_counts)
             else:
-                nothing = torch.zeros(0, dtype=torch.int32), torch.zeros(layer.shape.neurons, dtype=torch.int32)
-                layer.set_selection(name, *nothing)
+                counts = torch.zeros(layer.shape.neurons, dtype=torch.int32, device="cpu")
+                layer.set_selection(name, counts[:0], counts)
         state = next(iter(layers.values())).fps_state[name]
         state.selected, state.calibration = True, method.get("calibration")
         if state.calibration is None:  # without a record, the report would tell what the adapter's config asks for

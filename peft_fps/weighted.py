@@ -170,6 +170,6 @@ def _fill(layer: FPSLayer, adapter_name: str, tensors: _Combined) -> None:
     layer.set_selection(adapter_name, tensors.columns, tensors.row_counts)
     layer.fps_values[adapter_name].data = tensors.values
     if adapter_name in layer.fps_bias:
-        bias = torch.zeros(layer.shape.neurons, device=tensors.values.device) if tensors.bias is None else tensors.bias
+        bias = tensors.values.new_zeros(layer.shape.neurons) if tensors.bias is None else tensors.bias
         layer.fps_bias[adapter_name].data = bias
     layer.fps_state[adapter_name].before = None

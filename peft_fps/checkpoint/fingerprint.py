@@ -123,7 +123,9 @@ def check_fingerprint(saved: dict[str, str] | None, found: dict[str, str] | None
 def _decoded(sample: str) -> Tensor:
     try:
         data = base64.b64decode(sample, validate=True)
-        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).double() if data else torch.zeros(0).double()
+        if not data:
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
+        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).double()
     except (binascii.Error, ValueError, TypeError) as error:
         raise ValueError(
             f"base_fingerprint has a sample that cannot be read ({error}), expected base64 of bfloat16 numbers. The "

@@ -58,16 +58,17 @@ class Streaming:
         self._entries = entries
         self._by_neuron = by_neuron
         self._device = device
-        self._positions = torch.empty(0, dtype=torch.int64)
+        self._positions = torch.empty(0, dtype=torch.int64, device="cpu")
         self._shape = (0, 0)
-        self._largest = torch.zeros(())
+        self._largest = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def add(self, term: Tensor) -> None:
         """Add `(neurons, inputs)` float32."""
         if self.sums is None:
             self._shape = (term.shape[0], term.shape[1])
             self._positions = self._shortlist(term.abs())
-            self.sums = torch.zeros(self._positions.numel(), device=self._device or term.device)
+            device = self._device or term.device
+            self.sums = torch.zeros(self._positions.numel(), dtype=torch.float32, device=device)
             self._largest = self._largest.to(term.device)
         # off the shortlist a NaN would go unnoticed
         self._largest = torch.maximum(self._largest, torch.linalg.vector_norm(term, torch.inf))
@@ -80,7 +81,7 @@ class Streaming:
         inputs = self._shape[1]
         bounds = torch.tensor([first * inputs, last * inputs], device=self._positions.device)
         begin, end = torch.searchsorted(self._positions, bounds).tolist()
-        dense = torch.zeros((last - first) * inputs, device=self.sums.device)
+        dense = torch.zeros((last - first) * inputs, dtype=torch.float32, device=self.sums.device)
         places = (self._positions[begin:end] - first * inputs).to(dense.device)
         return dense.index_copy_(0, places, self.sums[begin:end]).view(last - first, inputs)
 

@@ -31,7 +31,7 @@ class GatedChange:
     def __init__(self, weight: Tensor, learning_rate: float, penalty: float) -> None:
         self.change = torch.zeros_like(weight, dtype=torch.float32).requires_grad_()
         self.logit = torch.full_like(self.change, FIRST_LOGIT).requires_grad_()
-        self.whole_logit = torch.tensor(FIRST_LOGIT, device=weight.device).requires_grad_()
+        self.whole_logit = torch.tensor(FIRST_LOGIT, dtype=torch.float32, device=weight.device).requires_grad_()
         self._penalty = penalty
         self._optimizer = torch.optim.AdamW(
             [

@@ -40,8 +40,8 @@ class TwoViews:
         size: int | Sequence[int] | None = None,
     ) -> None:
         _augmentations()
-        self.mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
-        self.std = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+        self.mean = torch.as_tensor(mean, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
+        self.std = torch.as_tensor(std, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
         self.size = (size, size) if isinstance(size, int) else size
         if not bool((self.std > 0).all()):
             raise ValueError(f"std is {std}, expected positive numbers.")

@@ -50,7 +50,7 @@ def _scorer(layer: FPSLayer, path: str, config: FPSConfig, statistics: InputStat
 
     def score(first: int, last: int) -> Tensor:
         rows = weight_rows(layer, first, last)
-        groups = torch.arange(first, last) // (layer.shape.neurons // activation.shape[0])
+        groups = torch.arange(first, last, device=activation.device) // (layer.shape.neurons // activation.shape[0])
         driven = (activation if activation.shape[0] == 1 else activation[groups]).to(rows.device)
         formula = weight_times_activation if config.weight_magnitude else activation_alone
         return formula(rows, driven)

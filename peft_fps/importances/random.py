@@ -36,7 +36,7 @@ def random_scorer(layer: FPSLayer, path: str, seed: int) -> Score:
 def _stripe(seed: int, path: str, row: int, inputs: int) -> Tensor:
     digest = hashlib.sha256(f"{seed} {path} {row}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(STRIPE, inputs, generator=generator, dtype=torch.float32)
+    return torch.rand(STRIPE, inputs, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Any) -> Score:

@@ -40,4 +40,5 @@ class Candidate:
 
     def nothing(self) -> Selected:
         """The selection of no entry; the layer is not scored for it."""
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(self.neurons, dtype=torch.int64)
+        counts = torch.zeros(self.neurons, dtype=torch.int64, device="cpu")
+        return counts[:0], counts

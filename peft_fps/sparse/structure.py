@@ -83,7 +83,7 @@ class Structure:
 
 def even_row_counts(entries: int, neurons: int) -> Tensor:
     """Spread `entries` over `neurons` as evenly as possible, the surplus to the first ones; `(neurons,)` int32."""
-    counts = torch.full((neurons,), entries // neurons, dtype=torch.int32)
+    counts = torch.full((neurons,), entries // neurons, dtype=torch.int32, device="cpu")
     counts[: entries % neurons] += 1
     return counts
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peft_fps.sparse.kernels.switches import is_switched_on
 from peft_fps.sparse.structure import Structure
 
 
@@ -36,7 +37,7 @@ def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
         and grad_output.dtype in FUNCTIONS
         and inputs.dtype == grad_output.dtype
         and structure.row_starts.dtype == torch.int32
-        and os.environ.get(SWITCH, "1") != "0"
+        and is_switched_on(SWITCH)
         and library() is not None
     )
 
@@ -45,11 +46,10 @@ def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
 def library() -> ctypes.CDLL | None:
     """Build and load the kernel, once per process; None if that fails."""
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-    if not compiler:
-        logger.debug("no C++ compiler found: gradients of sparse values are computed by PyTorch alone")
-        return None
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+        if not compiler:
+            raise FileNotFoundError("no C++ compiler found")
         with tempfile.TemporaryDirectory(prefix="peft_fps_") as folder:
             built = Path(folder) / "sampled_product.so"
             command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | None:
             for name in FUNCTIONS.values():
                 function = getattr(loaded, name)
                 function.argtypes, function.restype = ARGUMENTS, None
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, AttributeError) as error:  # ValueError: of shlex
         logger.debug("the CPU kernel could not be built, gradients are computed by PyTorch alone: %s", error)
         return None
     return loaded
@@ -80,8 +80,8 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
     grad_output, inputs = _with_unit_stride(grad_output), _with_unit_stride(inputs)
     tokens, neurons = grad_output.shape
     used = structure.union.numel()
-    result = torch.empty(structure.positions.numel(), dtype=torch.float32)
-    sums = torch.empty(neurons, dtype=torch.float32)
+    result = torch.empty(structure.positions.numel(), dtype=torch.float32, device="cpu")
+    sums = torch.empty(neurons, dtype=torch.float32, device="cpu")
     getattr(loaded, FUNCTIONS[grad_output.dtype])(
         grad_output.data_ptr(),
         grad_output.stride(0),

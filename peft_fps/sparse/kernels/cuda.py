@@ -6,7 +6,6 @@ Triton is imported on first use, and tried on a tiny product there; without it, 
 from __future__ import annotations  # those of the kernel name a module that is not there yet
 
 import logging
-import os
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_fps.sparse.kernels.switches import is_switched_on
 from peft_fps.sparse.structure import PRODUCT_ELEMENTS, Structure, build_structure
 
 
@@ -38,7 +38,7 @@ def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
         and inputs.device == grad_output.device
         and grad_output.dtype in DTYPES
         and inputs.dtype == grad_output.dtype
-        and os.environ.get(SWITCH, "1") != "0"
+        and is_switched_on(SWITCH)
         and works(grad_output.device, grad_output.dtype)
     )
 

@@ -139,8 +139,10 @@ def test_what_it_does_not_take():
 
 
 @needs_kernel
-@pytest.mark.parametrize("taken", [True, False], ids=["on", "off"])
-def test_the_switch(taken: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("value", "taken"), [("1", True), ("", True), ("0", False), (" Off ", False), ("FALSE", False), ("no", False)]
+)
+def test_the_switch(value: str, taken: bool, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         raise AssertionError("the kernel was called")
 
@@ -149,7 +151,7 @@ def test_the_switch(taken: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "entries_are_few", lambda structure: True)
     expected = products.sampled_product(grad, x, where)
     monkeypatch.setattr(cpu, "sampled_product", refuse)
-    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", "1" if taken else "0")
+    monkeypatch.setenv("PEFT_FPS_CPU_KERNEL", value)
     if taken:
         with pytest.raises(AssertionError, match="the kernel was called"):
             products.sampled_product(grad, x, where)
@@ -166,6 +168,10 @@ def broken_compiler(patch: pytest.MonkeyPatch) -> None:
 
 def absent_compiler(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("CXX", "/no/such/compiler")
+
+
+def unreadable_command(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", "g++ 'no closing quote")
 
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
@@ -185,7 +191,14 @@ def no_folder_for_it(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unbuilt")
 @pytest.mark.parametrize(
     "spoil",
-    [broken_compiler, absent_compiler, no_compiler, a_compiler_that_builds_nothing, no_folder_for_it],
+    [
+        broken_compiler,
+        absent_compiler,
+        unreadable_command,
+        no_compiler,
+        a_compiler_that_builds_nothing,
+        no_folder_for_it,
+    ],
     ids=lambda spoil: spoil.__name__,
 )
 def test_without_a_kernel_one_line_is_logged_and_training_goes_on(
