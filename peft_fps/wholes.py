@@ -44,7 +44,7 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith((*names,))}
     for name in names:
         exact = any(f".{path}".endswith(f".{name}") and path == _place(model, path) for path in paths)
-        if not exact and name not in ADDED_BY_PEFT.get(str(config.task_type), ()):
+        if not exact and name not in ADDED_BY_PEFT.get(config.task_type or "", ()):
             raise ValueError(
                 f"modules_to_save names {name!r}, expected the path, or the end of the path behind a dot, of a module "
                 f"of the {type(model).__name__}. {_advice(config)}"
