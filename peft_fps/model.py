@@ -16,7 +16,7 @@ from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
-from peft_fps.mixed_batch import mixed_batch
+from peft_fps.mixed_batch import mixed_batch, pass_names
 from peft_fps.planning import check_task, plan, take_targets_from_allocation
 from peft_fps.renames import current_names
 from peft_fps.scaling import set_scale
@@ -99,6 +99,7 @@ class FPSModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         watch_producers(model)
+        pass_names(model)
         if not config.from_file:
             select_without_data(model, config, adapter_name)
 
