@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import Pass
+from peft_fps.calibration import Pass, device_of, failing_together
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
@@ -29,6 +29,15 @@ RECORDED = ("importance", "order", "granularity", "seed")
 """What of the config is kept with a selection, besides what its importance depends on."""
 
 
+def _collective(model: nn.Module, data: Any = None, *, adapter_name: str | None = None, **_: Any) -> Any:
+    """Return the device on which a calibration meets with other processes, None if it does not."""
+    name = adapter_name or active_adapter(model)
+    config = adapter_config(model, name)
+    meets = IMPORTANCES[config.importance].needs in ("forward", "backward")
+    return device_of(base_model(model)) if meets and config.needs_calibration else None
+
+
+@failing_together(_collective)
 def calibrate(
     model: nn.Module,
     data: Any = None,
@@ -51,8 +60,8 @@ def calibrate(
     modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
     are left out of input statistics where a batch has an `attention_mask` of two dimensions; a decoder's as its own
     mask, the labels or the padding tokens say. In a distributed run every process brings its own share of the data,
-    and all get the same selection. Modules that no batch reached, such as experts without a token, are named in a
-    warning and selected by weight magnitude.
+    which may be empty, and all get the same selection, or the error of the one that failed, with its rank. Modules
+    that no batch reached, such as experts without a token, are named in a warning and selected by weight magnitude.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.

@@ -3,9 +3,10 @@
 from peft_fps.calibration.batches import batches, feed, run_model, single_examples
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.observe import observe
-from peft_fps.calibration.passes import Pass, device_of, is_distributed
+from peft_fps.calibration.passes import Pass, device_of
 from peft_fps.calibration.preserve import undisturbed
 from peft_fps.calibration.statistics import InputStatistics
+from peft_fps.calibration.together import failing_together, is_distributed
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Pass",
     "batches",
     "device_of",
+    "failing_together",
     "feed",
     "is_distributed",
     "observe",
