@@ -12,7 +12,7 @@ from peft_fps.adapters import FPSLayer
 from peft_fps.deriving import renew_after_loading
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
-from peft_fps.mixed_batch import BASE, by_adapter, check_samples
+from peft_fps.mixed_batch import BASE, by_adapter, check_samples, names_for
 from peft_fps.quantised import quantisation
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import (
@@ -56,6 +56,7 @@ class AdaptedLayer(nn.Module, FPSLayer):
 
     def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""
+        adapter_names = names_for(self) if adapter_names is None else adapter_names
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
         if self.disable_adapters or self.merged:

@@ -4,10 +4,11 @@ Samples of one adapter go through a layer together, so a layer computes as many 
 batch, each on its part, and every one as it would without the others.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
 
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -68,6 +71,8 @@ def check_samples(layer: FPSLayer, x: Tensor, names: Sequence[str]) -> None:
 def mixed_batch(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]) -> Iterator[None]:
     """Let all layers of a model compute each sample under the adapter of its name, within the context.
 
+    The names belong to the call: they hold in this thread (or task) alone, and nothing is written to the model.
+
     Args:
         model: with FPS adapters.
         adapter_names: one name per sample; `"__base__"` means the base model.
@@ -77,24 +82,89 @@ def mixed_batch(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]
     Raises:
         TypeError, ValueError: the names are no list of known adapters, or the model is training or merged.
     """
+    token = _begin(model, adapter_names, options)
+    try:
+        yield
+    finally:
+        _end(token)
+
+
+def names_for(module: nn.Module) -> list[str] | None:
+    """Return the name of each sample that the module gets in the present call; None if the call came without names."""
+    if torch.compiler.is_compiling():
+        return _look_up(module) if _calls.running else None  # read at run time: names must not become part of a graph
+    known = _names.get()
+    return None if known is None else known.get(id(module))
+
+
+def pass_names(model: nn.Module) -> None:
+    """Let PEFT's wrappers of modules that are trained whole get the names that a call comes with."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and _hand_over not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_hand_over, with_kwargs=True)
+
+
+def _eager(function: Function) -> Function:
+    """Keep torch.compile from tracing a function."""
+    eager: Function = torch.compiler.disable(function)
+    return eager
+
+
+class _Calls:
+    """How many calls with names there are in all threads.
+
+    Attributes:
+        running: whether there is one; compiled graphs are valid for one or the other.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, change: int) -> None:
+        """Count a call that begins (1) or ends (-1)."""
+        with self._lock:
+            self._count += change
+            self.running = self._count > 0
+
+
+_calls = _Calls()
+_names: ContextVar[Mapping[int, list[str]] | None] = ContextVar("adapter_names", default=None)
+"""Names by the ids of the modules that get the samples."""
+
+
+@_eager
+def _begin(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]) -> Token[Mapping[int, list[str]] | None]:
     _check(model, adapter_names)
+    pass_names(model)
     copies = _copies(options)
     repeated = [name for name in adapter_names for _ in range(copies)]
     unrepeated = _encoder_modules(model) if copies > 1 else set()
-    handles = []
-    try:
-        for module in model.modules():
-            if isinstance(module, (FPSLayer, AuxiliaryTrainingWrapper)):
-                names = list(adapter_names) if id(module) in unrepeated else repeated
-                hook = partial(_pass_names, names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    own = {
+        id(module): list(adapter_names) if id(module) in unrepeated else repeated
+        for module in model.modules()
+        if isinstance(module, (FPSLayer, AuxiliaryTrainingWrapper))
+    }
+    _calls.add(1)
+    return _names.set({**(_names.get() or {}), **own})  # a model may call another one
 
 
-def _pass_names(module: Any, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
+@_eager
+def _end(token: Token[Mapping[int, list[str]] | None]) -> None:
+    _names.reset(token)
+    _calls.add(-1)
+
+
+@_eager
+def _look_up(module: nn.Module) -> list[str] | None:
+    return (_names.get() or {}).get(id(module))
+
+
+def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    names = names_for(module)
+    if names is None or "adapter_names" in kwargs:
+        return None
     if isinstance(module, ModulesToSaveWrapper):  # fails on adapters that do not train this module
         names = [name if name in module.modules_to_save else BASE for name in names]
     return args, kwargs | {"adapter_names": names}

@@ -19,7 +19,7 @@ from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
-from peft_fps.mixed_batch import mixed_batch
+from peft_fps.mixed_batch import mixed_batch, pass_names
 from peft_fps.planning import check_task, plan, take_targets_from_allocation
 from peft_fps.reference import config_of_copy, copy_adapter, reference_of
 from peft_fps.renames import current_names
@@ -116,6 +116,7 @@ class FPSModel(BaseTuner):
         finally:
             config.modules_to_save = config.automatic.pop("wrapped", config.modules_to_save)
         watch_producers(self.model)
+        pass_names(self.model)
         freeze_statistics(self.model)
         self._state.buffers = buffer_digests(self.model)
         if source is not None:

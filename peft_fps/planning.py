@@ -102,15 +102,16 @@ def take_targets_from_allocation(config: FPSConfig) -> None:
 
 
 def check_task(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if PEFT's class for the config's `task_type` could not be built around the model.
+    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
 
     PEFT finds that out when the adapter is in the model already.
     """
-    needs = "prepare_inputs_for_generation"
-    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, needs):
+    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    needed = "prepare_inputs_for_generation" if generates else "config"
+    if config.task_type is not None and not hasattr(model, needed):
         raise ValueError(
-            f"task_type is {config.task_type!r}, expected a model that generates (with {needs}), found a "
-            f"{type(model).__name__}. Leave task_type out, or load the model with its language model head."
+            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
+            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
         )
 
 

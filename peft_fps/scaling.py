@@ -100,6 +100,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         with peft_fps.rescale_adapter_scale(model, 0.5):
             logits = model(**batch).logits
 
+    The scales are the model's, so other threads that run it meanwhile compute with them too, as with PEFT's own
+    `disable_adapter`.
+
     Args:
         model: a model with FPS adapters, wrapped or not.
         multiplier: of the scales.

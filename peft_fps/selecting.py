@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted
+from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted, device_of, failing_together
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
@@ -37,6 +37,15 @@ RECORDED = ("importance", "order", "granularity", "seed")
 """What of the config is kept with a selection, besides what its importance depends on."""
 
 
+def _collective(model: nn.Module, data: Any = None, *, adapter_name: str | None = None, **_: Any) -> Any:
+    """Return the device on which a calibration meets with other processes, None if it does not."""
+    name = adapter_name or active_adapter(model)
+    config = adapter_config(model, name)
+    meets = IMPORTANCES[config.importance].needs in ("forward", "backward")
+    return device_of(base_model(model)) if meets and config.needs_calibration else None
+
+
+@failing_together(_collective)
 def calibrate(
     model: nn.Module,
     data: Any = None,
@@ -60,9 +69,10 @@ def calibrate(
     modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
     are left out of input statistics where a batch has an `attention_mask` of two dimensions; a decoder's as its own
     mask, the labels or the padding tokens say. In a distributed run every process brings its own share of the data,
-    and all get the same selection. Modules that no batch reached would not be trained either (unused
-    poolers, experts without a token, layers whose weight the model reads without calling them): they are named in a
-    warning and hold nothing, and their part of the budget goes to the others.
+    which may be empty, and all get the same selection, or the error of the one that failed, with its rank. Modules
+    that no batch reached would not be trained either (unused poolers, experts without a token, layers whose weight
+    the model reads without calling them): they are named in a warning and hold nothing, and their part of the budget
+    goes to the others.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.

@@ -1,5 +1,10 @@
 """Every sample of a batch is computed as it would be alone, under the adapter that it asks for."""
 
+import contextlib
+import threading
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -198,6 +203,122 @@ def test_beams_of_an_encoder_decoder_model() -> None:
     expected.append(model.generate(input_ids=x[1:], **options))
     found = model.generate(input_ids=x, adapter_names=["a", "b"], **options)
     assert torch.equal(found, torch.cat(expected))
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def together(module: nn.Module, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Run calls in threads that are all within the module at the same time, at every one of its first few uses."""
+    barrier, results = threading.Barrier(len(calls)), {}
+
+    def wait(*_: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(1)
+
+    def run(name: str) -> None:
+        try:
+            with torch.no_grad():
+                results[name] = calls[name]()
+        except Exception as error:
+            results[name] = error
+
+    handle = module.register_forward_hook(wait)
+    threads = [threading.Thread(target=run, args=(name,)) for name in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    return results
+
+
+@pytest.mark.parametrize("kind", ["linear", "image classifier", "norms"])
+def test_names_hold_for_their_own_call_alone(kind: str) -> None:
+    build, key, inputs, options = MODELS[kind]
+    model, x, other = two(build, **options), inputs(), ["a", "a", "b", "__base__", "b"]
+    with torch.no_grad():
+        expected = {"plain": output(model, **{key: x})}
+        for text, names in (("names", NAMES), ("other names", other)):
+            expected[text] = output(model, **{key: x}, adapter_names=names)
+    *_, last = layers_of(model).values()
+    found = together(
+        last.base_layer,
+        {
+            "plain": lambda: output(model, **{key: x}),
+            "names": lambda: output(model, **{key: x}, adapter_names=NAMES),
+            "other names": lambda: output(model, **{key: x}, adapter_names=other),
+        },
+    )
+    for text, result in expected.items():
+        torch.testing.assert_close(found[text], result)
+
+
+def test_names_hold_for_their_own_generation_alone() -> None:
+    model, x = two(tiny_gpt2, task_type="CAUSAL_LM"), tokens(3)
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "names": {"adapter_names": ["a", "__base__", "b"]},
+        "beams": {"adapter_names": ["b", "b", "__base__"], "num_beams": 2},
+    }
+    expected = {text: model.generate(input_ids=x, **GENERATION, **options) for text, options in kinds.items()}
+    first = next(iter(layers_of(model).values()))
+    found = together(
+        first.base_layer,
+        {text: partial(model.generate, input_ids=x, **GENERATION, **options) for text, options in kinds.items()},
+    )
+    for text, result in expected.items():
+        assert torch.equal(found[text], result), text
+
+
+def test_a_call_that_fails_leaves_no_names_behind() -> None:
+    model, x = two(tiny_mlp), normal(3, 10)
+    expected = model(x)
+    with pytest.raises(ValueError, match="expected one for each of the 3"):
+        model(x, adapter_names=["a", "b"])
+    assert torch.equal(model(x), expected)
+
+
+def test_a_model_within_a_model_has_names_of_its_own() -> None:
+    inner, x = two(tiny_mlp), normal(3, 10)
+    plain, named = inner(x), inner(x, adapter_names=["a", "b", "b"])
+    outer = two(tiny_mlp)
+    layers_of(outer)["last"].base_layer.register_forward_hook(
+        lambda *_: seen.append((inner(x), inner(x, adapter_names=["a", "b", "b"])))
+    )
+    seen: list[Any] = []
+    expected = outer(normal(2, 10), adapter_names=["b", "a"])
+    assert torch.equal(seen[0][0], plain)
+    assert torch.equal(seen[0][1], named)
+    assert torch.equal(outer(normal(2, 10), adapter_names=["b", "a"]), expected)
+
+
+def test_first_forwards_of_many_threads() -> None:
+    """Structures are derived by all of them."""
+    model, x = two(tiny_mlp), normal(3, 10)
+    model.base_model.set_adapter(["a", "b"])
+    twin = deepcopy(model)
+    expected = model(x)
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(twin(x))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(torch.equal(result, expected) for result in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+def test_a_compiled_model_takes_the_names_of_each_call() -> None:
+    """The first call's names were compiled into the graph."""
+    model, x = two(tiny_mlp, target_modules=["first"], modules_to_save=["last"]), normal(5, 10)
+    plain, compiled = model(x), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain)
+        for names in (NAMES, NAMES[::-1], ["__base__"] * 5):
+            torch.testing.assert_close(compiled(x, adapter_names=names), model(x, adapter_names=names))
+            torch.testing.assert_close(compiled(x), plain)
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ CONFIGS: dict[str, Tampering] = {
     ),
     "fingerprint as text": Tampering(_config(base_fingerprint="00"), "base_fingerprint", "'00' of type str, expected"),
     "task of a model that generates": Tampering(
-        _config(task_type="CAUSAL_LM"), "task_type", "'CAUSAL_LM', expected a model that generates"
+        _config(task_type="CAUSAL_LM"), "task_type", "'CAUSAL_LM', expected a model of transformers for it"
     ),
     "base name as number": Tampering(_config(base_model_name_or_path=5), "base_model_name_or_path", "5 of type int"),
     "revision as list": Tampering(_config(revision=["main"]), "revision", "of type list, expected None or a string"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
 from tests.helpers import adapted, bits, config, images, layers_of, tiny_gpt2, tiny_mlp, tiny_vit, tokens, unchanged
@@ -65,8 +65,9 @@ def test_any_module_apart_from_the_targets_may_be_trained_whole(names: list[str]
     assert bits(again(tokens()).logits) == bits(model(tokens()).logits)
 
 
-def test_names_that_peft_enters_for_a_task_need_not_be_there(tmp_path: Any) -> None:
-    model = get_peft_model(tiny_vit(), config(task_type="SEQ_CLS"))
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", TaskType.SEQ_CLS])
+def test_names_that_peft_enters_for_a_task_need_not_be_there(task_type: Any, tmp_path: Any) -> None:
+    model = get_peft_model(tiny_vit(), config(task_type=task_type))
     assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
     model.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tiny_vit(), tmp_path / "saved")
@@ -150,9 +151,9 @@ def test_two_adapters_may_train_the_same_module_whole() -> None:
     assert model.base_model.model.classifier.modules_to_save.keys() == {"first"}
 
 
-@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "QUESTION_ANS"])
 def test_a_task_of_which_the_model_is_not_capable_is_refused_before_anything_changes(task_type: str) -> None:
     model = tiny_mlp()
-    with unchanged(model), pytest.raises(ValueError, match=f"task_type is '{task_type}', expected a model that gener"):
+    with unchanged(model), pytest.raises(ValueError, match=f"task_type is '{task_type}', expected a model of transf"):
         get_peft_model(model, config(task_type=task_type))
     assert not hasattr(model, "peft_config")

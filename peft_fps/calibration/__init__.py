@@ -4,10 +4,11 @@ from peft_fps.calibration.batches import batches, single_examples
 from peft_fps.calibration.calls import Run, feed, fits, run_model
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.observe import observe
-from peft_fps.calibration.passes import Pass, device_of, is_distributed
+from peft_fps.calibration.passes import Pass, device_of
 from peft_fps.calibration.preserve import undisturbed
 from peft_fps.calibration.reach import called_anywhere, calls_noted
 from peft_fps.calibration.statistics import InputStatistics
+from peft_fps.calibration.together import failing_together, is_distributed
 
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "called_anywhere",
     "calls_noted",
     "device_of",
+    "failing_together",
     "feed",
     "fits",
     "is_distributed",

@@ -1,6 +1,7 @@
 """The forward pass over data: gather input statistics batch by batch."""
 
 from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -8,9 +9,10 @@ from torch import nn
 
 from peft_fps.calibration.calls import Run, feed
 from peft_fps.calibration.collect import Collector, Observed
-from peft_fps.calibration.passes import Pass, device_of, is_distributed
+from peft_fps.calibration.passes import Pass, device_of
 from peft_fps.calibration.preserve import undisturbed
 from peft_fps.calibration.statistics import InputStatistics, wide_dtype
+from peft_fps.calibration.together import is_distributed
 
 
 def observe(
@@ -18,7 +20,7 @@ def observe(
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
     """Run the model on data and return the input statistics of the layers that were reached.
 
-    Under torch.distributed each process brings its own data, and all return the sums over all processes.
+    Under torch.distributed each process brings its own data, some or none, and all return the sums over all processes.
 
     Args:
         model: called with every batch; left as it was, whatever happens.
@@ -36,14 +38,16 @@ def observe(
     """
     device = device_of(model)
     with undisturbed(model), Collector(layers, norm, model) as collector:
-        for index, batch in data:
-            collector.start_batch(batch, model)
-            data.counts["examples"] += feed(model, batch, device, run)
-            collector.check_batch(index)
+        data.start(device)
+        with closing(iter(data)) as passing:
+            for index, batch in passing:
+                collector.start_batch(batch, model)
+                data.counts["examples"] += feed(model, batch, device, run)
+                collector.check_batch(index)
+        counts = data.finish(device)
         if is_distributed():
-            statistics = _sum_over_processes(collector.statistics, layers, device)
-            return statistics, data.counts_of_all(device)
-    return collector.statistics, dict(data.counts)
+            return _sum_over_processes(collector.statistics, layers, device), counts
+    return collector.statistics, counts
 
 
 def _sum_over_processes(

@@ -1,16 +1,21 @@
 """Passes over data with a progress bar, batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import nn
 from tqdm.auto import tqdm
 
 from peft_fps.calibration.batches import batches
+from peft_fps.calibration.together import agree, is_distributed
+
+
+NO_BATCH = "The calibration data holds no batch, expected at least one. Nothing was changed."
 
 
 @dataclass
@@ -51,30 +56,48 @@ class Pass:
                 "DataLoader, a dataset or a list."
             )
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Generator[tuple[int, Any], None, None]:
         length = _length(self._source, self.num_batches)
         total = None if length is None else length * self.epochs
         with tqdm(total=total, disable=not self.progress, desc="Calibrating", unit="batch") as bar:
             for _ in range(self.epochs):
-                for batch in islice(self._source, self.num_batches):
-                    yield self.counts["batches"], batch
+                source = islice(self._source, self.num_batches)
+                for batch in source:
+                    try:
+                        yield self.counts["batches"], batch
+                    except GeneratorExit:  # whoever runs the model has failed
+                        self._keep_in_step(source)
+                        raise
                     self.counts["batches"] += 1
                     bar.update()
-        if not self.counts["batches"]:
-            raise ValueError("The calibration data holds no batch, expected at least one. Nothing was changed.")
+        if not self.counts["batches"] and not is_distributed():
+            raise ValueError(NO_BATCH)
 
-    def counts_of_all(self, device: torch.device) -> dict[str, int]:
-        """Return the counts, summed over all processes of a distributed run."""
+    def start(self, device: torch.device) -> None:
+        """Wait until all processes of a distributed run are about to read their data."""
+        agree(device)
+
+    def finish(self, device: torch.device) -> dict[str, int]:
+        """Wait until all processes of a distributed run have seen their data, and return the counts of all.
+
+        Raises:
+            ValueError: none of them has seen a batch, or one has failed.
+        """
         if not is_distributed():
             return dict(self.counts)
+        agree(device)
         summed = torch.tensor(list(self.counts.values()), device=device)
         dist.all_reduce(summed)
-        return dict(zip(self.counts, summed.tolist(), strict=True))
+        counts = dict(zip(self.counts, summed.tolist(), strict=True))
+        if not counts["batches"]:
+            raise ValueError(NO_BATCH)
+        return counts
 
-
-def is_distributed() -> bool:
-    """Whether several processes bring data."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    def _keep_in_step(self, source: Iterable[Any]) -> None:
+        """Read what is left where one process reads the data of all, so that the others get theirs."""
+        if is_distributed() and isinstance(self._source, DataLoaderDispatcher):
+            for _ in source:
+                pass
 
 
 def device_of(model: nn.Module) -> torch.device:

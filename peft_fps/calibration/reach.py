@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peft_fps.calibration.passes import device_of, is_distributed
+from peft_fps.calibration.passes import device_of
+from peft_fps.calibration.together import is_distributed
 
 
 @contextmanager

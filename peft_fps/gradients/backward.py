@@ -1,6 +1,7 @@
 """Backward passes over data: sum up what the score of each weight needs, with one gradient in memory at a time."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ def accumulate_gradients(
 ) -> dict[str, int]:
     """Add a term of the gradients of every batch to the accumulators.
 
-    Under torch.distributed each process brings its own data, and all end with the sums over all processes.
+    Under torch.distributed each process brings its own data, some or none, and all end with the sums over all.
 
     Args:
         model: run on every batch; left as it was, whatever happens.
@@ -74,7 +75,9 @@ def accumulate_gradients(
         checkpointed(model),
         gradients_handed_over(model, parameters, receive),
     ):
+        data.start(device_of(model))
         run_backward(model, data, loss, per_example=per_example)
+        counts = data.finish(device_of(model))
         if is_distributed():
             _sum_over_processes(weights, accumulators)
     for path, accumulator in accumulators.items():
@@ -83,7 +86,7 @@ def accumulate_gradients(
                 f"{path}: the gradients of its weight hold NaN or infinity, expected finite ones. Check the data, or "
                 "run the model in a wider dtype (float32). Nothing was changed."
             )
-    return data.counts_of_all(device_of(model))
+    return counts
 
 
 def run_backward(
@@ -107,12 +110,13 @@ def run_backward(
         ValueError, TypeError: see `check_loss`.
     """
     device = device_of(model)
-    for index, batch in data:
-        prepare()
-        data.counts["examples"] += count_examples(batch)
-        batch = send_to_device(batch, device)
-        for part in single_examples(batch) if per_example else (batch,):
-            check_loss(loss(model, part), index).backward()
+    with closing(iter(data)) as passing:
+        for index, batch in passing:
+            prepare()
+            data.counts["examples"] += count_examples(batch)
+            batch = send_to_device(batch, device)
+            for part in single_examples(batch) if per_example else (batch,):
+                check_loss(loss(model, part), index).backward()
 
 
 def _sum_over_processes(weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]) -> None:

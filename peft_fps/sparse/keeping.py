@@ -93,13 +93,15 @@ def keep_whole(x: Tensor) -> Kept:
 def _missing_columns(structure: Structure, known: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the needed columns that are not known, and where each needed one lies in all pieces put side by side."""
     key = tuple(id(columns) for columns in known)
-    if key not in structure.shared:
+    found = structure.shared.get(key)
+    if found is None:
         held = torch.cat(known)
         place = torch.full((structure.inputs,), -1, device=held.device)
         place[held] = torch.arange(held.numel(), device=held.device)
         missing = structure.union[place[structure.union] < 0]
         place[missing] = held.numel() + torch.arange(missing.numel(), device=held.device)
+        found = (list(known), missing, place[structure.union])
         structure.shared.clear()  # one constellation of readers is what a model has
-        structure.shared[key] = (list(known), missing, place[structure.union])
-    _, missing, places = structure.shared[key]
+        structure.shared[key] = found  # which another thread may take out again at once
+    _, missing, places = found
     return missing, places

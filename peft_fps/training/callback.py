@@ -7,10 +7,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from peft_fps.card import evaluation_at, keep_card
 from peft_fps.importances import IMPORTANCES
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers
+from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers, target_layers
 from peft_fps.selecting import calibrate
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -72,10 +73,18 @@ class FPSCallback(TrainerCallback):
             plainly = IMPORTANCES[config.importance].needs == "forward"
             data = AsTrained(trainer, model, data, plainly)
             options["run"] = data.run
+        before = _sizes(model, name)
         kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
         with kept, undisturbed_order(kwargs["train_dataloader"]):
             report = calibrate(
                 model, data, adapter_name=name, num_batches=self.num_batches, progress=progress, **options
+            )
+        if args.parallel_mode == ParallelMode.DISTRIBUTED and (moved := before.items() ^ _sizes(model, name).items()):
+            raise ValueError(
+                f"{min(path for path, _ in moved)}: calibration has changed how many entries it has "
+                f"(granularity={config.granularity!r}, or modules that no data reached), expected the numbers with "
+                "which DistributedDataParallel was built. Call model.calibrate(...) in every process before the "
+                "Trainer is made, or leave modules that no data reaches out with exclude_modules."
             )
         logger.info("%s", report)
 
@@ -99,6 +108,11 @@ class FPSCallback(TrainerCallback):
         """Let the card that the Trainer is about to write keep our part; called by the Trainer."""
         if isinstance(kwargs["model"], PeftModel):
             keep_card(kwargs["model"], args.hub_model_id)
+
+
+def _sizes(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """Entries of each module by its path."""
+    return {path: layer.fps_values[adapter_name].numel() for path, layer in target_layers(model, adapter_name).items()}
 
 
 def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:

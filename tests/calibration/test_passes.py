@@ -99,7 +99,7 @@ def test_counts_of_one_process_are_its_own():
     found = Pass([1, 2], progress=False)
     for _ in found:
         found.counts["examples"] += 4
-    counts = found.counts_of_all(torch.device("cpu"))
+    counts = found.finish(torch.device("cpu"))
     assert counts == {"batches": 2, "examples": 8}
     counts["batches"] = 0
     assert found.counts["batches"] == 2

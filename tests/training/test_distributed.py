@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from peft_fps import Selection
-from tests.training import ddp_program
+from tests.helpers import bits
+from tests.training import ddp_program, together_program
 
 
 HERE = Path(__file__).parent
@@ -81,6 +82,49 @@ def test_checkpoints_have_the_form_of_one_process(one_and_two):
         config["calibration"].pop("batches")  # four of eight images, or eight of four
         config.pop("tensors_sha256", None)  # values differ by rounding
     assert configs[0] == configs[1]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """How calibrations have ended in the first and in the second process."""
+    folder = tmp_path_factory.mktemp("together")
+    run_by_two(HERE / "together_program.py", folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+SAYS = {
+    "none has data": "in process 0 of 2.*ValueError: The calibration data holds no batch, expected at least one",
+    "no data": "in process 1 of 2.*ValueError: importance='[a-z]+' needs data, found None",
+    "wrong data": "in process 0 of 2.*TypeError: calibration data is of type int",
+    "wrong batch": "in process 1 of 2.*TypeError: a calibration batch is of type str",
+    "not a number": "in process 1 of 2.*ValueError: .*(NaN or infinity|is nan)",
+    "data ends badly": "in process 0 of 2.*OSError: the disk is gone",
+    "model fails": "in process 0 of 2.*RuntimeError: the model has had enough",
+    "model fails at once": "in process 1 of 2.*RuntimeError: the model has had enough",
+    "trained already": "in process 1 of 2.*ValueError: .*holds trained changes",
+    "model fails where one reads for all": "in process 1 of 2.*RuntimeError: the model has had enough",
+    "reader fails where it reads for all": "in process 0 of 2.*RuntimeError: the model has had enough",
+}
+
+
+@pytest.mark.parametrize("importance", together_program.IMPORTANCES)
+@pytest.mark.parametrize("case", SAYS)
+def test_a_process_that_fails_ends_all_with_its_error(case, importance, ended):
+    first, second = (found[f"{importance}: {case}"] for found in ended)
+    assert first == second
+    assert re.search(SAYS[case], first), first
+
+
+@pytest.mark.parametrize("importance", together_program.IMPORTANCES)
+@pytest.mark.parametrize("case", ["one without data", "first without data", "all is well"])
+def test_a_process_without_data_takes_part(case, importance, ended):
+    first, second = (found[f"{importance}: {case}"] for found in ended)
+    assert first == second
+    data = together_program.own(0) + (together_program.own(1) if case == "all is well" else [])
+    model = together_program.model_for(importance)
+    model.calibrate(data, progress=False)
+    columns = torch.cat([module.columns.int() for module in Selection.of(model).modules.values()])
+    assert first == [len(data), 4 * len(data), bits(columns).hex()]
 
 
 def test_a_sharded_model_trains_alike_and_refuses_what_needs_whole_weights(tmp_path):

@@ -1,0 +1,127 @@
+"""Run by two processes: calibrations in which one of them has no data, or fails, and write down how each has ended."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from peft_fps import FPSConfig, Selection
+from tests.helpers import bits, image_batches, snapshot, tiny_vit
+
+
+IMPORTANCES = ("activation", "gradient")
+
+
+def labelled(count: int, seed: int) -> list[dict[str, Tensor]]:
+    return [batch | {"labels": torch.tensor([0, 1, 2, 3])} for batch in image_batches(count, seed=seed)]
+
+
+def own(rank: int) -> list[dict[str, Tensor]]:
+    """Three batches for the first process, one for the second."""
+    return labelled(3, 0) if rank == 0 else labelled(1, 50)
+
+
+def model_for(importance: str) -> Any:
+    return get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance, modules_to_save=[]))
+
+
+def failing(model: Any, batch: int) -> None:
+    """Let the model fail at a batch."""
+    calls = [0]
+
+    def fail(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] > batch:
+            raise RuntimeError("the model has had enough")
+
+    model.base_model.model.vit.register_forward_pre_hook(fail)
+
+
+def broken(batches: list[Any]) -> Iterator[Any]:
+    yield batches[0]
+    raise OSError("the disk is gone")
+
+
+def with_nan(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    batches[-1]["pixel_values"][0, 0, 0, 0] = torch.nan
+    return batches
+
+
+def nothing(model: Any) -> None:
+    return None
+
+
+def trained(model: Any) -> None:
+    next(p for name, p in model.named_parameters() if "fps_values" in name).data.fill_(0.5)
+
+
+def dispatched(rank: int) -> Any:
+    """The first process reads for both."""
+    loader = DataLoader(
+        [{name: tensor[0] for name, tensor in batch.items()} for batch in labelled(8, 7)], batch_size=2
+    )
+    return prepare_data_loader(
+        loader, torch.device("cpu"), num_processes=2, process_index=rank, put_on_device=True, dispatch_batches=True
+    )
+
+
+Case = tuple[Callable[[int], Any], int, Callable[[Any], None]]
+"""From a rank to its data; the process whose model is prepared, and how."""
+
+CASES: dict[str, Case] = {
+    "one without data": (lambda rank: own(0) if rank == 0 else [], 0, nothing),
+    "first without data": (lambda rank: own(0) if rank == 1 else iter([]), 0, nothing),
+    "none has data": (lambda rank: [], 0, nothing),
+    "no data": (lambda rank: own(0) if rank == 0 else None, 0, nothing),
+    "wrong data": (lambda rank: own(0) if rank == 1 else 5, 0, nothing),
+    "wrong batch": (lambda rank: own(0) if rank == 0 else [*own(0)[:1], "text"], 0, nothing),
+    "not a number": (lambda rank: own(rank) if rank == 0 else with_nan(own(1)), 0, nothing),
+    "data ends badly": (lambda rank: broken(own(0)) if rank == 0 else own(1), 0, nothing),
+    "model fails": (own, 0, lambda model: failing(model, 1)),
+    "model fails at once": (own, 1, lambda model: failing(model, 0)),
+    "trained already": (own, 1, trained),
+    "model fails where one reads for all": (dispatched, 1, lambda model: failing(model, 1)),
+    "reader fails where it reads for all": (dispatched, 0, lambda model: failing(model, 0)),
+    "all is well": (own, 0, nothing),
+}
+
+
+def run(folder: Path, rank: int) -> None:
+    ended: dict[str, Any] = {}
+    for importance in IMPORTANCES:
+        for name, (data, who, prepare) in CASES.items():
+            model = model_for(importance)
+            if rank == who:
+                prepare(model)
+            before = snapshot(model)
+            try:
+                model.calibrate(data(rank), progress=False)
+            except Exception as error:
+                assert snapshot(model) == before, name
+                ended[f"{importance}: {name}"] = f"{type(error).__name__}: {error}"
+                continue
+            found = Selection.of(model)
+            columns = torch.cat([module.columns.int() for module in found.modules.values()])
+            calibration = found.method["calibration"]
+            ended[f"{importance}: {name}"] = [calibration["batches"], calibration["examples"], bits(columns).hex()]
+    if rank == 0:  # what needs no data is no matter of several processes
+        model_for("magnitude").calibrate()
+    (folder / f"{rank}.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    PartialState(cpu=True)  # of accelerate, which finds the group
+    run(Path(sys.argv[1]), dist.get_rank())
+    dist.destroy_process_group()
