@@ -6,6 +6,7 @@ transformers' wrapper is used, so that what is saved is a model folder like any 
 import logging
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 LOCAL = ("file", "state_dict", "source", "label_offset")
 """Of timm's description of weights: where they were on this machine, and how they were read."""
+
+MESSAGE = 400
+"""Characters of an error of timm's that are shown; it may name every weight there is."""
 
 
 def build_timm(name: str, classes: list[str], seed: int, image_size: int | None) -> PreTrainedModel:
@@ -67,11 +71,14 @@ def build_timm(name: str, classes: list[str], seed: int, image_size: int | None)
             f"--model is {name!r}, whose weights do not fit it with {len(classes)} classes: "
             f"{', '.join([*missing, *unfit.unexpected_keys][:3])}."
         )
+    if getattr(getattr(model.timm_model, "patch_embed", None), "num_patches", None) == 0:
+        raise ValueError(f"--image-size is {image_size}, which is smaller than one patch of {name!r}.")
     model.name_or_path = name
     model.weights_of_timm = weights
     if weights.startswith("random"):
         logger.warning("%s has %s", name, weights)
-    return model.eval()  # type: ignore[no-any-return]
+    built: PreTrainedModel = model.eval()
+    return built
 
 
 def weights_of(model: PreTrainedModel) -> str | None:
@@ -133,7 +140,8 @@ def _pretrained(parts: TimmName, name: str, arguments: dict[str, Any], seed: int
         return model, f"random weights: {why}; timm:{parts.model}@FILE reads a local file"
     except Exception as error:  # timm's models refuse sizes and files in many ways
         size = f" with images of {arguments['img_size']} pixels" if arguments else ""
-        raise ValueError(f"--model is {name!r}, which could not be built{size}: {error or repr(error)}") from error
+        why = shorten(str(error) or repr(error), MESSAGE, placeholder=" …")
+        raise ValueError(f"--model is {name!r}, which could not be built{size}: {why}") from error
 
 
 def _size_arguments(model: str, image_size: int | None) -> dict[str, Any]:

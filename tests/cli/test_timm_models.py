@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from peft_fps.cli.models import classifier, load_model, load_processor
+from peft_fps.cli.options import FinetuneOptions
 from peft_fps.cli.pixels import two_views
 from peft_fps.cli.timm_models import weights_of
 from peft_fps.cli.timm_names import check_timm_name
@@ -77,8 +78,7 @@ def test_without_weights_they_are_random_by_the_seed_and_that_is_said(caplog):
     before = torch.get_rng_state()
     first, again, other = (load_model(f"timm:{CONVOLUTIONS}", CLASSES, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    key = "timm_model.conv1.0.weight" if "timm_model.conv1.0.weight" in first.state_dict() else None
-    key = key or next(key for key, tensor in first.state_dict().items() if tensor.dim() == 4)
+    key = "timm_model.layer1.0.conv1.weight"
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in first.state_dict().items())
     assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
     assert "random weights: those that timm publishes are not in the local cache" in weights_of(first)
@@ -113,8 +113,10 @@ def test_the_processor_is_as_timm_says():
 
 def test_two_views_of_what_timm_has_normalised():
     pytest.importorskip("kornia")
-    views = two_views(load_processor(f"timm:{TRANSFORMER}", 32))
-    assert views(torch.randn(2, 3, 32, 32)).shape == (4, 3, 32, 32)
+    processor = load_processor(f"timm:{TRANSFORMER}", 32)
+    white = processor(torch.ones(1, 3, 40, 40), return_tensors="pt")["pixel_values"]
+    assert white.max() > 1  # normalised, which the views undo or else refuse
+    assert two_views(processor)(white).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", [CONVOLUTIONS, TRANSFORMER])
@@ -157,9 +159,18 @@ def test_incomplete_weights_are_refused(tmp_path):
         load_model(f"timm:{TRANSFORMER}@{tmp_path}/weights.pth", CLASSES, 0)
 
 
-def test_a_size_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="could not be built with images of 3 pixels"):
+def test_a_size_without_a_patch_is_refused():
+    with pytest.raises(ValueError, match="--image-size is 3, which is smaller than one patch of 'timm:test_vit'"):
         load_model(f"timm:{TRANSFORMER}", CLASSES, 0, image_size=3)
+
+
+def test_what_timm_refuses_is_told_with_the_size(monkeypatch):
+    def fail(name, **options):
+        raise AssertionError("does not divide")
+
+    monkeypatch.setattr("timm.models.create_model", fail)
+    with pytest.raises(ValueError, match="timm:test_vit'.*could not be built with images of 40 pixels: does not div"):
+        load_model(f"timm:{TRANSFORMER}", CLASSES, 0, image_size=40)
 
 
 @pytest.mark.parametrize("name", [CONVOLUTIONS, TRANSFORMER])
@@ -185,6 +196,13 @@ def test_the_whole_job_and_what_it_leaves(image_folder, tmp_path, name):
     first, second = (model.eval()(pixel_values=pixels).logits for model in models)
     torch.testing.assert_close(first, second)
     assert models[0].config.id2label == {0: "blue", 1: "red"}
+
+
+def test_a_file_in_the_folder_to_be_overwritten(tmp_path):
+    (tmp_path / "base.pth").touch()
+    options = FinetuneOptions(model=f"timm:{TRANSFORMER}@{tmp_path}/base.pth", output=tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="lies in the folder to be overwritten"):
+        options.check_paths()
 
 
 def test_selection_of_a_model_by_name(image_folder, tmp_path):

@@ -54,14 +54,6 @@ def test_a_name_is_no_base_to_merge_into(option):
         check_path(option, "timm:resnet18")
 
 
-def test_a_file_in_the_folder_to_be_overwritten(tmp_path):
-    (tmp_path / "base.pth").touch()
-    options = FinetuneOptions(model=f"timm:resnet18@{tmp_path}/base.pth", output=tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="there is no file|lies in the folder to be overwritten|timm"):
-        options.check_paths()
-    assert (tmp_path / "base.pth").exists()
-
-
 def test_a_table_is_the_same_wherever_the_file_lies():
     here, there = (Setting(f"timm:resnet18@{folder}/a.pth", "tasks").comparable() for folder in ("/one", "/two"))
     assert here == there
