@@ -91,6 +91,10 @@ def finetune(
 
         $ peft-fps finetune --model WinKawaks/vit-tiny-patch16-224 --data photos --image-size 112 --epochs 10
 
+    One of timm's models by name, its weights from a local file:
+
+        $ peft-fps finetune --model timm:vit_tiny_patch16_224@weights.safetensors --data photos
+
     Does the selection matter? The same number of weights, at random:
 
         $ peft-fps finetune --importance random --output runs/random

@@ -79,9 +79,11 @@ def known_preset(value: str | None) -> str | None:
 ModelFlag = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER|HUB_ID",
+        metavar="FOLDER|HUB_ID|timm:NAME",
         help="Pre-trained image model. It is loaded in float32 and gets a new output head for the classes of the "
-        "data. Without it: an embedded tiny ViT (0.9 million parameters, 32 px).",
+        "data. timm:NAME is one of timm's models with the weights that timm publishes, random ones if these cannot "
+        "be had (which is said); timm:NAME@FILE takes the weights from a local file (.safetensors, .pth), whatever "
+        "the size of its head. Without it: an embedded tiny ViT (0.9 million parameters, 32 px).",
         rich_help_panel=DATA,
     ),
 ]
@@ -116,7 +118,8 @@ ImageSizeFlag = Annotated[
         metavar="PIXELS",
         help="Height and width of the images that the model sees; a ViT interpolates its position embeddings to it. "
         "112 instead of 224 makes a ViT about four times as fast. The merged model then wants "
-        "interpolate_pos_encoding=True when it is called. Without it: the model's own size.",
+        "interpolate_pos_encoding=True when it is called; a model of timm is made for the size. Without it: the "
+        "model's own size.",
         rich_help_panel=DATA,
     ),
 ]

@@ -11,21 +11,40 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from peft_fps.cli.timm_models import build_timm, record_size, resized_processor, timm_processor
+from peft_fps.cli.timm_names import timm_name
 from peft_fps.heads import output_head
 
 
-def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:
+def load_model(name: str, classes: list[str], seed: int, image_size: int | None = None) -> PreTrainedModel:
     """Load a model in float32, its output layer replaced by a new one for the classes.
 
     Args:
-        name: a folder, or `owner/name` on the Hub.
+        name: a folder, `owner/name` on the Hub, or `timm:NAME` or `timm:NAME@FILE`.
         classes: names of the classes.
         seed: the same seed gives the same output layer.
+        image_size: height and width of the images that a timm model will see, in pixels; its own if None. Other
+            models are told when they are called, see `interpolates`.
 
     Raises:
+        ImportError: it is one of timm's by name, and timm cannot be imported.
         ValueError: there is no such model, weights other than the output head's are missing or have another shape, or
             there is no such head.
     """
+    named = timm_name(name) is not None
+    model = build_timm(name, classes, seed, image_size) if named else _load_whole(name, classes)
+    if image_size is not None and not named and hasattr(model, "timm_model"):
+        record_size(model, name, image_size)
+    head = classifier(model)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.trunc_normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return model
+
+
+def _load_whole(name: str, classes: list[str]) -> PreTrainedModel:
+    """Load a model from a folder or the Hub; all weights but the head's must be there."""
     try:
         # a timm model takes the number of classes by this name only; others complain if they get it beside the names
         of_timm = AutoConfig.from_pretrained(name).model_type == "timm_wrapper"
@@ -51,11 +70,6 @@ def load_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:
             f"--model is {name!r}, whose file lacks {len(unusable)} weights of a {type(model).__name__} or holds them "
             f"in another shape: {', '.join(unusable[:3])}. Is it an image model?"
         )
-    head = classifier(model)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.trunc_normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
     return model
 
 
@@ -85,12 +99,15 @@ def load_processor(name: str, image_size: int | None) -> Any:
     """Load the image processor of a model.
 
     Args:
-        name: a folder, or `owner/name` on the Hub.
+        name: a folder, `owner/name` on the Hub, or `timm:NAME`.
         image_size: height and width of the images that it makes, in pixels; the model's own if None.
     """
-    processor = AutoImageProcessor.from_pretrained(name)
+    named = timm_name(name) is not None
+    processor = timm_processor(name) if named else AutoImageProcessor.from_pretrained(name)
     if image_size is None:
         return processor
+    if hasattr(processor, "data_config"):  # a timm model's
+        return resized_processor(processor, image_size)
     square = {"height": image_size, "width": image_size}
     changes: dict[str, Any] = {"size": square}
     if getattr(processor, "do_center_crop", False):

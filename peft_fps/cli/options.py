@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from peft_fps.cli.timm_names import PREFIX, check_timm_name, local_path
 from peft_fps.config import FPSConfig
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
-RESULTS, ADAPTER, MERGED, PICTURE = "results.json", "adapter", "merged", "training.png"
+RESULTS, ADAPTER, MERGED, BASE, PICTURE = "results.json", "adapter", "merged", "base", "training.png"
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-2,
@@ -96,13 +97,14 @@ class FinetuneOptions:
         """Look at the paths before anything is loaded.
 
         Raises:
+            ImportError: the model is timm's by name, and timm cannot be imported.
             ValueError: the model or the data cannot be there, or the output folder holds something and `overwrite` is
                 off.
         """
         for option, value in (("--model", self.model), ("--data", self.data)):
             if value is not None:
                 check_path(option, value)
-                if self.overwrite and self.output.resolve() in Path(value).expanduser().resolve().parents:
+                if self.overwrite and self.output.resolve() in local_path(value).resolve().parents:
                     raise ValueError(f"{option} is {value!r}, which lies in the folder to be overwritten.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output is {str(self.output)!r}, which is a file, expected a folder.")
@@ -114,7 +116,7 @@ class FinetuneOptions:
 
     def clear_output(self) -> None:
         """Remove what an earlier run of this command left in the output folder, and nothing else."""
-        for name in (ADAPTER, MERGED):
+        for name in (ADAPTER, MERGED, BASE):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in (RESULTS, PICTURE):
             (self.output / name).unlink(missing_ok=True)
@@ -123,8 +125,17 @@ class FinetuneOptions:
 def check_path(option: str, value: str) -> None:
     """Refuse a value that can only be meant as a local path and does not exist.
 
-    Anything else that does not exist may be the name of something on the Hub: `name` or `owner/name`.
+    Anything else that does not exist may be the name of something on the Hub, `name` or `owner/name`, and as a model
+    the name of one of timm's.
     """
+    if value.startswith(PREFIX):
+        if option != "--model":
+            raise ValueError(
+                f"{option} is {value!r}, a timm model by its name, which does not tell its weights and the size of "
+                "its images. Give a folder: `peft-fps finetune` writes one to OUTPUT/base."
+            )
+        check_timm_name(option, value)
+        return
     written_as_path = value.startswith(("/", ".", "~", "\\")) or value.count("/") > 1
     if written_as_path and not Path(value).expanduser().exists():
         raise ValueError(f"{option} is {value!r}: there is no such file or folder.")

@@ -89,7 +89,8 @@ def two_views(processor: Any) -> TwoViews:
     """
     if not getattr(processor, "do_normalize", True):
         return TwoViews(mean=0.0, std=1.0)
-    return TwoViews(processor.image_mean, processor.image_std)
+    normal = getattr(processor, "data_config", None) or {k: getattr(processor, f"image_{k}") for k in ("mean", "std")}
+    return TwoViews(normal["mean"], normal["std"])
 
 
 @dataclass(frozen=True)

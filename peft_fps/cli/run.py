@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ from peft_fps.cli.models import (
     load_processor,
     upstream_deprecations,
 )
-from peft_fps.cli.options import ADAPTER, DEFAULT_MODEL, MERGED, PICTURE, RESULTS, FinetuneOptions
+from peft_fps.cli.options import ADAPTER, BASE, DEFAULT_MODEL, MERGED, PICTURE, RESULTS, FinetuneOptions
 from peft_fps.cli.pixels import Collator, ImageSplit, prepare, two_views
 from peft_fps.cli.predict import Agreement, Predictor
+from peft_fps.cli.timm_models import weights_of
 from peft_fps.cli.train import LogHistory, calibration_loader, train, training_arguments, worker_count
 
 
@@ -45,6 +48,12 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
         ValueError, TypeError, OSError: an option, the model or the data cannot be used.
         ImportError: the selection needs a library that is not installed.
     """
+    with TemporaryDirectory() as kept:
+        return _finetune(options, console, Path(kept))
+
+
+def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[str, Any]:
+    """The stages; a base model that its name alone does not tell is kept in the folder until it is saved."""
     config = options.fps_config()
     recipe = options.recipe(config)
     batch_size = recipe["per_device_train_batch_size"]
@@ -55,7 +64,11 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
 
     with stopwatch.stage("load"):
         data = load_images(options.data, options.seed, options.image_column, options.label_column)
-        base, processor = load_model(name, data.classes, options.seed), load_processor(name, options.image_size)
+        base = load_model(name, data.classes, options.seed, options.image_size)
+        processor, weights = load_processor(name, options.image_size), weights_of(base)
+        if weights is not None:
+            base.save_pretrained(kept)
+            base.name_or_path = str((options.output / BASE).resolve())
         splits = {part: ImageSplit(getattr(data, part), processor) for part in ("train", "validation", "test")}
         views = two_views(processor) if config.loss == "contrastive" else None
         workers = worker_count(prepare(splits))
@@ -86,17 +99,21 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
 
     with stopwatch.stage("save"):
         options.clear_output()
+        if weights is not None:
+            shutil.copytree(kept, options.output / BASE)
         model.save_pretrained(options.output / ADAPTER)
     draw_training(history.records, options.output / PICTURE)
 
     with stopwatch.stage("merge"):
         merged = model.merge_and_unload()
         merged.save_pretrained(options.output / MERGED)
-        processor.save_pretrained(options.output / MERGED)
+        if not hasattr(processor, "data_config"):  # a timm model's is in the model's config
+            processor.save_pretrained(options.output / MERGED)
         del base, model, merged
 
     with stopwatch.stage("verify"):
-        fresh = load_model(name, data.classes, options.seed)
+        saved_base = name if weights is None else str(options.output / BASE)
+        fresh = load_model(saved_base, data.classes, options.seed)
         with upstream_deprecations():
             reloaded = PeftModel.from_pretrained(fresh, options.output / ADAPTER)
         plain = AutoModelForImageClassification.from_pretrained(options.output / MERGED, dtype=torch.float32)
@@ -109,6 +126,7 @@ def finetune(options: FinetuneOptions, console: Console) -> dict[str, Any]:
         "options": options.to_dict(),
         "recipe": recipe,
         "model": name if options.model else "embedded",
+        "weights": weights,
         "data": options.data or "embedded",
         "images": {part: len(split) for part, split in splits.items()},
         "classes": data.classes,

@@ -14,6 +14,7 @@ from peft_fps.cli.errors import fail
 from peft_fps.cli.folders import check_output
 from peft_fps.cli.inspect import JsonFlag
 from peft_fps.cli.options import FinetuneOptions, check_path
+from peft_fps.cli.timm_names import local_path
 
 
 OutputFlag = Annotated[
@@ -120,7 +121,7 @@ def select(
         for option, source in (("--model", model), ("--data", data)):
             if source is not None:
                 check_path(option, source)
-        check_output(output, overwrite, tuple(Path(source).expanduser() for source in (model, data) if source))
+        check_output(output, overwrite, tuple(local_path(source) for source in (model, data) if source))
         report = run(options, Console(stderr=True) if as_json else Console())
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, verbose)

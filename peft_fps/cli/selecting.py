@@ -14,6 +14,7 @@ from peft_fps.cli.models import interpolates, load_model, load_processor, upstre
 from peft_fps.cli.options import DEFAULT_MODEL, FinetuneOptions
 from peft_fps.cli.pixels import Collator, ImageSplit, prepare, two_views
 from peft_fps.cli.run import write_json
+from peft_fps.cli.timm_models import weights_of
 from peft_fps.cli.train import calibration_loader, worker_count
 
 
@@ -37,7 +38,8 @@ def select(options: FinetuneOptions, console: Console) -> SelectionReport:
     stopwatch, name = Stopwatch(console), options.model or str(DEFAULT_MODEL)
     with stopwatch.stage("load"):
         data = load_images(options.data, options.seed, options.image_column, options.label_column)
-        base, processor = load_model(name, data.classes, options.seed), load_processor(name, options.image_size)
+        base = load_model(name, data.classes, options.seed, options.image_size)
+        processor, weights = load_processor(name, options.image_size), weights_of(base)
         split = ImageSplit(data.train, processor)
         views = two_views(processor) if config.loss == "contrastive" else None
         limit = options.calibration_batches
@@ -51,7 +53,9 @@ def select(options: FinetuneOptions, console: Console) -> SelectionReport:
         report: SelectionReport = model.calibrate(loader, num_batches=limit, views=views)
     with written_whole(options.output) as folder:
         Selection.of(model).save(folder / SELECTION)
-        write_json(folder / REPORT, {"model": name, "options": _chosen(options)} | report.to_dict())
+        write_json(
+            folder / REPORT, {"model": name, "weights": weights, "options": _chosen(options)} | report.to_dict()
+        )
     return report
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from peft_fps.presets import recipe_line
@@ -19,6 +20,8 @@ def summary(results: dict[str, Any]) -> Table:
     preset = results["options"]["preset"]
     if preset is not None:
         table.add_row("preset", preset)
+    if results["weights"] is not None:
+        table.add_row("base model", escape(f"{results['model']}  ({results['weights']})"))
     table.add_row("selected by", results["selection"]["method"])
     table.add_row("recipe", recipe_line(results["recipe"]))
     table.add_section()

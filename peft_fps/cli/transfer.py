@@ -17,7 +17,11 @@ WHAT, HOW, MACHINE = "What is compared", "How it is trained", "Machine"
 
 ModelFlag = Annotated[
     str,
-    typer.Option(metavar="FOLDER|HUB_ID", help="A pre-trained image classification model.", rich_help_panel=WHAT),
+    typer.Option(
+        metavar="FOLDER|HUB_ID|timm:NAME",
+        help="A pre-trained image classification model; timm:NAME as in peft-fps finetune.",
+        rich_help_panel=WHAT,
+    ),
 ]
 TasksFlag = Annotated[
     Path,

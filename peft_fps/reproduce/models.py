@@ -1,8 +1,5 @@
 """The pre-trained model of a recipe: whether it can be loaded, how large its images are, how they are normalised."""
 
-import json
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,36 +7,6 @@ from transformers import PreTrainedModel
 from peft_fps.cli.models import interpolates, load_model, load_processor
 from peft_fps.reproduce.drop_path import add_drop_path
 from peft_fps.reproduce.recipes import NORMALISATION
-
-
-INSTALL = 'pip install "peft-fps[reproduce]"'
-
-
-def check_timm(name: str) -> None:
-    """Refuse a timm model where timm cannot be imported.
-
-    Raises:
-        ImportError: says how to install it.
-    """
-    if not is_timm(name):
-        return
-    try:
-        import_module("timm")
-    except (ImportError, RuntimeError) as error:  # torchvision made for another build of torch raises the latter
-        raise ImportError(
-            f"--model is {name!r}, a timm model, and timm cannot be imported ({error}). Install it with `{INSTALL}` "
-            "and see that torchvision is of the same build as torch (both for the CPU or both for one CUDA version); "
-            "or give a --model of transformers."
-        ) from error
-
-
-def is_timm(name: str) -> bool:
-    """Return whether a model is timm's, as its name on the Hub or its config in a folder tells."""
-    file = Path(name).expanduser() / "config.json"
-    if file.is_file():
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-        return "pretrained_cfg" in config or config.get("model_type") == "timm_wrapper"
-    return name.startswith("timm/")
 
 
 def prepared_model(

@@ -12,11 +12,12 @@ from peft_fps.cli.options import ADAPTER, RESULTS
 from peft_fps.cli.pixels import Collator, prepare, two_views
 from peft_fps.cli.predict import Predictor
 from peft_fps.cli.run import accuracy, write_json
+from peft_fps.cli.timm_names import check_timm
 from peft_fps.cli.train import calibration_loader, worker_count
 from peft_fps.reproduce.data import load_task
 from peft_fps.reproduce.deviations import deviations
 from peft_fps.reproduce.mixing import MixingCollator
-from peft_fps.reproduce.models import check_timm, normalisation, prepared_model
+from peft_fps.reproduce.models import normalisation, prepared_model
 from peft_fps.reproduce.options import ReproduceOptions
 from peft_fps.reproduce.recipes import NORMALISATION, training_images
 from peft_fps.reproduce.training import (

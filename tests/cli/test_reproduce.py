@@ -223,12 +223,12 @@ def test_an_output_folder_that_is_not_empty(tmp_path, tiny_model):
 
 
 def test_the_papers_model_without_timm(tmp_path, monkeypatch):
-    from peft_fps.reproduce import models
+    from peft_fps.cli import timm_names
 
     def fail(name):
         raise ImportError("No module named 'timm'")
 
-    monkeypatch.setattr(models, "import_module", fail)
+    monkeypatch.setattr(timm_names, "import_module", fail)
     result = run("vtab-1k", "--task", "dtd", "--data", write_vtab(tmp_path / "x"), "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert 'Install it with `pip install "peft-fps[reproduce]"`' in result.output

@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
+from peft_fps.cli import timm_names
+from peft_fps.cli.timm_names import check_timm, is_timm
 from peft_fps.reproduce import models
 from peft_fps.reproduce.drop_path import DropPath
-from peft_fps.reproduce.models import check_timm, is_timm, model_size, normalisation, prepared_model
+from peft_fps.reproduce.models import model_size, normalisation, prepared_model
 
 
 PAPERS = "timm/vit_base_patch16_224.augreg_in21k"
@@ -32,7 +34,7 @@ def test_without_timm_its_models_are_refused_with_the_command_to_install_it(monk
     def fail(name):
         raise error
 
-    monkeypatch.setattr(models, "import_module", fail)
+    monkeypatch.setattr(timm_names, "import_module", fail)
     with pytest.raises(ImportError, match=r'pip install "peft-fps\[reproduce\]"') as caught:
         check_timm(PAPERS)
     assert str(error) in str(caught.value)
@@ -42,7 +44,7 @@ def test_without_timm_its_models_are_refused_with_the_command_to_install_it(monk
 
 def test_timms_models_are_let_through_where_it_is_installed(monkeypatch):
     asked = []
-    monkeypatch.setattr(models, "import_module", asked.append)
+    monkeypatch.setattr(timm_names, "import_module", asked.append)
     check_timm(PAPERS)
     assert asked == ["timm"]
 

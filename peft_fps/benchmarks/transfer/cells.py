@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_fps.cli.timm_names import timm_name
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -31,7 +33,9 @@ class Setting:
 
     def comparable(self) -> dict[str, Any]:
         """Return what results depend on, as plain data: not in which folders model and tasks lie."""
-        found = asdict(self) | {"model": Path(self.model).name}
+        named = timm_name(self.model)
+        model = Path(self.model).name if named is None else named.without_folder
+        found = asdict(self) | {"model": model}
         return {key: value for key, value in found.items() if key != "tasks"}
 
 

@@ -97,7 +97,7 @@ def selected(cell: Cell, setting: Setting) -> Selection:
     """
     arm, task = ARMS[cell.method], load_task(cell.task, setting)
     set_seed(cell.seed)
-    base = load_model(setting.model, task.classes, cell.seed)
+    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
     config = arm.build(base, cell.share, cell.seed) if arm.build and arm.budgeted else None
     if not isinstance(config, FPSConfig):
         raise ValueError(f"--methods has {cell.method!r}, which selects no entries, expected methods of this package.")

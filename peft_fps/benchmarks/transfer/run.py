@@ -53,7 +53,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     if cell.learning_rate is None:
         return _linear_head(cell, setting, task)
     set_seed(cell.seed)
-    base = load_model(setting.model, task.classes, cell.seed)
+    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
     backbone = count_base_parameters(base)
     collator = Collator(interpolates(base))
     head = sum(p.numel() for p in classifier(base).parameters())
@@ -198,7 +198,7 @@ def _file_bytes(model: nn.Module) -> int:
 
 def _linear_head(cell: Cell, setting: Setting, task: Task) -> Record:
     """Fit a logistic regression on the frozen features, which are the same in every epoch and computed once."""
-    base = load_model(setting.model, task.classes, cell.seed)
+    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
     predictor = Predictor(torch.device("cpu"), setting.batch_size, Collator(interpolates(base)), workers=0)
     head, start = classifier(base), time.perf_counter()
     features = {part: predictor.features(base, head, task.splits[part], part) for part in PARTS}
