@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.deriving import renew_after_loading
+from peft_fps.deriving import Derived, renew_after_loading
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.mixed_batch import BASE, by_adapter, check_samples
@@ -28,6 +28,10 @@ class AdaptedLayer(nn.Module, FPSLayer):
         self._setup(base_layer, module_path, layer_shape(base_layer))
         self.in_features, self.out_features = self._features()
         self.register_load_state_dict_post_hook(renew_after_loading)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is derived stays behind: a copy, or another process, checks the tensors anew
+        return super().__getstate__() | {"_derived": {name: Derived() for name in self._derived}, "_united": {}}
 
     def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""
