@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from peft_fps.latest import version
 from peft_fps.selection import LayerShape
+from peft_fps.sharded import is_sharded
 from peft_fps.sparse import Structure, build_structure, is_jit_tracing, unite_structures
 
 
@@ -55,12 +56,12 @@ class DerivingLayer:
     _derived: dict[str, Derived]
     _united: dict[tuple[str, ...], tuple[list[Structure], Structure, Tensor]]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # derived data: a copy, or another process, checks the tensors anew and derives it again
-        return self.__dict__ | {"_derived": {name: Derived() for name in self._derived}, "_united": {}}
-
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's trained tensors."""
         raise NotImplementedError
 
     def structure(self, adapter_name: str) -> Structure:
@@ -144,7 +145,9 @@ class DerivingLayer:
 def renew_after_loading(layer: DerivingLayer, incompatible_keys: Any) -> None:
     """Hook on `load_state_dict`: the new tensors of active adapters are checked, and serve compiled forwards too."""
     for name, derived in layer._derived.items():
-        if derived.known is not None or name in layer.active_adapters:
+        if any(is_sharded(parameter) for parameter in layer.adapter_parameters(name)):
+            derived.known = None  # to look at it now might wait for processes that load nothing
+        elif derived.known is not None or name in layer.active_adapters:
             layer.renew(name)
 
 

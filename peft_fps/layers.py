@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.deriving import renew_after_loading
+from peft_fps.deriving import Derived, renew_after_loading
 from peft_fps.inputs import keep_input
 from peft_fps.merging import unmerged_copy
 from peft_fps.mixed_batch import BASE, by_adapter, check_samples, names_for
@@ -39,6 +39,7 @@ class AdaptedLayer(nn.Module, FPSLayer):
         self._overridden = overrides_forward(base_layer)
         self.register_load_state_dict_post_hook(renew_after_loading)
 
+<<<<<<< HEAD
     def __getattr__(self, name: str) -> Any:
         """Return a submodule, or what the base layer has under a public name: models read it off their layers."""
         try:
@@ -53,6 +54,11 @@ class AdaptedLayer(nn.Module, FPSLayer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.make_room(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+=======
+    def __getstate__(self) -> dict[str, Any]:
+        # what is derived stays behind: a copy, or another process, checks the tensors anew
+        return super().__getstate__() | {"_derived": {name: Derived() for name in self._derived}, "_united": {}}
+>>>>>>> compile
 
     def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""

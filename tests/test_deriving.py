@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +285,14 @@ def test_nothing_is_derived_before_it_is_needed() -> None:
     model = get_peft_model(small_vit(), FPSConfig(per_neuron=2))
     model.calibrate(image_batches(), progress=False)
     assert all(layer._derived["default"].known is None for layer in layers_of(model).values())
+
+
+def test_copies_derive_anew() -> None:
+    model, x = adapted(tiny_mlp()), normal(3, 10)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(layer._derived["default"].known is None for layer in layers_of(twin).values())
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
 
 
 def test_a_gradient_penalty_through_a_whole_model() -> None:
