@@ -39,7 +39,6 @@ class AdaptedLayer(nn.Module, FPSLayer):
         self._overridden = overrides_forward(base_layer)
         self.register_load_state_dict_post_hook(renew_after_loading)
 
-<<<<<<< HEAD
     def __getattr__(self, name: str) -> Any:
         """Return a submodule, or what the base layer has under a public name: models read it off their layers."""
         try:
@@ -54,11 +53,10 @@ class AdaptedLayer(nn.Module, FPSLayer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.make_room(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-=======
+
     def __getstate__(self) -> dict[str, Any]:
         # what is derived stays behind: a copy, or another process, checks the tensors anew
         return super().__getstate__() | {"_derived": {name: Derived() for name in self._derived}, "_united": {}}
->>>>>>> compile
 
     def _apply_adapters(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Add the changes of the active adapters, or for each sample those of the one that `adapter_names` says."""
