@@ -52,8 +52,9 @@ class FPSConfig(PeftConfig):
 
     Args:
         budget: largest share of the base model's parameters that the adapter may train, selected entries and bias
-            deltas together; the head and output embeddings are left out on both sides. Never exceeded, and used up to less than one
-            entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone (BitFit).
+            deltas together; the head and output embeddings are left out on both sides. Never exceeded, and used up to
+            less than one entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone
+            (BitFit).
         per_neuron: the other way to say it: entries per output neuron, K in the papers. Need not be whole; above a
             neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
         importance: score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data.
