@@ -18,8 +18,21 @@ from peft_fps.cli.timm_names import TimmName, check_timm_name, timm_name
 
 logger = logging.getLogger(__name__)
 
-LOCAL = ("file", "state_dict", "source", "label_offset")
-"""Of timm's description of weights: where they were on this machine, and how they were read."""
+READING = ("file", "state_dict", "source", "label_offset", "custom_load", "num_classes")
+ORIGIN = (
+    "tag",
+    "url",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "license",
+    "description",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+)
+"""Of timm's description of weights: how they were read, and where published ones are from."""
+
+PUBLISHED = ", published by timm"
 
 MESSAGE = 400
 """Characters of an error of timm's that are shown; it may name every weight there is."""
@@ -51,7 +64,7 @@ def build_timm(name: str, classes: list[str], seed: int, image_size: int | None)
         source, weights = _pretrained(parts, name, arguments, seed)
         described = {
             "architecture": parts.model,
-            "pretrained_cfg": _described(source.pretrained_cfg, image_size),
+            "pretrained_cfg": _described(source.pretrained_cfg, image_size, published=weights.endswith(PUBLISHED)),
             "model_args": arguments or None,
         }
         config = TimmWrapperConfig.from_dict(
@@ -124,14 +137,15 @@ def _pretrained(parts: TimmName, name: str, arguments: dict[str, Any], seed: int
     published, create_model = models.get_pretrained_cfg(parts.model), models.create_model
     try:
         if parts.file is not None:
-            number = _file_classes(parts.file, published.classifier)
-            read = {"file": str(parts.file), "custom_load": False, "num_classes": number, "label_offset": 0}
+            state = _read(parts.file)
+            number = _classes(state, _classifiers({"classifier": published.classifier}))
+            read = {"state_dict": state, "custom_load": False, "num_classes": number, "label_offset": 0}
             overlay = {"pretrained_cfg_overlay": read, "num_classes": number}
             return create_model(parts.model, pretrained=True, **overlay, **arguments), f"from {parts.file}"
         why = "timm publishes none of this model"
         if published.has_weights:
             try:
-                return create_model(parts.model, pretrained=True, **arguments), f"{published.tag}, published by timm"
+                return create_model(parts.model, pretrained=True, **arguments), published.tag + PUBLISHED
             except OSError as error:
                 logger.debug("no weights of %s: %s", parts.model, error)
             why = "those that timm publishes are not in the local cache and could not be fetched"
@@ -150,15 +164,15 @@ def _size_arguments(model: str, image_size: int | None) -> dict[str, Any]:
     return {"img_size": image_size} if fixed else {}
 
 
-def _file_classes(file: Path, classifier: Any) -> int:
-    """Number of classes of the head in a file; 0 if it holds none."""
+def _read(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of timm's, or of transformers' wrapper."""
     state: dict[str, Tensor] = import_module("timm.models").load_state_dict(str(file))
-    sizes = [
-        state[f"{head}.weight"].shape[0]
-        for head in _classifiers({"classifier": classifier})
-        if f"{head}.weight" in state
-    ]
-    return sizes[0] if sizes else 0
+    return {key.removeprefix("timm_model."): tensor for key, tensor in state.items()}
+
+
+def _classes(state: dict[str, Tensor], heads: tuple[str, ...]) -> int:
+    """Number of classes of the head among the weights; 0 if there is none."""
+    return next((state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state), 0)
 
 
 def _classifiers(described: dict[str, Any]) -> tuple[str, ...]:
@@ -167,7 +181,8 @@ def _classifiers(described: dict[str, Any]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _described(pretrained: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """timm's description of weights as it is to be saved, for images of a size."""
-    kept = {key: value for key, value in pretrained.items() if key not in LOCAL}
+def _described(pretrained: dict[str, Any], image_size: int | None, published: bool = True) -> dict[str, Any]:
+    """timm's description of weights as it is to be saved: for images of a size, with an origin if it is theirs."""
+    dropped = READING if published else READING + ORIGIN
+    kept = {key: value for key, value in pretrained.items() if key not in dropped}
     return kept | ({"input_size": [3, image_size, image_size]} if image_size is not None else {})

@@ -74,6 +74,27 @@ def test_weights_of_a_file_whatever_its_head(tmp_path, name, number, suffix, cap
     assert not caplog.records
 
 
+def test_the_file_of_a_saved_wrapper_is_one_too(tmp_path):
+    first = load_model(f"timm:{TRANSFORMER}", CLASSES, seed=0)
+    first.save_pretrained(tmp_path)
+    again = load_model(f"timm:{TRANSFORMER}@{tmp_path}/model.safetensors", ["no", "yes"], seed=1, image_size=64)
+    state = again.timm_model.state_dict()
+    assert torch.equal(state["blocks.0.attn.qkv.weight"], first.timm_model.blocks[0].attn.qkv.weight)
+
+
+def test_an_origin_is_that_of_the_weights(tmp_path, monkeypatch):
+    file = tmp_path / "weights.pth"
+    torch.save(timm_model(CONVOLUTIONS).state_dict(), file)
+    for name in (f"timm:{CONVOLUTIONS}", f"timm:{CONVOLUTIONS}@{file}"):
+        described = load_model(name, CLASSES, seed=0).config.pretrained_cfg
+        assert not {"tag", "hf_hub_id", "url", "file", "state_dict"} & described.keys()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *a, **o: torch.load(file))
+    model = load_model(f"timm:{CONVOLUTIONS}", CLASSES, seed=0)
+    assert weights_of(model) == "r160_in1k, published by timm"
+    assert model.config.pretrained_cfg["tag"] == "r160_in1k"
+    assert torch.equal(model.timm_model.layer1[0].conv1.weight, torch.load(file)["layer1.0.conv1.weight"])
+
+
 def test_without_weights_they_are_random_by_the_seed_and_that_is_said(caplog):
     before = torch.get_rng_state()
     first, again, other = (load_model(f"timm:{CONVOLUTIONS}", CLASSES, seed) for seed in (0, 0, 1))

@@ -18,6 +18,7 @@ from peft_fps.benchmarks.transfer.store import Store
 from peft_fps.benchmarks.transfer.table import fill as fill_table
 from peft_fps.benchmarks.transfer.tasks import task_names
 from peft_fps.cli.measure import versions
+from peft_fps.cli.timm_names import check_timm_name
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[Table], list[Path]]:
     if not 0 < setting.tuned_share <= 1:
         raise ValueError(f"--tuned-share is {setting.tuned_share}, expected a share above 0 and up to 1.")
     if fill:
+        check_timm_name("--model", setting.model)
         tasks = chosen_tasks(setting, options.only)
         store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()})
         fill_table(tasks, rows, options.seeds, setting, store, options.jobs)
@@ -89,6 +91,7 @@ def run_overlap(
     """
     tasks = chosen_tasks(setting, only)
     check_method("--reference", reference)
+    check_timm_name("--model", setting.model)
     if not 0 < share <= 1:
         raise ValueError(f"--budget is {share}, expected a share above 0 and up to 1.")
     rows = [method for method, _ in table_rows([reference, *methods], [str(share)])]
