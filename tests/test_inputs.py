@@ -831,9 +831,21 @@ def test_evaluation_notes_nothing(choice: str, middle: str):
     assert [vars(y) for y in states] == [{}, {}]
 
 
+def penalty(model: nn.Module, x: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad(loss(model, x), x, create_graph=True)
+    return slope.square().sum()
+
+
+@pytest.mark.parametrize("choice", ["rebuild", "columns"])
+def test_a_penalty_on_the_gradient_of_inputs(choice: str):
+    model = wrapped(choice, "layer-norm")
+    torch.testing.assert_close(gradients(model, penalty), dense_gradients(model, penalty), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_second_derivative_is_refused(choice: str):
-    model, x = wrapped(choice, "layer-norm"), inputs()
-    (first,) = torch.autograd.grad(loss(model, x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+def test_a_second_derivative_of_the_values_is_refused(choice: str):
+    model = wrapped(choice, "layer-norm")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first = torch.autograd.grad(loss(model, inputs()), trained, create_graph=True)
+    with pytest.raises(ValueError, match="fps_values is differentiated again"):
+        sum(gradient.sum() for gradient in first).backward()
