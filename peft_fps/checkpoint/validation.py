@@ -99,7 +99,7 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
                 f"modules named in modules_to_save; base weights are never loaded from an adapter. {REMEDY}"
             )
         found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-        if tensor.dim() and found[1:] == wanted[1:] and found[0] != wanted[0]:
+        if found[:1] != wanted[:1] and found[1:] == wanted[1:] and len(found) == len(wanted):
             raise ValueError(
                 f"{_plain(key)}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
                 f"the model's (shape {wanted}). Load the base model with as many classes as the adapter was trained "
