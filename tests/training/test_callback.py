@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import yaml
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, default_data_collator
+from transformers.training_args import ParallelMode
 
 from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.training import callback as module
@@ -436,3 +438,12 @@ def test_other_evaluations_do_not_take_the_place_of_the_trainers(tmp_path: Path)
     run.evaluate(metric_key_prefix="test")
     model.save_pretrained(tmp_path / "end")
     assert [metric["name"] for metric in results(tmp_path / "end")] == ["loss after 0 training steps"]
+
+
+def test_sizes_that_data_parallel_training_holds_fixed_are_not_changed_silently() -> None:
+    model, callback = uncalibrated(granularity="model"), FPSCallback()
+    settings: Any = SimpleNamespace(parallel_mode=ParallelMode.DISTRIBUTED, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"calibration has changed how many entries.*model.calibrate.*before the Tra"):
+        callback.on_train_begin(settings, TrainerState(), TrainerControl(), model=model, train_dataloader=BATCHES)
+    model = uncalibrated(granularity="neuron")
+    callback.on_train_begin(settings, TrainerState(), TrainerControl(), model=model, train_dataloader=BATCHES)
