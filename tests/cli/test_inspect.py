@@ -168,11 +168,13 @@ def test_what_is_no_fps_adapter_is_refused(tmp_path: Path, adapter: Path) -> Non
 
 
 def test_strange_records_are_no_tracebacks(adapter: Path) -> None:
-    edit_config(adapter, auto_mapping=["os", "system"], base_model_name_or_path=5, revision="[bold]")
-    assert json.loads(run("inspect", adapter, "--json").stdout)["base_model"]["class"] is None
+    edit_config(adapter, auto_mapping={"base_model_class": 5}, base_model_name_or_path="5", revision="[bold]")
     assert "5, revision [bold]" in run("inspect", adapter).stdout
-    assert "does not record its base model" in check_user_error(run("merge", adapter, "--output", adapter / "out"))
-    edit_config(adapter, calibration={"combination": "ties", "adapters": 5})
+    edit_config(adapter, auto_mapping=["os", "system"], base_model_name_or_path=5)
+    assert json.loads(run("inspect", adapter, "--json").stdout)["base_model"]["class"] is None
+    assert run("inspect", adapter).exit_code == 1
+    check_user_error(run("merge", adapter, "--output", adapter / "out"))
+    edit_config(adapter, auto_mapping=None, base_model_name_or_path=None, calibration={"combination": "ties", "adapters": 5})
     check_user_error(run("inspect", adapter))
 
 
