@@ -80,7 +80,9 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     _warn_of_packed_experts(model, config)
     heads = output_head(model)
     inside = tuple(f"{head}." for head in heads)
-    skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    # the latter is what other adapters train whole
+    apart = (nn.MultiheadAttention, AuxiliaryTrainingWrapper)
+    skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, apart))
     found = {
         name: module
         for name, module in named_base_modules(model)
@@ -138,7 +140,8 @@ def _warn_of_packed_experts(model: nn.Module, config: FPSConfig) -> None:
 def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
     """Return the names of all LayerNorms with a bias outside the output head; `layers_to_transform` limits them."""
     heads = output_head(model)
-    inside = tuple(f"{head}." for head in heads)
+    wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    inside = tuple(f"{head}." for head in [*heads, *wholes])
     return {
         name
         for name, module in named_base_modules(model)

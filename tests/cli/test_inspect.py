@@ -174,7 +174,8 @@ def test_strange_records_are_no_tracebacks(adapter: Path) -> None:
     assert json.loads(run("inspect", adapter, "--json").stdout)["base_model"]["class"] is None
     assert run("inspect", adapter).exit_code == 1
     check_user_error(run("merge", adapter, "--output", adapter / "out"))
-    edit_config(adapter, auto_mapping=None, base_model_name_or_path=None, calibration={"combination": "ties", "adapters": 5})
+    plain = {"auto_mapping": None, "base_model_name_or_path": None}
+    edit_config(adapter, calibration={"combination": "ties", "adapters": 5}, **plain)
     check_user_error(run("inspect", adapter))
 
 
