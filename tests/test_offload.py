@@ -245,7 +245,7 @@ print(sum(p.numel() * p.element_size() for p in base.parameters()), held, larges
 
 @pytest.mark.parametrize(("budget", "low"), [(0.0077, False), (0.1, True)], ids=["", "low-memory"])
 def test_loading_takes_the_memory_of_the_adapter_and_not_of_the_base(budget: float, low: bool, tmp_path: Path) -> None:
-    """Tensors as they are read, as they are kept, and room for them in between."""
+    """Tensors as they are read and kept, where their entries lie, and room for them in between."""
     quiet = {
         "KINETO_LOG_LEVEL": "99",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -257,4 +257,4 @@ def test_loading_takes_the_memory_of_the_adapter_and_not_of_the_base(budget: flo
     assert base > 95e6
     assert held > 8 * 0.8 * budget * base / 4  # a value and a column of four bytes each
     assert held < largest + 1e6, "the profiler missed what was allocated"
-    assert largest < 3 * held
+    assert largest < 5 * held

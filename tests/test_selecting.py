@@ -471,11 +471,12 @@ def test_success_changes_the_adapter_only():
     model = fresh(tiny_vit()).train()
     before = {name: bits(tensor) for name, tensor in model.state_dict().items() if "fps_" not in name}
     flags = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+    hooks = {name: list(module._forward_pre_hooks) for name, module in model.named_modules()}
     model.calibrate(image_batches(), progress=False)
     assert {name: bits(tensor) for name, tensor in model.state_dict().items() if "fps_" not in name} == before
     assert {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert {name: list(module._forward_pre_hooks) for name, module in model.named_modules()} == hooks
 
 
 def test_disabled_adapters_stay_disabled():

@@ -231,7 +231,9 @@ TENSORS: dict[str, Tampering] = {
     "matrix of values": _tensor(VALUES, lambda x: x[None], r"fps_values has shape \(1, 108\), expected \(108,\)"),
     "bias one short": _tensor(BIAS, lambda x: x[:-1], r"fps_bias has shape \(31,\), expected \(32,\)"),
     "bias one long": _tensor(BIAS, lambda x: torch.cat([x, x[:1]]), r"fps_bias has shape \(33,\), expected \(32,\)"),
-    "head of other shape": _tensor("weight", lambda x: x[:-1], r"\(4, 32\), expected \(5, 32\)", "classifier"),
+    "head of other shape": _tensor(
+        "weight", lambda x: x[:-1], r"has 4 outputs \(shape \(4, 32\)\), expected 5 .*\(5, 32\)", "classifier"
+    ),
     "head of integers": _tensor("bias", lambda x: x.int(), "dtype torch.int32, expected a floating", "classifier"),
     "module renamed": Tampering(
         _rename("vit.layers.0.attention.q_proj", "vit.layers.7.attention.q_proj"),

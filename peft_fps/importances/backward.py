@@ -131,9 +131,12 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
             "shortlist of the largest entries cannot serve these."
         )
     by_neuron = config.granularity in ("neuron", "block")
-    held = {path: layer.fps_values[request.adapter_name].numel() for path, layer in layers.items()}
+    name = request.adapter_name
     # a module that an earlier calibration did not reach has none, and may get some now
-    entries = {path: number or layers[path].shape.neurons for path, number in held.items()}
+    entries = {
+        path: layer.fps_values[name].numel() if layer.carries(name) else layer.shape.neurons
+        for path, layer in layers.items()
+    }
     if config.granularity in ("model", "block"):
         # only their sum counts; how an earlier calibration has spread them must not bind this one
         total, neurons = sum(entries.values()), sum(layer.shape.neurons for layer in layers.values())

@@ -486,20 +486,14 @@ class Unreached(nn.Module):
 @pytest.mark.parametrize("accumulators", ["device", "streaming"])
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
 def test_modules_without_gradients(granularity: str, accumulators: Any, importance: str):
-    base, batches = Unreached(), pairs((4, 6), 5)
-    magnitude = {name: getattr(base, name).weight.detach().abs() for name in ("idle", "used", "cut")}
     model = fresh(Unreached(), per_neuron=2, importance=importance, granularity=granularity)
-    named = r"2 of 3 modules got no gradient.*by weight magnitude: idle, cut\."
+    named = r"2 of 3 modules got no gradient.*will not be trained: idle, cut\."
     with pytest.warns(UserWarning, match=named) as caught:
-        model.calibrate(batches, progress=False, accumulators=accumulators)
+        model.calibrate(pairs((4, 6), 5), progress=False, accumulators=accumulators)
     assert len(caught) == 1
     found = selection_of(model)
-    if granularity == "model":  # they come last, and all 30 entries fit into the other one
-        assert found == {"idle": [[]] * 5, "used": [list(range(6))] * 5, "cut": [[]] * 5}
-        return
-    for name in ("idle", "cut"):
-        scores = {name: magnitude[name].tolist()}
-        assert found[name] == naive_selection(scores, 2, granularity)[name]
+    assert (found["idle"], found["cut"]) == ([[]] * 5, [[]] * 5)
+    assert sum(map(len, found["used"])) == 2 * 5
 
 
 def test_a_model_that_no_gradient_reaches_is_refused():
