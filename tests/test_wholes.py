@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from tests.helpers import adapted, bits, config, images, layers_of, tiny_gpt2, tiny_mlp, tiny_vit, tokens, unchanged
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:classifier. part of the model's output head:UserWarning")
+
+
 class Two(nn.Module):
     """A part whose path ends with another's name, a container, and a part that holds others."""
 
@@ -30,7 +33,6 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
     "one of two is no module": (tiny_gpt2, ["wte", "score"], "names 'score', expected the path"),
     "an end that begins at no dot": (tiny_vit, ["ssifier"], "names 'ssifier', expected the path"),
     "an expression": (tiny_vit, ["class.*"], "names 'class"),
-    "a container": (Two, ["parts"], "parts is to be trained whole .*, but is a ModuleList"),
     "one within the other": (Two, ["body", "body.1"], "body.1 and body, in which it lies, are both"),
     "part of a layer that will carry the adapter": (tiny_vit, ["classifier", "layer"], "names 'layer', expected"),
 }
@@ -45,11 +47,17 @@ def test_a_name_that_cannot_be_trained_whole_is_refused(case: str) -> None:
     assert not hasattr(model, "peft_config")
 
 
-def test_a_name_that_is_also_a_part_of_the_adapters_own_layers_is_refused() -> None:
+def test_a_name_means_no_part_of_the_adapters_own_layers() -> None:
     model = nn.ModuleDict({"layer": nn.Linear(3, 3), "first": nn.Linear(3, 3)})
-    says = r"names 'layer', which is also the end of first.base_layer, a part of the adapter's own"
-    with unchanged(model), pytest.raises(ValueError, match=says):
-        get_peft_model(model, config(target_modules=["first"], modules_to_save=["layer"]))
+    adapter = get_peft_model(model, config(target_modules=["first"], modules_to_save=["layer"]))
+    wrapped = {path for path, module in adapter.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"}
+    assert wrapped == {"base_model.model.layer"}
+
+
+def test_a_container_means_its_members() -> None:
+    model = get_peft_model(Two(), config(modules_to_save=["parts"]))
+    wrapped = {path for path, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"}
+    assert wrapped == {"base_model.model.parts.0"}
 
 
 @pytest.mark.parametrize("names", [["wte"], ["h.0.ln_1", "ln_f"], ["lm_head"], ["mlp"], ["transformer.h.0"]])
@@ -74,12 +82,10 @@ def test_names_that_peft_enters_for_a_task_need_not_be_there(task_type: Any, tmp
     assert bits(loaded(pixel_values=images()).logits) == bits(model.eval()(pixel_values=images()).logits)
 
 
-def test_a_module_that_peft_takes_along_is_named_and_trained_once() -> None:
-    model = Two()
-    with pytest.warns(UserWarning, match=r"^side_head: trained and saved whole as well.*\['head'\]"):
-        model = get_peft_model(model, config(modules_to_save=["head"]))
-    assert layers_of(model).keys() == {"body.0", "body.1", "parts.0"}
-    assert "side_head.modules_to_save.default.weight" in model.base_model.model.state_dict()
+def test_a_module_whose_path_ends_alike_but_not_behind_a_dot_is_another_one() -> None:
+    model = get_peft_model(Two(), config(modules_to_save=["head"]))
+    assert layers_of(model).keys() == {"body.0", "body.1", "parts.0", "side_head"}
+    assert "head.modules_to_save.default.weight" in model.base_model.model.state_dict()
 
 
 # --- beside other adapters ------------------------------------------------------------------------------------------
@@ -94,7 +100,7 @@ BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "its base": (
         {"target_modules": ["q_proj"]},
         {"target_modules": ["fc1"], "modules_to_save": ["q_proj.base_layer"]},
-        r"q_proj.base_layer is to be trained whole .*, but is a part of an adapter in \S+q_proj,",
+        r"names 'q_proj.base_layer', expected the path",
     ),
     "around a layer with changes": (
         {"target_modules": ["q_proj"]},
@@ -109,12 +115,12 @@ BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "within a module trained whole": (
         {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
         {"target_modules": ["k_proj"], "modules_to_save": ["fc1"]},
-        r"fc1 is to be trained whole .*, but is a part of an adapter in \S+mlp,",
+        "names 'fc1', expected the path",
     ),
     "the original": (
         {"target_modules": ["q_proj"]},
         {"target_modules": ["k_proj"], "modules_to_save": ["classifier.original_module"]},
-        "classifier.original_module is to be trained whole .*, but is a part of an adapter in classifier,",
+        "names 'classifier.original_module', expected the path",
     ),
     "the other adapter's name": (
         {"target_modules": ["q_proj"]},

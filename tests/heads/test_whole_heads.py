@@ -310,8 +310,6 @@ def test_another_number_of_classes_is_refused_in_one_sentence(door: str, tmp_pat
 
 def test_a_module_with_an_adapter_cannot_be_trained_whole() -> None:
     model = adapted(tiny_vit(), "first")
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"q_proj is to be trained whole .* carries sparse changes of an"),
-    ):
+    message = "q_proj is to be trained whole .* carries sparse changes of an"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         model.add_adapter("second", config(target_modules=["fc1"], modules_to_save=["q_proj"]))

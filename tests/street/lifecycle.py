@@ -50,8 +50,8 @@ def run(case: Case, folder: Path) -> None:
         model = get_peft_model(base, FPSConfig(**config))
         model.calibrate([batch], progress=False, loss=loss_of)
     said = " ".join(str(warning.message) for warning in caught if warning.category is UserWarning)
-    assert ("will not be trained" in said) == case.idle, said
-    assert ("left out of the targets" in said) == case.left_out, said
+    assert ("will not be trained" in said) == case.idle, f"said while it was made: {said}"
+    assert ("left out of the targets" in said) == case.left_out, f"said while it was made: {said}"
     before = everything(plain)
 
     train(model, batch)

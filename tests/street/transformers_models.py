@@ -112,8 +112,6 @@ IMAGES: dict[str, Case] = {
     "siglip": Case(
         of("SiglipForImageClassification", "SiglipConfig", text_config=TEXT, vision_config=CLIP_VISION, num_labels=3),
         pixels(),
-        idle=True,  # the pooling head of the tower, which classification does not use
-        left_out=False,
     ),
     "segformer": Case(
         of(
@@ -140,11 +138,11 @@ IMAGES: dict[str, Case] = {
         of(
             "DPTForDepthEstimation",
             "DPTConfig",
-            backbone_out_indices=[0, 1, 0, 1],
+            backbone_out_indices=[0, 1, 2, 3],
             neck_hidden_sizes=[8, 8, 8, 8],
             fusion_hidden_size=8,
             is_hybrid=False,
-            **VISION,
+            **(VISION | {"num_hidden_layers": 4}),
         ),
         pixels(),
     ),
