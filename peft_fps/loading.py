@@ -120,7 +120,7 @@ def load_state(
         modules, others = _split(model, state_dict)
         absent = [] if config.from_file or not modules else [path for path in expected if path not in modules]
         carrying = {path for path, (_, layer) in by_path.items() if layer.carries(adapter_name)}
-        if not config.from_file and modules.keys() != carrying:
+        if not config.from_file and modules.keys() != carrying and modules.keys() <= expected.keys():
             expected, free = _as_reached(absent, modules, by_path, adapter_name), False
         check_adapter_tensors(modules, expected, total_only=free)
         current = model.state_dict()
