@@ -112,6 +112,7 @@ IMAGES: dict[str, Case] = {
     "siglip": Case(
         of("SiglipForImageClassification", "SiglipConfig", text_config=TEXT, vision_config=CLIP_VISION, num_labels=3),
         pixels(),
+        unused=r"vision_model\.head",  # pools, for others than the classifier
     ),
     "segformer": Case(
         of(
@@ -145,6 +146,7 @@ IMAGES: dict[str, Case] = {
             **(VISION | {"num_hidden_layers": 4}),
         ),
         pixels(),
+        unused=r"layers\.0\.residual_layer1",  # there is nothing to add it to
     ),
     "videomae": Case(
         of("VideoMAEForVideoClassification", "VideoMAEConfig", num_frames=2, tubelet_size=2, **VISION),
