@@ -135,19 +135,6 @@ IMAGES: dict[str, Case] = {
         of("YolosForObjectDetection", "YolosConfig", num_detection_tokens=4, **(VISION | {"image_size": [32, 32]})),
         pixels(),
     ),
-    "dpt": Case(
-        of(
-            "DPTForDepthEstimation",
-            "DPTConfig",
-            backbone_out_indices=[0, 1, 2, 3],
-            neck_hidden_sizes=[8, 8, 8, 8],
-            fusion_hidden_size=8,
-            is_hybrid=False,
-            **(VISION | {"num_hidden_layers": 4}),
-        ),
-        pixels(),
-        unused=r"layers\.0\.residual_layer1",  # there is nothing to add it to
-    ),
     "videomae": Case(
         of("VideoMAEForVideoClassification", "VideoMAEConfig", num_frames=2, tubelet_size=2, **VISION),
         lambda: {"pixel_values": normal(2, 2, 3, 32, 32)},
