@@ -14,7 +14,7 @@ from peft_fps.benchmarks.models import batches, copy_model
 from peft_fps.benchmarks.workload import Workload
 from peft_fps.cli.models import upstream_deprecations
 from peft_fps.config import FPSConfig
-from peft_fps.heads import output_head
+from peft_fps.heads import find_head, output_head
 from peft_fps.lookup import fps_layers
 
 
@@ -67,8 +67,8 @@ def adapter_config(method: str, base: PreTrainedModel, head: bool = True) -> Pef
 
 
 def trained_whole(base: PreTrainedModel) -> list[str]:
-    """Return the names of the output head that every method trains whole: a classifier's, not a language model's."""
-    return output_head(base) if "Classification" in type(base).__name__ else []
+    """Return the names of the head that every method trains whole: a new one, not a language model's."""
+    return find_head(base).modules
 
 
 def fps(base: PreTrainedModel, workload: Workload, **options: Any) -> Any:
