@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -625,6 +626,23 @@ def test_files_into_an_existing_adapter(case: str, intact: Path, tmp_path: Path)
     """No config is read on this way, so the error is that of safetensors."""
     model = RELOAD.prepare(intact)
     refuse(RELOAD, model, tampered(intact, tmp_path, FILES[case]), ValueError, SafetensorError)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_hot_swap_refuses_the_same_files_as_all_doors_do(case: str, intact: Path, tmp_path: Path) -> None:
+    """The way to replace an adapter with every check."""
+    message = refuse(HOTSWAP, HOTSWAP.prepare(intact), tampered(intact, tmp_path, FILES[case]))
+    assert_says(message, FILES[case])
+
+
+def test_what_is_not_even_a_pickle_into_an_existing_adapter(intact: Path, tmp_path: Path) -> None:
+    """Should the error of the pickle change one day, PEFT asks us first, or torch has become clearer."""
+    folder = shutil.copytree(intact, tmp_path / "damaged")
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"not even a pickle")
+    model = RELOAD.prepare(intact)
+    refuse(RELOAD, model, folder, UnpicklingError)
+    assert_says(refuse(HOTSWAP, model, folder), FILES["pickle"])
 
 
 @pytest.mark.parametrize("case", ["column negative", "value NaN", "no bias", "base weight of another module"])

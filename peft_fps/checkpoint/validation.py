@@ -103,7 +103,7 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
             raise ValueError(
                 f"{_plain(key)}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
                 f"the model's (shape {wanted}). Load the base model with as many classes as the adapter was trained "
-                "for (num_labels, num_classes, ...). Nothing was loaded."
+                f"for (num_labels, num_classes, ...). {REMEDY} Nothing was loaded."
             )
         try:
             if expected[key].is_floating_point():

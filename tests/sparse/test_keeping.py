@@ -1,5 +1,7 @@
 """What readers of one tensor keep of it together, and what each gets back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -146,3 +148,17 @@ def test_gradients_are_the_same_whatever_is_kept(way: str):
     dense = grad.double().t() @ x.double()
     expected = torch.stack([dense[row, column] for row, columns in enumerate(rows) for column in columns])
     torch.testing.assert_close(values.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_readers_in_several_threads_find_what_they_have_derived():
+    """What one derives, another may take out of the structure before it is used."""
+
+    class TakenOut(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()
+
+    x, structure, reading = normal(4, INPUTS), built([[1, 8]]), Reading()
+    keep_columns(x, built([[0, 8]]), reading)
+    kept = keep_columns(x, replace(structure, shared=TakenOut()), reading)
+    assert torch.equal(given_back(kept), x[:, [1, 8]])
