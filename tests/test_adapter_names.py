@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.helpers import adapted, config, fill, normal, tiny_mlp, tiny_vit, unchanged
+from tests.helpers import adapted, config, fill, normal, through_transformers, tiny_mlp, tiny_vit, unchanged
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -44,7 +44,9 @@ ENTRIES: dict[str, tuple[Callable[[], Any], Add]] = {
 }
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, marks=through_transformers if e == "transformers add_adapter" else ()) for e in ENTRIES]
+)
 def test_refused_names_change_nothing(entry: str, folder: Path) -> None:
     build, add = ENTRIES[entry]
     model = build()
@@ -70,6 +72,7 @@ def test_no_name_and_no_string() -> None:
         inject_adapter_in_model(config(), model, other)
 
 
+@through_transformers
 def test_a_refusal_leaves_a_base_model_of_transformers_without_a_trace(tmp_path: Path) -> None:
     model = tiny_vit()
     before = model.state_dict().keys()

@@ -23,6 +23,7 @@ from tests.helpers import (
     images,
     layers_of,
     normal,
+    through_transformers,
     tiny_mlp,
     unchanged,
 )
@@ -155,6 +156,10 @@ def test_it_still_runs_compiled(compiled: Callable[[nn.Module], nn.Module]) -> N
 def test_injection_without_a_peft_model() -> None:
     model = inject_adapter_in_model(config(), wrapped(tiny_mlp()))
     assert set(layers_of(model)) == {"first", "last"}
+
+
+@through_transformers
+def test_an_adapter_added_by_transformers() -> None:
     compiled: Any = wrapped(tiny_vit())
     compiled.add_adapter(config())
     assert not any("_orig_mod" in name for name in compiled.peft_config["default"].target_modules)
