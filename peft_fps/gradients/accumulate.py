@@ -41,6 +41,10 @@ class Exact:
         """Whether all sums are finite."""
         return self.total is None or bool(torch.isfinite(self.total).all())
 
+    def is_zero(self) -> bool:
+        """Whether all sums are zero."""
+        return self.total is None or not bool(self.total.any())
+
 
 class Streaming:
     """Exact sums of a shortlist only: the entries that were largest in the first batch.
@@ -95,6 +99,10 @@ class Streaming:
         return self.sums is None or bool(
             torch.isfinite(self.sums).all() & torch.isfinite(self._largest).to(self.sums.device)
         )
+
+    def is_zero(self) -> bool:
+        """Whether all sums are zero."""
+        return self.sums is None or not bool(self.sums.any())
 
     def _shortlist(self, magnitudes: Tensor) -> Tensor:
         neurons, inputs = magnitudes.shape

@@ -58,7 +58,7 @@ def gather_gradients(
         per_example=per_example,
         training=request.how.training_mode,
     )
-    return reached(sums), counts
+    return reached(sums, per_example), counts
 
 
 def size_of_sums(layer: FPSLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
@@ -71,9 +71,24 @@ def loss_of(record: Mapping[str, Any]) -> str:
     return ", contrastive loss" if record.get("loss") == "contrastive" else ""
 
 
-def reached(sums: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
-    """Return the sums of the modules that got a gradient."""
-    return {path: held for path, held in sums.items() if held.reached}
+def reached(sums: Mapping[str, Accumulator], per_example: bool = False) -> dict[str, Accumulator]:
+    """Return the sums of the modules that got a gradient.
+
+    Args:
+        sums: by module path.
+        per_example: whether each example was run by itself, for the error.
+
+    Raises:
+        ValueError: all of them are zero, so that nothing could be chosen by them.
+    """
+    found = {path: held for path, held in sums.items() if held.reached}
+    if found and all(held.is_zero() for held in found.values()):
+        alone = " A loss that compares the examples of a batch needs fisher='batch'." if per_example else ""
+        raise ValueError(
+            f"the gradients of all {len(found)} modules are zero, expected some to choose entries by. Check what the "
+            f"loss depends on: labels that count, rewards that differ.{alone} Nothing was changed."
+        )
+    return found
 
 
 def weights_of(request: Request) -> dict[str, Weight]:

@@ -22,7 +22,7 @@ from tests.gradients.test_backward import (
     texts,
     weights_of,
 )
-from tests.helpers import layers_of, normal, tiny_conv, tiny_mlp, tiny_vit, unchanged
+from tests.helpers import image_batches, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit, unchanged
 from tests.test_selecting import assert_same_selection, fresh, naive_selection, selection_of
 
 
@@ -500,6 +500,42 @@ def test_a_model_that_no_gradient_reaches_is_refused():
     model = fresh(Unreached(), per_neuron=2, importance="gradient", target_modules=["cut"])
     with unchanged(model), pytest.raises(ValueError, match="does not require grad"):
         model.calibrate(pairs((4, 6), 5), progress=False)
+
+
+@pytest.mark.parametrize("accumulators", ["device", "streaming"])
+@pytest.mark.parametrize("importance", BACKWARD)
+def test_gradients_that_are_all_zero_are_refused(importance: str, accumulators: Any):
+    model = fresh(Unreached(), per_neuron=2, importance=importance)
+    with unchanged(model), pytest.raises(ValueError, match="gradients of all 1 modules are zero") as caught:
+        model.calibrate(pairs((4, 6), 5), progress=False, loss=lambda y, _: 0 * y.sum(), accumulators=accumulators)
+    assert ("fisher='batch'" in str(caught.value)) == (importance == "fisher")
+
+
+@pytest.mark.parametrize("importance", ["movement", "l0"])
+def test_weights_that_do_not_move_are_refused(importance: str):
+    model = fresh(Unreached(), per_neuron=2, importance=importance, l0_penalty=0.0)
+    with unchanged(model), pytest.raises(ValueError, match="are zero"):
+        model.calibrate(pairs((4, 6), 5), progress=False, loss=lambda y, _: 0 * y.sum())
+
+
+def test_a_run_of_ones_own():
+    """Its outputs, or its loss, are what counts, on batches of any kind."""
+    batches = [{"given": x, "answer": y} for x, y in pairs((4, 10), 4)]
+    model, other = fresh(tiny_mlp(), importance="gradient"), fresh(tiny_mlp(), importance="gradient")
+    model.calibrate(batches, progress=False, run=lambda base, b: {
+        "loss": nn.functional.cross_entropy(base(b["given"]), b["answer"])})  # fmt: skip
+    other.calibrate(pairs((4, 10), 4), progress=False)
+    assert selection_of(model) == selection_of(other)
+    model.calibrate(batches, progress=False, run=lambda base, b: base(b["given"]),
+                    loss=lambda outputs, b: nn.functional.cross_entropy(outputs, b["answer"]))  # fmt: skip
+    assert selection_of(model) == selection_of(other)
+    assert f"over {sum(len(x) for x, _ in pairs((4, 10), 4))} examples" in model.selection_report().method
+
+
+def test_two_views_and_a_run_exclude_each_other():
+    model = fresh(tiny_vit(), importance="gradient", loss="contrastive")
+    with unchanged(model), pytest.raises(ValueError, match=r"run was given to calibrate, but loss='contrastive'"):
+        model.calibrate(image_batches(), progress=False, run=lambda base, batch: base(**batch))
 
 
 # --- budget and report -----------------------------------------------------------------------------------------------
