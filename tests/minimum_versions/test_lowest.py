@@ -34,7 +34,9 @@ def lowest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
     folder = tmp_path_factory.mktemp("lowest")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     command = [*install, *(f"{name}=={version}" for name, version in versions.items())]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # constraints of the tests' own versions are no matter of these
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         pytest.skip(f"the lowest versions cannot be installed here: {run.stderr.strip()[-200:]}")
     return folder, versions
