@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from peft_fps import FPSConfig
 from tests.helpers import fill, finish, layers_of, selected_columns, start_python, tiny_gpt2, tiny_llama, tokens
-from tests.test_language_models import of_one_stack, of_two_stacks, texts, tiny_t5
+from tests.language_models import of_one_stack, of_two_stacks, texts, tiny_t5
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
