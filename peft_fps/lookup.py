@@ -6,7 +6,6 @@ from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.compiled import unwrapped
-from peft_fps.config import FPSConfig
 
 
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
@@ -56,20 +55,3 @@ def active_adapter(model: nn.Module) -> str:
         found = f"the active adapters {sorted(active)}" if active else "no active FPS adapter"
         raise ValueError(f"Found {found}, expected one. Say which one with adapter_name=...")
     return next(iter(active))
-
-
-def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
-    """Return the config of an FPS adapter, which any wrapper of the model may hold.
-
-    Raises:
-        ValueError: there is no such adapter.
-    """
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
-            return configs[adapter_name]
-    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
-    raise ValueError(
-        f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
-        "add_adapter first."
-    )

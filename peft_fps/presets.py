@@ -5,6 +5,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from peft_fps.importances import IMPORTANCES
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -228,8 +230,6 @@ def _quoted(value: Any) -> str:
 
 
 def _passes(settings: Mapping[str, Any]) -> str:
-    from peft_fps.importances import IMPORTANCES  # they work on models, which read configs and so this module
-
     importance = settings.get("importance", "activation")
     needs = IMPORTANCES[importance].needs
     if settings.get("budget") == 0 or needs == "nothing":

@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from peft_fps.adapters import Evaluation
 
 
 PREFIX = "eval_"
@@ -18,26 +19,6 @@ LOCAL_FORMATS = ("csv", "json", "pandas", "parquet", "text", "generator", "image
 
 MEASURED = re.compile(r" after [\d,]+ training steps?$")
 """Ends the name of every metric that is stated here, so that it is found again and replaced."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of an evaluation during training or after it.
-
-    Attributes:
-        step: training steps that the evaluated values had gone through.
-        metrics: finite numbers by name, without the Trainer's prefix `eval_`.
-        dataset: `name` and `type`, which is the id of a data set on the Hub or `"unknown"`; perhaps `config`, `split`.
-    """
-
-    step: int
-    metrics: Mapping[str, float]
-    dataset: Mapping[str, str] = field(default_factory=lambda: {"name": "evaluation set", "type": "unknown"})
-
-    @property
-    def when(self) -> str:
-        """When the evaluation was, to end a sentence."""
-        return f"after {self.step:,} training step{'' if self.step == 1 else 's'}"
 
 
 def evaluation_at(step: int, log: Iterable[Mapping[str, Any]], dataset: Any = None) -> Evaluation | None:

@@ -1,9 +1,6 @@
 """Evidence from one backward pass over data, for the importances that sum up gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +20,9 @@ from peft_fps.gradients import (
 )
 from peft_fps.heads import output_head
 from peft_fps.importances.importance import Evidence, Gathering, Request, Score
+from peft_fps.importances.settings import Settings
 from peft_fps.quantised_layers import check_gradients
-
-
-if TYPE_CHECKING:
-    from peft_fps.config import FPSConfig
+from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 MEMORIES = ("device", "cpu", "streaming")
@@ -61,14 +56,14 @@ def gather_gradients(
     return reached(sums, per_example), counts
 
 
-def size_of_sums(layer: FPSLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
+def size_of_sums(layer: FPSLayer, path: str, config: Settings, sums: Accumulator) -> Score:
     """Score a weight by the size of what was summed up for it."""
     return lambda first, last: sums.rows(first, last).float().abs()
 
 
-def loss_of(record: Mapping[str, Any]) -> str:
+def loss_of(record: CalibrationRecord) -> str:
     """Return what a report adds if the gradients were of another loss than the task's."""
-    return ", contrastive loss" if record.get("loss") == "contrastive" else ""
+    return ", contrastive loss" if record.loss == "contrastive" else ""
 
 
 def reached(sums: Mapping[str, Accumulator], per_example: bool = False) -> dict[str, Accumulator]:
@@ -159,7 +154,7 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
     return {path: Streaming(number, by_neuron) for path, number in entries.items()}
 
 
-def batch_loss(base: nn.Module, config: FPSConfig, how: Gathering) -> BatchLoss:
+def batch_loss(base: nn.Module, config: Settings, how: Gathering) -> BatchLoss:
     """Return the loss that config and call ask for.
 
     Raises:

@@ -1,7 +1,5 @@
 """Evidence from a short full fine-tuning that is undone, for the importances that follow how far weights move."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

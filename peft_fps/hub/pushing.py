@@ -10,7 +10,8 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 
-from peft_fps.card.writing import CARD, write_card
+from peft_fps.card.writing import CARD
+from peft_fps.hub.picture_card import write_card
 
 
 def push_adapter(
