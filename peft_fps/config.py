@@ -202,8 +202,8 @@ class FPSConfig(PeftConfig):
         self.record = record_from(self.record, flat)
         if self.record is not None and self.modules_to_save and self.record.whole_tensors is None:
             raise ValueError(
-                f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
-                "names of the tensors saved whole. The config is incomplete; fetch or save it again."
+                f"record.whole_tensors is None beside modules_to_save={self.modules_to_save}, expected the names of "
+                "the tensors saved whole. The config is incomplete; fetch or save it again."
             )
 
     @classmethod
@@ -264,7 +264,7 @@ class FPSConfig(PeftConfig):
         elif present:
             check_folder(folder, (), pickled=False)
             raise ValueError(
-                f"{folder}: allocation is None beside the adapter's tensors, expected the record of their sizes that "
+                f"{folder}: record is None beside the adapter's tensors, expected the record of their sizes that "
                 "saving writes. The config is incomplete; fetch or save the adapter again."
             )
         return config

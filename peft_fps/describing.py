@@ -71,7 +71,7 @@ def plain_method(method: Any) -> dict[str, Any]:
         raise ValueError(f"method cannot be written as JSON: {error}; {advice}") from error
     record = plain.get("calibration")
     if not isinstance(record, dict | None):
-        raise ValueError(f"method has calibration={record!r}, expected None or a dict whose 'examples' is an integer.")
+        raise ValueError(f"method has calibration={record!r}, expected None or a dict.")
     if record is not None:
         CalibrationRecord.from_json(record, "method['calibration']")
     check_fingerprint_form("method['base_fingerprint']", plain.get("base_fingerprint"))

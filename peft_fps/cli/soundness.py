@@ -61,7 +61,7 @@ def inspect_adapter(folder: Path) -> Inspection:
         assert isinstance(found, FPSConfig)
         if found.record is None:
             raise ValueError(
-                "allocation is None, expected the record of sizes that saving an adapter writes. The config is "
+                "record is None, expected the record of sizes that saving an adapter writes. The config is "
                 "incomplete; fetch or save the adapter again."
             )
         config, record = found, found.record
