@@ -158,6 +158,7 @@ class FPSModel(BaseTuner):
             select_without_data(self.model, config, adapter_name)
 
     def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
+        config.to_save = None  # left by an earlier save
         record = config.record
         self._state = AdapterState(
             selected=record is not None or not config.needs_calibration,

@@ -138,7 +138,7 @@ def _seeded(build: Callable[[], Any]) -> Any:
     return model.eval()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 IN_RECORD = {"allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled"}
 

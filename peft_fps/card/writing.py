@@ -19,6 +19,7 @@ from peft_fps.card.evaluation import eval_results, is_measured
 from peft_fps.card.facts import CardSettings, Facts, SavedAdapter, read_facts
 from peft_fps.card.markdown import BEGIN, END, put, render
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS
+from peft_fps.checkpoint.record import read_record
 from peft_fps.lookup import target_layers
 from peft_fps.registration import fps_type
 
@@ -57,10 +58,11 @@ def write_cards(
     named = {"base_model_class": base.__name__, "parent_library": base.__module__}
     for name, path in adapter_folders(model, folder).items():
         config: Any = model.peft_config[name]
-        if config.record_to_save is None:  # another process has saved it
+        record = read_record(path)
+        if record is None:
             continue
         state = next(iter(target_layers(model, name).values())).fps_state[name]
-        saved = SavedAdapter(config.record_to_save, state.base_parameters, state.evaluation)
+        saved = SavedAdapter(record, state.base_parameters, state.evaluation)
         told: dict[str, str] = {}
         if location is not None:
             told = {"location": location} if name == "default" else {"location": location, "subfolder": name}

@@ -3,9 +3,13 @@
 Format version 1 kept the same fields one by one at the top level of the file.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
+
+from peft.utils import CONFIG_NAME
 
 from peft_fps.field_checks import check_names, check_type
 from peft_fps.selection.calibration_record import CalibrationRecord
@@ -182,6 +186,20 @@ def record_from(record: Any, flat: Mapping[str, Any]) -> AdapterRecord | None:
         return record if isinstance(record, AdapterRecord) else AdapterRecord.from_json(record)
     found = AdapterRecord.from_json({"allocation": {}, **given}, where="") if given else None
     return found if "allocation" in given else None
+
+
+def read_record(folder: Path) -> AdapterRecord | None:
+    """Return the record of the adapter that is saved in a folder; None if its config has none.
+
+    Args:
+        folder: folder with `adapter_config.json`.
+
+    Raises:
+        OSError: there is no such file.
+        TypeError, ValueError: the record is damaged.
+    """
+    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return record_from(content.get("record"), {field.name: content.get(field.name) for field in fields(AdapterRecord)})
 
 
 def check_fingerprint_form(name: str, value: Any) -> None:
