@@ -364,6 +364,20 @@ def test_named_adapters_have_their_cards_beside_them(model: PeftModel, tmp_path:
     assert '"me/pets")' in snippet(card_of(tmp_path)[1])
 
 
+def test_adapters_that_share_a_config_have_each_its_own_card(model: PeftModel, tmp_path: Path) -> None:
+    shared = config(granularity="model", target_modules=["q_proj"], importance="activation")
+    for name in ("cats", "dogs"):
+        model.add_adapter(name, shared)
+    model.calibrate([{"pixel_values": images()}], adapter_name="cats", progress=False)
+    model.save_pretrained(tmp_path)
+    cards = {name: (tmp_path / name / CARD).read_bytes() for name in ("", "cats", "dogs")}
+    assert "over 4 examples" in cards["cats"].decode()
+    assert "until calibrated" not in cards["dogs"].decode()
+    assert "over 4 examples" not in cards["dogs"].decode()
+    write_card(model, tmp_path, picture=False)
+    assert {name: (tmp_path / name / CARD).read_bytes() for name in cards} == cards
+
+
 def test_task_types_name_the_class(tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert(), config(task_type="SEQ_CLS"))
     noted(model, accuracy=0.5)

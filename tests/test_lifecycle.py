@@ -304,6 +304,23 @@ class TestOneConfigForMany:
             if field.name not in filled_in | by_peft:
                 assert getattr(ours, field.name) == chosen[field.name], field.name
 
+    def test_saving_changes_no_field(self, tmp_path: Path) -> None:
+        ours = config()
+        model = get_peft_model(tiny_vit(), ours)
+        before = {f.name: copy.deepcopy(getattr(ours, f.name)) for f in fields(FPSConfig)}
+        model.save_pretrained(tmp_path)
+        assert {f.name: getattr(ours, f.name) for f in fields(FPSConfig)} == before
+        assert ours.record is None
+        assert FPSConfig.from_pretrained(str(tmp_path)).record is not None
+
+    def test_sizes_that_a_model_has_saved_do_not_bind_the_next(self, tmp_path: Path) -> None:
+        ours = config()
+        get_peft_model(tiny_vit(), ours).save_pretrained(tmp_path / "first")
+        second = get_peft_model(tiny_gpt2(), ours)
+        assert selections(second) == selections(get_peft_model(tiny_gpt2(), config()))
+        ours.save_pretrained(str(tmp_path / "config"))  # of no adapter
+        assert FPSConfig.from_pretrained(str(tmp_path / "config")).record is None
+
     def test_a_copy_with_another_choice_has_that_choice(self) -> None:
         """What a model has written into the object must not bind its copies."""
         ours = config(per_neuron=2)
