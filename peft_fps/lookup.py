@@ -9,7 +9,7 @@ from peft_fps.compiled import unwrapped
 
 
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
-    """Return all FPS layers by their full name in `model`."""
+    """Return all FPS layers of a model, by their full name in it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FPSLayer)}
 
 
@@ -20,12 +20,12 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return the layers that carry the adapter, by their path in the base model."""
+    """Return the layers in which the adapter holds entries or a bias delta, by their path in the base model."""
     return {path: layer for path, layer in target_layers(model, adapter_name).items() if layer.carries(adapter_name)}
 
 
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return the layers that the adapter was made for, those included that no data has reached, by their path."""
+    """Return all layers that the adapter targets, by their path in the base model, also those that no data reached."""
     layers = fps_layers(model).values()
     return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
 
