@@ -294,8 +294,8 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
         if self.awaits_loading(adapter_name):
             raise ValueError(
                 f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
-                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
-                "allocation is None."
+                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig without "
+                "a record."
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
