@@ -15,6 +15,7 @@ from peft_fps.deriving import Derived, DerivingLayer
 from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
 from peft_fps.scaling import ScaledLayer
 from peft_fps.selection import LayerShape
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.sparse import (
     Structure,
     StructureError,
@@ -33,6 +34,27 @@ Undone = tuple[str, MergeRecord, MergeRecord]
 """A merge that was undone: the adapter, its record, and what was overwritten."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a Trainer has measured of an adapter, during training or after it.
+
+    Attributes:
+        step: number of training steps before the evaluation.
+        metrics: finite numbers by name, without the Trainer's prefix `eval_`.
+        dataset: `name` and `type` of the data set, perhaps also `config` and `split`. The type is the id of a data set
+            on the Hub, or `"unknown"`.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    dataset: Mapping[str, str] = field(default_factory=lambda: {"name": "evaluation set", "type": "unknown"})
+
+    @property
+    def when(self) -> str:
+        """The end of a sentence that says when the evaluation was."""
+        return f"after {self.step:,} training step{'' if self.step == 1 else 's'}"
+
+
 @dataclass
 class AdapterState:
     """What all layers of one adapter share.
@@ -40,22 +62,26 @@ class AdapterState:
     Attributes:
         selected: its entries are those its config asks for: calibrated, loaded, or chosen by a score without data.
         warned: the warning about training without calibration was given.
-        calibration: how they were chosen from data, None if they were not or that is unknown.
+        calibration: how its entries were chosen; None if they were chosen without data, or that is unknown.
         base_fingerprint: of the base model, None where it could not be taken.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
         buffers: digests of the base model's buffers when the adapter was added, by name.
         before: an adapter file began to load; None once it has, and for an adapter that came from no file.
+        base_parameters: number of parameters of the base model without its output head; None if it was not counted.
+        evaluation: the newest evaluation by a Trainer, for the model card; None if there was none.
     """
 
     selected: bool = False
     warned: bool = False
-    calibration: dict[str, Any] | None = None
-    base_fingerprint: dict[str, str] | None = None
+    calibration: CalibrationRecord | None = None
+    base_fingerprint: Mapping[str, str] | None = None
     saved_inputs: str = "rebuild"
     unreached: set[str] = field(default_factory=set)
     buffers: dict[str, str] = field(default_factory=dict)
     before: "Before | None" = None
+    base_parameters: int | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -268,8 +294,8 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
         if self.awaits_loading(adapter_name):
             raise ValueError(
                 f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
-                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
-                "allocation is None."
+                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig without "
+                "a record."
             )
         try:
             check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)

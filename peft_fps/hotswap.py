@@ -21,10 +21,12 @@ from peft_fps.checkpoint import (
     check_whole_modules,
     decode,
 )
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.compiled import plain_name, unwrapped
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import adapter_config, base_model, target_layers
-from peft_fps.planning import plan, take_targets_from_allocation
+from peft_fps.config_lookup import adapter_config
+from peft_fps.lookup import base_model, target_layers
+from peft_fps.planning import plan, take_targets_from_record
 from peft_fps.renames import current_names
 from peft_fps.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.whole_modules import whole_modules
@@ -80,9 +82,10 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     _put(layers, _prepare(model, config, adapter_name, layers, state_dict), adapter_name)
     config.inference_mode = old.inference_mode
     state = next(iter(layers.values())).fps_state[adapter_name]
-    state.selected, state.calibration, state.saved_inputs = True, config.calibration, config.saved_inputs
-    state.unreached.difference_update(config.allocation or ())
-    state.before = None
+    record = _record_of(config)
+    state.selected, state.calibration, state.saved_inputs = True, record.calibration, config.saved_inputs
+    state.unreached.difference_update(record.allocation)
+    state.before = state.evaluation = None
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
@@ -107,7 +110,7 @@ def _checked_config(
     found: Any, old: FPSConfig, model: nn.Module, adapter_name: str, layers: Mapping[str, FPSLayer]
 ) -> FPSConfig:
     """Return the saved adapter's config if it fits the place, with its modules under their present names."""
-    if not isinstance(found, FPSConfig) or found.allocation is None:
+    if not isinstance(found, FPSConfig) or found.record is None:
         kind = type(found).__name__
         raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
     found.check_complete()
@@ -116,27 +119,33 @@ def _checked_config(
             f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
             f"{ADVICE}"
         )
-    whole, present = set(found.whole_tensors or []), set(_whole_tensors(model, adapter_name))
+    whole, present = set(found.record.whole_tensors or ()), set(_whole_tensors(model, adapter_name))
     if whole != present:
         raise ValueError(
             f"The saved adapter trains {sorted(whole) or 'nothing'} whole (modules_to_save), expected "
             f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
         )
     base = base_model(model)
-    take_targets_from_allocation(found)
+    take_targets_from_record(found, found.record)
     wholes = whole_modules(base, found)
-    names = current_names(base, found.allocation)
+    names = current_names(base, found.record.allocation)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
             f"{unknown[0]}: the saved adapter changes this module ({len(unknown)} like it), expected modules of the "
             f"adapter that it replaces alone. {ADVICE}"
         )
-    saved_names = dict(zip(names, found.allocation, strict=True))
-    found.allocation = names
+    saved_names = dict(zip(names, found.record.allocation, strict=True))
+    found.record = found.record.renamed(names)
     check_whole_modules_apart(base, found, wholes, list(names))
     plan(base, found, list(names), saved_names)
     check_whole_tensors(base, found, wholes)
     return found
+
+
+def _record_of(config: FPSConfig) -> AdapterRecord:
+    """Return the record of a config that `_checked_config` has checked."""
+    assert config.record is not None
+    return config.record
 
 
 def _prepare(
@@ -156,10 +165,9 @@ def _prepare(
         else:
             others[key.removeprefix(PEFT_PREFIX)] = tensor
     modules = current_names(base_model(model), modules)
-    assert config.allocation is not None
     expected = {
-        path: Expected(sizes["neurons"], sizes["inputs"], sizes["entries"], adapter_name in layers[path].fps_bias)
-        for path, sizes in config.allocation.items()
+        path: Expected(sizes.neurons, sizes.inputs, sizes.entries, adapter_name in layers[path].fps_bias)
+        for path, sizes in _record_of(config).allocation.items()
     }
     check_adapter_tensors(modules, expected)
     wholes = _whole_tensors(model, adapter_name)

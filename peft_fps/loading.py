@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.buffers import buffer_digests, thaw_statistics
+from peft_fps.card import SavedAdapter
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
     REMEDY,
@@ -22,6 +23,7 @@ from peft_fps.checkpoint import (
     encode,
     tensors_digest,
 )
+from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes
 from peft_fps.compiled import plain_name
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
@@ -38,13 +40,14 @@ def saved_state(
 ) -> dict[str, Tensor]:
     """Return the adapter's tensors as they go to disk, by model key (with the adapter's name).
 
-    The config gets the record of what is saved: allocation, calibration, fingerprint, digest.
+    The config gets the record of what is saved, which its `save_pretrained` writes next.
 
     Raises:
         ValueError: the adapter's tensors are not valid, so that no file is written that could not be loaded.
     """
     result: dict[str, Tensor] = {}
-    allocation, state = {}, AdapterState()
+    allocation: dict[str, ModuleSizes] = {}
+    state = AdapterState()
     for full_name, layer in fps_layers(model).items():
         if not layer.carries(adapter_name):
             continue
@@ -52,21 +55,25 @@ def saved_state(
         held = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
         _check_held(layer, adapter_name, held)
         state = layer.fps_state[adapter_name]
-        sizes = (layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
-        allocation[layer.module_path] = dict(zip(("neurons", "inputs", "entries"), sizes, strict=True))
+        entries = layer.fps_values[adapter_name].numel()
+        allocation[layer.module_path] = ModuleSizes(layer.shape.neurons, layer.shape.inputs, entries)
         result |= {keys[name]: encode(name, tensor, layer.shape.inputs) for name, tensor in held.items()}
     _warn_of_changed_buffers(model, adapter_name, state)
-    # several adapters may share one config object, so each writes its own record just before it is saved
-    config.allocation, config.calibration = allocation, state.calibration
-    # that of all targets was taken when the adapter was added
-    config.base_fingerprint = (
-        fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
-    )
-    config.tensors_sha256 = tensors_digest(
-        {plain_name(key.removesuffix(f".{adapter_name}")): held for key, held in result.items()}
-    )
     wholes = (plain_name(key) for key in _whole_modules(model, adapter_name))
-    config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in wholes)
+    record = AdapterRecord(
+        allocation=allocation,
+        calibration=state.calibration,
+        # that of all targets was taken when the adapter was added
+        base_fingerprint=(
+            fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
+        ),
+        whole_tensors=tuple(sorted(key.removeprefix(PEFT_PREFIX) for key in wholes)),
+        tensors_sha256=tensors_digest(
+            {plain_name(key.removesuffix(f".{adapter_name}")): held for key, held in result.items()}
+        ),
+    )
+    # several adapters may share one config object, so each hands over its own record just before it is saved
+    config.to_save = SavedAdapter(record, state.base_parameters, state.evaluation)
     return result
 
 
@@ -118,9 +125,9 @@ def load_state(
     expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
     try:
         modules, others = _split(model, state_dict)
-        absent = [] if config.from_file or not modules else [path for path in expected if path not in modules]
+        absent = [] if config.record is not None or not modules else [path for path in expected if path not in modules]
         carrying = {path for path, (_, layer) in by_path.items() if layer.carries(adapter_name)}
-        if not config.from_file and modules.keys() != carrying and modules.keys() <= expected.keys():
+        if config.record is None and modules.keys() != carrying and modules.keys() <= expected.keys():
             expected, free = _as_reached(absent, modules, by_path, adapter_name), False
         check_adapter_tensors(modules, expected, total_only=free)
         current = model.state_dict()

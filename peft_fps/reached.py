@@ -7,7 +7,8 @@ from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import adapter_config, base_model, target_layers
+from peft_fps.config_lookup import adapter_config
+from peft_fps.lookup import base_model, target_layers
 from peft_fps.planning import allocate_entries
 from peft_fps.targets import count_base_parameters
 

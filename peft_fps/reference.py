@@ -8,6 +8,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import adapter_layers
 from peft_fps.whole_checks import whole_tensors
@@ -55,17 +56,14 @@ def config_of_copy(model: nn.Module, config: FPSConfig, adapter_name: str) -> FP
     ]
     return replace(
         config,
-        allocation={
-            path: {
-                "neurons": layer.shape.neurons,
-                "inputs": layer.shape.inputs,
-                "entries": layer.fps_values[adapter_name].numel(),
-            }
-            for path, layer in layers.items()
-        },
-        calibration=state.calibration,
-        base_fingerprint=None,
-        whole_tensors=whole_tensors(model, wholes),
+        record=AdapterRecord(
+            allocation={
+                path: ModuleSizes(layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
+                for path, layer in layers.items()
+            },
+            calibration=state.calibration,
+            whole_tensors=tuple(whole_tensors(model, wholes)),
+        ),
         init_weights=True,
     )
 

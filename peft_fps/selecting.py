@@ -13,13 +13,13 @@ from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted, device
 from peft_fps.checkpoint import encoded_bytes
 from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
 from peft_fps.describing import describe
 from peft_fps.gradients import Loss
 from peft_fps.importances import IMPORTANCES, Evidence, Gathering, Request, Score
 from peft_fps.importances.random import random_scorer
 from peft_fps.lookup import (
     active_adapter,
-    adapter_config,
     adapter_layers,
     base_model,
     target_layers,
@@ -28,6 +28,7 @@ from peft_fps.lookup import (
 from peft_fps.reached import entries_of_reached, warn_of_unreached
 from peft_fps.scoring import scorer
 from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.candidate import Selected
 from peft_fps.sharded import check_whole
 from peft_fps.targets import count_base_parameters
@@ -117,7 +118,7 @@ def calibrate(
     )
     evidence: Evidence = {}
     reached = {path for path, layer in layers.items() if layer.carries(adapter_name)}
-    record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
+    noted: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
         importance, base = IMPORTANCES[config.importance], base_model(model)
         assert importance.gather is not None
@@ -134,7 +135,7 @@ def calibrate(
         how = Gathering(loss, views, accumulators, training_mode, run)
         with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
-        record |= {key: getattr(config, key) for key in importance.recorded} | counts
+        noted |= {key: getattr(config, key) for key in importance.recorded} | counts
         reached = called_anywhere(called, list(layers), base)
         if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
             reached = {path for path in reached if path in evidence or path not in weighted}
@@ -144,9 +145,9 @@ def calibrate(
     if unreached := [path for path in layers if path not in reached]:
         found = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, found)
-        record["unreached"] = unreached
+        noted["unreached"] = tuple(unreached)
     state = next(iter(layers.values())).fps_state[adapter_name]
-    state.selected, state.calibration = True, record
+    state.selected, state.calibration = True, CalibrationRecord(**noted)
     return selection_report(model, adapter_name)
 
 
@@ -174,7 +175,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
         method=describe(config, state),
-        unreached=tuple((state.calibration or {}).get("unreached", ())),
+        unreached=() if state.calibration is None else state.calibration.unreached,
     )
 
 

@@ -18,14 +18,16 @@ from peft_fps.adapters import AdapterState, FPSLayer
 from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
 from peft_fps.describing import CHOSEN, method_record, plain_method
 from peft_fps.importances import Score
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, target_layers
+from peft_fps.lookup import active_adapter, adapter_layers, base_model, target_layers
 from peft_fps.reading import weight_rows
 from peft_fps.renames import current_names
 from peft_fps.selecting import check_selectable, rank, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.allocation import exact
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
 from peft_fps.selection.own_scores import checked_scores
@@ -123,8 +125,8 @@ class Selection:
         check_selectable(layers, name, discard_values)
         method = plain_method(self.method)
         modules = current_names(base_model(model), self.modules)
-        record = method.get("calibration") or {}
-        unreached = set(current_names(base_model(model), dict.fromkeys(record.get("unreached", ())))) - modules.keys()
+        record = _record_of(method)
+        unreached = set(current_names(base_model(model), dict.fromkeys(record.unreached))) - modules.keys()
         check_same_modules(
             modules,
             {path: layer.shape for path, layer in layers.items() if layer.shape.inputs and path not in unreached},
@@ -144,9 +146,7 @@ class Selection:
                 counts = torch.zeros(layer.shape.neurons, dtype=torch.int32, device="cpu")
                 layer.set_selection(name, counts[:0], counts)
         state = next(iter(layers.values())).fps_state[name]
-        state.selected, state.calibration = True, method.get("calibration")
-        if state.calibration is None:  # without a record, the report would tell what the adapter's config asks for
-            state.calibration = {key: method[key] for key in CHOSEN if method.get(key) is not None}
+        state.selected, state.calibration = True, record
         return selection_report(model, name)
 
     @classmethod
@@ -205,10 +205,11 @@ class Selection:
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, expected the folder of a saved FPS adapter.")
         config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, FPSConfig) or config.allocation is None:
+        record = config.record if isinstance(config, FPSConfig) else None
+        if not isinstance(config, FPSConfig) or record is None:
             raise ValueError(f"{folder} holds a {type(config).__name__} without saved entries, expected an FPSConfig.")
-        modules = read_adapter(folder / WEIGHTS, config.allocation)
-        state = AdapterState(selected=True, calibration=config.calibration, base_fingerprint=config.base_fingerprint)
+        modules = read_adapter(folder / WEIGHTS, record.allocation)
+        state = AdapterState(selected=True, calibration=record.calibration, base_fingerprint=record.base_fingerprint)
         return cls(modules, _method(config, state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -260,8 +261,19 @@ def _rows_of(scores: Tensor) -> Score:
 def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
     """How an adapter's entries were chosen, from what its config and state tell."""
     record = method_record(config, state)
-    chosen = {key: None if record is None else record.get(key) for key in CHOSEN}
-    return {**chosen, "calibration": record, "base_fingerprint": state.base_fingerprint}
+    chosen = {key: None if record is None else getattr(record, key) for key in CHOSEN}
+    plain = None if record is None else record.to_json()
+    return {**chosen, "calibration": plain, "base_fingerprint": state.base_fingerprint}
+
+
+def _record_of(method: dict[str, Any]) -> CalibrationRecord:
+    """Return the record that a selection's method holds, or what the method says of the choice.
+
+    That record may say nothing. Without any, a report would tell what the adapter's config asks for.
+    """
+    if method.get("calibration") is not None:
+        return CalibrationRecord.from_json(method["calibration"], "method['calibration']")
+    return CalibrationRecord.from_json({key: method.get(key) for key in CHOSEN}, "method")
 
 
 def _check_budget(entries: int, config: FPSConfig, biases: int, base: nn.Module, name: str) -> None:

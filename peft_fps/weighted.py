@@ -9,6 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes
 from peft_fps.composition import Combination, combine, united_entries
 from peft_fps.config import FPSConfig
 from peft_fps.lookup import fps_layers
@@ -36,8 +37,16 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
     configs = [tuner.peft_config[name] for name in how.adapters]
     givers = list(dict.fromkeys(wholes.values()))
     names = dict.fromkeys(name for giver in givers for name in tuner.peft_config[giver].modules_to_save or [])
-    config = _combined_config(model, configs, layers, combined, list(names), how)
-    config.whole_tensors = whole_tensors(model, [path for path, module in model.named_modules() if module in wholes])
+    given = whole_tensors(model, [path for path, module in model.named_modules() if module in wholes])
+    record = AdapterRecord(
+        allocation={
+            path: ModuleSizes(layers[path].shape.neurons, layers[path].shape.inputs, tensors.values.numel())
+            for path, tensors in combined.items()
+        },
+        calibration=how.record(),
+        whole_tensors=tuple(given),
+    )
+    config = _combined_config(model, configs, layers, record, list(names))
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(model, adapter_name)
     for path, tensors in combined.items():
@@ -130,14 +139,13 @@ def _combined_config(
     model: nn.Module,
     configs: Sequence[FPSConfig],
     layers: Mapping[str, FPSLayer],
-    combined: Mapping[str, _Combined],
+    record: AdapterRecord,
     modules_to_save: list[str],
-    how: Combination,
 ) -> FPSConfig:
     """Return a config as if the new adapter came from a file: with its sizes, and what it trains as its budget."""
     biases = {"none": 0, "all": 1, "with_norms": 2}
     bias = max((config.bias for config in configs), key=lambda kind: biases[kind])
-    entries = sum(tensors.values.numel() for tensors in combined.values())
+    entries = sum(sizes.entries for sizes in record.allocation.values())
     biased = [layer for layer in layers.values() if layer.shape.bias and bias != "none"]
     trained = entries + sum(layer.shape.neurons for layer in biased)
     return replace(
@@ -151,17 +159,7 @@ def _combined_config(
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=modules_to_save,
-        allocation={
-            path: {
-                "neurons": layers[path].shape.neurons,
-                "inputs": layers[path].shape.inputs,
-                "entries": tensors.values.numel(),
-            }
-            for path, tensors in combined.items()
-        },
-        calibration=how.record(),
-        base_fingerprint=None,
-        whole_tensors=[],
+        record=record,
         init_weights=True,
     )
 

@@ -138,6 +138,18 @@ def _seeded(build: Callable[[], Any]) -> Any:
     return model.eval()
 
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+IN_RECORD = {"allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled"}
+
+
+def with_fields(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The content of an adapter_config.json with some fields changed, wherever in it they stand."""
+    recorded = {name: value for name, value in fields.items() if name in IN_RECORD}
+    record = {"record": content["record"] | recorded} if recorded else {}
+    return content | record | {name: value for name, value in fields.items() if name not in IN_RECORD}
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 

@@ -319,7 +319,7 @@ def test_the_saved_config_tells_what_was_combined_and_how_much_it_trains(tmp_pat
     add(model, "ties")
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     saved = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-    assert saved["calibration"] == {
+    assert saved["record"]["calibration"] == {
         "combination": "ties",
         "adapters": ["a", "b"],
         "weights": WEIGHTS,
@@ -335,7 +335,7 @@ def test_the_saved_config_tells_what_was_combined_and_how_much_it_trains(tmp_pat
     assert report.entries == sum(map(len, rows))
     assert saved["per_neuron"] is None
     assert report.share <= saved["budget"] <= 1.1 * report.share
-    assert {path: sizes["entries"] for path, sizes in saved["allocation"].items()} == {
+    assert {path: sizes["entries"] for path, sizes in saved["record"]["allocation"].items()} == {
         path: layer.fps_values["new"].numel() for path, layer in layers_of(model).items()
     }
 

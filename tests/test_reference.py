@@ -99,8 +99,7 @@ def test_the_original_keeps_its_config() -> None:
     as_trl_does(model)
     assert model.peft_config["default"] is config
     assert model.peft_config["ref"] is not config
-    assert config.allocation is None
-    assert not config.from_file
+    assert config.record is None
 
 
 def test_a_damaged_adapter_is_not_copied() -> None:

@@ -262,10 +262,13 @@ def test_the_record_goes_along_and_into_the_saved_config(tmp_path: Path):
     model = fresh(tiny_mlp(), per_neuron=4)
     Selection.of(source).apply(model)
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["record"]
     assert saved["calibration"]["importance"] == "activation"
     assert saved["calibration"]["examples"] == 6
-    assert {path: sizes["entries"] for path, sizes in saved["allocation"].items()} == {"first": 24, "last": 8}
+    assert {path: sizes["entries"] for path, sizes in saved["allocation"].items()} == {
+        "first": 24,
+        "last": 8,
+    }
     loaded = PeftModel.from_pretrained(tiny_mlp(), tmp_path)
     assert rows_of(loaded) == rows_of(source)
     assert Selection.of(loaded) == Selection.of(source)
@@ -557,10 +560,14 @@ def test_biases_of_norms_count_in_the_budget():
         ({"calibration": {"norm": {1, 2}}}, ValueError, "cannot be written as JSON.*expected a dict of plain data"),
         ({"score": float("nan")}, ValueError, "cannot be written as JSON"),
         ({"calibration": "yes"}, ValueError, "calibration='yes', expected None or a dict"),
-        ({"calibration": {"examples": "12"}}, ValueError, "'examples' is an integer"),
-        ({"calibration": {"examples": True}}, ValueError, "'examples' is an integer"),
-        ({"base_fingerprint": {"sha256": 1, "dtype": "float32"}}, ValueError, "base_fingerprint=.*expected None or"),
-        ({"base_fingerprint": "abc"}, ValueError, "base_fingerprint='abc', expected None or"),
+        ({"calibration": {"examples": "12"}}, ValueError, "calibration.*examples is '12', expected an integer"),
+        ({"calibration": {"examples": True}}, ValueError, "calibration.*examples is True, expected an integer"),
+        (
+            {"base_fingerprint": {"sha256": 1, "dtype": "float32"}},
+            ValueError,
+            "base_fingerprint.*expected None or",
+        ),
+        ({"base_fingerprint": "abc"}, ValueError, "base_fingerprint.* is 'abc' of type str, expected None or"),
     ],
 )
 def test_methods_that_could_not_be_kept_are_refused(method: Any, error: type[Exception], says: str):

@@ -35,6 +35,7 @@ from tests.helpers import (
     through_transformers,
     tiny_vit,
     unchanged,
+    with_fields,
 )
 
 
@@ -252,14 +253,14 @@ TENSORS: dict[str, Tampering] = {
 def _config(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         written = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**written, **fields}))
+        (folder / CONFIG).write_text(json.dumps(with_fields(written, **fields)))
 
     return change
 
 
 def _allocation(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        allocation = json.loads((folder / CONFIG).read_text())["allocation"]
+        allocation = json.loads((folder / CONFIG).read_text())["record"]["allocation"]
         edit(allocation)
         _config(allocation=allocation)(folder)
 
@@ -272,7 +273,7 @@ def _sizes(**sizes: Any) -> Callable[[Path], None]:
 
 FORGED = {"sha256": "0" * 64, "dtype": "float32"}
 CONFIGS: dict[str, Tampering] = {
-    "newer format": Tampering(_config(format_version=2), "format_version", "is 2, expected at most 1.*[Uu]pgrade"),
+    "newer format": Tampering(_config(format_version=3), "format_version", "is 3, expected at most 2.*[Uu]pgrade"),
     "format of another type": Tampering(_config(format_version="1"), "format_version", "'1', expected an integer"),
     "unknown importance": Tampering(_config(importance="magic"), "importance", "'magic', expected one of 'act"),
     "unknown granularity": Tampering(

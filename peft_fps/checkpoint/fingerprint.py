@@ -83,7 +83,7 @@ def _spread(samples: Sequence[bytes]) -> bytes:
     return b"".join(sample[: 2 * each] for sample in samples[:: -(-len(samples) // SAMPLE) or 1])
 
 
-def check_fingerprint(saved: dict[str, str] | None, found: dict[str, str] | None, action: str) -> None:
+def check_fingerprint(saved: Mapping[str, str] | None, found: Mapping[str, str] | None, action: str) -> None:
     """Compare the saved fingerprint with the one of the model at hand; a missing one on either side proves nothing.
 
     Args:

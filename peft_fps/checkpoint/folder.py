@@ -59,5 +59,5 @@ def check_folder(folder: Path, whole_tensors: Iterable[str], pickled: bool, dige
         raise ValueError(
             f"{weights} holds tensors with the digest {found[:12]}, expected {digest[:12]} as {CONFIG_NAME} says. The "
             "file is damaged, or saving was interrupted between the two files; fetch or save the adapter again. If "
-            "the tensors were edited on purpose, set tensors_sha256 to null in the config."
+            "the tensors were edited on purpose, set tensors_sha256 in the config's record to null."
         )

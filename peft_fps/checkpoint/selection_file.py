@@ -21,8 +21,8 @@ from torch import Tensor
 
 from peft_fps.checkpoint.encoding import encode
 from peft_fps.checkpoint.folder import PEFT_PREFIX
+from peft_fps.checkpoint.record import Allocation, ModuleSizes, allocation_from_json, allocation_to_json
 from peft_fps.checkpoint.validation import REMEDY
-from peft_fps.checks import check_allocation
 from peft_fps.selection.entries import ModuleEntries
 from peft_fps.sparse import StructureError
 
@@ -44,10 +44,10 @@ def write_selection(path: Path, modules: Mapping[str, ModuleEntries], method: Ma
     """
     tensors, sizes = {}, {}
     for module, held in modules.items():
-        sizes[module] = {"neurons": held.neurons, "inputs": held.inputs, "entries": held.entries}
+        sizes[module] = ModuleSizes(held.neurons, held.inputs, held.entries)
         for name, tensor in zip(INDICES, (held.columns, held.row_counts), strict=True):
             tensors[f"{module}.{name}"] = encode(name, tensor, held.inputs).clone()
-    record = {"format_version": FILE_VERSION, "allocation": sizes, "method": method}
+    record = {"format_version": FILE_VERSION, "allocation": allocation_to_json(sizes), "method": method}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -66,25 +66,29 @@ def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]
     """
     metadata, tensors = _read(path)
     record = _checked_record(path, metadata)
-    return _checked_modules(path, tensors, record["allocation"]), record["method"]
+    try:
+        allocation = allocation_from_json(record["allocation"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error} {REMEDY}") from error
+    return _checked_modules(path, tensors, allocation), record["method"]
 
 
-def read_adapter(path: Path, allocation: Mapping[str, Mapping[str, int]]) -> dict[str, ModuleEntries]:
+def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]:
     """Return the modules of an adapter's safetensors file, without those that have no inputs and train a bias alone.
 
     Args:
         path: of the file.
-        allocation: as the adapter's config holds it.
+        allocation: sizes of every module, from the adapter's record.
 
     Raises:
         ValueError: the file is damaged, or does not fit the config.
     """
     _, held = _read(path, ending=INDICES)
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in held.items()}
-    for module in [module for module, sizes in allocation.items() if not sizes["inputs"]]:
+    for module in [module for module, sizes in allocation.items() if not sizes.inputs]:
         for name in INDICES:
             tensors.pop(f"{module}.{name}", None)
-    return _checked_modules(path, tensors, {module: sizes for module, sizes in allocation.items() if sizes["inputs"]})
+    return _checked_modules(path, tensors, {module: sizes for module, sizes in allocation.items() if sizes.inputs})
 
 
 def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -99,12 +103,8 @@ def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str
         raise ValueError(f"{path} is not a readable safetensors file: {error}. {REMEDY}") from error
 
 
-def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Any) -> dict[str, ModuleEntries]:
+def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Allocation) -> dict[str, ModuleEntries]:
     """Return the indices of all modules from a file's tensors, whose sizes must be those of the allocation."""
-    try:
-        check_allocation(allocation)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error} {REMEDY}") from error
     expected = {f"{module}.{name}" for module in allocation for name in INDICES}
     if set(tensors) != expected:
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -116,20 +116,20 @@ def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Any)
     for module, sizes in allocation.items():
         columns, row_counts = (tensors[f"{module}.{name}"] for name in INDICES)
         try:
-            modules[module] = _checked_module(columns, row_counts, **sizes)
+            modules[module] = _checked_module(columns, row_counts, sizes)
         except StructureError as error:
             raise ValueError(f"{path}: {module}: {error}. {REMEDY}") from error
     return modules
 
 
-def _checked_module(columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, entries: int) -> ModuleEntries:
-    checked = ModuleEntries.of_size(columns, row_counts, neurons, inputs)
+def _checked_module(columns: Tensor, row_counts: Tensor, sizes: ModuleSizes) -> ModuleEntries:
+    checked = ModuleEntries.of_size(columns, row_counts, sizes.neurons, sizes.inputs)
     for name, found, right in zip(INDICES, (columns, row_counts), (checked.columns, checked.row_counts), strict=True):
-        wanted = encode(name, right, inputs).dtype
+        wanted = encode(name, right, sizes.inputs).dtype
         if found.dtype != wanted:
             raise StructureError(f"{name} has dtype {found.dtype}, expected {wanted}")
-    if checked.entries != entries:
-        raise StructureError(f"found {checked.entries} entries, expected {entries} as the file's record says")
+    if checked.entries != sizes.entries:
+        raise StructureError(f"found {checked.entries} entries, expected {sizes.entries} as the file's record says")
     return checked
 
 

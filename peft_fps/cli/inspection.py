@@ -8,21 +8,14 @@ from torch import Tensor
 
 from peft_fps.adapters import AdapterState
 from peft_fps.checkpoint import decode
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
 from peft_fps.selection import LayerSelection
 from peft_fps.selection.entries import ModuleEntries
 
 
-RECORDS = (
-    "allocation",
-    "calibration",
-    "base_fingerprint",
-    "whole_tensors",
-    "tensors_sha256",
-    "pickled",
-    "auto_mapping",
-)
+RECORDS = ("record", "auto_mapping")
 """Fields of a config that saving fills in."""
 
 Modules = dict[str, dict[str, Tensor]]
@@ -65,9 +58,14 @@ class Inspection:
     @property
     def method(self) -> str:
         """One line on how the entries were chosen."""
-        if self.config is None:
+        if self.config is None or self.record is None:
             return "an unknown method"
-        return describe(self.config, AdapterState(selected=True, calibration=self.config.calibration))
+        return describe(self.config, AdapterState(selected=True, calibration=self.record.calibration))
+
+    @property
+    def record(self) -> AdapterRecord | None:
+        """What saving has recorded; None if the config is not valid."""
+        return None if self.config is None else self.config.record
 
     @property
     def base_class(self) -> str | None:
@@ -79,14 +77,14 @@ class Inspection:
     @property
     def layers(self) -> tuple[LayerSelection, ...]:
         """One row for each module, block after block: sizes from the config, the rest from the file."""
-        sizes = {} if self.config is None else self.config.allocation or {}
+        sizes = {} if self.record is None else self.record.allocation
         rows = []
         for module, size in sorted(sizes.items(), key=lambda item: _by_number(item[0])):
             held = self.tensors.get(module, {})
             entries = held["fps_columns"].numel() if "fps_columns" in held else 0
             biases = held["fps_bias"].numel() if "fps_bias" in held else 0
             total = sum(tensor.nbytes for tensor in held.values())
-            rows.append(LayerSelection(module, size["neurons"], size["inputs"], entries, biases, total))
+            rows.append(LayerSelection(module, size.neurons, size.inputs, entries, biases, total))
         return tuple(rows)
 
     @property
@@ -113,6 +111,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, derived figures included."""
         config, layers = self.config, self.layers
+        record = None if self.record is None else self.record.to_json()
         weights = sum(layer.neurons * layer.inputs for layer in layers)
         entries = sum(layer.entries for layer in layers)
         return {
@@ -122,11 +121,11 @@ class Inspection:
             "base_model": {
                 "name": config and config.base_model_name_or_path,
                 "revision": config and config.revision,
-                "fingerprint": config and config.base_fingerprint,
+                "fingerprint": record and record["base_fingerprint"],
                 "class": self.base_class,
             },
             "method": self.method,
-            "calibration": config and config.calibration,
+            "calibration": record and record["calibration"],
             "config": self.settings,
             "modules": [asdict(layer) | {"share": layer.share} for layer in layers],
             "heads": {

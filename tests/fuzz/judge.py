@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_fps import Selection, hotswap_adapter
-from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns
+from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns, with_fields
 
 
 WEIGHTS, CONFIG, SELECTION = "adapter_model.safetensors", "adapter_config.json", "selection.safetensors"
@@ -287,7 +287,7 @@ def limits(folder: Path) -> Iterator[None]:
 def without_digest(folder: Path) -> None:
     """As someone forges a file who knows that the digest would give it away."""
     content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | {"tensors_sha256": None}))
+    (folder / CONFIG).write_text(json.dumps(with_fields(content, tensors_sha256=None)))
 
 
 @contextmanager

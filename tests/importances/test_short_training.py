@@ -201,8 +201,8 @@ def test_models_are_calibrated_within_their_budget(kind: str, importance: str):
     assert "over 24 examples" in str(report)
     record = next(iter(layers_of(model).values())).fps_state["default"].calibration
     assert record is not None
-    assert (record["importance"], record["batches"], record["examples"]) == (importance, 6, 24)
-    assert record["selection_epochs"] == 2
+    assert (record.importance, record.batches, record.examples) == (importance, 6, 24)
+    assert record.selection_epochs == 2
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -447,7 +447,7 @@ def test_the_record_counts_batches_of_all_epochs(
     model.calibrate(data(), num_batches=num_batches, progress=False)
     record = layers_of(model)["stem"].fps_state["default"].calibration
     assert record is not None
-    assert (record["batches"], record["examples"]) == expected
+    assert (record.batches, record.examples) == expected
     assert f"over {expected[1]} examples" in str(model.selection_report())
 
 
