@@ -7,7 +7,7 @@
 import json
 from typing import Any
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checks import check_unreached
 from peft_fps.config import FPSConfig
 from peft_fps.importances import IMPORTANCES, WITHOUT_DATA

@@ -1,5 +1,7 @@
 """Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
 
+from collections.abc import Mapping
+
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from peft_fps.adapters import FPSLayer
 from peft_fps.compiled import unwrapped
 from peft_fps.config import FPSConfig
+from peft_fps.entry_layer import EntryLayer
 
 
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
@@ -28,7 +31,12 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return the layers that the adapter was made for, those included that no data has reached, by their path."""
     layers = fps_layers(model).values()
-    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
+    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+
+
+def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:
+    """Return those of some layers that have sparse entries, norms left out, by the same names."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, EntryLayer)}
 
 
 def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -68,7 +76,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
             return configs[adapter_name]
-    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
+    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_state})
     raise ValueError(
         f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
         "add_adapter first."

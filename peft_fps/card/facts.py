@@ -8,7 +8,7 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from transformers.modelcard import TASK_MAPPING
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.card.evaluation import Evaluation
 from peft_fps.checkpoint.folder import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS
 from peft_fps.config import FPSConfig

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from peft_fps.checkpoint.encoding import encode
+from peft_fps.checkpoint.encoding import encode, is_norm
 from peft_fps.checkpoint.folder import PEFT_PREFIX
 from peft_fps.checkpoint.validation import REMEDY
 from peft_fps.checks import check_allocation
@@ -70,7 +70,7 @@ def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]
 
 
 def read_adapter(path: Path, allocation: Mapping[str, Mapping[str, int]]) -> dict[str, ModuleEntries]:
-    """Return the modules of an adapter's safetensors file, without those that have no inputs and train a bias alone.
+    """Return the modules of an adapter's safetensors file, norms left out.
 
     Args:
         path: of the file.
@@ -81,10 +81,11 @@ def read_adapter(path: Path, allocation: Mapping[str, Mapping[str, int]]) -> dic
     """
     _, held = _read(path, ending=INDICES)
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in held.items()}
-    for module in [module for module, sizes in allocation.items() if not sizes["inputs"]]:
+    weights = {module: sizes for module, sizes in allocation.items() if not is_norm(sizes)}
+    for module in allocation.keys() - weights.keys():
         for name in INDICES:
             tensors.pop(f"{module}.{name}", None)
-    return _checked_modules(path, tensors, {module: sizes for module, sizes in allocation.items() if sizes["inputs"]})
+    return _checked_modules(path, tensors, weights)
 
 
 def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from peft_fps.checkpoint import (
     check_adapter_tensors,
     check_folder,
     check_whole_modules,
+    is_norm,
 )
 from peft_fps.cli.inspection import Check, Inspection, Modules
 from peft_fps.config import FPSConfig
@@ -120,6 +121,6 @@ def _check_entries(config: FPSConfig, tensors: Mapping[str, Mapping[str, Tensor]
     expected = {}
     for module, size in (config.allocation or {}).items():
         # whether a layer has a bias is the base model's to say; a norm is there for its bias alone
-        bias = config.bias != "none" and (not size["inputs"] or "fps_bias" in tensors.get(module, {}))
+        bias = config.bias != "none" and (is_norm(size) or "fps_bias" in tensors.get(module, {}))
         expected[module] = Expected(**size, bias=bias)
     check_adapter_tensors(tensors, expected, total_only=config.granularity not in ("neuron", "layer"))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import is_distributed, run_model
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import (
     Accumulator,
     BatchLoss,
@@ -61,7 +61,7 @@ def gather_gradients(
     return reached(sums, per_example), counts
 
 
-def size_of_sums(layer: FPSLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
+def size_of_sums(layer: EntryLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
     """Score a weight by the size of what was summed up for it."""
     return lambda first, last: sums.rows(first, last).float().abs()
 

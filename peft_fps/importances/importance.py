@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Pass, Run
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import Accumulator, Loss
 
 
@@ -52,7 +52,7 @@ class Request:
     """
 
     base: nn.Module
-    layers: Mapping[str, FPSLayer]
+    layers: Mapping[str, EntryLayer]
     config: FPSConfig
     adapter_name: str
     data: Pass
@@ -84,7 +84,7 @@ class Importance:
     needs: Literal["nothing", "forward", "backward", "training"]
     help: str
     text: Callable[[Mapping[str, Any]], str]
-    scorer: Callable[[FPSLayer, str, FPSConfig, Any], Score]
+    scorer: Callable[[EntryLayer, str, FPSConfig, Any], Score]
     gather: Callable[[Request], tuple[Evidence, dict[str, int]]] | None = None
     recorded: tuple[str, ...] = ()
     stand_in: Callable[[FPSConfig, Evidence], float] = nothing_reached
