@@ -123,6 +123,11 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return "forward" not in vars(base) and not hooked
 
+    def carries(self, adapter_name: str) -> bool:
+        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
+        state = self.fps_state.get(adapter_name)
+        return state is not None and self.module_path not in state.unreached
+
     # --- an adapter's tensors ---------------------------------------------------------------------------------------
 
     def tensor_names(self) -> tuple[str, ...]:

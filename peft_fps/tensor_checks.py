@@ -27,9 +27,8 @@ class CheckedLayer(PlacedLayer):
     fps_bias: nn.ParameterDict
 
     def carries(self, adapter_name: str) -> bool:
-        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
-        state = self.fps_state.get(adapter_name)
-        return state is not None and self.module_path not in state.unreached
+        """Whether the adapter holds something here."""
+        raise NotImplementedError
 
     def bias_delta(self, adapter_name: str) -> nn.Parameter | None:
         """The adapter's bias delta `(neurons,)`, None where it has none."""
