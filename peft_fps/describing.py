@@ -7,7 +7,7 @@ chosen without data have none; for them the config says how they were chosen.
 import json
 from typing import Any, Protocol
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checkpoint.record import check_fingerprint_form
 from peft_fps.importances import IMPORTANCES, WITHOUT_DATA, Settings
 from peft_fps.selection.calibration_record import CalibrationRecord

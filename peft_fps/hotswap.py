@@ -25,6 +25,7 @@ from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.compiled import plain_name, unwrapped
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.lookup import base_model, target_layers
 from peft_fps.planning import plan, take_targets_from_record
 from peft_fps.renames import current_names
@@ -192,17 +193,17 @@ def _whole_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _held(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a layer's tensors on its device, never narrower than the file; no entries where the file has none."""
-    values, counts = layer.fps_values[adapter_name].detach(), layer.fps_row_counts[adapter_name]
-    if not tensors:
-        tensors = {"fps_values": values[:0], "fps_columns": counts[:0], "fps_row_counts": torch.zeros_like(counts)}
-        if adapter_name in layer.fps_bias:
-            tensors["fps_bias"] = torch.zeros_like(layer.fps_bias[adapter_name].detach())
     held = {}
-    for name, tensor in tensors.items():
-        held[name] = decode(name, tensor).to(values.device)
+    for name in layer.tensor_names():
+        if adapter_name not in getattr(layer, name):
+            continue
+        present = getattr(layer, name)[adapter_name].detach()
+        if tensors:
+            held[name] = decode(name, tensors[name]).to(present.device)
+        else:
+            held[name] = present[:0] if name in ("fps_values", "fps_columns") else torch.zeros_like(present)
         if name in TRAINED:
-            present = getattr(layer, name)[adapter_name].dtype
-            held[name] = held[name].to(torch.promote_types(present, tensor.dtype))
+            held[name] = held[name].to(torch.promote_types(present.dtype, held[name].dtype))
     return held
 
 
@@ -225,7 +226,7 @@ def _put(layers: Mapping[str, FPSLayer], swap: _Swap, adapter_name: str) -> None
         target.copy_(tensor)
     for layer in layers.values():
         # a compiled forward reads what is derived here and does not look whether it is up to date
-        layer.structure(adapter_name)
-        names = [name for name in layer.active_adapters if name in layer.fps_values]
-        if len(names) > 1 and layer.shape.inputs:
-            layer.applied(names)
+        layer.prepare(adapter_name)
+        names = [name for name in layer.active_adapters if name in layer.fps_state]
+        if len(names) > 1 and isinstance(layer, EntryLayer):
+            layer.united_structure(names)

@@ -2,14 +2,15 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.adapter_state import AdapterState
+from peft_fps.adapters import FPSLayer
 from peft_fps.buffers import buffer_digests, thaw_statistics
 from peft_fps.card import SavedAdapter
 from peft_fps.checkpoint import (
@@ -21,15 +22,19 @@ from peft_fps.checkpoint import (
     check_whole_modules,
     decode,
     encode,
+    no_entries,
     tensors_digest,
 )
-from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.compiled import plain_name
 from peft_fps.config import FPSConfig
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.lookup import base_model, fps_layers
+from peft_fps.norms import Norm
 from peft_fps.planning import fingerprint_of
 from peft_fps.renames import current_names
+from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sharded import is_sharded
 from peft_fps.sparse import StructureError, check_entries
 from peft_fps.targets import PREFIX
@@ -53,11 +58,12 @@ def saved_state(
             continue
         keys = {name: f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}" for name in TENSORS}
         held = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if isinstance(layer, Norm):
+            held |= no_entries(held["fps_bias"])
         _check_held(layer, adapter_name, held)
         state = layer.fps_state[adapter_name]
-        entries = layer.fps_values[adapter_name].numel()
-        allocation[layer.module_path] = ModuleSizes(layer.shape.neurons, layer.shape.inputs, entries)
-        result |= {keys[name]: encode(name, tensor, layer.shape.inputs) for name, tensor in held.items()}
+        sizes = allocation[layer.module_path] = layer.sizes(adapter_name)
+        result |= {keys[name]: encode(name, tensor, sizes.inputs) for name, tensor in held.items()}
     _warn_of_changed_buffers(model, adapter_name, state)
     wholes = (plain_name(key) for key in _whole_modules(model, adapter_name))
     record = AdapterRecord(
@@ -92,7 +98,7 @@ def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: Adapter
 
 def _check_held(layer: FPSLayer, adapter_name: str, held: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless a layer's tensors can be saved; of a sharded layer only those that were gathered."""
-    if not is_sharded(layer.fps_values[adapter_name]):
+    if not any(is_sharded(parameter) for parameter in layer.adapter_parameters(adapter_name)):
         layer.check_tensors(adapter_name)
         return
     where = f"{layer.module_path}: adapter {adapter_name!r}"
@@ -103,7 +109,8 @@ def _check_held(layer: FPSLayer, adapter_name: str, held: Mapping[str, Tensor]) 
         )
     values, columns, counts = (held[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))
     try:
-        check_entries(columns, counts, layer.shape.neurons, layer.shape.inputs, values)
+        sizes = layer.sizes(adapter_name)
+        check_entries(columns, counts, sizes.neurons, sizes.inputs, values)
     except StructureError as error:
         raise ValueError(f"{where}: {error}. Its tensors are damaged; nothing was saved.") from error
 
@@ -118,7 +125,7 @@ def load_state(
     Raises:
         ValueError: names the module, what was found, what was expected and what to do.
     """
-    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
+    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_state}
     by_path = {layer.module_path: (name, layer) for name, layer in layers.items()}
     # other granularities fix only the total; the split over modules is the file's
     free = config.granularity not in ("neuron", "layer")
@@ -146,17 +153,19 @@ def load_state(
         by_path[path][1].leave_out(adapter_name)
     for path, tensors in modules.items():
         full_name, layer = by_path[path]
-        layer.resize(adapter_name, tensors["fps_columns"].numel())
-        layer.resize_bias(adapter_name, layer.shape.neurons)
+        if isinstance(layer, EntryLayer):
+            layer.resize(adapter_name, tensors["fps_columns"].numel())
+        layer.resize_bias(adapter_name, layer.neurons)
         layer.fps_state[adapter_name].unreached.discard(path)
         layer.fps_state[adapter_name].selected = True
         layer.fps_state[adapter_name].before = None
-        for name, held in (("fps_values", layer.fps_values), ("fps_bias", layer.fps_bias)):
+        for name in layer.adapter_layer_names:
             if name in tensors:  # never narrower than the file
-                parameter = held[adapter_name]
+                parameter = getattr(layer, name)[adapter_name]
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))
-        for name, tensor in tensors.items():
-            result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensor)
+        for name in layer.tensor_names():
+            if name in tensors:
+                result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensors[name])
     return result
 
 
@@ -207,8 +216,7 @@ def _as_reached(
 
 
 def _expected(layer: FPSLayer, adapter_name: str) -> Expected:
-    entries, bias = layer.fps_values[adapter_name].numel(), adapter_name in layer.fps_bias
-    return Expected(layer.shape.neurons, layer.shape.inputs, entries, bias)
+    return Expected(**asdict(layer.sizes(adapter_name)), bias=adapter_name in layer.fps_bias)
 
 
 def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -223,14 +231,14 @@ def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out that was injected from a saved config and never loaded; others stay as they are."""
-    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
+    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_state}
     if not any(layer.awaits_loading(adapter_name) for layer in layers.values()):
         return
     before = next(iter(layers.values())).fps_state[adapter_name].before
     if before is not None:
         before.restore()  # first, so that what is taken out is active nowhere
     for name, layer in layers.items():
-        if set(layer.fps_values) == {adapter_name}:
+        if set(layer.fps_state) == {adapter_name}:
             _replace(model, name, layer.base_layer)
         else:
             layer.delete_adapter(adapter_name)

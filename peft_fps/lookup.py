@@ -1,11 +1,14 @@
 """Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
 
+from collections.abc import Mapping
+
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.compiled import unwrapped
+from peft_fps.entry_layer import EntryLayer
 
 
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
@@ -27,7 +30,12 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return all layers that the adapter targets, by their path in the base model, also those that no data reached."""
     layers = fps_layers(model).values()
-    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
+    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+
+
+def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:
+    """Return those of some layers that have sparse entries, norms left out, by the same names."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, EntryLayer)}
 
 
 def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -11,13 +11,15 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, Before, FPSLayer, check_distinct
+from peft_fps.adapter_state import AdapterState, Before
+from peft_fps.adapters import FPSLayer
 from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
 from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
+from peft_fps.layer_merge import check_distinct
 from peft_fps.loading import load_state, saved_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch, pass_names
@@ -236,7 +238,7 @@ class FPSModel(BaseTuner):
                 target.register_forward_pre_hook(_no_op)
         target.update_layer(
             adapter_name,
-            self._injections[adapter_name].entries[current_key],
+            self._injections[adapter_name].entries.get(current_key, 0),
             peft_config.bias != "none",
             self._state,
             inference_mode=peft_config.inference_mode,

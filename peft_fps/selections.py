@@ -14,14 +14,15 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.describing import CHOSEN, method_record, plain_method
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances import Score
-from peft_fps.lookup import active_adapter, adapter_layers, base_model, target_layers
+from peft_fps.lookup import active_adapter, adapter_layers, base_model, entry_layers, target_layers
 from peft_fps.reading import weight_rows
 from peft_fps.renames import current_names
 from peft_fps.selecting import check_selectable, rank, selection_report
@@ -87,9 +88,7 @@ class Selection:
                     f"{path}: the tensors of adapter {name!r} are not loaded, expected selected entries. Load an "
                     "adapter file, or select entries with model.calibrate(...), before taking the selection."
                 )
-        for path, layer in layers.items():
-            if not layer.shape.inputs:
-                continue
+        for path, layer in entry_layers(layers).items():
             tensors, shape = (layer.fps_columns[name], layer.fps_row_counts[name]), layer.shape
             try:
                 modules[path] = ModuleEntries.of_size(*tensors, shape.neurons, shape.inputs)
@@ -128,23 +127,22 @@ class Selection:
         record = _record_of(method)
         unreached = set(current_names(base_model(model), dict.fromkeys(record.unreached))) - modules.keys()
         check_same_modules(
-            modules,
-            {path: layer.shape for path, layer in layers.items() if layer.shape.inputs and path not in unreached},
+            {path: module.shape for path, module in modules.items()},
+            {path: layer.shape for path, layer in entry_layers(layers).items() if path not in unreached},
             "the selection",
             f"adapter {name!r}",
             "Apply the selection to an adapter with the target_modules and the base model that it was made with. "
             "Nothing was changed.",
         )
         biased = [layer for path, layer in layers.items() if name in layer.fps_bias and path not in unreached]
-        _check_budget(self.entries, config, sum(layer.shape.neurons for layer in biased), base_model(model), name)
+        _check_budget(self.entries, config, sum(layer.neurons for layer in biased), base_model(model), name)
         for path, layer in layers.items():
             if path in unreached:
                 layer.leave_out(name)
-            elif path in modules:
+            elif isinstance(layer, EntryLayer):
                 layer.set_selection(name, modules[path].columns, modules[path].row_counts)
             else:
-                counts = torch.zeros(layer.shape.neurons, dtype=torch.int32, device="cpu")
-                layer.set_selection(name, counts[:0], counts)
+                layer.start_from_zero(name)
         state = next(iter(layers.values())).fps_state[name]
         state.selected, state.calibration = True, record
         return selection_report(model, name)
@@ -178,7 +176,7 @@ class Selection:
         """
         name = adapter_name or active_adapter(model)
         config, layers = adapter_config(model, name), adapter_layers(model, name)
-        weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
+        weighted = entry_layers(layers)
         scorers = {path: _rows_of(_own_scores(path, layer, score)) for path, layer in weighted.items()}
         entries = {path: layer.fps_values[name].numel() for path, layer in weighted.items()}
         ranked = rank(weighted, config, entries, scorers)
@@ -243,13 +241,14 @@ class Selection:
             ValueError: the selections are of different modules; names one of them.
         """
         remedy = "Compare selections of one base model with the same target_modules."
-        check_same_modules(other.modules, self.modules, "the other selection", "this selection", remedy)
+        theirs, ours = ({path: module.shape for path, module in each.modules.items()} for each in (other, self))
+        check_same_modules(theirs, ours, "the other selection", "this selection", remedy)
         mine, others = ({p: m.positions() for p, m in each.modules.items()} for each in (self, other))
         return measure_overlap(mine, others)
 
 
 @torch.no_grad()
-def _own_scores(path: str, layer: FPSLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
+def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
     weight = weight_rows(layer, 0, layer.shape.neurons)
     return checked_scores(path, score(path, weight), layer.shape)
 

@@ -9,7 +9,8 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer, Undone, check_distinct
+from peft_fps.adapters import FPSLayer
+from peft_fps.layer_merge import Undone, check_distinct
 from peft_fps.quantised_layers import QuantisedLinear, check_writable
 from peft_fps.sharded import check_whole
 
@@ -63,15 +64,15 @@ def _check(model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
     check_distinct(adapter_names)
-    known = {name for layer in layers for name in layer.fps_values}
+    known = {name for layer in layers for name in layer.fps_state}
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
-    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_values]
+    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_state]
     check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
     for layer in layers if safe_merge else ():
         layer.check_merge(list(adapter_names))
     for layer, name in pairs:
-        layer.structure(name)  # checks the tensors, unless they are the ones last checked
+        layer.prepare(name)  # checks the tensors, unless they are the ones last checked
     if not _sums_are_finite([parameter for layer, name in pairs for parameter in layer.adapter_parameters(name)]):
         for layer, name in pairs:
             layer.check_tensors(name)  # a sum may also overflow

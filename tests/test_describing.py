@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_fps import FPSConfig, Selection
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.describing import describe, method_record
 from peft_fps.selection.calibration_record import CalibrationRecord
 from tests.helpers import adapted, normal, tiny_mlp

@@ -548,7 +548,8 @@ def test_an_adapter_is_loaded_onto_a_base_with_one_offloaded_module(
     assert base.get_submodule(path).weight.device.type == "meta"
     loaded = PeftModel.from_pretrained(base, tmp_path)
     layer = layers_of(loaded)[path]
-    assert {p.device.type for p in (*layer.adapter_parameters("default"), layer.fps_columns["default"])} == {"cpu"}
+    tensors = [*layer.adapter_parameters("default"), *layer.index_tensors("default")]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded), logits(tiny_vit()), atol=1e-5, rtol=1e-4)

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
+from peft_fps.entry_layer import EntryLayer
 from tests.helpers import base_bytes, fill, layers_of, normal, unchanged
 
 
@@ -50,7 +51,7 @@ def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Entries and biases of each layer."""
     return {
         path: (
-            layer.fps_values["default"].numel(),
+            layer.fps_values["default"].numel() if isinstance(layer, EntryLayer) else 0,
             layer.fps_bias["default"].numel() if "default" in layer.fps_bias else 0,
         )
         for path, layer in layers_of(model).items()

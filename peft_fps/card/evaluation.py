@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from peft_fps.adapters import Evaluation
+from peft_fps.adapter_state import Evaluation
 
 
 PREFIX = "eval_"

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast
 from safetensors import SafetensorError, safe_open
 from transformers.modelcard import TASK_MAPPING
 
-from peft_fps.adapters import AdapterState, Evaluation
+from peft_fps.adapter_state import AdapterState, Evaluation
 from peft_fps.checkpoint.folder import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord
 from peft_fps.describing import DescribedSettings, describe

@@ -1,7 +1,7 @@
 """The adapter on disk: how it is written, and everything that is checked before it is believed."""
 
 from peft_fps.checkpoint.digest import tensors_digest
-from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes
+from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes, no_entries
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.folder import PEFT_PREFIX, WEIGHTS, check_folder, is_pickled
 from peft_fps.checkpoint.resuming import last_complete_checkpoint
@@ -25,6 +25,7 @@ __all__ = [
     "fingerprint",
     "is_pickled",
     "last_complete_checkpoint",
+    "no_entries",
     "recover_adapter",
     "save_adapter",
     "tensors_digest",

@@ -6,6 +6,8 @@
 | `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
 | `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
+
+A norm, which has a bias delta alone, is written as a module with 0 inputs and 0 entries.
 """
 
 import torch
@@ -37,6 +39,12 @@ def encode(name: str, tensor: Tensor, inputs: int) -> Tensor:
 def decode(name: str, tensor: Tensor) -> Tensor:
     """Return a checked tensor from disk as it is held in memory: indices as int32, the rest as it is."""
     return tensor.to(torch.int32) if name in ("fps_columns", "fps_row_counts") else tensor
+
+
+def no_entries(bias: Tensor) -> dict[str, Tensor]:
+    """Return what a file holds of a norm besides its bias delta `(neurons,)`, as tensors in memory by their names."""
+    counts = torch.zeros(bias.numel(), dtype=torch.int32, device=bias.device)
+    return {"fps_values": bias.detach().new_zeros(0), "fps_columns": counts[:0], "fps_row_counts": counts}
 
 
 def encoded_bytes(row_counts: Tensor, inputs: int, value_size: int, biases: int) -> int:

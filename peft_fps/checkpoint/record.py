@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME
 
 from peft_fps.field_checks import check_names, check_type
 from peft_fps.selection.calibration_record import CalibrationRecord
+from peft_fps.selection.module_sizes import ModuleSizes
 
 
 FORMAT_VERSION = 2
@@ -30,28 +31,6 @@ def check_version(version: Any) -> None:
             f"format_version is {version}, expected at most {FORMAT_VERSION}: the adapter was written by a newer "
             "peft_fps. Upgrade with `pip install -U peft-fps`."
         )
-
-
-@dataclass(frozen=True)
-class ModuleSizes:
-    """The sizes of one module's part of an adapter.
-
-    Attributes:
-        neurons: rows of the weight.
-        inputs: columns of the weight; 0 where the adapter changes a bias alone.
-        entries: selected entries, at most neurons times inputs.
-    """
-
-    neurons: int
-    inputs: int
-    entries: int
-
-    def __post_init__(self) -> None:
-        sizes = asdict(self)
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes.values()):
-            raise ValueError(f"is {sizes!r}, expected integers of at least 0.")
-        if self.entries > self.neurons * self.inputs:
-            raise ValueError(f"is {sizes!r}, expected at most neurons times inputs entries.")
 
 
 Allocation = Mapping[str, ModuleSizes]

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from peft_fps.checkpoint.encoding import encode
 from peft_fps.checkpoint.folder import PEFT_PREFIX
-from peft_fps.checkpoint.record import Allocation, ModuleSizes, allocation_from_json, allocation_to_json
+from peft_fps.checkpoint.record import Allocation, allocation_from_json, allocation_to_json
 from peft_fps.checkpoint.validation import REMEDY
 from peft_fps.selection.entries import ModuleEntries
+from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sparse import StructureError
 
 
@@ -74,7 +75,7 @@ def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]
 
 
 def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]:
-    """Return the modules of an adapter's safetensors file, without those that have no inputs and train a bias alone.
+    """Return the modules of an adapter's safetensors file, norms left out.
 
     Args:
         path: of the file.
@@ -85,10 +86,11 @@ def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]
     """
     _, held = _read(path, ending=INDICES)
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in held.items()}
-    for module in [module for module, sizes in allocation.items() if not sizes.inputs]:
+    weights = {module: sizes for module, sizes in allocation.items() if not sizes.is_norm}
+    for module in allocation.keys() - weights.keys():
         for name in INDICES:
             tensors.pop(f"{module}.{name}", None)
-    return _checked_modules(path, tensors, {module: sizes for module, sizes in allocation.items() if sizes.inputs})
+    return _checked_modules(path, tensors, weights)
 
 
 def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str], dict[str, Tensor]]:

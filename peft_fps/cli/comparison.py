@@ -164,7 +164,8 @@ def compare(first: Side, second: Side) -> Comparison:
             f"model: found {next(iter(first.entries), 'none')} and {next(iter(second.entries), 'none')}."
         )
     one, other = ({path: side.entries[path] for path in common} for side in (first, second))
-    check_same_modules(other, one, second.name, first.name, "Compare adapters or selections of one base model.")
+    theirs, ours = ({path: module.shape for path, module in entries.items()} for entries in (other, one))
+    check_same_modules(theirs, ours, second.name, first.name, "Compare adapters or selections of one base model.")
     paths = list(dict.fromkeys([*first.entries, *second.entries]))
     nothing = torch.zeros(0, dtype=torch.int64)
     positions = [

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checkpoint import decode
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
-from peft_fps.selection import LayerSelection
+from peft_fps.selection import LayerSelection, NormSelection
 from peft_fps.selection.entries import ModuleEntries
 
 
@@ -78,19 +78,27 @@ class Inspection:
     def layers(self) -> tuple[LayerSelection, ...]:
         """One row for each module, block after block: sizes from the config, the rest from the file."""
         sizes = {} if self.record is None else self.record.allocation
-        rows = []
+        rows: list[LayerSelection] = []
         for module, size in sorted(sizes.items(), key=lambda item: _by_number(item[0])):
             held = self.tensors.get(module, {})
             entries = held["fps_columns"].numel() if "fps_columns" in held else 0
             biases = held["fps_bias"].numel() if "fps_bias" in held else 0
             total = sum(tensor.nbytes for tensor in held.values())
-            rows.append(LayerSelection(module, size.neurons, size.inputs, entries, biases, total))
+            if size.is_norm:
+                rows.append(NormSelection(module, size.neurons, biases=biases, bytes=total))
+            else:
+                rows.append(LayerSelection(module, size.neurons, size.inputs, entries, biases, total))
         return tuple(rows)
 
     @property
+    def neurons(self) -> int:
+        """Neurons of all modules but norms."""
+        return sum(row.neurons for row in self.layers if not isinstance(row, NormSelection))
+
+    @property
     def entries(self) -> dict[str, ModuleEntries]:
-        """The selected entries of each module that has inputs; only of an adapter without a problem."""
-        sizes = {row.module: row for row in self.layers if row.inputs}
+        """The selected entries of each module but norms; only of an adapter without a problem."""
+        sizes = {row.module: row for row in self.layers if not isinstance(row, NormSelection)}
         return {
             path: ModuleEntries.of_size(held["fps_columns"], held["fps_row_counts"], row.neurons, row.inputs)
             for path, row in sizes.items()

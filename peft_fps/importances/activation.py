@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Observed, observe
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances.importance import Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.importances.settings import Settings
 from peft_fps.reading import weight_rows
@@ -32,13 +32,13 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     return observe(request.base, layers, request.config.norm, request.data, request.how.run)
 
 
-def _observed(layer: FPSLayer) -> Observed:
+def _observed(layer: EntryLayer) -> Observed:
     groups = getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
     return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
 
 
-def _scorer(layer: FPSLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
+def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
     activation = statistics.typical(config.norm)
 
     def score(first: int, last: int) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import is_distributed, run_model
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import (
     Accumulator,
     BatchLoss,
@@ -59,7 +59,7 @@ def gather_gradients(
     return reached(sums, per_example), counts
 
 
-def size_of_sums(layer: FPSLayer, path: str, config: Settings, sums: Accumulator) -> Score:
+def size_of_sums(layer: EntryLayer, path: str, config: Settings, sums: Accumulator) -> Score:
     """Return the scorer of a layer by the absolute values of its sums."""
     return lambda first, last: sums.rows(first, last).float().abs()
 

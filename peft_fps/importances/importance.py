@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Pass, Run
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import Accumulator, Loss
 from peft_fps.importances.settings import Settings
 from peft_fps.selection.calibration_record import CalibrationRecord
@@ -48,7 +48,7 @@ class Request:
     """
 
     base: nn.Module
-    layers: Mapping[str, FPSLayer]
+    layers: Mapping[str, EntryLayer]
     config: Settings
     adapter_name: str
     data: Pass
@@ -83,7 +83,7 @@ class Importance:
     needs: Literal["nothing", "forward", "backward", "training"]
     help: str
     text: Callable[[CalibrationRecord], str]
-    scorer: Callable[[FPSLayer, str, Settings, Any], Score]
+    scorer: Callable[[EntryLayer, str, Settings, Any], Score]
     gather: Callable[[Request], tuple[Evidence, dict[str, int]]] | None = None
     recorded: tuple[str, ...] = ()
     stand_in: Callable[[Settings, Evidence], float] = nothing_reached

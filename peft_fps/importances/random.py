@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances.importance import Importance, Score
 from peft_fps.importances.settings import Settings
 from peft_fps.selection.calibration_record import CalibrationRecord
@@ -16,7 +16,7 @@ STRIPE = 64
 """Rows that are drawn at once."""
 
 
-def random_scorer(layer: FPSLayer, path: str, seed: int) -> Score:
+def random_scorer(layer: EntryLayer, path: str, seed: int) -> Score:
     """Return scores that depend on the seed, the module path and the row alone."""
 
     def score(first: int, last: int) -> Tensor:
@@ -34,7 +34,7 @@ def _stripe(seed: int, path: str, row: int, inputs: int) -> Tensor:
     return torch.rand(STRIPE, inputs, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _scorer(layer: FPSLayer, path: str, config: Settings, evidence: Any) -> Score:
+def _scorer(layer: EntryLayer, path: str, config: Settings, evidence: Any) -> Score:
     return random_scorer(layer, path, config.seed)
 
 

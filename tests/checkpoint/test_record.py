@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes, allocation_from_json, read_record, record_from
+from peft_fps.checkpoint.record import AdapterRecord, allocation_from_json, read_record, record_from
 from peft_fps.selection.calibration_record import CalibrationRecord
+from peft_fps.selection.module_sizes import ModuleSizes
 
 
 VERSION_1 = Path(__file__).parent / "version_1"

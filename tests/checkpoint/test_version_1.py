@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
-from peft_fps.checkpoint.record import AdapterRecord, ModuleSizes
+from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.selection.module_sizes import ModuleSizes
 from tests.checkpoint.version_1.encoder import Encoder
 from tests.helpers import layers_of
 
