@@ -55,7 +55,7 @@ def test_modules_may_get_other_names_in_the_same_order() -> None:
         ("blocks.0.ln", ModuleSizes(3, 0, 0)),
     ]
     assert dataclasses.replace(renamed, allocation=RECORD.allocation) == RECORD
-    with pytest.raises(ValueError, match="argument 2 is (shorter|longer)"):
+    with pytest.raises(ValueError, match="longer"):
         RECORD.renamed(["blocks.0.q"])
 
 

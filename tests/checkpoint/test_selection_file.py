@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_fps.checkpoint.record import ModuleSizes
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.selection.entries import ModuleEntries
 from tests.helpers import csr, selections
@@ -302,10 +303,7 @@ def test_a_folder_is_no_selection_file(tmp_path: Path):
 # --- an adapter's file ----------------------------------------------------------------------------------------------
 
 
-ALLOCATION = {
-    "a.x": {"neurons": 2, "inputs": 5, "entries": 3},
-    "norm": {"neurons": 4, "inputs": 0, "entries": 0},
-}
+ALLOCATION = {"a.x": ModuleSizes(2, 5, 3), "norm": ModuleSizes(4, 0, 0)}
 
 
 def adapter_file(path: Path, **changes: Tensor) -> Path:
