@@ -16,7 +16,6 @@ from peft_fps.renames import current_names
 from peft_fps.withdrawal import withdraw_adapter
 
 
-
 def load_state(
     model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:

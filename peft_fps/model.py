@@ -330,7 +330,7 @@ class FPSModel(BaseTuner):
 
         Args:
             adapter_names: adapters to merge, in order; the active ones if None.
-            safe_merge: check all modules for NaN and infinity first and merge all or nothing.
+            safe_merge: refuse a merge that would write NaN or infinity; all modules are merged or none.
         """
         self._check_merge_allowed()
         merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)

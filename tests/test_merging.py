@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.merging import trial_copy
+from peft_fps.merging import independent_copy
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -501,7 +501,7 @@ def test_a_copy_of_a_layer_is_independent_of_it(kind: str, way: Callable[[Any], 
     x = {"conv": normal(2, 3, 3, 6), "conv1d": normal(2, 6)}.get(kind, normal(2, 5))
     way(layer)
     before, names = layer(x), {name: id(held) for name, held in vars(layer).items()}
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     assert torch.equal(trial(x), before)
     trial.weight.zero_()
     trial.bias.fill_(0.25)
@@ -515,7 +515,7 @@ def test_what_is_not_bound_to_the_layer_stays_as_it_is():
     layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
     layer.of_another, layer.partial_of_another = other.forward, partial(twice, other)
     layer.without_arguments, layer.later_argument = partial(normal, seed=2), partial(twice, other, layer)
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     for name in ("of_another", "partial_of_another", "without_arguments", "later_argument"):
         assert getattr(trial, name) is getattr(layer, name)
 
