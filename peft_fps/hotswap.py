@@ -57,6 +57,7 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     _check_present(layers, adapter_name)
     config = _checked_config(FPSConfig.from_pretrained(path, **options), old, model, adapter_name, layers)
     options = {key: value for key, value in options.items() if key != "check_base"}
+    # PEFT reads the file, as in every other way to load
     state_dict = load_peft_weights(path, device=infer_device() if device is None else device, **options)
     contents, present = _checked_contents(model, config, adapter_name, layers, state_dict)
     # all conversions first, since they may fail for want of memory
