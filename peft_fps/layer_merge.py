@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from peft_fps.merging import MergeRecord, is_finite, restore_entries, trial_copy
+from peft_fps.merging import MergeRecord, is_finite, restore_entries
 from peft_fps.placement import PlacedLayer
 
 
@@ -26,9 +26,13 @@ class MergingLayer(PlacedLayer):
     merge_records: dict[str, MergeRecord]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' changes to the base layer in place, keeping the originals of the entries they touch.
+        """Add the adapters' changes to the base layer in place, and keep the originals of the entries they touch.
 
-        Whatever is raised, nothing is changed.
+        If anything is raised, nothing is changed.
+
+        Args:
+            safe_merge: refuse a merge that would write NaN or infinity.
+            adapter_names: adapters to merge, in order; the active ones if None.
 
         Raises:
             ValueError: a name is there twice, the weight is not at hand, or, with `safe_merge`, the merged weights
@@ -40,13 +44,15 @@ class MergingLayer(PlacedLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_state]
         if names:
             self._check_at_hand("merge into")
-        if safe_merge:
-            self.check_merge(names)
+        for name in names if safe_merge else ():
+            self.check_finite(name)
         before = len(self.merged_adapters)
         try:
             for name in names:
                 self.merge_records[name] = self._merge_into(self.base_layer, name)
                 self.merged_adapters.append(name)
+                if safe_merge and not is_finite(self.base_layer, self.merge_records[name]):
+                    raise self._not_finite(name)
         except BaseException:
             self.take_out(len(self.merged_adapters) - before)
             raise
@@ -55,28 +61,30 @@ class MergingLayer(PlacedLayer):
         """Add the adapter's changes, times its scale, to a base layer in place."""
         raise NotImplementedError
 
-    def check_merge(self, names: list[str]) -> None:
-        """Raise ValueError if merging the named adapters, one after the other, would write NaN or infinity."""
-        pending = [name for name in names if name in self.fps_state and name not in self.merged_adapters]
-        trial = trial_copy(self.base_layer) if pending else None
-        for name in pending:
-            finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in self.adapter_parameters(name))
-            if finite:
-                finite = is_finite(trial, self._merge_into(trial, name))
-            if not finite:
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "
-                    "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
-                )
+    def check_finite(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter's values or bias deltas hold NaN or infinity."""
+        parameters = self.adapter_parameters(adapter_name)
+        if not all(bool(torch.isfinite(parameter.detach()).all()) for parameter in parameters):
+            raise self._not_finite(adapter_name)
+
+    def _not_finite(self, adapter_name: str) -> ValueError:
+        return ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {self.module_path} "
+            "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
+        )
 
     def unmerge(self) -> None:
-        """Put the originals back, bit for bit, latest merge first; whatever is raised, nothing is changed."""
+        """Put the originals back, bit for bit, latest merge first. If anything is raised, nothing is changed."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.take_out(len(self.merged_adapters))
 
     def take_out(self, count: int) -> list[Undone]:
-        """Undo the latest `count` merges, all or none; returns what `put_back` needs."""
+        """Undo the latest `count` merges, all or none.
+
+        Returns:
+            The merges that were undone, in that order, for `put_back`.
+        """
         undone: list[Undone] = []
         try:
             for name in self.merged_adapters[: -count - 1 : -1] if count else ():
@@ -91,7 +99,7 @@ class MergingLayer(PlacedLayer):
         return undone
 
     def put_back(self, undone: list[Undone]) -> None:
-        """Do merges again that `take_out` has undone, bit for bit, whatever the adapters hold by now."""
+        """Do again what `take_out` has undone, bit for bit. What the adapters hold by now does not matter."""
         for name, record, merged in reversed(undone):
             restore_entries(self.base_layer, merged)
             self.merge_records[name] = record

@@ -14,23 +14,24 @@ from torch import Tensor, nn
 from peft_fps.adapter_state import AdapterState, Before
 from peft_fps.adapters import FPSLayer
 from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.checkpoint import PREFIX
 from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
 from peft_fps.layer_merge import check_distinct
-from peft_fps.loading import load_state, saved_state
+from peft_fps.loading import load_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch, pass_names
 from peft_fps.planning import check_task, plan, take_targets_from_record
 from peft_fps.reference import config_of_copy, copy_adapter, reference_of
 from peft_fps.renames import current_names
+from peft_fps.saved_state import saved_state
 from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.targets import (
-    PREFIX,
     base_parameters,
     biased_norms,
     check_adapter_name,
@@ -352,7 +353,7 @@ class FPSModel(BaseTuner):
 
         Args:
             adapter_names: adapters to merge, in order; the active ones if None.
-            safe_merge: check all modules for NaN and infinity first and merge all or nothing.
+            safe_merge: refuse a merge that would write NaN or infinity; all modules are merged or none.
         """
         self._check_merge_allowed()
         merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.checkpoint import PEFT_PREFIX, TENSORS
+from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
 from peft_fps.config import FPSConfig
 from peft_fps.heads import find_head, output_head
 from peft_fps.kinds import LAYERS, entry_layer_class, layer_class
@@ -19,8 +19,6 @@ from peft_fps.norms import Norm, is_biased_norm
 from peft_fps.quantised import check_quantised, quantisation, quantised_elements, stored_weight
 from peft_fps.refusals import check_weight, obstacle, remedy
 
-
-PREFIX = "fps_"
 
 PATH_PARTS = {*PEFT_PREFIX.split("."), *TENSORS, "base_layer", "modules_to_save", "original_module"}
 PATH_PARTS |= {"_orig_mod", "_fsdp_wrapped_module"}

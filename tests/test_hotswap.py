@@ -283,6 +283,35 @@ def test_a_damaged_head_changes_nothing(change: Any, tmp_path: Path) -> None:
         peft_fps.hotswap_adapter(model, str(folder), "default")
 
 
+def _move_an_entry(tensors: dict[str, Tensor]) -> None:
+    """From the first neuron of `last` to that of `first`, so that the total stays; both tensors are in order."""
+    for name in ("fps_values", "fps_columns"):
+        last, first = (f"base_model.model.{module}.{name}" for module in ("last", "first"))
+        tensors[last] = tensors[last][1:].clone()
+        tensors[first] = torch.cat([torch.zeros(1, dtype=tensors[first].dtype), tensors[first]])
+    tensors["base_model.model.last.fps_row_counts"][0] -= 1
+    tensors["base_model.model.first.fps_row_counts"][0] += 1
+
+
+def test_a_split_over_modules_unlike_the_config_is_refused_by_swap_and_load(tmp_path: Path) -> None:
+    """Also where the adapter's granularity leaves the split to the scores: the config says what they gave."""
+    source = adapted(tiny_mlp(), granularity="model", importance="magnitude", per_neuron=2)
+    for layer, columns in zip(layers_of(source).values(), ([1, 2], [0, 3]), strict=True):
+        counts = torch.zeros(layer.shape.neurons, dtype=torch.int32)
+        counts[0] = 2
+        layer.set_selection("default", torch.tensor(columns), counts)
+    source.save_pretrained(tmp_path)
+    rewrite(tmp_path, _move_an_entry)
+    model, message = adapted(tiny_mlp()), r"^first: fps_columns has 3 elements, expected 2 as the config says"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        peft_fps.hotswap_adapter(model, str(tmp_path), "default")
+    base = tiny_mlp()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        loaded(tmp_path, lambda: base)
+    source.load_adapter(str(tmp_path), "default")  # an adapter that has a selection takes another one's file
+    assert selected_columns(layers_of(source)["first"])[0] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("old", "new"), [([], ["classifier"]), (["classifier"], [])])
 def test_heads_on_one_side_alone_are_refused(old: list[str], new: list[str], tmp_path: Path) -> None:
     folder, model = saved(tmp_path, tiny_vit, modules_to_save=new), adapted(tiny_vit(), modules_to_save=old)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from safetensors import SafetensorError, safe_open
 from transformers.modelcard import TASK_MAPPING
 
 from peft_fps.adapter_state import AdapterState, Evaluation
-from peft_fps.checkpoint.folder import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS
+from peft_fps.checkpoint import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS, open_safetensors
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord
 from peft_fps.describing import DescribedSettings, describe
 
@@ -175,14 +174,11 @@ def _names(classes: Mapping[str, Any]) -> list[str]:
 def _read_header(path: Path, whole: set[str]) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Return the number of bias deltas, and the shapes of the tensors named in `whole`; reads no tensor."""
     biases, shapes = 0, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in sorted(file.keys()):
-                name = key.removeprefix(PEFT_PREFIX)
-                if name.endswith(".fps_bias"):
-                    biases += file.get_slice(key).get_shape()[0]
-                elif name in whole:
-                    shapes[name] = tuple(file.get_slice(key).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    with open_safetensors(path) as file:
+        for key in sorted(file.keys()):
+            name = key.removeprefix(PEFT_PREFIX)
+            if name.endswith(".fps_bias"):
+                biases += file.get_slice(key).get_shape()[0]
+            elif name in whole:
+                shapes[name] = tuple(file.get_slice(key).get_shape())
     return biases, shapes

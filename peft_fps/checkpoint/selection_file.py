@@ -1,11 +1,11 @@
-"""A selection in one safetensors file: columns and row counts of every module, and a record in the metadata.
+"""A selection in a safetensors file: columns and row counts of every module, and a record in the metadata.
 
 | tensor | shape | dtype |
 |---|---|---|
 | `<module path>.fps_columns` | `(nnz,)` | as in an adapter file, see `encoding` |
 | `<module path>.fps_row_counts` | `(neurons,)` | likewise |
 
-Everything that is read is checked before it is handed on. An adapter's file holds the same tensors among others.
+Everything is checked before it is returned. An adapter file holds the same tensors among others.
 """
 
 import json
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from peft_fps.checkpoint.contents import Contents
 from peft_fps.checkpoint.encoding import encode
-from peft_fps.checkpoint.folder import PEFT_PREFIX
 from peft_fps.checkpoint.record import Allocation, allocation_from_json, allocation_to_json
-from peft_fps.checkpoint.validation import REMEDY
+from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
 from peft_fps.selection.entries import ModuleEntries
 from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sparse import StructureError
@@ -30,18 +29,18 @@ from peft_fps.sparse import StructureError
 
 FILE_VERSION = 1
 METADATA = "peft_fps_selection"
-"""The one key of a file's metadata, so that equal selections give equal bytes: safetensors does not order keys."""
+"""The only key of the metadata: safetensors does not order keys, and equal selections are to give equal bytes."""
 
 INDICES = ("fps_columns", "fps_row_counts")
 
 
 def write_selection(path: Path, modules: Mapping[str, ModuleEntries], method: Mapping[str, Any]) -> None:
-    """Write a selection; another file of that name is replaced only when all is written.
+    """Write a selection. An old file of that name is replaced only when the new one is complete.
 
     Args:
-        path: of the file; missing folders are made.
+        path: of the file; missing folders are created.
         modules: the entries of each module, by module path.
-        method: how they were chosen, as JSON holds it.
+        method: how they were chosen; plain data that JSON can hold.
     """
     tensors, sizes = {}, {}
     for module, held in modules.items():
@@ -59,11 +58,17 @@ def write_selection(path: Path, modules: Mapping[str, ModuleEntries], method: Ma
 
 
 def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]]:
-    """Return the modules and the method of a file that `write_selection` wrote; what the method says is not checked.
+    """Read a file that `write_selection` wrote.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The entries of each module by module path, and the method. The content of the method is not checked.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, no selection, or written by a newer version.
+        ValueError: the file is damaged, is not a selection, or was written by a newer version.
     """
     metadata, tensors = _read(path)
     record = _checked_record(path, metadata)
@@ -75,17 +80,27 @@ def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]
 
 
 def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]:
-    """Return the modules of an adapter's safetensors file, norms left out.
+    """Read the selection of an adapter file, without norms, of which only a bias is trained.
 
     Args:
         path: of the file.
         allocation: sizes of every module, from the adapter's record.
 
+    Returns:
+        The entries of each module, by module path.
+
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or does not fit the config.
     """
-    _, held = _read(path, ending=INDICES)
-    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in held.items()}
+    _, keyed = _read(path, ending=INDICES)
+    try:
+        contents = Contents.of(keyed.items())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = dict(contents.wholes)  # keys that only end like those of a module
+    for module, indices in contents.modules.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in indices.items()}
     weights = {module: sizes for module, sizes in allocation.items() if not sizes.is_norm}
     for module in allocation.keys() - weights.keys():
         for name in INDICES:
@@ -94,19 +109,14 @@ def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]
 
 
 def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata of a safetensors file, and its tensors whose names end so."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 - not a mapping
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}. {REMEDY}") from error
+    """Return the metadata of a safetensors file, and the tensors whose keys end in `ending`."""
+    with open_safetensors(path) as file:
+        keys = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118 - not a mapping
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
 
 
 def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Allocation) -> dict[str, ModuleEntries]:
-    """Return the indices of all modules from a file's tensors, whose sizes must be those of the allocation."""
+    """Check a file's tensors against the sizes in the allocation, and return the entries of each module."""
     expected = {f"{module}.{name}" for module in allocation for name in INDICES}
     if set(tensors) != expected:
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -136,7 +146,7 @@ def _checked_module(columns: Tensor, row_counts: Tensor, sizes: ModuleSizes) -> 
 
 
 def _checked_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record in a selection file's metadata."""
+    """Check and return the record in a selection file's metadata."""
     text = metadata.get(METADATA)
     if text is None:
         raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from safetensors import safe_open
 from torch import Tensor
 
 from peft_fps.checkpoint import (
@@ -19,6 +18,7 @@ from peft_fps.checkpoint import (
     check_adapter_tensors,
     check_folder,
     check_whole_modules,
+    open_safetensors,
 )
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.cli.inspection import Check, Inspection, Modules
@@ -108,7 +108,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path, modules: Modules, heads: dict[str, Tensor]) -> None:
     """Fill both with the tensors of an adapter file: those of entries, and all others."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             own = key.removeprefix(PEFT_PREFIX)
             module, _, name = own.rpartition(".")

@@ -352,3 +352,12 @@ def test_a_damaged_adapter_file_is_refused(changes: dict[str, Tensor], says: str
     path = adapter_file(tmp_path / "adapter.safetensors", **changes)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{says}"):
         read_adapter(path, ALLOCATION)
+
+
+@pytest.mark.parametrize("key", ["a.x.fps_columns", "a.x.fps_row_counts"])
+def test_an_adapter_file_with_a_second_copy_of_indices_is_refused(key: str, tmp_path: Path):
+    path = adapter_file(tmp_path / "adapter.safetensors")
+    tensors = load_file(path)
+    save_file({**tensors, key: tensors[f"base_model.model.{key}"].clone()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: a.x: .* holds {key[4:]} twice, expected it once"):
+        read_adapter(path, ALLOCATION)

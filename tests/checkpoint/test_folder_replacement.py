@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from peft_fps.checkpoint import recover_adapter, save_adapter, saving
+from peft_fps.checkpoint import folder_replacement, recover_adapter, save_adapter
 from tests.helpers import adapted, bits, fill, layers_of, tiny_mlp, with_fields
 
 
@@ -30,7 +30,7 @@ def model() -> PeftModel:
 @pytest.fixture(params=["one step", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two renames":
-        monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(folder_replacement, "_exchange", lambda first, second: False)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_a_failure_leaves_the_old_adapter_bit_for_bit(
 def test_a_rename_that_fails_leaves_the_old_adapter(
     failing: int, model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folder_replacement, "_exchange", lambda first, second: False)
     folder, calls = tmp_path / "adapter", []
     save_adapter(model, folder)
     before, rename = values(model), os.rename
