@@ -547,8 +547,8 @@ class TestGolden:
     def write(self, folder: Path, **fields: Any) -> Path:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(self.golden_bytes())
-        minimal = {"peft_type": "FPS", "target_modules": ["first"], "per_neuron": 1, "allocation": self.ALLOCATION}
-        (folder / CONFIG).write_text(json.dumps({**minimal, **fields}))
+        minimal = {"peft_type": "FPS", "target_modules": ["first"], "per_neuron": 1}
+        (folder / CONFIG).write_text(json.dumps({**minimal, "record": {"allocation": self.ALLOCATION}, **fields}))
         return folder
 
     def test_loads(self, tmp_path: Path) -> None:
@@ -584,10 +584,10 @@ class TestGolden:
             TinyMLP(4, 3, 2), FPSConfig(per_neuron=1, target_modules=["first"], importance="magnitude")
         )
         written = json.loads((saved(model, tmp_path) / CONFIG).read_text())
-        assert written["format_version"] == 1
+        assert written["format_version"] == 2
         assert written["plugin"] == "peft_fps"
-        assert written["allocation"] == self.ALLOCATION
-        assert set(written["base_fingerprint"]) == {"sha256", "dtype", "sample"}
+        assert written["record"]["allocation"] == self.ALLOCATION
+        assert set(written["record"]["base_fingerprint"]) == {"sha256", "dtype", "sample"}
         assert "check_base" not in written
 
 
@@ -685,7 +685,9 @@ def test_a_loaded_selection_counts_as_chosen(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_vit(), saved(model, tmp_path), is_trainable=True)
     loaded.train()
     loaded(pixel_values=images(), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    assert loaded.peft_config["default"].calibration == model.peft_config["default"].calibration
+    calibrations = [next(iter(layers_of(each).values())).fps_state["default"].calibration for each in (model, loaded)]
+    assert calibrations[0] is not None
+    assert calibrations[0] == calibrations[1] == loaded.peft_config["default"].record.calibration
     assert str(loaded.selection_report()) == str(model.selection_report())
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.merging import trial_copy
+from peft_fps import adapters
+from peft_fps.merging import independent_copy, merge_entries
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -254,6 +255,32 @@ def test_safe_merge_sees_overflow_of_several_adapters(dtype: torch.dtype, change
     with pytest.raises(ValueError, match="last"):
         quiet_merge(model, ["a", "b"] if together else ["b"], safe_merge=True)
     assert base_bytes(model) == before
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
+def test_every_layer_is_merged_once(safe: bool, monkeypatch: pytest.MonkeyPatch):
+    merged: list[Any] = []
+
+    def counted(base: Any, *arguments: Any) -> Any:
+        merged.append(base)
+        return merge_entries(base, *arguments)
+
+    monkeypatch.setattr(adapters, "merge_entries", counted)
+    model = with_three()
+    quiet_merge(model, ["a", "c"], safe_merge=safe)
+    assert merged == [layer.base_layer for layer in layers_of(model).values() for _ in "ac"]
+
+
+def test_a_layer_that_would_overflow_is_as_it_was():
+    model = adapted(tiny_mlp().half())
+    layer = layers_of(model)["last"]
+    layer.fps_values["default"].data.fill_(1e5)
+    with pytest.raises(ValueError, match="NaNs detected .*last would hold NaN or infinity.*Nothing was merged"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert layer.merge_records == {}
+    assert bits(layer.base_layer.weight) == bits(tiny_mlp().half().last.weight)
+    assert bits(layer.base_layer.bias) == bits(tiny_mlp().half().last.bias)
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
@@ -501,7 +528,7 @@ def test_a_copy_of_a_layer_is_independent_of_it(kind: str, way: Callable[[Any], 
     x = {"conv": normal(2, 3, 3, 6), "conv1d": normal(2, 6)}.get(kind, normal(2, 5))
     way(layer)
     before, names = layer(x), {name: id(held) for name, held in vars(layer).items()}
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     assert torch.equal(trial(x), before)
     trial.weight.zero_()
     trial.bias.fill_(0.25)
@@ -515,7 +542,7 @@ def test_what_is_not_bound_to_the_layer_stays_as_it_is():
     layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
     layer.of_another, layer.partial_of_another = other.forward, partial(twice, other)
     layer.without_arguments, layer.later_argument = partial(normal, seed=2), partial(twice, other, layer)
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     for name in ("of_another", "partial_of_another", "without_arguments", "later_argument"):
         assert getattr(trial, name) is getattr(layer, name)
 

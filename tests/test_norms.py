@@ -692,7 +692,7 @@ def test_loading_undoes_saving(kind: str, door: Callable[[nn.Module, Path], nn.M
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     for path in expected:
         neurons = layers_of(model)[path].shape.neurons
-        assert written["allocation"][path] == {"neurons": neurons, "inputs": 0, "entries": 0}
+        assert written["record"]["allocation"][path] == {"neurons": neurons, "inputs": 0, "entries": 0}
     assert not expected & set(written["target_modules"])
     loaded = door(build(), tmp_path).eval()
     assert norms_of(loaded) == expected
@@ -728,7 +728,7 @@ def test_an_allocation_with_norms_is_refused_without_norms(tmp_path: Path) -> No
 def test_a_norm_of_another_size_is_refused(tmp_path: Path) -> None:
     with_norms(tiny_vit()).save_pretrained(tmp_path)
     changed = json.loads((tmp_path / "adapter_config.json").read_text())
-    changed["allocation"][NORM]["neurons"] = 31
+    changed["record"]["allocation"][NORM]["neurons"] = 31
     (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=f"{NORM}: found 32 neurons with 0 inputs, expected 31"):
         PeftModel.from_pretrained(tiny_vit(), tmp_path)

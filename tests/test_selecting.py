@@ -512,7 +512,7 @@ def saved_config(model: peft.PeftModel, folder: Path) -> dict[str, Any]:
 def test_a_saved_config_says_how_the_entries_were_chosen_and_how_many(tmp_path: Path):
     model = calibrated("vit", norm="l2", granularity="model")
     saved = saved_config(model, tmp_path)
-    assert saved["calibration"] == {
+    assert saved["record"]["calibration"] == {
         "importance": "activation",
         "order": "top",
         "granularity": "model",
@@ -523,9 +523,9 @@ def test_a_saved_config_says_how_the_entries_were_chosen_and_how_many(tmp_path: 
         "examples": 12,
     }
     counts = {name: sum(map(len, rows)) for name, rows in selection_of(model).items()}
-    assert {name: sizes["entries"] for name, sizes in saved["allocation"].items()} == counts
-    assert saved["allocation"]["vit.layers.1.mlp.fc2"]["neurons"] == 32
-    assert saved["allocation"]["vit.layers.1.mlp.fc2"]["inputs"] == 64
+    assert {name: sizes["entries"] for name, sizes in saved["record"]["allocation"].items()} == counts
+    assert saved["record"]["allocation"]["vit.layers.1.mlp.fc2"]["neurons"] == 32
+    assert saved["record"]["allocation"]["vit.layers.1.mlp.fc2"]["inputs"] == 64
 
 
 def test_one_config_serves_several_models(tmp_path: Path):
@@ -536,8 +536,8 @@ def test_one_config_serves_several_models(tmp_path: Path):
     assert [selection_of(model) for model in models[1:]] == [selection_of(fresh(b())) for b in (tiny_mlp, tiny_conv)]
     for i, model in enumerate(models):
         saved = saved_config(model, tmp_path / str(i))
-        assert set(saved["allocation"]) == set(layers_of(model))
-        assert (saved["calibration"] is None) == (i > 0)
+        assert set(saved["record"]["allocation"]) == set(layers_of(model))
+        assert (saved["record"]["calibration"] is None) == (i > 0)
 
 
 def test_layers_know_their_path():

@@ -99,7 +99,7 @@ def test_a_name_twice_is_refused_and_nothing_changes(verb: str, merged: list[str
 # --- failures half-way ----------------------------------------------------------------------------------------------
 
 
-STEPS = [("add_to_bias", 1), ("add_to_bias", 2), ("add_to_bias", 4), ("_write", 3), ("sums", 3), ("_swallowed", 5)]
+STEPS = [("add_to_bias", 1), ("add_to_bias", 2), ("add_to_bias", 4), ("_write", 3), ("sums", 3), ("_lost_changes", 5)]
 
 
 @pytest.mark.parametrize(("name", "call"), STEPS, ids=str)

@@ -14,7 +14,6 @@ from peft_fps.cli.errors import fail, one_line
 
 if TYPE_CHECKING:
     from peft_fps.cli.inspection import Inspection  # its imports take seconds, which --help need not wait for
-    from peft_fps.selection import LayerSelection
 
 
 SHOWN = (
@@ -81,7 +80,7 @@ def inspect(
         print_json(plain)
     else:
         console = wide_console()
-        console.print(_modules(found.layers, plain["totals"]))
+        console.print(_modules(found, plain["totals"]))
         console.print(_facts(found, plain, adapter))
         if picture is not None and found.problem is None:
             console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
@@ -89,15 +88,15 @@ def inspect(
         fail(ValueError(f"{adapter} does not pass: {found.problem}"), verbose)
 
 
-def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Table:
+def _modules(found: "Inspection", totals: dict[str, Any]) -> Table:
     names = ("neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")
     table = listing("Modules", ("module",), names)
-    for layer in layers:
+    for layer in found.layers:
         numbers = (layer.neurons, layer.inputs, layer.entries, layer.biases, layer.bytes)
         neurons, inputs, entries, biases, size = (f"{number:,}" for number in numbers)
         ratio = f"{layer.entries / layer.neurons:.2f}" if layer.neurons else ""
         table.add_row(escape(layer.module), neurons, inputs, entries, ratio, f"{layer.share:.3%}", biases, size)
-    rows = sum(layer.neurons for layer in layers if layer.inputs)
+    rows = found.neurons
     table.add_section()
     table.add_row(
         "total",
