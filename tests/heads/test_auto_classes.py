@@ -207,6 +207,7 @@ def test_of_language_models_output_embeddings_alone_are_left_out(task: str, ever
 
 
 @pytest.mark.parametrize(("task", "every"), [("PRETRAINING", 3), ("RETRIEVAL", 1)])
+@pytest.mark.filterwarnings("ignore:.*weights of many experts:UserWarning")
 def test_every_layer_is_a_target_or_the_head_and_all_targets_can_be_adapted(task: str, every: int) -> None:
     assert [wrong for _, model in models_for(task, every) for wrong in neither_target_nor_head(model)] == []
 
