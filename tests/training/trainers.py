@@ -12,21 +12,21 @@ from tests.helpers import bits, images
 EXAMPLES = [{"pixel_values": image, "labels": number % 5} for number, image in enumerate(images(12))]
 
 
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of any Trainer that works on the CPU and writes down nothing."""
+
+
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**defaults, **options})
+    defaults = QUIET | {"max_steps": 4, "learning_rate": 0.01, "weight_decay": 0.1}
+    return TrainingArguments(str(folder), **(defaults | options))
 
 
 def trainer(model: nn.Module, folder: Path, callbacks: list[Any] | None = None, **options: Any) -> Trainer:
