@@ -240,7 +240,7 @@ def test_biases_of_norms_count_in_the_budget() -> None:
     base, budget = tiny_vit(), 0.1
     size = sum(p.numel() for name, p in base.named_parameters() if not name.startswith("classifier."))
     report = with_norms(base, budget=budget).selection_report()
-    weights = [layer for layer in report.layers if layer.inputs]
+    weights = [layer for layer in report.layers if not isinstance(layer, NormSelection)]
     assert len(report.layers) - len(weights) == 5
     assert int(budget * size) - len(weights) < report.trained <= int(budget * size)
     assert report.entries < adapted(tiny_vit(), budget=budget).selection_report().entries
@@ -256,8 +256,8 @@ def test_a_budget_below_the_biases_is_refused() -> None:
 
 def test_entries_per_neuron_leave_norms_without_entries() -> None:
     report = with_norms(tiny_vit(), per_neuron=3).selection_report()
-    assert {layer.entries for layer in report.layers if not layer.inputs} == {0}
-    assert {layer.entries / layer.neurons for layer in report.layers if layer.inputs} == {3}
+    assert {layer.entries for layer in report.layers if isinstance(layer, NormSelection)} == {0}
+    assert {layer.entries / layer.neurons for layer in report.layers if not isinstance(layer, NormSelection)} == {3}
 
 
 def test_a_pattern_for_norms_alone_is_refused() -> None:
