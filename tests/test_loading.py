@@ -54,8 +54,8 @@ TARGETS = ["projection", "q_proj", "fc2"]
 
 
 def trained_vit(dtype: torch.dtype = torch.float32, autocast: bool = True, seed: int = 1, **options: Any) -> PeftModel:
-    """A ViT with uneven rows, changed values, biases and head."""
-    options = {"granularity": "layer", "per_neuron": 2.3, "target_modules": TARGETS, **options}
+    """A ViT with uneven rows, changed values, biases (those of norms too) and head."""
+    options = {"granularity": "layer", "per_neuron": 2.3, "target_modules": TARGETS, "bias": "with_norms", **options}
     model = get_peft_model(tiny_vit().to(dtype), config(**options), autocast_adapter_dtype=autocast)
     fill(model, seed=seed)
     with torch.no_grad():
@@ -74,8 +74,8 @@ def contents(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """Everything an adapter holds, by the path in the base model."""
     found = {}
     for path, layer in layers_of(model).items():
-        if adapter in layer.fps_values:
-            for name in ("fps_values", "fps_columns", "fps_row_counts", "fps_bias"):
+        if adapter in layer.fps_state:
+            for name in layer.tensor_names():
                 if adapter in getattr(layer, name):
                     found[f"{path}.{name}"] = getattr(layer, name)[adapter].detach()
     for path, module in model.named_modules():
@@ -221,13 +221,14 @@ def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
     "options",
     [
         {"bias": "none"},
+        {"bias": "all"},
         {"modules_to_save": []},
         {"modules_to_save": ["classifier", "layernorm"]},
         {"budget": 0, "per_neuron": None},
         {"per_neuron": 1000},
         {"target_modules": None},
     ],
-    ids=["no bias", "no head", "head and norm", "biases alone", "every entry", "all layers"],
+    ids=["no bias", "no norm", "no head", "head and norm", "biases alone", "every entry", "all layers"],
 )
 def test_every_shape_of_an_adapter(door: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = trained_vit(**options)
@@ -444,21 +445,33 @@ def test_another_selection_replaces_the_one_in_place() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_dtypes_and_shapes_are_those_of_the_table(tmp_path: Path) -> None:
-    model = adapted(tiny_vit(), target_modules=["q_proj", "projection"], per_neuron=3)
+@pytest.mark.parametrize("bias", ["all", "with_norms"])
+def test_names_dtypes_and_shapes_are_those_of_the_table(bias: str, tmp_path: Path) -> None:
+    """A norm is in the file as a module without inputs."""
+    model = adapted(tiny_vit(), target_modules=["q_proj", "projection"], per_neuron=3, bias=bias)
     found = load_file(saved(model, tmp_path) / WEIGHTS)
     expected = {"base_model.model.classifier.weight": (torch.float32, (5, 32))}
     expected["base_model.model.classifier.bias"] = (torch.float32, (5,))
     patches = "vit.embeddings.patch_embeddings.projection"
-    for path in ("vit.layers.0.attention.q_proj", "vit.layers.1.attention.q_proj", patches):
+    norms = [f"vit.layers.{i}.layernorm_{place}" for i in range(2) for place in ("before", "after")] + [
+        "vit.layernorm"
+    ]
+    entries = {"vit.layers.0.attention.q_proj": 96, "vit.layers.1.attention.q_proj": 96, patches: 96}
+    entries |= dict.fromkeys(norms if bias == "with_norms" else [], 0)
+    for path, count in entries.items():
         for name, dtype, size in (
-            ("fps_values", torch.float32, 96),
-            ("fps_columns", torch.uint16, 96),
+            ("fps_values", torch.float32, count),
+            ("fps_columns", torch.uint16, count),
             ("fps_row_counts", torch.uint8, 32),
             ("fps_bias", torch.float32, 32),
         ):
             expected[f"base_model.model.{path}.{name}"] = (dtype, (size,))
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()} == expected
+    allocation = json.loads((tmp_path / CONFIG).read_text())["record"]["allocation"]
+    inputs = {path: 0 if path in norms else 48 if path == patches else 32 for path in entries}
+    assert allocation == {
+        path: {"neurons": 32, "inputs": inputs[path], "entries": count} for path, count in entries.items()
+    }
 
 
 def test_a_fan_in_above_65536_and_more_than_255_entries(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_fps import adapters, merging
+from peft_fps import entry_layer, layer_merge, merging, norms
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -61,7 +61,7 @@ def failing(name: str, call: int) -> Iterator[None]:
         return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (merging, adapters):
+        for module in (merging, layer_merge, entry_layer, norms):
             if hasattr(module, name):
                 patch.setattr(module, name, counted)
         yield
