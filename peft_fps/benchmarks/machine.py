@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from peft_fps.benchmarks.workload import Workload
-from peft_fps.cli.measure import versions
+from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.vision.measurements import versions
 
 
 def describe(workload: Workload) -> dict[str, str]:

@@ -13,7 +13,7 @@ from peft_fps.cli.compare import compare
 from peft_fps.cli.errors import fail
 from peft_fps.cli.inspect import inspect
 from peft_fps.cli.merge import merge
-from peft_fps.cli.options import FinetuneOptions
+from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.cli.select import select
 
 
@@ -130,7 +130,7 @@ def finetune(
     )
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     console = Console()
-    from peft_fps.cli.run import finetune as run  # the imports take seconds, which --help need not wait for
+    from peft_fps.vision.finetuning import finetune as run  # the imports take seconds, which --help need not wait for
     from peft_fps.cli.summary import summary
 
     try:

@@ -7,14 +7,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, listing, print_json, wide_console
+from peft_fps.vision import option_types
+from peft_fps.cli.terminal import facts, listing, print_json, wide_console
 from peft_fps.cli.errors import fail
 from peft_fps.cli.inspect import JsonFlag
 
 
 if TYPE_CHECKING:
-    from peft_fps.cli.comparison import Comparison, Values  # the imports take seconds, which --help need not wait for
+    from peft_fps.cli.saved_adapters.comparison import Comparison, Values  # the imports take seconds, which --help need not wait for
 
 
 WHAT = "A saved FPS adapter (folder, or its name on the Hub), or a selection (the file that select writes)."
@@ -52,8 +52,8 @@ def compare(
 
         $ peft-fps compare runs/fps/adapter runs/gps/adapter --json | jq .jaccard
     """
-    from peft_fps.cli.comparison import compare as measure
-    from peft_fps.cli.comparison import load_side
+    from peft_fps.cli.saved_adapters.comparison import compare as measure
+    from peft_fps.cli.saved_adapters.comparison import load_side
 
     try:
         found = measure(load_side(first), load_side(second))

@@ -7,13 +7,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, listing, print_json, wide_console
+from peft_fps.vision import option_types
+from peft_fps.cli.terminal import facts, listing, print_json, wide_console
 from peft_fps.cli.errors import fail, one_line
 
 
 if TYPE_CHECKING:
-    from peft_fps.cli.inspection import Inspection  # its imports take seconds, which --help need not wait for
+    from peft_fps.cli.saved_adapters.adapter_contents import Inspection  # its imports take seconds, which --help need not wait for
     from peft_fps.selection import LayerSelection
 
 
@@ -64,8 +64,8 @@ def inspect(
 
         $ peft-fps inspect runs/finetune/adapter --json | jq .totals.entries
     """
-    from peft_fps.cli.soundness import inspect_adapter
-    from peft_fps.cli.sources import adapter_folder
+    from peft_fps.cli.saved_adapters.soundness import inspect_adapter
+    from peft_fps.cli.saved_adapters.sources import adapter_folder
 
     try:
         found = inspect_adapter(adapter_folder(adapter, revision))

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, print_json, wide_console
+from peft_fps.vision import option_types
+from peft_fps.cli.terminal import facts, print_json, wide_console
 from peft_fps.cli.errors import fail
 from peft_fps.cli.inspect import AdapterArgument, JsonFlag, RevisionFlag
 
@@ -76,9 +76,9 @@ def merge(
     """
     import torch
 
-    from peft_fps.cli.merging import MergeOptions
-    from peft_fps.cli.merging import merge as run
-    from peft_fps.cli.sources import adapter_folder
+    from peft_fps.cli.saved_adapters.merged_folder import MergeOptions
+    from peft_fps.cli.saved_adapters.merged_folder import merge as run
+    from peft_fps.cli.saved_adapters.sources import adapter_folder
 
     try:
         folder = adapter_folder(adapter, revision)

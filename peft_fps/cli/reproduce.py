@@ -90,8 +90,8 @@ def reproduce(
     """Train and evaluate a task of the benchmark that the command is named after."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     console = Console()
-    from peft_fps.reproduce.options import ReproduceOptions  # the imports take seconds, which --help need not wait for
-    from peft_fps.reproduce.run import reproduce as run
+    from peft_fps.reproduce.reproduce_options import ReproduceOptions  # the imports take seconds, which --help need not wait for
+    from peft_fps.reproduce.reproduction import reproduce as run
     from peft_fps.reproduce.summary import summary
 
     options = ReproduceOptions(

@@ -8,13 +8,13 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import print_json
+from peft_fps.vision import option_types
+from peft_fps.cli.terminal import print_json
 from peft_fps.cli.errors import fail
-from peft_fps.cli.folders import check_output
+from peft_fps.vision.output_folders import check_output
 from peft_fps.cli.inspect import JsonFlag
-from peft_fps.cli.options import FinetuneOptions, check_path
-from peft_fps.cli.timm_names import local_path
+from peft_fps.vision.finetune_options import FinetuneOptions, check_path
+from peft_fps.vision.timm_names import local_path
 
 
 OutputFlag = Annotated[
@@ -114,8 +114,8 @@ def select(
         overwrite=overwrite,
     )
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
-    from peft_fps.cli.selecting import SELECTION
-    from peft_fps.cli.selecting import select as run  # the imports take seconds, which --help need not wait for
+    from peft_fps.vision.weight_choice import SELECTION
+    from peft_fps.vision.weight_choice import select as run  # the imports take seconds, which --help need not wait for
 
     try:
         for option, source in (("--model", model), ("--data", data)):

@@ -12,7 +12,7 @@ def summary(results: dict[str, Any]) -> Table:
     """Return the final table of `peft-fps finetune`.
 
     Args:
-        results: what `peft_fps.cli.run.finetune` returns.
+        results: what `peft_fps.vision.finetuning.finetune` returns.
     """
     table = Table(title="peft-fps finetune", title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)

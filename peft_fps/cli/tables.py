@@ -8,7 +8,7 @@ from rich.table import Table as Shown
 
 
 if TYPE_CHECKING:
-    from peft_fps.benchmarks.report import Table  # its module imports PyTorch, which --help need not wait for
+    from peft_fps.benchmarks.cost.cost_tables import Table  # its module imports PyTorch, which --help need not wait for
 
 
 def show(console: Console, table: "Table") -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_fps.reproduce.files import Row, require
+from peft_fps.reproduce.listings import Row, require
 
 
 FILES = {"train": "train.json", "validation": "val.json", "test": "test.json"}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peft_fps.cli import flags
+from peft_fps.vision import option_types
 from peft_fps.reproduce.recipes import BENCHMARKS, COMMON, TASKS
 
 

@@ -13,7 +13,7 @@ def summary(results: dict[str, Any]) -> Table:
     """Return the final table of `peft-fps reproduce`.
 
     Args:
-        results: what `peft_fps.reproduce.run.reproduce` returns.
+        results: what `peft_fps.reproduce.reproduction.reproduce` returns.
     """
     table = Table(title=f"peft-fps reproduce {results['benchmark']}", title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)

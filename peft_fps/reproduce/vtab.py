@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft_fps.reproduce.files import Row, require
+from peft_fps.reproduce.listings import Row, require
 
 
 FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import peft_fps
 from peft_fps.cli import REQUIRED, main
 from peft_fps.cli.app import app
-from peft_fps.cli.data import load_images
+from peft_fps.vision.labelled_images import load_images
 
 
-DEFAULT_MODEL = Path(peft_fps.__file__).parent / "cli" / "default_model"
+DEFAULT_MODEL = Path(peft_fps.__file__).parent / "vision" / "default_model"
 SHARED = Path(__file__).parents[3] / "shared"
 STAGES = ["load", "linear head", "calibrate", "train", "evaluate", "save", "merge", "verify"]
 OPTIONS = (
@@ -223,7 +223,7 @@ def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monk
         seen.append(arguments)
         return 0.0
 
-    monkeypatch.setattr("peft_fps.cli.run.train", train)
+    monkeypatch.setattr("peft_fps.vision.finetuning.train", train)
     arguments = ["--model", tiny_model, "--data", image_folder]
     for name, options in {"bitfit": ["--preset", "bitfit"], "own": ["--budget", 0.2, "--learning-rate", 0.02]}.items():
         assert run(*arguments, *options, "--output", tmp_path / name).exit_code == 0
@@ -246,7 +246,7 @@ def test_views_need_a_library(image_folder, tiny_model, tmp_path, monkeypatch):
 def test_images_that_do_not_fit_in_memory(image_folder, tiny_model, tmp_path, monkeypatch):
     arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
     assert run(*arguments, "--output", tmp_path / "kept").exit_code == 0
-    monkeypatch.setattr("peft_fps.cli.pixels.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("peft_fps.vision.pixels.MEMORY_LIMIT", 0)
     result = run(*arguments, "--output", tmp_path / "lazy")
     assert result.exit_code == 0, result.output
     kept, lazy = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("kept", "lazy"))
@@ -263,7 +263,7 @@ def test_a_merged_model_that_differs_is_an_error(image_folder, tiny_model, tmp_p
             model.classifier.bias.data[0] += 0.01
         return model
 
-    monkeypatch.setattr("peft_fps.cli.run.AutoModelForImageClassification.from_pretrained", tampered)
+    monkeypatch.setattr("peft_fps.vision.finetuning.AutoModelForImageClassification.from_pretrained", tampered)
     arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
     result = run(*arguments, "--output", tmp_path / "out")
     assert result.exit_code == 1

@@ -223,7 +223,7 @@ def test_an_output_folder_that_is_not_empty(tmp_path, tiny_model):
 
 
 def test_the_papers_model_without_timm(tmp_path, monkeypatch):
-    from peft_fps.cli import timm_names
+    from peft_fps.vision import timm_names
 
     def fail(name):
         raise ImportError("No module named 'timm'")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_fps.cli.pixels import Collator
+from peft_fps.vision.pixels import Collator
 from peft_fps.reproduce.mixing import MixingCollator, cutmix, mixup, smoothed, soft_cross_entropy
 
 

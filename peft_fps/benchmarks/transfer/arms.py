@@ -9,7 +9,7 @@ from peft.tuners.supertuning import SupertuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_fps.benchmarks.transfer.candidates import SCORES
+from peft_fps.benchmarks.transfer.class_scores import SCORES
 from peft_fps.config import FPSConfig
 from peft_fps.heads import output_head
 from peft_fps.targets import count_base_parameters
@@ -32,7 +32,7 @@ class Arm:
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
         learning_rates: to choose from; none for the linear head, which is fitted.
-        score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
+        score: key of `peft_fps.benchmarks.transfer.class_scores.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_fps.cli.timm_names import timm_name
+from peft_fps.vision.timm_names import timm_name
 
 
 @dataclass(frozen=True)

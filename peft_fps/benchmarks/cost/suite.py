@@ -1,0 +1,70 @@
+"""The benchmark from beginning to end."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+from peft_fps.benchmarks.malloc import give_back
+from peft_fps.benchmarks.cost.figures import Row
+from peft_fps.benchmarks.machine import describe
+from peft_fps.benchmarks.cost.random_models import build_model
+from peft_fps.benchmarks.cost.cost_picture import draw
+from peft_fps.benchmarks.cost.cost_tables import Result, markdown
+from peft_fps.benchmarks.cost.rows import attach, file, importance, inference, memory, merge, selection, step, switch
+from peft_fps.benchmarks.cost.workload import Workload
+
+
+logger = logging.getLogger(__name__)
+
+ROWS: dict[str, Callable[[Workload], Row]] = {
+    "step": step.measure,
+    "memory": memory.measure,
+    "selection": selection.measure,
+    "importance": importance.measure,
+    "merge": merge.measure,
+    "switch": switch.measure,
+    "inference": inference.measure,
+    "file": file.measure,
+    "attach": attach.measure,
+}
+"""All rows, in the order of the tables."""
+
+
+def measure(workload: Workload, rows: Sequence[str]) -> Result:
+    """Measure the rows one after another.
+
+    Args:
+        workload: the model, and how to measure.
+        rows: keys of `ROWS`.
+
+    Raises:
+        ValueError: the model or the device is not there.
+        RuntimeError: a process died, for lack of memory perhaps.
+    """
+    workload.prepare()
+    parameters = sum(parameter.numel() for parameter in build_model(workload).parameters())
+    found = []
+    for name in rows:
+        found.append(ROWS[name](workload))
+        give_back()
+    return Result(workload, describe(workload), date.today().isoformat(), parameters, tuple(found))
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """Write `cost.json`, `cost.md` and, if steps and memory were measured, `cost.png`; returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, image = (folder / f"cost.{kind}" for kind in ("json", "md", "png"))
+    data.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text.write_text(markdown(result), encoding="utf-8")
+    image.unlink(missing_ok=True)
+    if result.row("step") is None or result.row("memory") is None:
+        logger.info("no picture, which needs the rows step and memory")
+        return [data, text]
+    try:
+        draw(result, image)
+    except ImportError:
+        logger.warning("no picture, since matplotlib is missing: pip install peft-fps[benchmark]")
+        return [data, text]
+    return [data, text, image]

@@ -1,0 +1,113 @@
+"""Training with transformers' Trainer."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.pixels import Collator, ImageSplit
+
+
+LOGGED = 10
+"""Number of times that the loss is shown."""
+
+
+class DivergedError(ValueError):
+    """Training has led to a loss that is not finite."""
+
+
+class LogHistory(TrainerCallback):
+    """Keeps what a Trainer logs.
+
+    Attributes:
+        records: `state.log_history` at the end of training.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.records = list(state.log_history)
+
+
+def training_arguments(
+    options: FinetuneOptions, recipe: Mapping[str, Any], images: int, workers: int
+) -> TrainingArguments:
+    """Return the arguments of the Trainer: as the recipe says, no checkpoints, no reports.
+
+    Args:
+        options: what the user asked for.
+        recipe: training arguments, those in `peft_fps.vision.finetune_options.RECIPE` at least.
+        images: number of training images.
+        workers: processes that prepare images.
+    """
+    steps = recipe["num_train_epochs"] * math.ceil(images / recipe["per_device_train_batch_size"])
+    return TrainingArguments(
+        **recipe,
+        output_dir=str(options.output),  # nothing is written there: no checkpoints, no reports
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on the CPU has to be asked for
+        bf16=options.precision == "bf16",
+        seed=options.seed,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers,
+        logging_steps=math.ceil(steps / LOGGED),
+        logging_nan_inf_filter=False,
+    )
+
+
+def train(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    images: ImageSplit,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    **options: Any,
+) -> float:
+    """Train the model in place; returns the mean training loss.
+
+    Args:
+        model: to train.
+        arguments: of the Trainer.
+        images: to train on.
+        collator: makes a batch of examples.
+        options: further arguments of the Trainer: `callbacks`, `compute_loss_func`.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    trainer = Trainer(model=model, args=arguments, train_dataset=images, data_collator=collator, **options)
+    loss = float(trainer.train().training_loss)
+    # under mixed precision the Trainer leaves its autocast on the model's forward
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if not math.isfinite(loss):
+        raise DivergedError(f"The training loss is {loss}: training diverged. Try a lower --learning-rate.")
+    return loss
+
+
+def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator: Collator, workers: int) -> Any:
+    """Return a DataLoader over the training images, in an order that the seed alone decides."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        shuffle=True,
+        generator=generator,
+        collate_fn=collator,
+        num_workers=workers,
+    )
+
+
+def worker_count(kept: bool) -> int:
+    """Return the number of processes that prepare images: none if they are prepared already."""
+    return 0 if kept else min(4, os.cpu_count() or 1)
