@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from peft_fps.benchmarks.environment import QUIET, switched
 from peft_fps.benchmarks.malloc import give_back
-from peft_fps.benchmarks.cost.workload import switched
 
 
 Result = TypeVar("Result")
-QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 # where there is a server to fork from, it alone imports PyTorch and PEFT, which takes seconds

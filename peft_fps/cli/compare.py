@@ -7,20 +7,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.vision import option_types
-from peft_fps.cli.terminal import facts, listing, print_json, wide_console
-from peft_fps.cli.errors import fail
-from peft_fps.cli.inspect import JsonFlag
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, print_json, say, wide_console
 
 
 if TYPE_CHECKING:
-    from peft_fps.cli.saved_adapters.comparison import Comparison, Values  # the imports take seconds, which --help need not wait for
+    from peft_fps.cli.saved_adapters.comparison import Comparison, Values
 
 
 WHAT = "A saved FPS adapter (folder, or its name on the Hub), or a selection (the file that select writes)."
-FirstArgument = Annotated[str, typer.Argument(metavar="A", help=WHAT)]
-SecondArgument = Annotated[str, typer.Argument(metavar="B", help="Another one, of the same base model.")]
-PictureFlag = Annotated[
+First = Annotated[str, typer.Argument(metavar="A", help=WHAT)]
+Second = Annotated[str, typer.Argument(metavar="B", help="Another one, of the same base model.")]
+Picture = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
@@ -31,11 +28,11 @@ PictureFlag = Annotated[
 
 
 def compare(
-    first: FirstArgument,
-    second: SecondArgument,
-    as_json: JsonFlag = False,
-    picture: PictureFlag = None,
-    verbose: flags.VerboseFlag = False,
+    first: First,
+    second: Second,
+    as_json: AsJson = False,
+    picture: Picture = None,
+    verbose: Verbose = False,
 ) -> None:
     """Compare two adapters or selections: entries, settings, and values where both have them.
 
@@ -55,7 +52,7 @@ def compare(
     from peft_fps.cli.saved_adapters.comparison import compare as measure
     from peft_fps.cli.saved_adapters.comparison import load_side
 
-    try:
+    with errors_told(verbose):
         found = measure(load_side(first), load_side(second))
         if picture is not None:
             from peft_fps.plots.overlap import plot_module_overlap
@@ -63,8 +60,6 @@ def compare(
             picture.parent.mkdir(parents=True, exist_ok=True)
             counts = {row.module: (row.shared, row.either) for row in found.modules}
             plot_module_overlap(counts, f"Overlap of {first} and {second}").savefig(picture)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, verbose)
     if as_json:
         print_json(found.to_dict())
         return
@@ -72,7 +67,7 @@ def compare(
     console.print(_modules(found))
     console.print(_facts(found))
     if picture is not None:
-        console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {picture}")
 
 
 def _modules(found: "Comparison") -> Table:

@@ -7,13 +7,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.vision import option_types
-from peft_fps.cli.terminal import facts, listing, print_json, wide_console
-from peft_fps.cli.errors import fail, one_line
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
 
 
 if TYPE_CHECKING:
-    from peft_fps.cli.saved_adapters.adapter_contents import Inspection  # its imports take seconds, which --help need not wait for
+    from peft_fps.cli.saved_adapters.adapter_contents import Inspection
     from peft_fps.selection import LayerSelection
 
 
@@ -23,14 +21,13 @@ SHOWN = (
 )
 """Fields of the config in the table; --json has all."""
 
-AdapterArgument = Annotated[
+Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Folder of a saved FPS adapter, or its name on the Hub.")
 ]
-RevisionFlag = Annotated[
+Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub. Without it: the main branch.")
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout instead of tables.")]
-PictureFlag = Annotated[
+Picture = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
@@ -42,11 +39,11 @@ PictureFlag = Annotated[
 
 
 def inspect(
-    adapter: AdapterArgument,
-    revision: RevisionFlag = None,
-    as_json: JsonFlag = False,
-    picture: PictureFlag = None,
-    verbose: flags.VerboseFlag = False,
+    adapter: Adapter,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    picture: Picture = None,
+    verbose: Verbose = False,
 ) -> None:
     """Show what an adapter holds, and check its files, without its base model.
 
@@ -67,7 +64,7 @@ def inspect(
     from peft_fps.cli.saved_adapters.soundness import inspect_adapter
     from peft_fps.cli.saved_adapters.sources import adapter_folder
 
-    try:
+    with errors_told(verbose):
         found = inspect_adapter(adapter_folder(adapter, revision))
         plain = found.to_dict()
         if picture is not None and found.problem is None:
@@ -75,8 +72,6 @@ def inspect(
 
             picture.parent.mkdir(parents=True, exist_ok=True)
             draw_selection(found.entries, found.biases).savefig(picture)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, verbose)
     if as_json:
         print_json(plain)
     else:
@@ -84,9 +79,10 @@ def inspect(
         console.print(_modules(found.layers, plain["totals"]))
         console.print(_facts(found, plain, adapter))
         if picture is not None and found.problem is None:
-            console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
-    if found.problem is not None:
-        fail(ValueError(f"{adapter} does not pass: {found.problem}"), verbose)
+            say(console, f"written: {picture}")
+    with errors_told(verbose):
+        if found.problem is not None:
+            raise ValueError(f"{adapter} does not pass: {found.problem}")
 
 
 def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Table:
@@ -139,6 +135,6 @@ def _facts(found: "Inspection", plain: dict[str, Any], adapter: str) -> Table:
     table.add_section()
     verdicts = {True: "[green]passed[/green]", False: "[red]FAILED[/red]", None: "not checked"}
     for check in found.checks:
-        says = f"  {escape(one_line(ValueError(check.says)))}" if check.says else ""
+        says = f"  {escape(one_line(check.says))}" if check.says else ""
         table.add_row(f"check: {check.name}", f"{verdicts[check.passed]}{says}")
     return table

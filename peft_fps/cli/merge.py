@@ -1,27 +1,16 @@
 """The command `peft-fps merge`."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from peft_fps.vision import option_types
-from peft_fps.cli.terminal import facts, print_json, wide_console
-from peft_fps.cli.errors import fail
-from peft_fps.cli.inspect import AdapterArgument, JsonFlag, RevisionFlag
+from peft_fps.cli.inspect import Adapter, Revision
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, print_json, say, wide_console
 
 
-class Dtype(str, Enum):
-    """Number format of the merged weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-OutputFlag = Annotated[
+Output = Annotated[
     Path,
     typer.Option(
         metavar="FOLDER",
@@ -29,35 +18,35 @@ OutputFlag = Annotated[
         "model's. Written whole or not at all.",
     ),
 ]
-BaseFlag = Annotated[
+Base = Annotated[
     str | None,
     typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Without it: the one that the adapter records."),
 ]
-DtypeFlag = Annotated[
-    Dtype | None,
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(
         help="Number format to load, merge and save in. Without it: the base model's own. In half precision changes "
         "that are too small for it vanish, with a warning."
     ),
 ]
-DeviceFlag = Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")]
-ShardSizeFlag = Annotated[
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")]
+ShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Largest file of weights; a larger model is split into several.")
 ]
-OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
 
 
 def merge(
-    adapter: AdapterArgument,
-    output: OutputFlag,
-    base: BaseFlag = None,
-    revision: RevisionFlag = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = "cpu",
-    shard_size: ShardSizeFlag = "5GB",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
-    verbose: flags.VerboseFlag = False,
+    adapter: Adapter,
+    output: Output,
+    base: Base = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
@@ -80,13 +69,10 @@ def merge(
     from peft_fps.cli.saved_adapters.merged_folder import merge as run
     from peft_fps.cli.saved_adapters.sources import adapter_folder
 
-    try:
+    with errors_told(verbose, RuntimeError):
         folder = adapter_folder(adapter, revision)
         torch.empty(0, device=device)  # before a model is loaded for nothing
-        wanted = dtype and dtype.value
-        written = run(MergeOptions(folder, output, base, wanted, device, shard_size, overwrite))
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        fail(error, verbose)
+        written = run(MergeOptions(folder, output, base, dtype, device, shard_size, overwrite))
     if as_json:
         print_json(written)
         return
@@ -100,4 +86,4 @@ def merge(
     table.add_row("size", f"{written['bytes']:,} bytes")
     console = wide_console()
     console.print(table)
-    console.print(f"saved in {output}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"saved in {output}")

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Beta
 from torch.nn import functional
 
-from peft_fps.vision.pixels import Collator
 from peft_fps.reproduce.recipes import CUTMIX, MIXUP, SMOOTHING
+from peft_fps.vision.pixels import Collator
 
 
 @dataclass(frozen=True)

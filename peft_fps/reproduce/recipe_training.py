@@ -6,15 +6,14 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from peft_fps.vision.pixels import ImageSplit
-from peft_fps.vision.prediction import Predictor
-from peft_fps.vision.finetuning import accuracy
-from peft_fps.vision.training_loop import train, training_arguments
-from peft_fps.reproduce.task_images import TaskData
+from peft_fps.reproduce.crops import CentreCrop, Direct, RandomCrop, Transform
 from peft_fps.reproduce.epochs import RAW, BestEpoch
 from peft_fps.reproduce.mixing import soft_cross_entropy
 from peft_fps.reproduce.reproduce_options import ReproduceOptions
-from peft_fps.reproduce.crops import CentreCrop, Direct, RandomCrop, Transform
+from peft_fps.reproduce.task_images import TaskData
+from peft_fps.vision.pixels import ImageSplit
+from peft_fps.vision.prediction import Predictor, accuracy
+from peft_fps.vision.training_loop import train, training_arguments
 
 
 def image_splits(

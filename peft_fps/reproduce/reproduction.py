@@ -6,20 +6,9 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import set_seed
 
-from peft_fps.vision.measurements import Stopwatch, folder_bytes, peak_memory, versions
-from peft_fps.vision.classifiers import upstream_deprecations
-from peft_fps.vision.finetune_options import ADAPTER, RESULTS
-from peft_fps.vision.pixels import Collator, prepare, two_views
-from peft_fps.vision.prediction import Predictor
-from peft_fps.vision.finetuning import accuracy, write_json
-from peft_fps.vision.timm_names import check_timm
-from peft_fps.vision.training_loop import calibration_loader, worker_count
-from peft_fps.reproduce.task_images import load_task
 from peft_fps.reproduce.deviations import deviations
 from peft_fps.reproduce.mixing import MixingCollator
 from peft_fps.reproduce.recipe_model import normalisation, prepared_model
-from peft_fps.reproduce.reproduce_options import ReproduceOptions
-from peft_fps.reproduce.recipes import NORMALISATION, training_images
 from peft_fps.reproduce.recipe_training import (
     best_epoch,
     check_precision,
@@ -28,6 +17,17 @@ from peft_fps.reproduce.recipe_training import (
     kept_weights,
     trainer_arguments,
 )
+from peft_fps.reproduce.recipes import NORMALISATION, training_images
+from peft_fps.reproduce.reproduce_options import ReproduceOptions
+from peft_fps.reproduce.task_images import load_task
+from peft_fps.vision.finetune_options import ADAPTER, RESULTS
+from peft_fps.vision.measurements import Stopwatch, run_facts
+from peft_fps.vision.output_folders import write_json
+from peft_fps.vision.pixels import Collator, prepare, two_views
+from peft_fps.vision.prediction import Predictor, accuracy
+from peft_fps.vision.timm_names import check_timm
+from peft_fps.vision.training_loop import calibration_loader, worker_count
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 def reproduce(options: ReproduceOptions, console: Console) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def reproduce(options: ReproduceOptions, console: Console) -> dict[str, Any]:
 
     with stopwatch.stage("save"):
         options.shared().clear_output()
-        model.save_pretrained(options.output / ADAPTER)
+        model.save_pretrained(options.folder / ADAPTER)
 
     results = {
         "benchmark": options.benchmark,
@@ -112,13 +112,7 @@ def reproduce(options: ReproduceOptions, console: Console) -> dict[str, Any]:
         "epochs": best.history if best is not None else [],
         "kept": kept_weights(best, used["epochs"]),
         "training_loss": loss,
-        "trainable_parameters": report.trained + report.head_parameters,
-        "selection": report.to_dict(),
-        "adapter_bytes": folder_bytes(options.output / ADAPTER),
-        "peak_memory": peak_memory(arguments.device),
-        "seconds": stopwatch.seconds,
-        "device": str(arguments.device),
-        "versions": versions(),
+        **run_facts(report, options.folder / ADAPTER, arguments.device, stopwatch.seconds),
     }
-    write_json(options.output / RESULTS, results)
+    write_json(options.folder / RESULTS, results)
     return results

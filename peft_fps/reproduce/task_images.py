@@ -7,10 +7,10 @@ from pathlib import Path
 
 from datasets import concatenate_datasets
 
-from peft_fps.vision.labelled_images import LabelledImages, load_images
 from peft_fps.reproduce import fgvc, vtab
 from peft_fps.reproduce.listings import Row, as_images, check_rows, task_folder
 from peft_fps.reproduce.recipes import Task
+from peft_fps.vision.labelled_images import LabelledImages, load_images
 
 
 logger = logging.getLogger(__name__)

@@ -1,19 +1,16 @@
 """The pre-trained model, a new output head for the task, and the image processor that belongs to it."""
 
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from peft_fps.heads import output_head
 from peft_fps.vision.timm_models import build_timm, record_size, resized_processor, timm_processor
 from peft_fps.vision.timm_names import timm_name
-from peft_fps.heads import output_head
+from peft_fps.vision.upstream_noise import no_head_report
 
 
 def load_model(name: str, classes: list[str], seed: int, image_size: int | None = None) -> PreTrainedModel:
@@ -119,26 +116,3 @@ def load_processor(name: str, image_size: int | None) -> Any:
 def interpolates(model: PreTrainedModel) -> bool:
     """Return whether the model can be asked to interpolate its position embeddings to another image size."""
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def upstream_deprecations() -> Iterator[None]:
-    """Drop the warnings that PEFT causes by using what transformers has deprecated; nobody here can act on them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
-
-
-@contextmanager
-def no_head_report() -> Iterator[None]:
-    """Drop transformers' table of weights that do not fit: the head never does, and the rest is checked here."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

@@ -1,12 +1,31 @@
-"""What one run of `peft-fps finetune` is asked to do."""
+"""What one run of `peft-fps finetune` is asked to do: its options, each with its description."""
 
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from peft_fps.vision.timm_names import PREFIX, check_timm_name, local_path
-from peft_fps.config import FPSConfig
+from peft_fps.config import DEFAULT_BUDGET, FPSConfig
+from peft_fps.importances import IMPORTANCES
+from peft_fps.presets import PRESETS
+from peft_fps.vision.locations import check_path, local_path
+from peft_fps.vision.option_types import (
+    DATA,
+    OUTPUT,
+    SELECTION,
+    TRAINING,
+    ImageColumn,
+    LabelColumn,
+    Overwrite,
+    Precision,
+    count,
+    described,
+    one_of,
+    pixels,
+    positive_rate,
+    seed_number,
+)
+from peft_fps.vision.output_folders import check_free
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
@@ -22,12 +41,15 @@ RECIPE: dict[str, Any] = {
 }
 """How to train without a preset: arguments of transformers' `TrainingArguments`."""
 
+BATCH = RECIPE["per_device_train_batch_size"]
+
 SELECTION_FIELDS = ("budget", "per_neuron", "importance", "order", "loss", "granularity", "bias")
 """Options that are fields of the config."""
 
 SELECTION_DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
 }
+"""What the config has without these options."""
 
 TRAINING_ARGUMENTS = {
     "learning_rate": "learning_rate",
@@ -36,36 +58,175 @@ TRAINING_ARGUMENTS = {
 }
 """Options that are training arguments, and their names there."""
 
+PRESET_NAMES = one_of(tuple(PRESETS), f"{{value!r}} is none of {', '.join(PRESETS)}.")
+IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.join(map(repr, IMPORTANCES))}.")
+
+
+def without(field: str) -> str:
+    """Return the sentence of `--help` on what holds where an option of the selection is not given."""
+    return f"Without it and --preset: {SELECTION_DEFAULTS[field]}."
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """The options of `peft-fps finetune`, named as on the command line, where each is explained.
+    """The options of `peft-fps finetune`, of which `peft-fps select` has those that do not concern training.
 
     `model=None` and `data=None` stand for the embedded model and the embedded digits. What is None among the options
     of selection and training is as the preset has it, or else as the defaults of the config and `RECIPE`.
     """
 
-    model: str | None = None
-    data: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = None
-    preset: str | None = None
-    budget: float | None = None
-    per_neuron: float | None = None
-    importance: str | None = None
-    order: str | None = None
-    loss: str | None = None
-    granularity: str | None = None
-    bias: str | None = None
-    calibration_batches: int | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    precision: str = "fp32"
-    seed: int = 0
-    output: Path = Path("runs/finetune")
-    overwrite: bool = False
+    model: Annotated[
+        str | None,
+        described(
+            "Pre-trained image model. It is loaded in float32 and gets a new output head for the classes of the "
+            "data. timm:NAME is one of timm's models with the weights that timm publishes, random ones if these "
+            "cannot be had (which is said); timm:NAME@FILE takes the weights from a local file (.safetensors, .pth), "
+            "whatever the size of its head. Without it: an embedded tiny ViT (0.9 million parameters, 32 px).",
+            DATA,
+            metavar="FOLDER|HUB_ID|timm:NAME",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        described(
+            "Labelled images: a folder with one subfolder per class (below train/, validation/, test/ where there "
+            "are splits), a folder with parquet files (train*.parquet, validation*.parquet, test*.parquet), a folder "
+            "written by save_to_disk of datasets, or a data set on the Hub, HUB_ID:CONFIG if it has several "
+            "configurations. Splits that are missing are drawn from those that are there. Without it: scikit-learn's "
+            "1,797 handwritten digits.",
+            DATA,
+            metavar="FOLDER|FILE|HUB_ID",
+        ),
+    ] = None
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
+    image_size: Annotated[
+        int | None,
+        pixels(
+            "Height and width of the images that the model sees; a ViT interpolates its position embeddings to it. "
+            "112 instead of 224 makes a ViT about four times as fast. The merged model then wants "
+            "interpolate_pos_encoding=True when it is called; a model of timm is made for the size. Without it: the "
+            "model's own size.",
+            DATA,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        described(
+            f"A published method with all its settings, training included: {', '.join(PRESETS)}. Other options "
+            "replace single settings of it.",
+            SELECTION,
+            metavar="NAME",
+            callback=PRESET_NAMES,
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        described(
+            "Largest share of the model's parameters to train, 0 to 1: selected weights and biases together, output "
+            f"head left out. Without it, --per-neuron and --preset: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 "
+            "trains biases alone.",
+            SELECTION,
+            metavar="SHARE",
+        ),
+    ] = None
+    per_neuron: Annotated[
+        float | None,
+        described(
+            "Selected weights per output neuron, instead of --budget. Need not be whole.", SELECTION, metavar="K"
+        ),
+    ] = None
+    importance: Annotated[
+        str | None,
+        described(
+            "How a weight is scored. "
+            + "; ".join(f"{name}: {importance.help}" for name, importance in IMPORTANCES.items())
+            + f". {without('importance')}",
+            SELECTION,
+            metavar="NAME",
+            callback=IMPORTANCE_NAMES,
+        ),
+    ] = None
+    order: Annotated[
+        Literal["top", "bottom"] | None,
+        described(f"Select the largest or the smallest scores. {without('order')}", SELECTION),
+    ] = None
+    loss: Annotated[
+        Literal["task", "contrastive"] | None,
+        described(
+            "What gradient, fisher and sensitivity take gradients of: cross-entropy with the classes, or the "
+            "supervised contrastive loss between two augmented views of each image (GPS; needs the extra views). "
+            f"{without('loss')}",
+            SELECTION,
+        ),
+    ] = None
+    granularity: Annotated[
+        Literal["neuron", "layer", "model", "block", "row", "column"] | None,
+        described(
+            "Where the best weights are chosen. neuron: equally many per output neuron; layer: the best of each "
+            "layer; model: the best of all; block: per neuron, more in blocks with large scores; row, column: whole "
+            f"neurons or whole inputs. {without('granularity')}",
+            SELECTION,
+            metavar="NAME",
+        ),
+    ] = None
+    bias: Annotated[
+        Literal["all", "with_norms", "none"] | None,
+        described(
+            f"Train the biases of the adapted layers, those of LayerNorms besides, or none. {without('bias')}",
+            SELECTION,
+        ),
+    ] = None
+    calibration_batches: Annotated[
+        int | None,
+        count("Batches of training images to choose from. Without it: all of them, once.", SELECTION),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        count(
+            f"Passes over the training images. Without it and --preset: {RECIPE['num_train_epochs']}.",
+            TRAINING,
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        positive_rate(
+            "Peak learning rate of Adam (no weight decay), for the selected weights and the output head alike. It "
+            "rises over the first tenth of the steps and falls to 0 along a cosine, unless --preset has another "
+            f"schedule. Without it and --preset: {RECIPE['learning_rate']:g}.",
+            TRAINING,
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        count(f"Images per step and device. Without it and --preset: {BATCH}.", TRAINING),
+    ] = None
+    precision: Annotated[
+        Precision,
+        described(
+            "Arithmetic in training: float32, or bfloat16 where that is safe (autocast). Weights, calibration and "
+            "evaluation stay in float32.",
+            TRAINING,
+        ),
+    ] = "fp32"
+    seed: Annotated[
+        int,
+        seed_number(
+            "Seed of the output head, of the order of the images, of drawn splits and of --importance random.",
+            TRAINING,
+        ),
+    ] = 0
+    output: Annotated[
+        Path,
+        described(
+            "Gets adapter/ (the PEFT adapter), merged/ (the model with the adapter merged, and its image processor) "
+            "and results.json (everything in the final table, and how it came about); training.png (the loss over "
+            "epochs) if matplotlib is installed.",
+            OUTPUT,
+            metavar="FOLDER",
+        ),
+    ] = Path("runs/finetune")
+    overwrite: Overwrite = False
 
     def fps_config(self) -> FPSConfig:
         """Return the config of the adapter; with a preset, its `recipe` is what is trained by.
@@ -94,7 +255,7 @@ class FinetuneOptions:
         return asdict(self) | {"output": str(self.output)}
 
     def check_paths(self) -> None:
-        """Look at the paths before anything is loaded.
+        """Check the paths before anything is loaded, and make the output folder.
 
         Raises:
             ImportError: the model is timm's by name, and timm cannot be imported.
@@ -106,12 +267,7 @@ class FinetuneOptions:
                 check_path(option, value)
                 if self.overwrite and self.output.resolve() in local_path(value).resolve().parents:
                     raise ValueError(f"{option} is {value!r}, which lies in the folder to be overwritten.")
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"--output is {str(self.output)!r}, which is a file, expected a folder.")
-        if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
-            raise ValueError(
-                f"--output is {str(self.output)!r}, which is not empty: choose another folder or add --overwrite."
-            )
+        check_free(self.output, self.overwrite)
         self.output.mkdir(parents=True, exist_ok=True)
 
     def clear_output(self) -> None:
@@ -120,22 +276,3 @@ class FinetuneOptions:
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in (RESULTS, PICTURE):
             (self.output / name).unlink(missing_ok=True)
-
-
-def check_path(option: str, value: str) -> None:
-    """Refuse a value that can only be meant as a local path and does not exist.
-
-    Anything else that does not exist may be the name of something on the Hub, `name` or `owner/name`, and as a model
-    the name of one of timm's.
-    """
-    if value.startswith(PREFIX):
-        if option != "--model":
-            raise ValueError(
-                f"{option} is {value!r}, a timm model by its name, which does not tell its weights and the size of "
-                "its images. Give a folder: `peft-fps finetune` writes one to OUTPUT/base."
-            )
-        check_timm_name(option, value)
-        return
-    written_as_path = value.startswith(("/", ".", "~", "\\")) or value.count("/") > 1
-    if written_as_path and not Path(value).expanduser().exists():
-        raise ValueError(f"{option} is {value!r}: there is no such file or folder.")

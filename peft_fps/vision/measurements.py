@@ -1,4 +1,4 @@
-"""Time, memory, sizes on disk and versions of one run."""
+"""Time, memory and versions of one run."""
 
 import platform
 import sys
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+
+from peft_fps import SelectionReport, __version__
+from peft_fps.vision.output_folders import folder_bytes
 
 
 class Stopwatch:
@@ -33,13 +36,15 @@ class Stopwatch:
         self.seconds[name] = time.perf_counter() - start
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Return the largest memory use so far, and of what: of the GPU's allocator, or of the whole process."""
+    """Return the largest use of memory so far.
+
+    Args:
+        device: where the model is; of a CUDA device PyTorch's allocator is asked, else the operating system.
+
+    Returns:
+        `bytes`, and `of`, which says in words what was counted.
+    """
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "tensors on the GPU"}
     if sys.platform == "win32":
@@ -56,8 +61,28 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on, by name."""
     packages = ("peft", "transformers", "torch", "accelerate", "datasets", "scikit-learn", "numpy")
-    from peft_fps import __version__
-
     return {"python": platform.python_version(), "peft-fps": __version__} | {name: version(name) for name in packages}
+
+
+def run_facts(
+    report: SelectionReport, adapter: Path, device: torch.device, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Return what a run has selected, how large its adapter is and what it took, as plain data.
+
+    Args:
+        report: of the selection.
+        adapter: folder that it is saved in.
+        device: where the model was trained.
+        seconds: wall time by stage.
+    """
+    return {
+        "trainable_parameters": report.trained + report.head_parameters,
+        "selection": report.to_dict(),
+        "adapter_bytes": folder_bytes(adapter),
+        "peak_memory": peak_memory(device),
+        "seconds": seconds,
+        "device": str(device),
+        "versions": versions(),
+    }

@@ -1,30 +1,45 @@
-"""Output folders that are written whole or not at all."""
+"""Output folders: whether they are free, how they are written whole or not at all, and plain data in them."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 
-def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuse an output folder that holds something, unless it is to be overwritten, or in which something needed is.
+def check_free(output: Path, overwrite: bool) -> None:
+    """Check that an output folder is empty, or may be written to all the same.
 
     Args:
         output: need not exist.
-        overwrite: whether the user has said so.
-        inputs: files and folders that are read.
+        overwrite: whether the user has asked for it.
 
     Raises:
-        ValueError: names the folder, and what to do.
+        ValueError: it is a file, or holds something and `overwrite` is off.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output is {str(output)!r}, which is a file, expected a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"--output is {str(output)!r}, which is not empty: choose another folder or add --overwrite.")
+
+
+def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Check that an output folder may be replaced as a whole.
+
+    Args:
+        output: need not exist.
+        overwrite: whether the user has asked for it.
+        inputs: files and folders that are read.
+
+    Raises:
+        ValueError: as `check_free`, or the folder is or holds one of the inputs or the working folder.
+    """
+    check_free(output, overwrite)
     if not output.is_dir():
         return
-    if any(output.iterdir()) and not overwrite:
-        raise ValueError(f"--output is {str(output)!r}, which is not empty: choose another folder or add --overwrite.")
     for needed in (Path.cwd(), *inputs):
         if needed.resolve().is_relative_to(output.resolve()):
             raise ValueError(
@@ -35,9 +50,9 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
 
 @contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """Give a new folder beside `output` that takes its place, whatever is there, when all is written.
+    """Give a new folder beside `output` that takes its place, whatever is there, when the block ends.
 
-    After an error, or if the process is stopped by one, `output` is what it was.
+    If the block raises an exception, `output` stays what it was.
     """
     target = Path(os.path.realpath(output))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,3 +68,13 @@ def written_whole(output: Path) -> Iterator[Path]:
         if not target.exists() and (beside / "old").exists():
             os.rename(beside / "old", target)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain data to a file, indented by two spaces."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder and below it, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from peft_fps.vision.labelled_images import LabelledImages
 from peft_fps.gradients import TwoViews
+from peft_fps.vision.labelled_images import LabelledImages
 
 
 MEMORY_LIMIT = 2 * 1024**3

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -56,6 +57,11 @@ class Predictor:
             labels_free = {key: value for key, value in batch.items() if key != "labels"}
             pixels = labels_free.pop("pixel_values").to(self.device)
             consume(model(pixel_values=pixels, **labels_free))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of rows of `logits`, `(images, classes)`, that are largest at `labels`, `(images,)`."""
+    return float(accuracy_score(labels.numpy(), logits.argmax(-1).numpy()))
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,6 @@ def timm_name(value: str) -> TimmName | None:
     return TimmName(model, Path(file).expanduser() if file else None)
 
 
-def local_path(value: str) -> Path:
-    """Return the path that a value stands for: the file of `timm:NAME@FILE`, or else the value itself."""
-    name = timm_name(value)
-    return name.file if name is not None and name.file is not None else Path(value).expanduser()
-
-
 def check_timm_name(option: str, value: str) -> None:
     """Look at a value that starts with `timm:` before anything is loaded.
 

@@ -120,7 +120,7 @@ def test_gps_selects_in_training_mode_and_fgvc_is_mixed(
     tmp_path, tiny_model, monkeypatch, command, task, method, training_mode, mixed
 ):
     from peft_fps import model as tuner
-    from peft_fps.reproduce import run as stages
+    from peft_fps.reproduce import reproduction as stages
 
     asked = {}
     calibrate, fit = tuner.calibrate, stages.fit

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
-from peft_fps.vision import timm_names
-from peft_fps.vision.timm_names import check_timm, is_timm
 from peft_fps.reproduce import recipe_model
 from peft_fps.reproduce.drop_path import DropPath
 from peft_fps.reproduce.recipe_model import model_size, normalisation, prepared_model
+from peft_fps.vision import timm_names
+from peft_fps.vision.timm_names import check_timm, is_timm
 
 
 PAPERS = "timm/vit_base_patch16_224.augreg_in21k"
@@ -65,7 +65,7 @@ def test_drop_path_is_put_in(tiny_model):
 
 
 def test_a_model_that_takes_one_size_only(tiny_model, monkeypatch):
-    monkeypatch.setattr(models, "interpolates", lambda model: False)
+    monkeypatch.setattr(recipe_model, "interpolates", lambda model: False)
     with pytest.raises(ValueError, match="--image-size is 48, but a ViTForImageClassification .* takes 32 pixels onl"):
         prepared_model(str(tiny_model), ["a", "b"], 0, 48, drop_path=0.0)
 
@@ -86,7 +86,7 @@ def test_normalisation_of_a_timm_model_is_in_its_data_config(monkeypatch):
     class Processor:
         data_config = {"mean": (0.5, 0.25, 0.5), "std": (0.1, 0.2, 0.3)}
 
-    monkeypatch.setattr(models, "load_processor", lambda name, size: Processor())
+    monkeypatch.setattr(recipe_model, "load_processor", lambda name, size: Processor())
     assert normalisation(PAPERS) == {"mean": [0.5, 0.25, 0.5], "std": [0.1, 0.2, 0.3]}
 
 

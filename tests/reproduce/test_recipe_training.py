@@ -4,15 +4,22 @@ import pytest
 import torch
 from transformers import ViTForImageClassification
 
-from peft_fps.vision.pixels import Collator
 from peft_fps.reproduce import recipe_training
-from peft_fps.reproduce.task_images import load_task
+from peft_fps.reproduce.crops import CentreCrop, Direct, RandomCrop
 from peft_fps.reproduce.epochs import BestEpoch
 from peft_fps.reproduce.mixing import MixingCollator
-from peft_fps.reproduce.reproduce_options import ReproduceOptions
+from peft_fps.reproduce.recipe_training import (
+    best_epoch,
+    check_precision,
+    fit,
+    image_splits,
+    kept_weights,
+    trainer_arguments,
+)
 from peft_fps.reproduce.recipes import find_task
-from peft_fps.reproduce.recipe_training import best_epoch, check_precision, fit, image_splits, kept_weights, trainer_arguments
-from peft_fps.reproduce.crops import CentreCrop, Direct, RandomCrop
+from peft_fps.reproduce.reproduce_options import ReproduceOptions
+from peft_fps.reproduce.task_images import load_task
+from peft_fps.vision.pixels import Collator
 from tests.reproduce.layouts import write_vtab
 
 
@@ -116,6 +123,8 @@ def test_the_weights_of_the_best_epoch_stay(data, tmp_path, tiny_model, soft):
 
 
 def test_a_loss_that_is_not_finite(data, tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(training, "soft_cross_entropy", lambda *args, **kwargs: args[0]["logits"].sum() * torch.nan)
+    monkeypatch.setattr(
+        recipe_training, "soft_cross_entropy", lambda *args, **kwargs: args[0]["logits"].sum() * torch.nan
+    )
     with pytest.raises(ValueError, match="The training loss is nan: training diverged. Try a lower --learning-rate"):
         fitted(data, tmp_path, tiny_model, None, soft=True)

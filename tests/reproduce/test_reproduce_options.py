@@ -4,8 +4,8 @@ import pytest
 
 from peft_fps.presets import PRESETS
 from peft_fps.reproduce.deviations import deviations
-from peft_fps.reproduce.reproduce_options import METHODS, ReproduceOptions
 from peft_fps.reproduce.recipes import find_task
+from peft_fps.reproduce.reproduce_options import METHODS, ReproduceOptions
 
 
 def options(benchmark="fgvc", task="nabirds", **given):

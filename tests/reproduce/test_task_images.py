@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peft_fps.reproduce.task_images import load_task
 from peft_fps.reproduce.recipes import find_task
+from peft_fps.reproduce.task_images import load_task
 from tests.cli.conftest import picture
 from tests.reproduce.layouts import write_fgvc, write_vtab
 

@@ -3,8 +3,8 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 
-from peft_fps.vision.labelled_images import LabelledImages
 from peft_fps.vision.classifiers import classifier, load_model, load_processor
+from peft_fps.vision.labelled_images import LabelledImages
 from peft_fps.vision.pixels import Collator, ImageSplit
 from peft_fps.vision.prediction import Agreement, Predictor
 

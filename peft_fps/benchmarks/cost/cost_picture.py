@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from peft_fps.benchmarks.cost.methods import LORA, METHODS
 from peft_fps.benchmarks.cost.cost_tables import NO_EVIDENCE, Result
+from peft_fps.benchmarks.cost.methods import LORA, METHODS
 
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; shapes say the same

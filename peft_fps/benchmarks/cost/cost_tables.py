@@ -7,6 +7,7 @@ from typing import Any
 from peft_fps.benchmarks.cost.figures import Figure, Row
 from peft_fps.benchmarks.cost.methods import METHODS
 from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.tables import MIB, TextTable, titled_markdown
 
 
 LEGEND = (
@@ -16,17 +17,6 @@ LEGEND = (
 )
 NO_EVIDENCE = "A quick run on a cut-down model: it shows that everything works and is no evidence."
 VERDICTS = {True: "yes", False: "NO", None: ""}
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text; the first columns are words, the rest numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    words: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Result:
         )
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: Result) -> list[TextTable]:
     """Return the tables of a result: the methods beside each other, then every figure beside its target."""
     found = [_methods(result)] if result.row("step") or result.row("memory") else []
     lines = [
@@ -84,10 +74,10 @@ def tables(result: Result) -> list[Table]:
         for figure in row.figures
     ]
     lines += [(row.name, what, f"skipped: {why}", "", "") for row in result.rows for what, why in row.skipped.items()]
-    return [*found, Table("Measured and target", ("row", "what", "measured", "target", "met"), tuple(lines), 2)]
+    return [*found, TextTable("Measured and target", ("row", "what", "measured", "target", "met"), tuple(lines), 2)]
 
 
-def _methods(result: Result) -> Table:
+def _methods(result: Result) -> TextTable:
     step, memory = result.row("step"), result.row("memory")
     seconds = {} if step is None else {name: times["median"] for name, times in step.raw["seconds"].items()}
     held = {} if memory is None else memory.raw["bytes"]
@@ -111,7 +101,7 @@ def _methods(result: Result) -> Table:
                 _mebibytes(rest),
             ]
         lines.append(tuple(cells))
-    return Table(f"One training step, batch {result.workload.batch_size}", header, tuple(lines))
+    return TextTable(f"One training step, batch {result.workload.batch_size}", header, tuple(lines))
 
 
 def _mebibytes(value: float) -> str:
@@ -129,17 +119,7 @@ def markdown(result: Result) -> str:
     if result.workload.quick:
         parts.append(f"**{NO_EVIDENCE}**")
     for table in tables(result):
-        parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
+        parts.append(titled_markdown(table))
     if len(parts) > 2:
         parts.append(LEGEND)
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """Return a table as Markdown, without its title."""
-    rule = ["---" if column < table.words else "---:" for column in range(len(table.header))]
-    return "\n".join([_line(table.header), _line(rule), *map(_line, table.lines)])
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from peft_fps.benchmarks.cost.random_models import batches, copy_model
 from peft_fps.benchmarks.cost.workload import Workload
-from peft_fps.vision.classifiers import upstream_deprecations
 from peft_fps.config import FPSConfig
 from peft_fps.heads import find_head, output_head
 from peft_fps.lookup import fps_layers
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 PER_NEURON = 6

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
-from peft_fps.benchmarks.malloc import give_back
-from peft_fps.benchmarks.cost.figures import Row
-from peft_fps.benchmarks.machine import describe
-from peft_fps.benchmarks.cost.random_models import build_model
 from peft_fps.benchmarks.cost.cost_picture import draw
 from peft_fps.benchmarks.cost.cost_tables import Result, markdown
+from peft_fps.benchmarks.cost.figures import Row
+from peft_fps.benchmarks.cost.random_models import build_model
 from peft_fps.benchmarks.cost.rows import attach, file, importance, inference, memory, merge, selection, step, switch
 from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.machine import describe
+from peft_fps.benchmarks.malloc import give_back
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def measure(workload: Workload, rows: Sequence[str]) -> Result:
     for name in rows:
         found.append(ROWS[name](workload))
         give_back()
-    return Result(workload, describe(workload), date.today().isoformat(), parameters, tuple(found))
+    return Result(workload, describe(workload.device), date.today().isoformat(), parameters, tuple(found))
 
 
 def write(result: Result, folder: Path) -> list[Path]:

@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from peft_fps.benchmarks.cost.methods import METHODS, trainable
 from peft_fps.benchmarks.cost.random_models import batches
-from peft_fps.benchmarks.cost.workload import Workload, switched
+from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.environment import switched
 
 
 class Training:

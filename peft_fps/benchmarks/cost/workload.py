@@ -1,29 +1,77 @@
 """What is measured, and how often."""
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
 
 from peft_fps.benchmarks.malloc import keep_freed
+from peft_fps.vision.option_types import Precision, count, described
+
+
+MEASURED, MACHINE = "What is measured", "Machine"
+"""Panels of `--help`."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The options of a benchmark, named as on the command line, where each is explained."""
+    """What is measured and how; the fields are options of `peft-fps benchmark cost`."""
 
-    model: str = "vit-b16"
-    batch_size: int = 8
-    selection_batch_size: int = 32
-    threads: int = 2
-    device: str = "cpu"
-    precision: str = "fp32"
-    rounds: int = 7
-    quick: bool = False
-    system_malloc: bool = False
+    model: Annotated[
+        str,
+        described(
+            "vit-b16 (86 million parameters), vit-l16 (303 million) or decoder-0.5b (a Llama of 0.54 billion, 128 "
+            "tokens), all with random weights; or an image classification model in a folder or on the Hub, as it is.",
+            MEASURED,
+            metavar="NAME|FOLDER|HUB_ID",
+        ),
+    ] = "vit-b16"
+    batch_size: Annotated[int, count("Examples in a training step and in switch.", MEASURED)] = 8
+    selection_batch_size: Annotated[
+        int,
+        count(
+            "Examples in a batch that weights are chosen on. Selection by gradients on two views of 32 images needs "
+            "some 15 GB with vit-b16; a smaller number needs less.",
+            MEASURED,
+            least=2,
+        ),
+    ] = 32
+    threads: Annotated[int, count("CPU threads of the arithmetic.", MACHINE)] = 2
+    device: Annotated[Literal["cpu", "cuda"], described("Where the model computes.", MACHINE)] = "cpu"
+    precision: Annotated[
+        Precision,
+        described(
+            "Arithmetic: float32, or bfloat16 where that is safe (autocast). Weights stay in float32.", MEASURED
+        ),
+    ] = "fp32"
+    rounds: Annotated[
+        int,
+        count(
+            "Times that every task is measured, in turn with the others; the medians count. What takes milliseconds "
+            "is measured six times as often.",
+            MEASURED,
+        ),
+    ] = 7
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Two layers and few rounds, all in two minutes: to see that everything works. No evidence of "
+            "anything.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = False
+    system_malloc: Annotated[
+        bool,
+        typer.Option(
+            "--system-malloc",
+            help="Leave the C library's way with freed memory as it is. Without this flag it keeps it for the next "
+            "step, since otherwise a step's time depends on where on the heap its memory happens to lie.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False
 
     def prepare(self) -> None:
         """Set the number of threads and the seed of the process, and let it keep the memory that it frees if wished.
@@ -70,18 +118,3 @@ class Workload:
     def in_process(self) -> "Workload":
         """Return the workload of one of them, with its part of the threads."""
         return replace(self, threads=max(1, self.threads // self.processes))
-
-
-@contextmanager
-def switched(environment: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the block."""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

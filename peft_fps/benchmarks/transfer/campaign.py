@@ -1,23 +1,23 @@
-"""From the options of `peft-fps benchmark transfer` to cells, tables and files."""
+"""The commands `peft-fps benchmark transfer` and `overlap` as a whole: from options to cells, tables and files."""
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from peft_fps.benchmarks.machine import processor
-from peft_fps.benchmarks.cost.cost_tables import Table, markdown_table
+from peft_fps.benchmarks.tables import TextTable, titled_markdown
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import RowKey, Setting
 from peft_fps.benchmarks.transfer.selection_agreement import measure, overlap_table
+from peft_fps.benchmarks.transfer.store import Store
+from peft_fps.benchmarks.transfer.tasks import task_names
+from peft_fps.benchmarks.transfer.transfer_options import OverlapOptions, TransferOptions, listed
 from peft_fps.benchmarks.transfer.transfer_picture import draw
 from peft_fps.benchmarks.transfer.transfer_tables import Results, tables
-from peft_fps.benchmarks.transfer.store import Store
 from peft_fps.benchmarks.transfer.worker_pool import fill as fill_table
-from peft_fps.benchmarks.transfer.tasks import task_names
 from peft_fps.vision.measurements import versions
+from peft_fps.vision.output_folders import write_json
 from peft_fps.vision.timm_names import check_timm_name
 
 
@@ -26,46 +26,37 @@ logger = logging.getLogger(__name__)
 CELLS, TABLES, PICTURE = "cells.jsonl", "transfer.md", "transfer.png"
 
 
-@dataclass(frozen=True)
-class TransferOptions:
-    """The options, named as on the command line, where each is explained."""
+def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Path]]:
+    """Run the cells that are missing, and write the tables of all that are there.
 
-    setting: Setting
-    methods: Sequence[str]
-    budgets: Sequence[str]
-    only: Sequence[str] | None
-    seeds: int
-    baseline: str
-    jobs: int
-    output: Path
+    Args:
+        options: of the command.
+        fill: whether missing cells are run.
 
-
-def run(options: TransferOptions, fill: bool) -> tuple[list[Table], list[Path]]:
-    """Run the cells that are missing, and write and return the tables of all that are there, on the tasks asked for.
+    Returns:
+        The tables, of the tasks that were asked for, and the files that were written.
 
     Raises:
-        ValueError: an option names something that there is not; the output folder holds another setting's cells.
+        ValueError: an option names something that there is not, or the output folder holds another setting's cells.
     """
-    rows = table_rows(options.methods, options.budgets)
+    rows = table_rows(listed(options.methods), listed(options.budgets))
     check_method("--baseline", options.baseline)
-    setting = options.setting
-    if not 0 < setting.tuned_share <= 1:
-        raise ValueError(f"--tuned-share is {setting.tuned_share}, expected a share above 0 and up to 1.")
+    setting, only = options.setting, _only(options)
+    check_share("--tuned-share", setting.tuned_share)
     if fill:
         check_timm_name("--model", setting.model)
-        tasks = chosen_tasks(setting, options.only)
+        tasks = chosen_tasks(setting, only)
         store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()})
         fill_table(tasks, rows, options.seeds, setting, store, options.jobs)
     elif (options.output / CELLS).exists():
         store = Store(options.output / CELLS, setting, {})
     else:
         raise ValueError(f"--output is {str(options.output)!r}, which holds no {CELLS}: nothing has been run there.")
-    shown = [record for record in store.records if options.only is None or record.cell.task in options.only]
+    shown = [record for record in store.records if only is None or record.cell.task in only]
     results = Results(shown, setting)
     found = tables(results, options.baseline)
-    texts = [f"**{table.title}**\n\n{markdown_table(table)}" for table in found]
     written = [options.output / CELLS, options.output / TABLES]
-    written[1].write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    written[1].write_text("\n\n".join(map(titled_markdown, found)) + "\n", encoding="utf-8")
     if results.shares:
         try:
             draw(results, options.output / PICTURE)
@@ -75,35 +66,36 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[Table], list[Path]]:
     return found, written
 
 
-def run_overlap(
-    setting: Setting,
-    only: Sequence[str] | None,
-    methods: Sequence[str],
-    reference: str,
-    share: float,
-    seeds: int,
-    output: Path,
-) -> tuple[Table, list[Path]]:
-    """Compare selections, and write and return the table; see `peft-fps benchmark overlap` for the options.
+def run_overlap(options: OverlapOptions) -> tuple[TextTable, list[Path]]:
+    """Compare selections, and write the table.
+
+    Args:
+        options: of the command.
+
+    Returns:
+        The table, and the files that were written.
 
     Raises:
         ValueError: an option names something that there is not.
     """
-    tasks = chosen_tasks(setting, only)
-    check_method("--reference", reference)
+    setting, share, seeds = options.setting, options.budget, options.seeds
+    tasks = chosen_tasks(setting, _only(options))
+    check_method("--reference", options.reference)
     check_timm_name("--model", setting.model)
-    if not 0 < share <= 1:
-        raise ValueError(f"--budget is {share}, expected a share above 0 and up to 1.")
-    rows = [method for method, _ in table_rows([reference, *methods], [str(share)])]
-    agreements = measure(setting, tasks, rows, reference, share, seeds)
+    check_share("--budget", share)
+    rows = [method for method, _ in table_rows([options.reference, *listed(options.methods)], [str(share)])]
+    agreements = measure(setting, tasks, rows, options.reference, share, seeds)
     table = overlap_table(agreements, share)
-    output.mkdir(parents=True, exist_ok=True)
-    written = [output / "overlap.json", output / "overlap.md"]
+    options.output.mkdir(parents=True, exist_ok=True)
+    written = [options.output / "overlap.json", options.output / "overlap.md"]
     facts = {"setting": setting.comparable(), "tasks": tasks, "share": share, "seeds": seeds, "versions": versions()}
-    content = facts | {"agreements": [found.to_dict() for found in agreements]}
-    written[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    written[1].write_text(f"**{table.title}**\n\n{markdown_table(table)}\n", encoding="utf-8")
+    write_json(written[0], facts | {"agreements": [found.to_dict() for found in agreements]})
+    written[1].write_text(titled_markdown(table) + "\n", encoding="utf-8")
     return table, written
+
+
+def _only(options: TransferOptions | OverlapOptions) -> tuple[str, ...] | None:
+    return None if options.only is None else listed(options.only)
 
 
 def chosen_tasks(setting: Setting, only: Sequence[str] | None) -> list[str]:
@@ -127,6 +119,12 @@ def chosen_tasks(setting: Setting, only: Sequence[str] | None) -> list[str]:
             "with --only."
         )
     return tasks
+
+
+def check_share(option: str, share: float) -> None:
+    """Raise ValueError unless an option's value is above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{option} is {share}, expected a share above 0 and up to 1.")
 
 
 def check_method(option: str, method: str) -> None:

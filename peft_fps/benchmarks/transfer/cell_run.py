@@ -17,19 +17,19 @@ from transformers.trainer_utils import IntervalStrategy
 
 from peft_fps.benchmarks.tensor_memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
+from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
-from peft_fps.vision.linear_head import fit_linear_head
-from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor, upstream_deprecations
-from peft_fps.vision.finetune_options import FinetuneOptions
-from peft_fps.vision.pixels import Collator, two_views
-from peft_fps.vision.prediction import Predictor
-from peft_fps.vision.finetuning import accuracy
-from peft_fps.vision.training_loop import DivergedError, calibration_loader, train, training_arguments
 from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters
+from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
+from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.linear_head import fit_linear_head
+from peft_fps.vision.pixels import Collator, two_views
+from peft_fps.vision.prediction import Predictor, accuracy
+from peft_fps.vision.training_loop import DivergedError, calibration_loader, train, training_arguments
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 logger = logging.getLogger(__name__)

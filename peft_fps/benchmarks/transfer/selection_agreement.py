@@ -10,15 +10,16 @@ from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from peft_fps.benchmarks.cost.cost_tables import Table
+from peft_fps.benchmarks.tables import TextTable
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.cells import Cell, Setting
 from peft_fps.benchmarks.transfer.cell_run import select
+from peft_fps.benchmarks.transfer.cells import Cell, Setting
 from peft_fps.benchmarks.transfer.tasks import load_task
-from peft_fps.vision.classifiers import interpolates, load_model, upstream_deprecations
-from peft_fps.vision.pixels import Collator
 from peft_fps.config import FPSConfig
 from peft_fps.selections import Selection
+from peft_fps.vision.classifiers import interpolates, load_model
+from peft_fps.vision.pixels import Collator
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def selected(cell: Cell, setting: Setting) -> Selection:
     return Selection.of(model)
 
 
-def overlap_table(agreements: Sequence[Agreement], share: float) -> Table:
+def overlap_table(agreements: Sequence[Agreement], share: float) -> TextTable:
     """Return the agreements as a table; the first one is the reference."""
     reference = ARMS[agreements[0].method].label
     lines = [
@@ -117,7 +118,7 @@ def overlap_table(agreements: Sequence[Agreement], share: float) -> Table:
         for found in agreements
     ]
     title = f"Jaccard index of selected entries, {share:.2%} of the backbone"
-    return Table(title, ("method", f"with {reference}", "between seeds", "between tasks"), tuple(lines))
+    return TextTable(title, ("method", f"with {reference}", "between seeds", "between tasks"), tuple(lines))
 
 
 def _show(value: float | None) -> str:

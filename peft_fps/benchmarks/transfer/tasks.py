@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from peft_fps.benchmarks.transfer.cells import Setting
-from peft_fps.vision.labelled_images import load_images
 from peft_fps.vision.classifiers import load_processor
+from peft_fps.vision.labelled_images import load_images
 from peft_fps.vision.pixels import ImageSplit
 
 

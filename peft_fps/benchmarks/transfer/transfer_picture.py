@@ -3,10 +3,10 @@
 from pathlib import Path
 from statistics import mean, median
 
-from peft_fps.benchmarks.cost.cost_tables import MIB
+from peft_fps.benchmarks.tables import MIB
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.benchmarks.transfer.estimates import over_seeds
+from peft_fps.benchmarks.transfer.transfer_tables import Results
 
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; shapes say the same

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from statistics import mean, median
 
-from peft_fps.benchmarks.cost.cost_tables import MIB, Table
+from peft_fps.benchmarks.tables import MIB, TextTable
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
-from peft_fps.benchmarks.transfer.plan import chosen_rate, trials
 from peft_fps.benchmarks.transfer.estimates import Estimate, over_seeds, paired
+from peft_fps.benchmarks.transfer.plan import chosen_rate, trials
 from peft_fps.benchmarks.transfer.tasks import rank
 
 
@@ -64,7 +64,7 @@ class Results:
         return set.intersection(*(set(accuracies.get(task, {})) for task in self.tasks))
 
 
-def tables(results: Results, baseline: str) -> list[Table]:
+def tables(results: Results, baseline: str) -> list[TextTable]:
     """Return for each share the accuracies and the differences, then accuracy by share, learning rates and costs.
 
     Args:
@@ -89,7 +89,7 @@ def tables(results: Results, baseline: str) -> list[Table]:
     return [*found, *by_share, rate_table(results), cost_table(results)]
 
 
-def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Table:
+def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> TextTable:
     """Return a line for each row: parameters trained, accuracy by task and group, and the mean.
 
     The mean is over tasks, its standard error over seeds; it is left out where no seed has been run on all tasks.
@@ -115,10 +115,10 @@ def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Tabl
                 show(over_seeds(accuracies, results.tasks)) if results.seeds(row) else "",
             )
         )
-    return Table(title, header, tuple(lines))
+    return TextTable(title, header, tuple(lines))
 
 
-def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey) -> Table:
+def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey) -> TextTable:
     """Return a line for each row: how much better than the baseline, and whether that is more than noise."""
     lines = []
     for row in rows:
@@ -132,10 +132,10 @@ def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey)
     share = next((at for _, at in (baseline, *rows) if at is not None), None)
     at_share = "" if share is None else f", at {share:.2%}"
     title = f"Difference to {ARMS[baseline[0]].label}, points of accuracy{at_share}"
-    return Table(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
+    return TextTable(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
 
 
-def budget_table(results: Results) -> Table:
+def budget_table(results: Results) -> TextTable:
     """Return a line for each method of several shares: its mean over tasks at each, with the seeds that all have."""
     shares = sorted(results.shares)
     lines = []
@@ -161,10 +161,10 @@ def budget_table(results: Results) -> Table:
                 )
             )
     header = ("method", "seeds", *(f"{100 * share:g}%" for share in shares))
-    return Table("Mean test accuracy, %, by share of the backbone trained", header, tuple(lines))
+    return TextTable("Mean test accuracy, %, by share of the backbone trained", header, tuple(lines))
 
 
-def rate_table(results: Results) -> Table:
+def rate_table(results: Results) -> TextTable:
     """Return the learning rate that was chosen for each method and task, those of variants that share it left out."""
     known = {method for method, _ in results.rates if ARMS[method].learning_rates and not ARMS[method].tuned_as}
     tuned = [method for method in ARMS if method in known]
@@ -172,10 +172,10 @@ def rate_table(results: Results) -> Table:
     for method in tuned:
         rates = [results.rates.get((method, task)) for task in results.tasks]
         lines.append((ARMS[method].label, *("" if rate is None else f"{rate:g}" for rate in rates)))
-    return Table("Learning rates, chosen on validation images", ("method", *results.tasks), tuple(lines))
+    return TextTable("Learning rates, chosen on validation images", ("method", *results.tasks), tuple(lines))
 
 
-def cost_table(results: Results) -> Table:
+def cost_table(results: Results) -> TextTable:
     """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file.
 
     Of methods that have a choice, cells of the share at which learning rates are chosen, which all of them have.
@@ -195,7 +195,7 @@ def cost_table(results: Results) -> Table:
         )
     header = ("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB")
     title = f"What the methods cost here, at {results.tuned_share:.2%} (cells run side by side: the times are a hint)"
-    return Table(title, header, tuple(lines))
+    return TextTable(title, header, tuple(lines))
 
 
 def show(estimate: Estimate) -> str:

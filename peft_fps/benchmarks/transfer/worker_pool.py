@@ -10,12 +10,11 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from peft_fps.benchmarks.tensor_memory import QUIET
+from peft_fps.benchmarks.environment import QUIET, switched
+from peft_fps.benchmarks.transfer.cell_run import run_cell
 from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
 from peft_fps.benchmarks.transfer.plan import pending
-from peft_fps.benchmarks.transfer.cell_run import run_cell
 from peft_fps.benchmarks.transfer.store import Store
-from peft_fps.benchmarks.cost.workload import switched
 
 
 def fill(tasks: Sequence[str], rows: Sequence[RowKey], seeds: int, setting: Setting, store: Store, jobs: int) -> None:

@@ -13,12 +13,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from peft_fps.vision.output_folders import check_output, written_whole
 from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-from peft_fps.vision.measurements import folder_bytes
-from peft_fps.vision.classifiers import no_head_report, upstream_deprecations
-from peft_fps.vision.finetune_options import check_path
 from peft_fps.cli.saved_adapters.soundness import inspect_adapter
+from peft_fps.vision.locations import check_path
+from peft_fps.vision.output_folders import check_output, folder_bytes, written_whole
+from peft_fps.vision.upstream_noise import no_head_report, upstream_deprecations
 
 
 OF_TASK = {

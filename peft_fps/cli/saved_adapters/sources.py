@@ -7,7 +7,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from peft_fps.checkpoint import WEIGHTS
-from peft_fps.vision.finetune_options import check_path
+from peft_fps.vision.locations import check_path
 
 
 def adapter_folder(name: str, revision: str | None = None) -> Path:

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from peft_fps.benchmarks.cost.suite import write
-from peft_fps.benchmarks.cost.figures import Figure, Row
-from peft_fps.benchmarks.cost.methods import METHODS
 from peft_fps.benchmarks.cost.cost_picture import relative, spread
 from peft_fps.benchmarks.cost.cost_tables import LEGEND, NO_EVIDENCE, Result, markdown, show, tables
+from peft_fps.benchmarks.cost.figures import Figure, Row
+from peft_fps.benchmarks.cost.methods import METHODS
+from peft_fps.benchmarks.cost.suite import write
 from peft_fps.benchmarks.cost.workload import Workload
 
 

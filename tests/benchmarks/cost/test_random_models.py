@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from peft_fps.benchmarks.cost.methods import columns_used, fps
-from peft_fps.benchmarks.cost.random_models import NAMED, batches, build_model, copy_model, decoder, largest_weight, spread_gains
+from peft_fps.benchmarks.cost.random_models import (
+    NAMED,
+    batches,
+    build_model,
+    copy_model,
+    decoder,
+    largest_weight,
+    spread_gains,
+)
 from peft_fps.benchmarks.cost.workload import Workload
 
 

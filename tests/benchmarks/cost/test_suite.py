@@ -41,7 +41,7 @@ def test_help_is_a_page_to_work_from():
 
 
 def test_the_command_knows_the_rows_that_there_are():
-    assert tuple(cost.ROWS) == benchmark.ROWS
+    assert tuple(suite.ROWS) == benchmark_cost.ROWS
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from peft_fps.benchmarks.transfer import campaign
 from peft_fps.benchmarks.transfer.arms import ARMS
-from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.campaign import CELLS, PICTURE, TABLES, chosen_tasks, table_rows
+from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
 from tests.benchmarks.transfer.test_cell_run import SHARE, results
@@ -125,7 +125,7 @@ def no_cells(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a cell would be run")
 
-    monkeypatch.setattr(command, "fill_table", refuse)
+    monkeypatch.setattr(campaign, "fill_table", refuse)
 
 
 @pytest.mark.usefixtures("no_cells")
@@ -273,7 +273,7 @@ def test_a_cell_that_cannot_be_run_is_no_traceback(options, tmp_path, monkeypatc
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(command, "fill_table", fail)
+    monkeypatch.setattr(campaign, "fill_table", fail)
     check_mistake(run("transfer", *options, "--output", tmp_path), 1, f"Error: {error}")
 
 

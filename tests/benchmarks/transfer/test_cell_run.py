@@ -15,8 +15,8 @@ from transformers import ViTForImageClassification
 from peft_fps import FPSConfig, Selection
 from peft_fps.benchmarks.transfer import cell_run
 from peft_fps.benchmarks.transfer.arms import ARMS, Arm, selecting
-from peft_fps.benchmarks.transfer.cells import Cell, Record
 from peft_fps.benchmarks.transfer.cell_run import run_cell, select
+from peft_fps.benchmarks.transfer.cells import Cell, Record
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.vision.classifiers import interpolates, load_model
 from peft_fps.vision.pixels import Collator
@@ -76,7 +76,7 @@ def naive_accuracy(model, task: str, split: str) -> float:
 def ran(setting):
     """Record and trained model of every kind."""
     models = {"linear": None}
-    method, original = "", run.train
+    method, original = "", cell_run.train
 
     def train(model, *rest, **options):
         models[method] = model
@@ -84,7 +84,7 @@ def ran(setting):
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train", train)
+        patch.setattr(cell_run, "train", train)
         for method, rate in KINDS.items():
             record = run_cell(cell(method, rate), setting)
             found[method] = record, models[method]
@@ -160,7 +160,7 @@ def test_bytes_of_a_step_and_of_the_file(ran):
 @pytest.mark.parametrize("method", ["full", "lora", "supertuning", "fps", "gps"])
 def test_a_file_of_trained_values_has_the_size_that_was_measured_before(method, ran):
     record, model = ran[method]
-    assert run._file_bytes(model) == record.bytes["adapter"]
+    assert cell_run._file_bytes(model) == record.bytes["adapter"]
 
 
 def test_methods_and_seeds_train_differently(ran, setting):
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_is_none(setting, monkeypatch, caplog):
             parameter.data.fill_(math.nan)
         raise DivergedError("The training loss is nan")
 
-    monkeypatch.setattr(run, "train", diverge)
+    monkeypatch.setattr(cell_run, "train", diverge)
     record = run_cell(cell("fps"), setting)
     assert record.loss is None
     assert record.test == pytest.approx(1 / 3)  # of equal classes, all are named as the first one
@@ -233,7 +233,7 @@ def test_measuring_a_step_changes_nothing(method, precision, setting):
     model, task, collator = prepared(method, setting)
     before = {name: bits(value) for name, value in model.state_dict().items()}
     # more images than a batch could have: all that there are
-    held = run._training_bytes(model, replace(setting, batch_size=1000, precision=precision), task, collator)
+    held = cell_run._training_bytes(model, replace(setting, batch_size=1000, precision=precision), task, collator)
     assert held > 0
     assert {name: bits(value) for name, value in model.state_dict().items()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -289,13 +289,13 @@ def test_size_of_a_file(setting, tmp_path):
     tensors = {"x": torch.zeros(1000)}
     save_file(tensors, tmp_path / "x.safetensors")
     model.save_pretrained(tmp_path / "adapter")
-    assert run._file_bytes(model) == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert cell_run._file_bytes(model) == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
 def test_other_errors_of_training_are_no_divergence(setting, monkeypatch):
     def refuse(*arguments, **options):
         raise ValueError("images of two sizes")
 
-    monkeypatch.setattr(run, "train", refuse)
+    monkeypatch.setattr(cell_run, "train", refuse)
     with pytest.raises(ValueError, match="images of two sizes"):
         run_cell(cell("random"), setting)

@@ -11,8 +11,8 @@ from peft_fps import FPSConfig, Selection
 from peft_fps.benchmarks.transfer import selection_agreement
 from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.selection_agreement import Agreement, measure, overlap_table, selected
-from peft_fps.vision.classifiers import load_model
 from peft_fps.selection.entries import ModuleEntries
+from peft_fps.vision.classifiers import load_model
 from tests.benchmarks.transfer.conftest import picture
 
 
@@ -85,7 +85,7 @@ def by_hand(monkeypatch):
         columns = torch.tensor(chosen_columns(cell.method, cell.task, cell.seed))
         return Selection({"only": ModuleEntries(columns, torch.tensor([4]), 10)})
 
-    monkeypatch.setattr(overlap, "selected", found)
+    monkeypatch.setattr(selection_agreement, "selected", found)
     return asked
 
 

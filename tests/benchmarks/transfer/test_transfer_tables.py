@@ -3,6 +3,7 @@
 import pytest
 
 from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.estimates import Estimate
 from peft_fps.benchmarks.transfer.transfer_tables import (
     Results,
     accuracy_table,
@@ -13,7 +14,6 @@ from peft_fps.benchmarks.transfer.transfer_tables import (
     show,
     tables,
 )
-from peft_fps.benchmarks.transfer.estimates import Estimate
 from tests.benchmarks.transfer.records import BEST, OTHER, SETTING, chosen, record
 
 

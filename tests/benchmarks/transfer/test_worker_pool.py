@@ -57,13 +57,13 @@ class InlinePool:
 
 @pytest.fixture(autouse=True)
 def inline(monkeypatch):
-    monkeypatch.setattr(table, "ProcessPoolExecutor", InlinePool)
-    monkeypatch.setattr(table, "run_cell", made_up)
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", InlinePool)
+    monkeypatch.setattr(worker_pool, "run_cell", made_up)
 
 
 def test_trials_and_then_all_cells_at_the_rate_that_they_choose(tmp_path):
     store = Store(tmp_path / "cells.jsonl", SETTING, {})
-    table.fill(TASKS, ROWS, 2, SETTING, store, jobs=3)
+    worker_pool.fill(TASKS, ROWS, 2, SETTING, store, jobs=3)
     trials = {Cell(task, "fps", 0.05, 0, rate) for task in TASKS for rate in (0.003, 0.01, 0.03)}
     cells = {Cell(task, *row, seed, BEST[task]) for task in TASKS for row in ROWS[1:] for seed in (0, 1)}
     heads = {Cell(task, "linear", None, seed, None) for task in TASKS for seed in (0, 1)}
@@ -77,12 +77,12 @@ def test_trials_and_then_all_cells_at_the_rate_that_they_choose(tmp_path):
 
 def test_nothing_is_run_twice(tmp_path, monkeypatch):
     store = Store(tmp_path / "cells.jsonl", SETTING, {})
-    table.fill(TASKS, ROWS[:2], 1, SETTING, store, jobs=1)
+    worker_pool.fill(TASKS, ROWS[:2], 1, SETTING, store, jobs=1)
     ran = []
-    monkeypatch.setattr(table, "run_cell", lambda cell, setting: (ran.append(cell), made_up(cell, setting))[1])
-    table.fill(TASKS, ROWS[:2], 1, SETTING, store, jobs=1)
+    monkeypatch.setattr(worker_pool, "run_cell", lambda cell, setting: (ran.append(cell), made_up(cell, setting))[1])
+    worker_pool.fill(TASKS, ROWS[:2], 1, SETTING, store, jobs=1)
     assert ran == []
-    table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
+    worker_pool.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
     assert ran == [Cell(task, "fps-l2", 0.1, 0, BEST[task]) for task in TASKS]
 
 
@@ -92,23 +92,23 @@ def test_cells_that_are_finished_before_a_mistake_are_kept(tmp_path, monkeypatch
             raise ValueError("no such budget")
         return made_up(cell, setting)
 
-    monkeypatch.setattr(table, "run_cell", fail)
+    monkeypatch.setattr(worker_pool, "run_cell", fail)
     # in the order of submission, as one process would finish them
-    monkeypatch.setattr(table, "as_completed", iter)
+    monkeypatch.setattr(worker_pool, "as_completed", iter)
     store = Store(tmp_path / "cells.jsonl", SETTING, {})
     with pytest.raises(ValueError, match="no such budget"):
-        table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
+        worker_pool.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
     kept = Store(tmp_path / "cells.jsonl", SETTING, {}).records
     assert kept == store.records
     assert pending(TASKS, ROWS, 1, SETTING, kept) == [Cell("b", "fps-l2", 0.1, 0, BEST["b"])]
-    monkeypatch.setattr(table, "run_cell", made_up)
-    table.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
+    monkeypatch.setattr(worker_pool, "run_cell", made_up)
+    worker_pool.fill(TASKS, ROWS, 1, SETTING, store, jobs=1)
     assert pending(TASKS, ROWS, 1, SETTING, store.records) == []
 
 
 def test_the_environment_is_as_before(tmp_path):
     before = dict(os.environ)
-    table.fill(TASKS, ROWS, 1, SETTING, Store(tmp_path / "cells.jsonl", SETTING, {}), jobs=1)
+    worker_pool.fill(TASKS, ROWS, 1, SETTING, Store(tmp_path / "cells.jsonl", SETTING, {}), jobs=1)
     assert dict(os.environ) == before
 
 
@@ -116,7 +116,7 @@ def test_a_process_is_quiet_and_keeps_to_its_threads(monkeypatch):
     threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
     monkeypatch.setattr(sys, "stdout", written := io.StringIO())
     try:
-        table._begin(threads + 1)
+        worker_pool._begin(threads + 1)
         print("the Trainer's measurements")  # noqa: T201
         sys.stdout.close()
         assert torch.get_num_threads() == threads + 1

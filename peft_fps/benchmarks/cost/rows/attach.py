@@ -12,8 +12,8 @@ from peft_fps.benchmarks.cost.figures import Figure, Row, plain
 from peft_fps.benchmarks.cost.methods import METHODS, PER_NEURON, adapter_config
 from peft_fps.benchmarks.cost.random_models import build_model, copy_model
 from peft_fps.benchmarks.cost.workload import Workload
-from peft_fps.vision.classifiers import upstream_deprecations
 from peft_fps.config import FPSConfig
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 logger = logging.getLogger(__name__)

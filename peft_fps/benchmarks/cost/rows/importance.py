@@ -11,11 +11,11 @@ from torch import Tensor
 
 from peft_fps.benchmarks.cost.clock import interleave
 from peft_fps.benchmarks.cost.figures import Figure, Row, plain
-from peft_fps.benchmarks.tensor_memory import in_own_processes, peak_bytes, tensor_bytes
 from peft_fps.benchmarks.cost.methods import PER_NEURON, adapt
 from peft_fps.benchmarks.cost.random_models import batches, build_model, reads_images
 from peft_fps.benchmarks.cost.rows.selection import NO_IMAGES, forward_passes
 from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.tensor_memory import in_own_processes, peak_bytes, tensor_bytes
 from peft_fps.config import FPSConfig
 
 

@@ -4,11 +4,11 @@ import logging
 from functools import partial
 
 from peft_fps.benchmarks.cost.figures import Figure, Row
-from peft_fps.benchmarks.tensor_memory import in_own_processes, living_bytes, peak_bytes, saved_bytes, tensor_bytes
 from peft_fps.benchmarks.cost.methods import LORA, METHODS
 from peft_fps.benchmarks.cost.random_models import build_model
 from peft_fps.benchmarks.cost.training_step import Training
 from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.tensor_memory import in_own_processes, living_bytes, peak_bytes, saved_bytes, tensor_bytes
 
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import torch
 from peft_fps.benchmarks.cost.clock import Times, interleave
 from peft_fps.benchmarks.cost.figures import Figure, Row, plain
 from peft_fps.benchmarks.cost.gradient_selection import VARIANTS, GradientSelection
-from peft_fps.benchmarks.tensor_memory import in_own_processes, peak_bytes, tensor_bytes
 from peft_fps.benchmarks.cost.methods import PER_NEURON, adapt
 from peft_fps.benchmarks.cost.random_models import batches, build_model, largest_weight, reads_images
 from peft_fps.benchmarks.cost.workload import Workload
+from peft_fps.benchmarks.tensor_memory import in_own_processes, peak_bytes, tensor_bytes
 from peft_fps.config import FPSConfig
 
 

@@ -10,8 +10,8 @@ from peft_fps.benchmarks.cost.figures import Figure, Row, plain
 from peft_fps.benchmarks.cost.methods import PER_NEURON, fill, fps
 from peft_fps.benchmarks.cost.random_models import batches, build_model
 from peft_fps.benchmarks.cost.workload import Workload
-from peft_fps.vision.classifiers import upstream_deprecations
 from peft_fps.config import FPSConfig
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 logger = logging.getLogger(__name__)
