@@ -36,4 +36,5 @@ def markdown_table(table: TextTable) -> str:
 
 
 def _line(cells: Iterable[str]) -> str:
+    """Return the cells as a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

@@ -17,10 +17,8 @@ from peft_fps.benchmarks.malloc import give_back
 
 Result = TypeVar("Result")
 
-
 # where there is a server to fork from, it alone imports PyTorch and PEFT, which takes seconds
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PRELOADED = [f"peft_fps.benchmarks.cost.rows.{row}" for row in ("memory", "selection", "importance")]
 
 
 def in_own_processes(jobs: Iterable[Callable[[], Result]], at_once: int = 1) -> list[Result]:
@@ -34,13 +32,15 @@ def in_own_processes(jobs: Iterable[Callable[[], Result]], at_once: int = 1) -> 
         RuntimeError: a process died, for lack of memory perhaps.
     """
     give_back()
-    context = multiprocessing.get_context(START)
-    context.set_forkserver_preload(PRELOADED)
+    functions = list(jobs)
+    needed = {getattr(function, "func", function).__module__ for function in functions}
+    multiprocessing.get_context(START).set_forkserver_preload(sorted(needed))
     with switched(QUIET), ThreadPoolExecutor(at_once) as threads:
-        return list(threads.map(_in_own_process, jobs))
+        return list(threads.map(_in_own_process, functions))
 
 
 def _in_own_process(job: Callable[[], Result]) -> Result:
+    """Run a function in a fresh process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(START)) as pool:
         return pool.submit(job).result()
 

@@ -27,6 +27,7 @@ recipes = typer.Typer(
 
 
 def _show_version(wanted: bool) -> None:
+    """Print the version and exit, if the option is given."""
     if wanted:
         typer.echo(peft_fps.__version__)
         raise typer.Exit

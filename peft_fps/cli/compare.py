@@ -71,6 +71,7 @@ def compare(
 
 
 def _modules(found: "Comparison") -> Table:
+    """Return a line for each module, and the total."""
     of_values = ("mean |A - B|", "same sign") if found.values is not None else ()
     table = listing("Modules", ("module",), ("entries of A", "of B", "shared", "overlap", *of_values))
     for row in found.modules:
@@ -84,6 +85,7 @@ def _modules(found: "Comparison") -> Table:
 
 
 def _cells(values: "Values | None") -> tuple[str, ...]:
+    """Return mean difference and share of equal signs as text, empty where there are no shared entries."""
     if values is None:
         return ()
     if values.mean_difference is None or values.same_sign is None:
@@ -92,6 +94,7 @@ def _cells(values: "Values | None") -> tuple[str, ...]:
 
 
 def _facts(found: "Comparison") -> Table:
+    """Return what the two sides are, and what they have in common as a whole."""
     plain, table = found.to_dict(), facts("Comparison")
     for key, letter in (("first", "A"), ("second", "B")):
         side = plain[key]

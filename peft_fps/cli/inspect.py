@@ -86,6 +86,7 @@ def inspect(
 
 
 def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Table:
+    """Return a line for each module, and the total."""
     names = ("neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")
     table = listing("Modules", ("module",), names)
     for layer in layers:
@@ -109,6 +110,7 @@ def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Ta
 
 
 def _facts(found: "Inspection", plain: dict[str, Any], adapter: str) -> Table:
+    """Return base model, method, settings, sizes and checks."""
     base, totals, table = plain["base_model"], plain["totals"], facts(escape(f"FPS adapter {adapter}"))
     at = f", revision {base['revision']}" if base["revision"] else ""
     table.add_row("base model", escape(f"{base['name'] or 'not recorded'}{at}"))

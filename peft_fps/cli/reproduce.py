@@ -112,6 +112,7 @@ def summary(results: dict[str, Any]) -> Table:
 
 
 def _shown(value: Any) -> str:
+    """Return a value of a setting as a person writes it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, dict):

@@ -49,8 +49,8 @@ class CentreCrop:
 class RandomCrop:
     """Cuts 8 % to 100 % of the area at random, resizes it to a square, and mirrors every second one.
 
-    The aspect ratio lies between 3/4 and 4/3, the interpolation is bilinear or bicubic. Torch's global CPU generator
-    draws.
+    The aspect ratio lies between 3/4 and 4/3, the interpolation is bilinear or bicubic. The numbers come from torch's
+    global CPU generator.
     """
 
     size: int
@@ -77,11 +77,12 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def _uniform(low: float, high: float) -> float:
+    """Draw a number between two others from torch's global CPU generator."""
     return low + (high - low) * float(torch.rand(()))
 
 
 class Transform:
-    """Stands where an image processor of transformers does: cuts or resizes an RGB image and normalises it.
+    """Cuts or resizes an RGB image and normalises it; is called as an image processor of transformers is.
 
     Args:
         geometry: makes a square of the image.

@@ -1,4 +1,4 @@
-"""After every epoch: how good the weights and their running average are, and which were best."""
+"""The best epoch: weights and their running average are scored after every epoch, and the best are kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,12 +30,12 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present values in."""
+        """Mix the present values into the average."""
         self._mix(self.values, [parameter.detach() for parameter in self.parameters], None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the average inside."""
+        """Put the average into the model for the block."""
         present = copies(self.parameters)
         put(self.parameters, self.values)
         try:
@@ -93,10 +93,11 @@ class BestEpoch(TrainerCallback):
                 self._compete(model, AVERAGED)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model the best values that were seen."""
+        """Set the trained parameters to the best values so far."""
         put(trained(model), self._kept)
 
     def _compete(self, model: nn.Module, weights: str) -> None:
+        """Score the model, and keep its trained parameters if they are the best so far."""
         entry = self.history[-1]
         entry[weights] = self.score(model)
         if self.best is None or entry[weights] > self.best[self.weights]:
@@ -115,6 +116,6 @@ def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    """Give parameters other values, in place."""
+    """Copy values into parameters, in place."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -99,6 +99,7 @@ def _other(
     image_column: str | None,
     label_column: str | None,
 ) -> TaskData:
+    """Load images that are not in the benchmark's own files; the arguments are those of `load_task`."""
     try:
         images = load_images(data, seed, image_column, label_column)
     except ValueError as error:

@@ -75,6 +75,7 @@ def load_images(
 
 
 def _read(data: str | None) -> DatasetDict | Dataset:
+    """Read a data set as `datasets` gives it; raises ValueError if that is not possible."""
     if data is None:
         from peft_fps.vision.digits import digits
 
@@ -135,6 +136,7 @@ def _named(dataset: DatasetDict | Dataset) -> dict[str, Dataset]:
 
 
 def _choose(kind: str, wanted: str | None, columns: Mapping[str, Any], candidates: Mapping[str, Any]) -> str:
+    """Return the name of the image or label column: the wanted one, or else the one that names and types tell."""
     found = ", ".join(f"{name} ({_describe(feature)})" for name, feature in columns.items())
     if wanted is not None:
         if wanted not in candidates:
@@ -152,14 +154,17 @@ def _choose(kind: str, wanted: str | None, columns: Mapping[str, Any], candidate
 
 
 def _is_image(feature: Any) -> bool:
+    """Return whether a column holds images: as such, or as bytes that another library wrote."""
     return isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
 def _is_label(feature: Any) -> bool:
+    """Return whether a column holds class labels or integers."""
     return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
 
 
 def _describe(feature: Any) -> str:
+    """Return the type of a column for messages."""
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 

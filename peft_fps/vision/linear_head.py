@@ -1,4 +1,4 @@
-"""The baseline: the frozen model under a linear classifier."""
+"""The baseline: a linear classifier on the features of the frozen model."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class LinearHead:
     validation: dict[float, float]
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Return the share of rows `(images, features)` that are named as in `labels`, `(images,)`."""
+        """Return the share of rows of `features`, `(images, features)`, classified as `labels`, `(images,)`."""
         return float(accuracy_score(labels.numpy(), self.classifier.predict(features.numpy())))
 
 

@@ -17,10 +17,10 @@ from peft_fps.vision.output_folders import folder_bytes
 
 
 class Stopwatch:
-    """Announces stages and measures them.
+    """Prints the names of stages and measures how long they take.
 
     Attributes:
-        seconds: wall time of each stage that has ended.
+        seconds: wall time by stage, of those that have ended.
     """
 
     def __init__(self, console: Console) -> None:

@@ -45,7 +45,14 @@ class ImageSplit(Dataset[dict[str, Any]]):
         return len(self) * first.numel() * first.element_size()
 
     def keep(self, name: str) -> None:
-        """Prepare all images now and keep their pixel values in memory; `name` stands beside the progress bar."""
+        """Prepare all images now and keep their pixel values in memory.
+
+        Args:
+            name: of the split, shown beside the progress bar.
+
+        Raises:
+            ValueError: the image processor makes images of different sizes.
+        """
         rows = tqdm(range(len(self)), desc=f"Preparing {name}")
         first = self._pixels(0)
         kept = torch.empty(len(self), *first.shape)
@@ -60,6 +67,7 @@ class ImageSplit(Dataset[dict[str, Any]]):
         self.kept = kept
 
     def _pixels(self, row: int) -> Tensor:
+        """Return the pixel values of a row, `(channels, height, width)`, made by the image processor."""
         image = as_rgb(self.source.images[row]["image"])
         pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels

@@ -34,13 +34,13 @@ class Predictor:
     workers: int
 
     def logits(self, model: nn.Module, split: ImageSplit, title: str) -> Tensor:
-        """Return `(images, classes)` on the CPU; `title` stands beside the progress bar."""
+        """Return the logits, float32 `(images, classes)` on the CPU; `title` is shown beside the progress bar."""
         outputs: list[Tensor] = []
         self._run(model, split, title, lambda output: outputs.append(output.logits.float().cpu()))
         return torch.cat(outputs)
 
     def features(self, model: nn.Module, head: nn.Module, split: ImageSplit, title: str) -> Tensor:
-        """Return what enters the output head, `(images, features)`, on the CPU."""
+        """Return the inputs of the output head, float32 `(images, features)` on the CPU; `title` as for `logits`."""
         inputs: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1).float().cpu()))
         try:
@@ -51,6 +51,7 @@ class Predictor:
 
     @torch.no_grad()
     def _run(self, model: nn.Module, split: ImageSplit, title: str, consume: Callable[[Any], None]) -> None:
+        """Run the model over the split's batches in order, and pass each output to `consume`."""
         loader = DataLoader(split, batch_size=self.batch_size, collate_fn=self.collator, num_workers=self.workers)
         model.to(self.device).eval()
         for batch in tqdm(loader, desc=title):

@@ -1,4 +1,4 @@
-"""Pre-train the embedded default model: a tiny ViT that reads letters and signs, and has never seen a digit.
+"""Pre-train the embedded default model: a tiny ViT that classifies letters and signs, no digits.
 
 The glyphs come from the fonts bundled with matplotlib, drawn the way the 8x8 scans of scikit-learn's
 ``load_digits`` were made: a 32x32 bitmap whose 4x4 blocks are counted into 17 grey levels, white ink on black.

@@ -35,6 +35,7 @@ class LogHistory(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Keep the log; called by the Trainer."""
         self.records = list(state.log_history)
 
 
@@ -96,7 +97,15 @@ def train(
 
 
 def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator: Collator, workers: int) -> Any:
-    """Return a DataLoader over the training images, in an order that the seed alone decides."""
+    """Return a DataLoader over the training images, in an order that depends on the seed alone.
+
+    Args:
+        seed: the same seed gives the same order.
+        batch_size: images per batch; the last batch may be smaller.
+        images: to load.
+        collator: makes a batch of examples.
+        workers: processes that prepare images.
+    """
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
         images,
@@ -109,5 +118,5 @@ def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator:
 
 
 def worker_count(kept: bool) -> int:
-    """Return the number of processes that prepare images: none if they are prepared already."""
+    """Return the number of processes that prepare images: none if they are `kept` in memory, else at most 4."""
     return 0 if kept else min(4, os.cpu_count() or 1)

@@ -6,8 +6,8 @@ import pytest
 
 from peft_fps.reproduce.recipes import find_task
 from peft_fps.reproduce.task_images import load_task
-from tests.cli.conftest import picture
 from tests.reproduce.layouts import write_fgvc, write_vtab
+from tests.vision.conftest import picture
 
 
 TWO = replace(find_task("vtab-1k", "pets"), classes=2)

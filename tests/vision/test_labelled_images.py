@@ -12,8 +12,7 @@ from datasets import Image as ImageFeature
 from sklearn.datasets import load_digits
 
 from peft_fps.vision.labelled_images import load_images
-
-from .conftest import picture, write_classes
+from tests.vision.conftest import picture, write_classes
 
 
 def table(labels, features=None, columns=("image", "label")):

@@ -8,8 +8,7 @@ from transformers import ViTImageProcessorPil
 
 from peft_fps.vision.labelled_images import LabelledImages
 from peft_fps.vision.pixels import Collator, ImageSplit, as_rgb, prepare, two_views
-
-from .conftest import picture
+from tests.vision.conftest import picture
 
 
 def split_of(images, **changes):

@@ -7,8 +7,7 @@ from peft_fps.vision.classifiers import classifier, load_model, load_processor
 from peft_fps.vision.labelled_images import LabelledImages
 from peft_fps.vision.pixels import Collator, ImageSplit
 from peft_fps.vision.prediction import Agreement, Predictor
-
-from .conftest import picture
+from tests.vision.conftest import picture
 
 
 @pytest.mark.parametrize("workers", [0, 1])

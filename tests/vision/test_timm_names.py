@@ -4,8 +4,9 @@ import pytest
 
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.vision import timm_names
-from peft_fps.vision.finetune_options import FinetuneOptions, check_path
-from peft_fps.vision.timm_names import TimmName, check_timm_name, local_path, timm_name
+from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.locations import check_path, local_path
+from peft_fps.vision.timm_names import TimmName, check_timm_name, timm_name
 
 
 @pytest.mark.parametrize(

@@ -64,5 +64,6 @@ def interleave(
 
 
 def _wait(device: str) -> None:
+    """Wait until a CUDA device has finished; nothing on the CPU."""
     if device == "cuda":
         torch.cuda.synchronize()

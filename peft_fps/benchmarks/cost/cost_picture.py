@@ -98,6 +98,7 @@ def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
 
 
 def _title(result: Result) -> str:
+    """Return what was measured where, and that a quick run is no evidence."""
     load = result.workload
     where = result.machine.get("gpu") or f"{load.threads} threads of {result.machine['processor']}"
     title = f"{load.model}, batch {load.batch_size}, {load.precision}, {where}"

@@ -1,4 +1,4 @@
-"""Results as plain data, as tables and as Markdown."""
+"""Results of `peft-fps benchmark cost` as plain data, as tables and as Markdown."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -78,6 +78,7 @@ def tables(result: Result) -> list[TextTable]:
 
 
 def _methods(result: Result) -> TextTable:
+    """Return a line for each method: its step's time and memory, and ratios to others."""
     step, memory = result.row("step"), result.row("memory")
     seconds = {} if step is None else {name: times["median"] for name, times in step.raw["seconds"].items()}
     held = {} if memory is None else memory.raw["bytes"]
@@ -105,6 +106,7 @@ def _methods(result: Result) -> TextTable:
 
 
 def _mebibytes(value: float) -> str:
+    """Return a number of MiB as text, with one digit after the point below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 

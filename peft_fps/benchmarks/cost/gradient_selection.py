@@ -55,7 +55,7 @@ class GradientSelection:
         heads = output_head(self.model)
         for batch in batches:
             if self.variant.contrastive:
-                loss = contrastive_step(self.model, heads[0], batch, _mirrored)
+                loss = contrastive_step(self.model, heads[0], batch, mirrored)
             else:
                 loss = self.model(**batch).loss
             loss.backward()
@@ -68,6 +68,9 @@ class GradientSelection:
         return selected
 
 
-def _mirrored(images: Tensor) -> Tensor:
-    # the second view of a real pipeline is another crop; its content costs nothing
+def mirrored(images: Tensor) -> Tensor:
+    """Return two views of images, `(2 * batch, channels, height, width)`: the images themselves and mirrored.
+
+    The second view of a real pipeline is another crop, whose cost is the data pipeline's.
+    """
     return torch.cat([images, images.flip(-1)])

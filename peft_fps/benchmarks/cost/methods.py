@@ -103,10 +103,12 @@ def columns_used(model: nn.Module) -> dict[str, float]:
 
 
 def _full(base: PreTrainedModel, workload: Workload) -> nn.Module:
+    """Return a copy of the base of which all parameters are trained."""
     return copy_model(base).requires_grad_(True)
 
 
 def _floor(base: PreTrainedModel, workload: Workload) -> nn.Module:
+    """Return a copy of which the head alone is trained, but whose backward pass reaches the input embeddings."""
     model = copy_model(base).requires_grad_(False)
     for name in trained_whole(model):
         model.get_submodule(name).requires_grad_(True)
@@ -115,10 +117,12 @@ def _floor(base: PreTrainedModel, workload: Workload) -> nn.Module:
 
 
 def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Forward hook: let the backward pass go as far as this output."""
     return output.requires_grad_(True)
 
 
 def _masks(base: PreTrainedModel, workload: Workload) -> nn.Module:
+    """Return a copy of which whole weights have gradients, masked to the largest weights of each neuron."""
     model = copy_model(base).requires_grad_(False)
     heads = tuple(output_head(model))
     for name, module in list(model.named_modules()):
@@ -135,6 +139,8 @@ def _masks(base: PreTrainedModel, workload: Workload) -> nn.Module:
 
 
 def _adapted(method: str) -> Callable[[PreTrainedModel, Workload], nn.Module]:
+    """Return a builder for a method of PEFT, with trained values made up."""
+
     def build(base: PreTrainedModel, workload: Workload) -> nn.Module:
         if method == "shira":
             # the default, but PyTorch warns until it is asked for
@@ -145,6 +151,7 @@ def _adapted(method: str) -> Callable[[PreTrainedModel, Workload], nn.Module]:
 
 
 def _saving(kind: str) -> Callable[[PreTrainedModel, Workload], nn.Module]:
+    """Return a builder for FPS with a value of `saved_inputs`."""
     return lambda base, workload: fps(base, workload, saved_inputs=kind)
 
 

@@ -86,6 +86,7 @@ def build_model(workload: Workload) -> PreTrainedModel:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
+    """Turn transformers' progress bars off for the block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -138,6 +139,7 @@ def batches(model: PreTrainedModel, size: int, count: int = 1, seed: int = 0) ->
 
 
 def _batches(model: PreTrainedModel, size: int, count: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of `batches`."""
     config: Any = model.config
     for _ in range(count):
         if reads_images(model):

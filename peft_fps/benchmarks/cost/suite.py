@@ -1,4 +1,4 @@
-"""The benchmark from beginning to end."""
+"""`peft-fps benchmark cost` as a whole: measure all rows, and write the results."""
 
 import json
 import logging
@@ -10,7 +10,15 @@ from peft_fps.benchmarks.cost.cost_picture import draw
 from peft_fps.benchmarks.cost.cost_tables import Result, markdown
 from peft_fps.benchmarks.cost.figures import Row
 from peft_fps.benchmarks.cost.random_models import build_model
-from peft_fps.benchmarks.cost.rows import attach, file, importance, inference, memory, merge, selection, step, switch
+from peft_fps.benchmarks.cost.selection_costs import measure_importances, measure_selection
+from peft_fps.benchmarks.cost.sizes import measure_files, measure_memory
+from peft_fps.benchmarks.cost.timings import (
+    measure_attaching,
+    measure_inference,
+    measure_merging,
+    measure_steps,
+    measure_switching,
+)
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.benchmarks.machine import describe
 from peft_fps.benchmarks.malloc import give_back
@@ -19,15 +27,15 @@ from peft_fps.benchmarks.malloc import give_back
 logger = logging.getLogger(__name__)
 
 ROWS: dict[str, Callable[[Workload], Row]] = {
-    "step": step.measure,
-    "memory": memory.measure,
-    "selection": selection.measure,
-    "importance": importance.measure,
-    "merge": merge.measure,
-    "switch": switch.measure,
-    "inference": inference.measure,
-    "file": file.measure,
-    "attach": attach.measure,
+    "step": measure_steps,
+    "memory": measure_memory,
+    "selection": measure_selection,
+    "importance": measure_importances,
+    "merge": measure_merging,
+    "switch": measure_switching,
+    "inference": measure_inference,
+    "file": measure_files,
+    "attach": measure_attaching,
 }
 """All rows, in the order of the tables."""
 

@@ -1,4 +1,4 @@
-"""What is measured, and how often."""
+"""What `peft-fps benchmark cost` measures, and how often."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace

@@ -68,20 +68,24 @@ def selecting(**options: Any) -> Build:
 
 
 def _bitfit(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of BitFit, which has no budget."""
     return FPSConfig.preset("bitfit", seed=seed)
 
 
 def _lora(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of LoRA of rank 1, on layers that stay within the budget."""
     return LoraConfig(r=1, lora_alpha=1, target_modules=_within(base, share), modules_to_save=list(output_head(base)))
 
 
 def _shira(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of SHiRA, on layers that stay within the budget."""
     return ShiraConfig(
         r=1, random_seed=seed, target_modules=_within(base, share), modules_to_save=list(output_head(base))
     )
 
 
 def _supertuning(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of PEFT's Super-Tuning on all linear layers, at a sparsity that meets the budget."""
     assert share is not None
     layers = linear_layers(base)
     held = sum(layer.weight.numel() for layer in layers.values())

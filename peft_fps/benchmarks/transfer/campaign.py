@@ -95,6 +95,7 @@ def run_overlap(options: OverlapOptions) -> tuple[TextTable, list[Path]]:
 
 
 def _only(options: TransferOptions | OverlapOptions) -> tuple[str, ...] | None:
+    """Return the names of the tasks that were asked for, None for all."""
     return None if options.only is None else listed(options.only)
 
 

@@ -183,11 +183,13 @@ def _training_bytes(model: nn.Module, setting: Setting, task: Task, collator: Co
 
 
 def _accuracy(predictor: Predictor, model: nn.Module, task: Task, part: str) -> float:
+    """Return the accuracy on a split; logits that are not numbers count as 0."""
     logits = predictor.logits(model, task.splits[part], f"{task.name}, {part}")
     return accuracy(logits.nan_to_num(), task.splits[part].labels)
 
 
 def _file_bytes(model: nn.Module) -> int:
+    """Return the size of the safetensors files that a model or its adapter is saved to, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, PeftModel):
             model.save_pretrained(folder)

@@ -78,6 +78,7 @@ Score = Callable[[Tensor, Moments], Tensor]
 
 
 def _by_class_covariance(weight: Tensor, moments: Moments) -> Tensor:
+    """Return |covariance over classes of mean output and mean input|, `(neurons, inputs)`."""
     return (moments.class_outputs.t() @ moments.class_inputs).abs() / len(moments.class_inputs)
 
 
@@ -152,6 +153,7 @@ def as_tokens(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return means of the classes that were seen, `(classes seen, features)`, centred over these classes."""
     seen = counts > 0
     means = sums[seen] / counts[seen, None]
     return means - means.mean(0)

@@ -30,6 +30,7 @@ class EntryRates(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Register the hooks on the optimizer; called by the Trainer."""
         # accelerate wraps the optimizer, and only the one inside has hooks
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         optimizer.register_step_pre_hook(self._remember)
@@ -37,10 +38,12 @@ class EntryRates(TrainerCallback):
 
     @torch.no_grad()
     def _remember(self, *_: Any) -> None:
+        """Keep the values before a step."""
         self.before = {parameter: parameter.detach().clone() for parameter in self.factors}
 
     @torch.no_grad()
     def _scale(self, *_: Any) -> None:
+        """Scale what the step has changed."""
         for parameter, before in self.before.items():
             parameter.copy_(before + self.factors[parameter] * (parameter - before))
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 
-from scipy.stats import t
+from scipy.stats import sem, t
 
 
 Accuracies = Mapping[str, Mapping[int, float]]
@@ -22,7 +21,7 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Estimate the mean of what the values are drawn from."""
-        return cls(mean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else None)
+        return cls(mean(values), float(sem(values)) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,6 @@ def paired(accuracies: Accuracies, baseline: Accuracies) -> Difference | None:
             pairs += len(seeds)
     if len(by_task) < 2:
         return None
-    middle = mean(by_task)
-    margin = float(t.ppf(0.975, len(by_task) - 1)) * stdev(by_task) / sqrt(len(by_task))
+    # not of scipy's ttest_1samp, which warns where all tasks differ alike
+    middle, margin = mean(by_task), float(t.ppf(0.975, len(by_task) - 1) * sem(by_task))
     return Difference(middle, middle - margin, middle + margin, pairs)

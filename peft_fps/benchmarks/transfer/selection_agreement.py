@@ -122,4 +122,5 @@ def overlap_table(agreements: Sequence[Agreement], share: float) -> TextTable:
 
 
 def _show(value: float | None) -> str:
+    """Return a number with three digits, nothing for None."""
     return "" if value is None else f"{value:.3f}"

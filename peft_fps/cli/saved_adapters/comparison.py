@@ -189,6 +189,7 @@ def compare(first: Side, second: Side) -> Comparison:
 
 
 def _compare_values(first: Tensor, second: Tensor) -> Values:
+    """Compare values at the same entries, both `(shared entries,)`."""
     if not first.numel():
         return Values(0, None, None, None, None)
     first, second = first.double(), second.double()

@@ -90,6 +90,7 @@ def inspect_adapter(folder: Path) -> Inspection:
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
+    """Return the config of an FPS adapter as plain data; raises ValueError for anything else."""
     path = folder / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +118,7 @@ def _read_tensors(path: Path, modules: Modules, heads: dict[str, Tensor]) -> Non
 
 
 def _check_entries(config: FPSConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check keys, dtypes, shapes and ranges of the tensors of entries against the recorded sizes."""
     expected = {}
     for module, size in (config.allocation or {}).items():
         # whether a layer has a bias is the base model's to say; a norm is there for its bias alone

@@ -7,9 +7,8 @@ import statistics
 import pytest
 from typer.testing import CliRunner
 
-from peft_fps.benchmarks.cost import suite
+from peft_fps.benchmarks.cost import selection_costs, sizes, suite
 from peft_fps.benchmarks.cost.methods import METHODS
-from peft_fps.benchmarks.cost.rows import importance, memory, selection
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.cli import benchmark_cost
 from peft_fps.cli.app import app
@@ -88,7 +87,7 @@ def test_files_hold_six_entries_per_neuron_and_no_head(tiny_run):
 
 
 def test_bytes_of_a_step(workload):
-    found = {name: memory.bytes_of(name, workload) for name in ("full", "floor", "lora", "shira", "fps-columns")}
+    found = {name: sizes.bytes_of(name, workload) for name in ("full", "floor", "lora", "shira", "fps-columns")}
     # gradients of all weights live at the end of the backward pass of full fine-tuning alone
     assert found["full"]["peak"] > found["full"]["parameters"]
     assert found["floor"]["saved"] <= min(method["saved"] for method in found.values())
@@ -98,16 +97,16 @@ def test_bytes_of_a_step(workload):
 
 
 def test_memory_and_selection_measure_in_processes_of_their_own(workload, monkeypatch):
-    monkeypatch.setattr(memory, "METHODS", {name: METHODS[name] for name in ("lora", "fps")})
-    row = memory.measure(workload)
+    monkeypatch.setattr(sizes, "METHODS", {name: METHODS[name] for name in ("lora", "fps")})
+    row = sizes.measure_memory(workload)
     assert [figure.at_most for figure in row.figures] == [0.68]
     held = row.raw["bytes"]
     assert row.figures[0].value == held["fps"]["peak"] / held["lora"]["peak"]
 
 
 def test_selection_is_compared_with_forward_passes_and_gradients(workload, monkeypatch):
-    monkeypatch.setattr(selection, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
-    row = selection.measure(workload)
+    monkeypatch.setattr(selection_costs, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
+    row = selection_costs.measure_selection(workload)
     peaks, figures = row.raw["peak_bytes"], {figure.what: figure for figure in row.figures}
     assert peaks["forward"] < peaks["fps"] < peaks["gps"]
     assert row.raw["largest_weight_bytes"] == 32 * 3 * 8 * 8 * 4
@@ -142,13 +141,13 @@ def test_the_library_does_not_import_the_benchmarks():
 
 
 def test_every_importance_is_compared_with_forward_passes(workload, monkeypatch):
-    monkeypatch.setattr(importance, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
-    row = importance.measure(workload)
-    named = {kind.config["importance"] for kind in importance.KINDS.values()}
+    monkeypatch.setattr(selection_costs, "in_own_processes", lambda jobs, at_once: [job() for job in jobs])
+    row = selection_costs.measure_importances(workload)
+    named = {kind.config["importance"] for kind in selection_costs.KINDS.values()}
     assert named == {name for name in IMPORTANCES if name != "random"}
     seconds, peaks = row.raw["seconds"], row.raw["peak_bytes"]
     figures = {figure.what: figure.value for figure in row.figures}
-    for name in importance.KINDS:
+    for name in selection_costs.KINDS:
         expected = statistics.median(seconds[name]["all"]) / statistics.median(seconds["forward"]["all"])
         assert figures[f"{name} ÷ bare forward passes, time"] == pytest.approx(expected)
         assert figures[f"{name}, peak beyond the model"] == peaks[name] / row.raw["parameter_bytes"]
@@ -158,9 +157,9 @@ def test_every_importance_is_compared_with_forward_passes(workload, monkeypatch)
 
 
 def test_a_language_model_has_no_contrastive_loss(monkeypatch):
-    monkeypatch.setattr(importance, "reads_images", lambda model: False)
-    monkeypatch.setattr(importance, "in_own_processes", lambda jobs, at_once: [1 for _ in jobs])
-    monkeypatch.setattr(importance, "selecting", lambda name, workload, count: lambda: None)
-    row = importance.measure(Workload(quick=True))
+    monkeypatch.setattr(selection_costs, "reads_images", lambda model: False)
+    monkeypatch.setattr(selection_costs, "in_own_processes", lambda jobs, at_once: [1 for _ in jobs])
+    monkeypatch.setattr(selection_costs, "selecting", lambda name, workload, size, count: lambda: None)
+    row = selection_costs.measure_importances(Workload(quick=True))
     assert list(row.skipped) == ["gradient, contrastive"]
     assert not [figure for figure in row.figures if "contrastive" in figure.what]
