@@ -58,8 +58,9 @@ def trainer_arguments(options: ReproduceOptions, images: int, workers: int) -> T
     """
     recipe = options.training()
     complete = images >= recipe["per_device_train_batch_size"]
-    recipe |= {"dataloader_drop_last": complete, "fp16": options.precision == "fp16"}
-    return training_arguments(options.shared(), recipe, images, workers)
+    recipe |= {"dataloader_drop_last": complete}
+    seed = options.settings()["seed"]
+    return training_arguments(recipe, images, workers, options.folder, seed, options.precision)
 
 
 def best_epoch(predictor: Predictor, validation: ImageSplit | None, decay: float | None) -> BestEpoch | None:

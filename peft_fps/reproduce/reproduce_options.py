@@ -9,7 +9,7 @@ import typer
 from peft_fps.config import FPSConfig
 from peft_fps.presets import ADAM, PRESETS
 from peft_fps.reproduce.recipes import BENCHMARKS, COMMON, TASKS, Task, find_task, published_settings
-from peft_fps.vision.finetune_options import PRESET_NAMES, FinetuneOptions
+from peft_fps.vision.finetune_options import PRESET_NAMES
 from peft_fps.vision.option_types import (
     DATA,
     OUTPUT,
@@ -210,19 +210,6 @@ class ReproduceOptions:
             "lr_scheduler_type": "cosine",
             "warmup_steps": used["warm_up"],
         }
-
-    def shared(self) -> FinetuneOptions:
-        """Return what `peft-fps finetune` shares with this command: model, data, paths, precision and seed."""
-        used = self.settings()
-        return FinetuneOptions(
-            model=used["model"],
-            data=self.data,
-            # the Trainer is told of fp16 by itself
-            precision="bf16" if self.precision == "bf16" else "fp32",
-            seed=used["seed"],
-            output=self.folder,
-            overwrite=self.overwrite,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data."""

@@ -20,9 +20,9 @@ from peft_fps.reproduce.recipe_training import (
 from peft_fps.reproduce.recipes import NORMALISATION, training_images
 from peft_fps.reproduce.reproduce_options import ReproduceOptions
 from peft_fps.reproduce.task_images import load_task
-from peft_fps.vision.finetune_options import ADAPTER, RESULTS
+from peft_fps.vision.locations import check_locations
 from peft_fps.vision.measurements import Stopwatch, run_facts
-from peft_fps.vision.output_folders import write_json
+from peft_fps.vision.output_folders import ADAPTER, RESULTS, clear_results, write_json
 from peft_fps.vision.pixels import Collator, prepare, two_views
 from peft_fps.vision.prediction import Predictor, accuracy
 from peft_fps.vision.timm_names import check_timm
@@ -47,7 +47,7 @@ def reproduce(options: ReproduceOptions, console: Console) -> dict[str, Any]:
     name, seed, batch_size = used["model"], used["seed"], used["batch_size"]
     check_precision(options.precision)
     check_timm(name)
-    options.shared().check_paths()
+    check_locations(name, options.data, options.folder, options.overwrite)
     set_seed(seed)
     stopwatch = Stopwatch(console)
 
@@ -92,7 +92,7 @@ def reproduce(options: ReproduceOptions, console: Console) -> dict[str, Any]:
             reached[part] = accuracy(logits, splits[part].labels)
 
     with stopwatch.stage("save"):
-        options.shared().clear_output()
+        clear_results(options.folder)
         model.save_pretrained(options.folder / ADAPTER)
 
     results = {

@@ -1,6 +1,5 @@
 """What one run of `peft-fps finetune` is asked to do: its options, each with its description."""
 
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +7,6 @@ from typing import Annotated, Any, Literal
 from peft_fps.config import DEFAULT_BUDGET, FPSConfig
 from peft_fps.importances import IMPORTANCES
 from peft_fps.presets import PRESETS
-from peft_fps.vision.locations import check_path, local_path
 from peft_fps.vision.option_types import (
     DATA,
     OUTPUT,
@@ -25,11 +23,9 @@ from peft_fps.vision.option_types import (
     positive_rate,
     seed_number,
 )
-from peft_fps.vision.output_folders import check_free
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
-RESULTS, ADAPTER, MERGED, BASE, PICTURE = "results.json", "adapter", "merged", "base", "training.png"
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-2,
@@ -253,26 +249,3 @@ class FinetuneOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data."""
         return asdict(self) | {"output": str(self.output)}
-
-    def check_paths(self) -> None:
-        """Check the paths before anything is loaded, and make the output folder.
-
-        Raises:
-            ImportError: the model is timm's by name, and timm cannot be imported.
-            ValueError: the model or the data cannot be there, or the output folder holds something and `overwrite` is
-                off.
-        """
-        for option, value in (("--model", self.model), ("--data", self.data)):
-            if value is not None:
-                check_path(option, value)
-                if self.overwrite and self.output.resolve() in local_path(value).resolve().parents:
-                    raise ValueError(f"{option} is {value!r}, which lies in the folder to be overwritten.")
-        check_free(self.output, self.overwrite)
-        self.output.mkdir(parents=True, exist_ok=True)
-
-    def clear_output(self) -> None:
-        """Remove what an earlier run of this command left in the output folder, and nothing else."""
-        for name in (ADAPTER, MERGED, BASE):
-            shutil.rmtree(self.output / name, ignore_errors=True)
-        for name in (RESULTS, PICTURE):
-            (self.output / name).unlink(missing_ok=True)

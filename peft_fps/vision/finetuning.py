@@ -12,10 +12,20 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification
 
 from peft_fps.vision.classifiers import classifier, load_model
-from peft_fps.vision.finetune_options import ADAPTER, BASE, MERGED, PICTURE, RESULTS, FinetuneOptions
+from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.linear_head import fit_linear_head
+from peft_fps.vision.locations import check_locations
 from peft_fps.vision.measurements import Stopwatch, run_facts
-from peft_fps.vision.output_folders import folder_bytes, write_json
+from peft_fps.vision.output_folders import (
+    ADAPTER,
+    BASE,
+    MERGED,
+    PICTURE,
+    RESULTS,
+    clear_results,
+    folder_bytes,
+    write_json,
+)
 from peft_fps.vision.pixels import prepare
 from peft_fps.vision.prediction import Agreement, Predictor, accuracy
 from peft_fps.vision.preparation import prepared
@@ -48,7 +58,7 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
     """The stages; `kept` holds a base model that its name alone does not tell, until it is saved."""
     config = options.fps_config()
     recipe = options.recipe(config)
-    options.check_paths()
+    check_locations(options.model, options.data, options.output, options.overwrite)
     stopwatch = Stopwatch(console)
 
     with stopwatch.stage("load"):
@@ -59,7 +69,7 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
             base.name_or_path = str((options.output / BASE).resolve())
         splits = {part: run.split(part) for part in ("train", "validation", "test")}
         workers = worker_count(prepare(splits))
-    arguments = training_arguments(options, recipe, len(data.train), workers)
+    arguments = training_arguments(recipe, len(data.train), workers, options.output, options.seed, options.precision)
     predictor = Predictor(arguments.device, run.batch_size, run.collator, workers)
 
     with stopwatch.stage("linear head"):
@@ -81,7 +91,7 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
         after = {part: accuracy(logits[part], splits[part].labels) for part in logits}
 
     with stopwatch.stage("save"):
-        options.clear_output()
+        clear_results(options.output)
         if weights is not None:
             shutil.copytree(kept, options.output / BASE)
         model.save_pretrained(options.output / ADAPTER)

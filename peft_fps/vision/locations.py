@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from peft_fps.vision.output_folders import check_free
 from peft_fps.vision.timm_names import PREFIX, check_timm_name, timm_name
 
 
@@ -35,3 +36,25 @@ def check_path(option: str, value: str) -> None:
     written_as_path = value.startswith(("/", ".", "~", "\\")) or value.count("/") > 1
     if written_as_path and not Path(value).expanduser().exists():
         raise ValueError(f"{option} is {value!r}: there is no such file or folder.")
+
+
+def check_locations(model: str | None, data: str | None, output: Path, overwrite: bool) -> None:
+    """Check what a fine-tuning reads and where it writes before anything is loaded, and make the output folder.
+
+    Args:
+        model: value of `--model`, None for the embedded model.
+        data: value of `--data`, None for the embedded digits.
+        output: where results go.
+        overwrite: whether earlier results there are replaced.
+
+    Raises:
+        ValueError: the model or the data cannot be there, or would be overwritten, or the output folder is not free.
+        ImportError: the model is timm's by name, and timm cannot be imported.
+    """
+    for option, value in (("--model", model), ("--data", data)):
+        if value is not None:
+            check_path(option, value)
+            if overwrite and output.resolve() in local_path(value).resolve().parents:
+                raise ValueError(f"{option} is {value!r}, which lies in the folder to be overwritten.")
+    check_free(output, overwrite)
+    output.mkdir(parents=True, exist_ok=True)

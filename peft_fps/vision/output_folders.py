@@ -10,6 +10,18 @@ from tempfile import mkdtemp
 from typing import Any
 
 
+RESULTS, ADAPTER, MERGED, BASE, PICTURE = "results.json", "adapter", "merged", "base", "training.png"
+"""What a fine-tuning writes to its output folder."""
+
+
+def clear_results(output: Path) -> None:
+    """Remove what an earlier fine-tuning left in an output folder, and nothing else."""
+    for name in (ADAPTER, MERGED, BASE):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RESULTS, PICTURE):
+        (output / name).unlink(missing_ok=True)
+
+
 def check_free(output: Path, overwrite: bool) -> None:
     """Check that an output folder is empty, or may be written to all the same.
 

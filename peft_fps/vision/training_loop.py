@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.pixels import Collator, ImageSplit
 
 
@@ -40,23 +40,26 @@ class LogHistory(TrainerCallback):
 
 
 def training_arguments(
-    options: FinetuneOptions, recipe: Mapping[str, Any], images: int, workers: int
+    recipe: Mapping[str, Any], images: int, workers: int, output: Path, seed: int, precision: str = "fp32"
 ) -> TrainingArguments:
-    """Return the arguments of the Trainer: as the recipe says, no checkpoints, no reports.
+    """Return the arguments of the Trainer: as the recipe says, without checkpoints and reports.
 
     Args:
-        options: what the user asked for.
-        recipe: training arguments, those in `peft_fps.vision.finetune_options.RECIPE` at least.
+        recipe: training arguments, `num_train_epochs` and `per_device_train_batch_size` at least.
         images: number of training images.
         workers: processes that prepare images.
+        output: any folder that may exist; nothing is written there.
+        seed: of the order of the images and of dropout.
+        precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast.
     """
     steps = recipe["num_train_epochs"] * math.ceil(images / recipe["per_device_train_batch_size"])
     return TrainingArguments(
         **recipe,
-        output_dir=str(options.output),  # nothing is written there: no checkpoints, no reports
+        output_dir=str(output),
         use_cpu=not torch.accelerator.is_available(),  # bf16 on the CPU has to be asked for
-        bf16=options.precision == "bf16",
-        seed=options.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        seed=seed,
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,

@@ -1,6 +1,14 @@
-"""The fixtures of the tests of `vision`: a cache of its own, one thread, a tiny model."""
+"""The fixtures of the tests of `vision` for the commands: a cache, one thread, a tiny model and its images."""
 
-from tests.vision.conftest import cache, image_folder, one_thread, tiny_model
+import pytest
+
+from tests.vision.conftest import cache, frozen_heap, image_folder, one_thread, tiny_model
 
 
-__all__ = ["cache", "image_folder", "one_thread", "tiny_model"]
+__all__ = ["cache", "frozen_heap", "image_folder", "one_thread", "tiny_model"]
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Training is not drawn, which takes a third of the time of a tiny training."""
+    monkeypatch.setattr("peft_fps.vision.finetuning.draw_training", lambda records, path: None)

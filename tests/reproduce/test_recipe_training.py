@@ -68,6 +68,15 @@ def test_an_incomplete_batch_is_left_out_unless_there_is_no_other(tmp_path, imag
     assert arguments.seed == 42
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trainer_gets_precision_seed_and_folder(tmp_path, precision):
+    options = ReproduceOptions("vtab-1k", "dtd", "x", precision=precision, seed=5, output=tmp_path)
+    arguments = trainer_arguments(options, 100, workers=0)
+    assert [arguments.bf16, arguments.fp16] == [precision == "bf16", False]
+    assert arguments.seed == 5
+    assert arguments.output_dir == str(tmp_path)
+
+
 def test_float16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--precision is fp16, which needs a CUDA GPU"):

@@ -78,15 +78,9 @@ def test_an_unknown_task():
         options(task="dtd").config()
 
 
-@pytest.mark.parametrize(("precision", "shared"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")])
-def test_what_finetune_shares(precision, shared):
-    found = options(precision=precision, model="m", output=Path("o"), overwrite=True).shared()
-    assert (found.model, found.data, found.output, found.overwrite) == ("m", "data", Path("o"), True)
-    assert (found.precision, found.seed) == (shared, 42)
-
-
 def test_options_as_plain_data():
     assert options(output=Path("o")).to_dict()["output"] == "o"
+    assert options().to_dict()["output"] == str(Path("runs/reproduce/nabirds-fps"))
 
 
 def test_deviations_name_what_matters():

@@ -1,5 +1,6 @@
 """Tiny images, folders of them in every kind, and a tiny model; nothing here comes from the code under test."""
 
+import gc
 from pathlib import Path
 
 import datasets
@@ -22,9 +23,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="package", autouse=True)
+def frozen_heap():
+    """Every training collects garbage, which is slow over all that has been imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cache(tmp_path_factory):
+    """What the library for data sets keeps of the folders that tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 def picture(label: int, number: int) -> Image.Image:
@@ -42,10 +55,10 @@ def write_classes(folder: Path, count: int, names=("blue", "red"), start: int = 
             picture(label, number).save(folder / name / f"{number}.png")
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """train/, validation/ and test/ with 8, 3 and 4 images for each of two classes."""
-    folder = tmp_path / "photos"
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """train/, validation/ and test/ with 8, 3 and 4 images for each of two classes; no test writes to it."""
+    folder = tmp_path_factory.mktemp("images") / "photos"
     for start, (split, count) in enumerate({"train": 8, "validation": 3, "test": 4}.items()):
         write_classes(folder / split, count, start=100 * start)
     return folder

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from peft_fps.vision.classifiers import classifier, load_model, load_processor
-from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.locations import check_locations
 from peft_fps.vision.pixels import two_views
 from peft_fps.vision.timm_models import weights_of
 from peft_fps.vision.timm_names import check_timm_name
@@ -221,9 +221,8 @@ def test_the_whole_job_and_what_it_leaves(image_folder, tmp_path, name):
 
 def test_a_file_in_the_folder_to_be_overwritten(tmp_path):
     (tmp_path / "base.pth").touch()
-    options = FinetuneOptions(model=f"timm:{TRANSFORMER}@{tmp_path}/base.pth", output=tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="lies in the folder to be overwritten"):
-        options.check_paths()
+        check_locations(f"timm:{TRANSFORMER}@{tmp_path}/base.pth", None, tmp_path, overwrite=True)
 
 
 def test_selection_of_a_model_by_name(image_folder, tmp_path):

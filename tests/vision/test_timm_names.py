@@ -4,8 +4,7 @@ import pytest
 
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.vision import timm_names
-from peft_fps.vision.finetune_options import FinetuneOptions
-from peft_fps.vision.locations import check_path, local_path
+from peft_fps.vision.locations import check_locations, check_path, local_path
 from peft_fps.vision.timm_names import TimmName, check_timm_name, timm_name
 
 
@@ -45,7 +44,7 @@ def test_without_timm_the_command_to_install_it_is_told_before_anything_is_writt
 
     monkeypatch.setattr(timm_names, "import_module", fail)
     with pytest.raises(ImportError, match=r'timm:resnet18.*pip install "peft-fps\[reproduce\]"'):
-        FinetuneOptions(model="timm:resnet18", output=tmp_path / "out").check_paths()
+        check_locations("timm:resnet18", None, tmp_path / "out", overwrite=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -24,7 +24,6 @@ from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
 from peft_fps.config import FPSConfig
 from peft_fps.targets import count_base_parameters
 from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
-from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.linear_head import fit_linear_head
 from peft_fps.vision.pixels import Collator, two_views
 from peft_fps.vision.prediction import Predictor, accuracy
@@ -65,17 +64,13 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         "adapter": _file_bytes(model),  # now, since values that have diverged cannot be saved
     }
 
-    arguments = training_arguments(
-        FinetuneOptions(output=Path(tempfile.gettempdir()), precision=setting.precision, seed=cell.seed),
-        RECIPE
-        | {
-            "learning_rate": cell.learning_rate,
-            "num_train_epochs": setting.epochs,
-            "per_device_train_batch_size": setting.batch_size,
-        },
-        len(task.splits["train"]),
-        workers=0,
-    )
+    recipe = RECIPE | {
+        "learning_rate": cell.learning_rate,
+        "num_train_epochs": setting.epochs,
+        "per_device_train_batch_size": setting.batch_size,
+    }
+    images, nowhere = len(task.splits["train"]), Path(tempfile.gettempdir())
+    arguments = training_arguments(recipe, images, 0, nowhere, cell.seed, setting.precision)
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
     callbacks = []
     if ARMS[cell.method].rates_by_input:
