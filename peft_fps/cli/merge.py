@@ -1,52 +1,21 @@
 """The command `peft-fps merge`."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-import typer
+import torch
 from rich.markup import escape
 
 from peft_fps.cli.inspect import Adapter, Revision
+from peft_fps.cli.option_fields import options_of
+from peft_fps.cli.saved_adapters.merged_folder import MergeOptions
+from peft_fps.cli.saved_adapters.merged_folder import merge as run
+from peft_fps.cli.saved_adapters.sources import adapter_folder
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, print_json, say, wide_console
 
 
-Output = Annotated[
-    Path,
-    typer.Option(
-        metavar="FOLDER",
-        help="Gets the model: config, weights, and processor and tokenizer files, the adapter's before the base "
-        "model's. Written whole or not at all.",
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Without it: the one that the adapter records."),
-]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(
-        help="Number format to load, merge and save in. Without it: the base model's own. In half precision changes "
-        "that are too small for it vanish, with a warning."
-    ),
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")]
-ShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Largest file of weights; a larger model is split into several.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
-
-
+@options_of(MergeOptions, without=("adapter",))
 def merge(
-    adapter: Adapter,
-    output: Output,
-    base: Base = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
+    adapter: Adapter, revision: Revision = None, as_json: AsJson = False, verbose: Verbose = False, **options: Any
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
@@ -63,16 +32,10 @@ def merge(
 
         $ peft-fps merge me/llama-fps --base models/llama --dtype bfloat16 --output merged
     """
-    import torch
-
-    from peft_fps.cli.saved_adapters.merged_folder import MergeOptions
-    from peft_fps.cli.saved_adapters.merged_folder import merge as run
-    from peft_fps.cli.saved_adapters.sources import adapter_folder
-
     with errors_told(verbose, RuntimeError):
         folder = adapter_folder(adapter, revision)
-        torch.empty(0, device=device)  # before a model is loaded for nothing
-        written = run(MergeOptions(folder, output, base, dtype, device, shard_size, overwrite))
+        torch.empty(0, device=options["device"])  # before a model is loaded for nothing
+        written = run(MergeOptions(folder, **options))
     if as_json:
         print_json(written)
         return
@@ -86,4 +49,4 @@ def merge(
     table.add_row("size", f"{written['bytes']:,} bytes")
     console = wide_console()
     console.print(table)
-    say(console, f"saved in {output}")
+    say(console, f"saved in {options['output']}")

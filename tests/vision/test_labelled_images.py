@@ -210,8 +210,13 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
         load_images(str(tmp_path / "notes.txt"), seed=0)
 
 
-def test_digits_are_the_scans_of_scikit_learn():
-    data = load_images(None, seed=0)
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(None, seed=0)
+
+
+def test_digits_are_the_scans_of_scikit_learn(digits):
+    data = digits
     assert data.classes == list("0123456789")
     assert [len(data.train), len(data.validation), len(data.test)] == [800, 200, 797]
     scans, labels = load_digits(return_X_y=True)
@@ -234,5 +239,5 @@ def test_digits_are_the_scans_of_scikit_learn():
     assert not remaining
 
 
-def test_digits_are_split_alike_whatever_the_seed():
-    assert load_images(None, seed=0).test.labels == load_images(None, seed=1).test.labels
+def test_digits_are_split_alike_whatever_the_seed(digits):
+    assert digits.test.labels == load_images(None, seed=1).test.labels

@@ -4,10 +4,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
+import typer
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
@@ -40,25 +41,33 @@ BESIDE_WEIGHTS = (
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What to merge and how, as on the command line, where each is explained.
-
-    Attributes:
-        adapter: local folder.
-        output: where the model goes.
-        base: folder or name on the Hub; what the adapter says if None.
-        dtype: name of a dtype of torch; that of the base's file if None.
-        device: where the model is loaded.
-        shard_size: largest size of a file of weights, as transformers reads it.
-        overwrite: replace what is in the output folder.
-    """
+    """The local folder of an adapter, and the options of `peft-fps merge`."""
 
     adapter: Path
-    output: Path
-    base: str | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    shard_size: str = "5GB"
-    overwrite: bool = False
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            help="Gets the model: config, weights, and processor and tokenizer files, the adapter's before the base "
+            "model's. Written whole or not at all.",
+        ),
+    ]
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Without it: the one that the adapter records."),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Number format to load, merge and save in. Without it: the base model's own. In half precision "
+            "changes that are too small for it vanish, with a warning."
+        ),
+    ] = None
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")] = "cpu"
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights; a larger model is split into several.")
+    ] = "5GB"
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False
 
 
 def merge(options: MergeOptions) -> dict[str, Any]:
