@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_fps.vision.training_loop import trained_parameters
+
 
 Score = Callable[[nn.Module], float]
 
@@ -24,7 +26,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = trained(model)
+        self.parameters = trained_parameters(model)
         self.values = [parameter.detach().clone() for parameter in self.parameters]
         self._mix = get_ema_multi_avg_fn(decay)
 
@@ -94,19 +96,14 @@ class BestEpoch(TrainerCallback):
 
     def restore(self, model: nn.Module) -> None:
         """Set the trained parameters to the best values so far."""
-        put(trained(model), self._kept)
+        put(trained_parameters(model), self._kept)
 
     def _compete(self, model: nn.Module, weights: str) -> None:
         """Score the model, and keep its trained parameters if they are the best so far."""
         entry = self.history[-1]
         entry[weights] = self.score(model)
         if self.best is None or entry[weights] > self.best[self.weights]:
-            self.best, self.weights, self._kept = entry, weights, copies(trained(model))
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require gradients."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.best, self.weights, self._kept = entry, weights, copies(trained_parameters(model))
 
 
 def copies(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from peft_fps.vision.digits import digits
 from peft_fps.vision.splits import split_rows
 
 
@@ -77,8 +78,6 @@ def load_images(
 def _read(data: str | None) -> DatasetDict | Dataset:
     """Read a data set as `datasets` gives it; raises ValueError if that is not possible."""
     if data is None:
-        from peft_fps.vision.digits import digits
-
         return digits()
     path = Path(data).expanduser()
     files = _parquet_files(path)

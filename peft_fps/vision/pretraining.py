@@ -1,7 +1,7 @@
 """Pre-train the embedded default model: a tiny ViT that classifies letters and signs, no digits.
 
 The glyphs come from the fonts bundled with matplotlib, drawn the way the 8x8 scans of scikit-learn's
-``load_digits`` were made: a 32x32 bitmap whose 4x4 blocks are counted into 17 grey levels, white ink on black.
+`load_digits` were made: a 32x32 bitmap whose 4x4 blocks are counted into 17 grey levels, white ink on black.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -58,12 +59,13 @@ Made by `python -m peft_fps.vision.pretraining OUTPUT_DIR --seed {seed} --epochs
 
 
 def load_fonts() -> list[list[Any]]:
-    """Return, for each glyph of ``GLYPHS``, the PIL fonts (64 pixels per em) that can draw it."""
+    """Return, for each glyph of `GLYPHS`, the PIL fonts (64 pixels per em) that can draw it."""
     try:
         import matplotlib
-        from PIL import ImageFont
     except ImportError as error:
-        raise ImportError("pre-training the default model needs matplotlib (its bundled fonts) and Pillow") from error
+        raise ImportError(
+            "pre-training needs matplotlib, whose fonts it draws glyphs from"
+        ) from error
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     text, letters = (
         [ImageFont.truetype(str(folder / name), 64, layout_engine=ImageFont.Layout.BASIC) for name in names]
@@ -73,9 +75,7 @@ def load_fonts() -> list[list[Any]]:
 
 
 def render(glyph: str, font: Any, rng: np.random.Generator) -> np.ndarray:
-    """Draw one distorted glyph; returns grey levels ``0..16``, uint8 of shape ``(8, 8)``."""
-    from PIL import Image, ImageDraw, ImageFilter
-
+    """Draw one distorted glyph; returns grey levels `0..16`, uint8 of shape `(8, 8)`."""
     canvas = Image.new("L", (160, 160))
     stroke = int(rng.integers(0, 4))
     ImageDraw.Draw(canvas).text((80, 80), glyph, fill=255, font=font, anchor="mm", stroke_width=stroke)
@@ -98,7 +98,7 @@ def render(glyph: str, font: Any, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_scans(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Render ``count`` scans of uniformly drawn glyphs; returns levels ``(count, 8, 8)`` and labels ``(count,)``."""
+    """Render `count` scans of uniformly drawn glyphs; returns levels `(count, 8, 8)` and labels `(count,)`."""
     fonts = load_fonts()
     labels = rng.integers(0, len(GLYPHS), count)
     scans = [render(GLYPHS[label], fonts[label][rng.integers(len(fonts[label]))], rng) for label in labels]
@@ -106,13 +106,13 @@ def make_scans(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torc
 
 
 def to_pixels(levels: torch.Tensor) -> torch.Tensor:
-    """Enlarge grey levels ``0..16`` of shape ``(n, 8, 8)`` to pixel values ``-1..1`` of shape ``(n, 3, 32, 32)``."""
+    """Enlarge grey levels `0..16` of shape `(n, 8, 8)` to pixel values `-1..1` of shape `(n, 3, 32, 32)`."""
     grey = F.interpolate(levels[:, None].float() / LEVELS, size=IMAGE, mode="bilinear", align_corners=False)
     return (grey * 2 - 1).expand(-1, 3, -1, -1)
 
 
 def train(model: ViTForImageClassification, levels: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
-    """Fit ``model`` in place on levels ``(n, 8, 8)`` and labels ``(n,)``: AdamW under a one-cycle learning rate."""
+    """Fit `model` in place on levels `(n, 8, 8)` and labels `(n,)`: AdamW under a one-cycle learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = epochs * -(-len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.15)
@@ -129,7 +129,7 @@ def train(model: ViTForImageClassification, levels: torch.Tensor, labels: torch.
 
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, levels: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the share of scans ``(n, 8, 8)`` whose glyph ``model`` names as in ``labels`` ``(n,)``."""
+    """Return the share of scans `(n, 8, 8)` whose glyph `model` names as in `labels` `(n,)`."""
     model.eval()
     guesses = [model(to_pixels(part)).logits.argmax(-1) for part in levels.split(512)]
     return (torch.cat(guesses) == labels).float().mean().item()
@@ -144,7 +144,7 @@ def build_model() -> ViTForImageClassification:
 
 
 def save(model: ViTForImageClassification, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the model as it is, its preprocessor and a README with ``facts`` filled in to ``folder``."""
+    """Write the model as it is, its preprocessor and a README with `facts` filled in to `folder`."""
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(README.format(**facts), encoding="utf-8")

@@ -120,6 +120,11 @@ def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator:
     )
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients, each once, in the order of `model.parameters()`."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def worker_count(kept: bool) -> int:
     """Return the number of processes that prepare images: none if they are `kept` in memory, else at most 4."""
     return 0 if kept else min(4, os.cpu_count() or 1)

@@ -168,8 +168,3 @@ METHODS: dict[str, Method] = {
     "fps-bfloat16": Method("FPS, bfloat16", _saving("bfloat16")),
 }
 """All methods, in the order of the tables; the last two name a value of `saved_inputs`."""
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from peft_fps.benchmarks.cost.figures import Figure, Row
-from peft_fps.benchmarks.cost.methods import LORA, METHODS, PER_NEURON, adapt, adapter_config, fill, trainable
+from peft_fps.benchmarks.cost.methods import LORA, METHODS, PER_NEURON, adapt, adapter_config, fill
 from peft_fps.benchmarks.cost.random_models import build_model, copy_model
 from peft_fps.benchmarks.cost.training_step import Training
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.benchmarks.tensor_memory import in_own_processes, living_bytes, peak_bytes, saved_bytes, tensor_bytes
 from peft_fps.config import FPSConfig
+from peft_fps.vision.training_loop import trained_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def measure_files(workload: Workload) -> Row:
     figures, raw = [], {}
     for label, (model, target) in adapted.items():
         fill(model)
-        trained, size = sum(parameter.numel() for parameter in trainable(model)), file_bytes(model)
+        trained, size = sum(parameter.numel() for parameter in trained_parameters(model)), file_bytes(model)
         raw[label] = {"bytes": size, "trained": trained}
         figures.append(Figure(label, size / trained, "bytes", at_most=target))
     return Row("file", "adapter_model.safetensors ÷ trained numbers", tuple(figures), raw)

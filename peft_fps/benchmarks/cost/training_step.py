@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_fps.benchmarks.cost.methods import METHODS, trainable
+from peft_fps.benchmarks.cost.methods import METHODS
 from peft_fps.benchmarks.cost.random_models import batches
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.benchmarks.environment import switched
+from peft_fps.vision.training_loop import trained_parameters
 
 
 class Training:
@@ -26,7 +27,7 @@ class Training:
         self.environment = METHODS[name].environment
         with switched(self.environment):
             self.model = METHODS[name].build(base, workload)
-        trained = trainable(self.model)
+        trained = trained_parameters(self.model)
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
         (self.batch,) = batches(base, workload.batch_size)
 

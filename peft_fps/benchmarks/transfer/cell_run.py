@@ -27,7 +27,13 @@ from peft_fps.vision.classifiers import classifier, interpolates, load_model, lo
 from peft_fps.vision.linear_head import fit_linear_head
 from peft_fps.vision.pixels import Collator, two_views
 from peft_fps.vision.prediction import Predictor, accuracy
-from peft_fps.vision.training_loop import DivergedError, calibration_loader, train, training_arguments
+from peft_fps.vision.training_loop import (
+    DivergedError,
+    calibration_loader,
+    train,
+    trained_parameters,
+    training_arguments,
+)
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
@@ -57,7 +63,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     collator = Collator(interpolates(base))
     head = sum(p.numel() for p in classifier(base).parameters())
     model, selecting, selection_bytes = _prepare(cell, setting, task, base, collator)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trained_parameters(model))
     held = {
         "select": selection_bytes,
         "train": _training_bytes(model, setting, task, collator),
@@ -165,7 +171,7 @@ def _training_bytes(model: nn.Module, setting: Setting, task: Task, collator: Co
     batch = collator([images[row] for row in range(min(setting.batch_size, len(images)))])
 
     def step() -> None:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained_parameters(model), lr=0.0, weight_decay=0.0)
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
             loss = model(**batch).loss
         loss.backward()
