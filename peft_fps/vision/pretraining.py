@@ -63,9 +63,7 @@ def load_fonts() -> list[list[Any]]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
-            "pre-training needs matplotlib, whose fonts it draws glyphs from"
-        ) from error
+        raise ImportError("pre-training needs matplotlib, whose fonts it draws glyphs from") from error
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     text, letters = (
         [ImageFont.truetype(str(folder / name), 64, layout_engine=ImageFont.Layout.BASIC) for name in names]
