@@ -1,17 +1,15 @@
 """The command `peft-fps compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from peft_fps.cli.saved_adapters.comparison import Comparison, Values, load_side
+from peft_fps.cli.saved_adapters.comparison import compare as measure
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, print_json, say, wide_console
-
-
-if TYPE_CHECKING:
-    from peft_fps.cli.saved_adapters.comparison import Comparison, Values
 
 
 WHAT = "A saved FPS adapter (folder, or its name on the Hub), or a selection (the file that select writes)."
@@ -49,9 +47,6 @@ def compare(
 
         $ peft-fps compare runs/fps/adapter runs/gps/adapter --json | jq .jaccard
     """
-    from peft_fps.cli.saved_adapters.comparison import compare as measure
-    from peft_fps.cli.saved_adapters.comparison import load_side
-
     with errors_told(verbose):
         found = measure(load_side(first), load_side(second))
         if picture is not None:
@@ -70,7 +65,7 @@ def compare(
         say(console, f"written: {picture}")
 
 
-def _modules(found: "Comparison") -> Table:
+def _modules(found: Comparison) -> Table:
     """Return a line for each module, and the total."""
     of_values = ("mean |A - B|", "same sign") if found.values is not None else ()
     table = listing("Modules", ("module",), ("entries of A", "of B", "shared", "overlap", *of_values))
@@ -84,7 +79,7 @@ def _modules(found: "Comparison") -> Table:
     return table
 
 
-def _cells(values: "Values | None") -> tuple[str, ...]:
+def _cells(values: Values | None) -> tuple[str, ...]:
     """Return mean difference and share of equal signs as text, empty where there are no shared entries."""
     if values is None:
         return ()
@@ -93,7 +88,7 @@ def _cells(values: "Values | None") -> tuple[str, ...]:
     return f"{values.mean_difference:.3g}", f"{values.same_sign:.1%}"
 
 
-def _facts(found: "Comparison") -> Table:
+def _facts(found: Comparison) -> Table:
     """Return what the two sides are, and what they have in common as a whole."""
     plain, table = found.to_dict(), facts("Comparison")
     for key, letter in (("first", "A"), ("second", "B")):

@@ -1,18 +1,17 @@
 """The command `peft-fps inspect`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from peft_fps.cli.saved_adapters.adapter_contents import Inspection
+from peft_fps.cli.saved_adapters.soundness import inspect_adapter
+from peft_fps.cli.saved_adapters.sources import adapter_folder
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
-
-
-if TYPE_CHECKING:
-    from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-    from peft_fps.selection import LayerSelection
+from peft_fps.selection import LayerSelection
 
 
 SHOWN = (
@@ -61,9 +60,6 @@ def inspect(
 
         $ peft-fps inspect runs/finetune/adapter --json | jq .totals.entries
     """
-    from peft_fps.cli.saved_adapters.soundness import inspect_adapter
-    from peft_fps.cli.saved_adapters.sources import adapter_folder
-
     with errors_told(verbose):
         found = inspect_adapter(adapter_folder(adapter, revision))
         plain = found.to_dict()
@@ -85,7 +81,7 @@ def inspect(
             raise ValueError(f"{adapter} does not pass: {found.problem}")
 
 
-def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Table:
+def _modules(layers: tuple[LayerSelection, ...], totals: dict[str, Any]) -> Table:
     """Return a line for each module, and the total."""
     names = ("neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")
     table = listing("Modules", ("module",), names)
@@ -109,7 +105,7 @@ def _modules(layers: "tuple[LayerSelection, ...]", totals: dict[str, Any]) -> Ta
     return table
 
 
-def _facts(found: "Inspection", plain: dict[str, Any], adapter: str) -> Table:
+def _facts(found: Inspection, plain: dict[str, Any], adapter: str) -> Table:
     """Return base model, method, settings, sizes and checks."""
     base, totals, table = plain["base_model"], plain["totals"], facts(escape(f"FPS adapter {adapter}"))
     at = f", revision {base['revision']}" if base["revision"] else ""

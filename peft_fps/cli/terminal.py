@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,11 +13,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from peft_fps.benchmarks.tables import TextTable
 from peft_fps.vision.option_types import OUTPUT
-
-
-if TYPE_CHECKING:
-    from peft_fps.benchmarks.tables import TextTable
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +110,7 @@ def add_memory(table: Table, results: dict[str, Any]) -> None:
     table.add_row("peak memory", f"{memory['bytes'] / 2**20:,.0f} MiB  ({memory['of']})")
 
 
-def show_text_table(console: Console, table: "TextTable") -> None:
+def show_text_table(console: Console, table: TextTable) -> None:
     """Print a table of a benchmark, its words to the left and its numbers to the right."""
     shown = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(table.header):
