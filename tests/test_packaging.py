@@ -64,7 +64,7 @@ def test_the_wheel_is_the_package_without_results_and_tests(wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == wanted
-    for needed in ("py.typed", "sparse/kernels/sampled_product.cpp", "cli/default_model/model.safetensors"):
+    for needed in ("py.typed", "sparse/kernels/sampled_product.cpp", "vision/default_model/model.safetensors"):
         assert f"peft_fps/{needed}" in held
 
 
@@ -214,7 +214,7 @@ assert peft_fps.__version__ == version("peft-fps")
 
 def base():
     torch.manual_seed(0)
-    return AutoModelForImageClassification.from_pretrained(files("peft_fps") / "cli" / "default_model").eval()
+    return AutoModelForImageClassification.from_pretrained(files("peft_fps") / "vision" / "default_model").eval()
 
 model, images = get_peft_model(base(), peft_fps.FPSConfig()), torch.rand(4, 3, 32, 32)
 model.calibrate([{{"pixel_values": images}}], progress=False)

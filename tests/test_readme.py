@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import peft_fps
 from peft_fps import FPSConfig, Selection
+from peft_fps.benchmarks.transfer.campaign import table_rows
 from peft_fps.benchmarks.transfer.cells import Setting
-from peft_fps.benchmarks.transfer.command import table_rows
 from peft_fps.benchmarks.transfer.plan import pending, trials
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
