@@ -71,7 +71,8 @@ def test_fragments_run_as_printed(block: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     tiny_vit(num_labels=10).save_pretrained("base/model")
     get_peft_model(tiny_vit(num_labels=10), FPSConfig(per_neuron=2)).save_pretrained("me/vit-fps")
-    names = {"peft_fps": peft_fps, "trainer": NoTrainer(), "output_dir": str(tmp_path)}  # of the text around a fragment
+    # what the text around a fragment speaks of
+    names = {"peft_fps": peft_fps, "trainer": NoTrainer(), "output_dir": str(tmp_path)}
     exec(compile(block, "a document", "exec"), names)
     if "model" in names:
         assert isinstance(names["model"], torch.nn.Module)
@@ -140,7 +141,8 @@ def test_the_table_of_costs_is_the_measured_one() -> None:
     assert 5 < len(shown) <= 10
     expected = [[line[column] for column in columns] for line in lines]
     assert shown == [line for line in expected if line[0] in {cells[0] for cells in shown}]
-    figures = {tuple(line[:2]): float(line[2].split()[0]) for line in rows(measured[measured.index("**Measured") :])[2:]}
+    found = rows(measured[measured.index("**Measured") :])[2:]
+    figures = {tuple(line[:2]): float(line[2].split()[0]) for line in found}
     for text, row, what in (
         ("Selecting takes {:.2f} times", "selection", "FPS ÷ bare forward passes, time"),
         ("as GPS does takes {:.0f} times", "selection", "GPS as its code does ÷ FPS, time"),

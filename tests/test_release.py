@@ -1,4 +1,4 @@
-"""A release: one version everywhere, a section of the changelog on it, and a workflow that publishes what was checked."""
+"""A release: a section of the changelog on the version, and a workflow that publishes what was checked."""
 
 import re
 import subprocess
