@@ -293,6 +293,17 @@ def csr(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(columns, dtype=torch.int64), torch.tensor([len(row) for row in rows], dtype=torch.int64)
 
 
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+"""What UTF-8 can write; asked for by the codec's name, Hypothesis tries all of Unicode one by one at its first run."""
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(CHARACTERS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS), inner, max_size=3),
+    max_leaves=6,
+)
+"""What JSON can hold, and gives back equal."""
+
+
 @st.composite
 def selections(draw: st.DrawFn, max_neurons: int = 6, max_inputs: int = 7) -> tuple[int, list[list[int]]]:
     """Fan-in and columns per neuron; empty and full rows are common."""

@@ -22,7 +22,17 @@ from peft_fps.card import evaluation_at
 from peft_fps.card.facts import Facts
 from peft_fps.card.markdown import BEGIN, END, code, loading_snippet, plain, put, render
 from peft_fps.hub import write_card
-from tests.helpers import adapted, config, images, layers_of, through_transformers, tiny_bert, tiny_mlp, tiny_vit
+from tests.helpers import (
+    CHARACTERS,
+    adapted,
+    config,
+    images,
+    layers_of,
+    through_transformers,
+    tiny_bert,
+    tiny_mlp,
+    tiny_vit,
+)
 
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -161,7 +171,7 @@ def test_the_snippet_names_class_base_labels_and_place() -> None:
     assert "model = ...  # the base model" in loading_snippet(Facts(**{**FACTS, "base_class": None}))
 
 
-STRANGE = st.text(max_size=30) | st.sampled_from(
+STRANGE = st.text(CHARACTERS, max_size=30) | st.sampled_from(
     ['a"); import os; os.remove("x")  #', "`|` \\", f"x {END} y", f"{BEGIN}", "## head\n```\n", "<script>", "x" * 9999]
 )
 

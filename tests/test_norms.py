@@ -41,8 +41,8 @@ from tests.helpers import (
     tokens,
     unchanged,
 )
-from tests.test_inputs import READERS, TOKENS, WIDTH, net, saved
-from tests.test_inputs import inputs as leaf_inputs
+from tests.reading_nets import READERS, TOKENS, WIDTH, net, saved
+from tests.reading_nets import inputs as leaf_inputs
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

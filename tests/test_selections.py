@@ -20,6 +20,7 @@ import peft_fps
 from peft_fps import FPSConfig, Selection
 from peft_fps.selections import ModuleEntries
 from tests.helpers import (
+    PLAIN,
     adapted,
     base_bytes,
     config,
@@ -105,13 +106,6 @@ def built(given_modules: dict[str, tuple[int, Rows]], **method: Any) -> Selectio
     return Selection(
         {name: ModuleEntries(*csr(rows), inputs) for name, (inputs, rows) in given_modules.items()}, method
     )
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 # --- taken from an adapter ------------------------------------------------------------------------------------------

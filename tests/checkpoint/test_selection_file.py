@@ -18,16 +18,10 @@ from torch import Tensor
 from peft_fps.checkpoint.record import ModuleSizes
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.selection.entries import ModuleEntries
-from tests.helpers import csr, selections
+from tests.helpers import PLAIN, csr, selections
 
 
 Rows = list[list[int]]
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 def two_modules() -> dict[str, ModuleEntries]:
