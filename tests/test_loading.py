@@ -44,6 +44,7 @@ from tests.helpers import (
     tiny_mlp,
     tiny_vit,
     tokens,
+    weighted_of,
 )
 
 
@@ -209,7 +210,7 @@ def test_loading_through_transformers(door: str, dtype: torch.dtype, tmp_path: P
 def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
     """Rows may be empty, and the split over modules may be anything."""
     model = trained_vit(granularity=granularity, per_neuron=1.4)
-    counts = [layer.fps_row_counts["default"] for layer in layers_of(model).values()]
+    counts = [layer.fps_row_counts["default"] for layer in weighted_of(model).values()]
     assert (granularity == "neuron") == all(int(count.min()) >= 1 for count in counts)
     loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "default")
     assert_equal(contents(loaded), contents(model))
@@ -422,7 +423,7 @@ def test_the_state_dict_is_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def test_loading_does_not_alias_the_state_dict() -> None:
-    state = get_peft_model_state_dict(trained_vit())
+    state = get_peft_model_state_dict(trained_vit(bias="all"))
     state = {key: tensor.clone() for key, tensor in state.items()}
     model = get_peft_model(tiny_vit(), config(granularity="layer", per_neuron=2.3, target_modules=TARGETS))
     set_peft_model_state_dict(model, state)

@@ -1,5 +1,5 @@
-"""What fine-tuning with FPS costs in time and memory, beside other methods, on one machine.
+"""What fine-tuning with FPS costs in time and memory, and how well it does, beside other methods.
 
-Nothing of the library imports this package; the command `peft-fps benchmark cost` does, and needs the extra
-`benchmark`.
+Behind the commands `peft-fps benchmark ...`, which need the extra `benchmark`: `cost.suite` is the first, and
+`transfer.campaign` the others.
 """

@@ -1,18 +1,17 @@
-"""Where a benchmark ran."""
+"""The machine that a benchmark ran on."""
 
 import platform
 from pathlib import Path
 
 import torch
 
-from peft_fps.benchmarks.workload import Workload
-from peft_fps.cli.measure import versions
+from peft_fps.vision.measurements import versions
 
 
-def describe(workload: Workload) -> dict[str, str]:
-    """Return the processor, the system and the versions that a result depends on."""
+def describe(device: str) -> dict[str, str]:
+    """Return the processor, the system and the versions that a result depends on, and of `"cuda"` the GPU."""
     facts = {"processor": processor(), "system": platform.platform()}
-    if workload.device == "cuda":
+    if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | versions()
 

@@ -1,4 +1,4 @@
-"""The `peft-fps` command."""
+"""The `peft-fps` command: a module for each of its commands, and `app`, which puts them together."""
 
 import sys
 from importlib.util import find_spec

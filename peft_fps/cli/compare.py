@@ -1,26 +1,21 @@
 """The command `peft-fps compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, listing, print_json, wide_console
-from peft_fps.cli.errors import fail
-from peft_fps.cli.inspect import JsonFlag
-
-
-if TYPE_CHECKING:
-    from peft_fps.cli.comparison import Comparison, Values  # the imports take seconds, which --help need not wait for
+from peft_fps.cli.saved_adapters.comparison import Comparison, Values, load_side
+from peft_fps.cli.saved_adapters.comparison import compare as measure
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, print_json, say, wide_console
 
 
 WHAT = "A saved FPS adapter (folder, or its name on the Hub), or a selection (the file that select writes)."
-FirstArgument = Annotated[str, typer.Argument(metavar="A", help=WHAT)]
-SecondArgument = Annotated[str, typer.Argument(metavar="B", help="Another one, of the same base model.")]
-PictureFlag = Annotated[
+First = Annotated[str, typer.Argument(metavar="A", help=WHAT)]
+Second = Annotated[str, typer.Argument(metavar="B", help="Another one, of the same base model.")]
+Picture = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
@@ -31,11 +26,11 @@ PictureFlag = Annotated[
 
 
 def compare(
-    first: FirstArgument,
-    second: SecondArgument,
-    as_json: JsonFlag = False,
-    picture: PictureFlag = None,
-    verbose: flags.VerboseFlag = False,
+    first: First,
+    second: Second,
+    as_json: AsJson = False,
+    picture: Picture = None,
+    verbose: Verbose = False,
 ) -> None:
     """Compare two adapters or selections: entries, settings, and values where both have them.
 
@@ -52,10 +47,7 @@ def compare(
 
         $ peft-fps compare runs/fps/adapter runs/gps/adapter --json | jq .jaccard
     """
-    from peft_fps.cli.comparison import compare as measure
-    from peft_fps.cli.comparison import load_side
-
-    try:
+    with errors_told(verbose):
         found = measure(load_side(first), load_side(second))
         if picture is not None:
             from peft_fps.plots.overlap import plot_module_overlap
@@ -63,8 +55,6 @@ def compare(
             picture.parent.mkdir(parents=True, exist_ok=True)
             counts = {row.module: (row.shared, row.either) for row in found.modules}
             plot_module_overlap(counts, f"Overlap of {first} and {second}").savefig(picture)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, verbose)
     if as_json:
         print_json(found.to_dict())
         return
@@ -72,10 +62,11 @@ def compare(
     console.print(_modules(found))
     console.print(_facts(found))
     if picture is not None:
-        console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {picture}")
 
 
-def _modules(found: "Comparison") -> Table:
+def _modules(found: Comparison) -> Table:
+    """Return a line for each module, and the total."""
     of_values = ("mean |A - B|", "same sign") if found.values is not None else ()
     table = listing("Modules", ("module",), ("entries of A", "of B", "shared", "overlap", *of_values))
     for row in found.modules:
@@ -88,7 +79,8 @@ def _modules(found: "Comparison") -> Table:
     return table
 
 
-def _cells(values: "Values | None") -> tuple[str, ...]:
+def _cells(values: Values | None) -> tuple[str, ...]:
+    """Return mean difference and share of equal signs as text, empty where there are no shared entries."""
     if values is None:
         return ()
     if values.mean_difference is None or values.same_sign is None:
@@ -96,7 +88,8 @@ def _cells(values: "Values | None") -> tuple[str, ...]:
     return f"{values.mean_difference:.3g}", f"{values.same_sign:.1%}"
 
 
-def _facts(found: "Comparison") -> Table:
+def _facts(found: Comparison) -> Table:
+    """Return what the two sides are, and what they have in common as a whole."""
     plain, table = found.to_dict(), facts("Comparison")
     for key, letter in (("first", "A"), ("second", "B")):
         side = plain[key]

@@ -1,19 +1,16 @@
 """The command `peft-fps inspect`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, listing, print_json, wide_console
-from peft_fps.cli.errors import fail, one_line
-
-
-if TYPE_CHECKING:
-    from peft_fps.cli.inspection import Inspection  # its imports take seconds, which --help need not wait for
+from peft_fps.cli.saved_adapters.adapter_contents import Inspection
+from peft_fps.cli.saved_adapters.soundness import inspect_adapter
+from peft_fps.cli.saved_adapters.sources import adapter_folder
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
 
 
 SHOWN = (
@@ -22,14 +19,13 @@ SHOWN = (
 )
 """Fields of the config in the table; --json has all."""
 
-AdapterArgument = Annotated[
+Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Folder of a saved FPS adapter, or its name on the Hub.")
 ]
-RevisionFlag = Annotated[
+Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub. Without it: the main branch.")
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout instead of tables.")]
-PictureFlag = Annotated[
+Picture = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
@@ -41,11 +37,11 @@ PictureFlag = Annotated[
 
 
 def inspect(
-    adapter: AdapterArgument,
-    revision: RevisionFlag = None,
-    as_json: JsonFlag = False,
-    picture: PictureFlag = None,
-    verbose: flags.VerboseFlag = False,
+    adapter: Adapter,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    picture: Picture = None,
+    verbose: Verbose = False,
 ) -> None:
     """Show what an adapter holds, and check its files, without its base model.
 
@@ -63,10 +59,7 @@ def inspect(
 
         $ peft-fps inspect runs/finetune/adapter --json | jq .totals.entries
     """
-    from peft_fps.cli.soundness import inspect_adapter
-    from peft_fps.cli.sources import adapter_folder
-
-    try:
+    with errors_told(verbose):
         found = inspect_adapter(adapter_folder(adapter, revision))
         plain = found.to_dict()
         if picture is not None and found.problem is None:
@@ -74,8 +67,6 @@ def inspect(
 
             picture.parent.mkdir(parents=True, exist_ok=True)
             draw_selection(found.entries, found.biases).savefig(picture)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, verbose)
     if as_json:
         print_json(plain)
     else:
@@ -83,12 +74,14 @@ def inspect(
         console.print(_modules(found, plain["totals"]))
         console.print(_facts(found, plain, adapter))
         if picture is not None and found.problem is None:
-            console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
-    if found.problem is not None:
-        fail(ValueError(f"{adapter} does not pass: {found.problem}"), verbose)
+            say(console, f"written: {picture}")
+    with errors_told(verbose):
+        if found.problem is not None:
+            raise ValueError(f"{adapter} does not pass: {found.problem}")
 
 
-def _modules(found: "Inspection", totals: dict[str, Any]) -> Table:
+def _modules(found: Inspection, totals: dict[str, Any]) -> Table:
+    """Return a line for each module, and the total."""
     names = ("neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")
     table = listing("Modules", ("module",), names)
     for layer in found.layers:
@@ -111,7 +104,8 @@ def _modules(found: "Inspection", totals: dict[str, Any]) -> Table:
     return table
 
 
-def _facts(found: "Inspection", plain: dict[str, Any], adapter: str) -> Table:
+def _facts(found: Inspection, plain: dict[str, Any], adapter: str) -> Table:
+    """Return base model, method, settings, sizes and checks."""
     base, totals, table = plain["base_model"], plain["totals"], facts(escape(f"FPS adapter {adapter}"))
     at = f", revision {base['revision']}" if base["revision"] else ""
     table.add_row("base model", escape(f"{base['name'] or 'not recorded'}{at}"))
@@ -138,6 +132,6 @@ def _facts(found: "Inspection", plain: dict[str, Any], adapter: str) -> Table:
     table.add_section()
     verdicts = {True: "[green]passed[/green]", False: "[red]FAILED[/red]", None: "not checked"}
     for check in found.checks:
-        says = f"  {escape(one_line(ValueError(check.says)))}" if check.says else ""
+        says = f"  {escape(one_line(check.says))}" if check.says else ""
         table.add_row(f"check: {check.name}", f"{verdicts[check.passed]}{says}")
     return table

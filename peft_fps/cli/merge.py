@@ -1,63 +1,21 @@
 """The command `peft-fps merge`."""
 
-from enum import Enum
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import torch
 from rich.markup import escape
 
-from peft_fps.cli import flags
-from peft_fps.cli.console import facts, print_json, wide_console
-from peft_fps.cli.errors import fail
-from peft_fps.cli.inspect import AdapterArgument, JsonFlag, RevisionFlag
+from peft_fps.cli.inspect import Adapter, Revision
+from peft_fps.cli.option_fields import options_of
+from peft_fps.cli.saved_adapters.merged_folder import MergeOptions
+from peft_fps.cli.saved_adapters.merged_folder import merge as run
+from peft_fps.cli.saved_adapters.sources import adapter_folder
+from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, print_json, say, wide_console
 
 
-class Dtype(str, Enum):
-    """Number format of the merged weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-OutputFlag = Annotated[
-    Path,
-    typer.Option(
-        metavar="FOLDER",
-        help="Gets the model: config, weights, and processor and tokenizer files, the adapter's before the base "
-        "model's. Written whole or not at all.",
-    ),
-]
-BaseFlag = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Without it: the one that the adapter records."),
-]
-DtypeFlag = Annotated[
-    Dtype | None,
-    typer.Option(
-        help="Number format to load, merge and save in. Without it: the base model's own. In half precision changes "
-        "that are too small for it vanish, with a warning."
-    ),
-]
-DeviceFlag = Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")]
-ShardSizeFlag = Annotated[
-    str, typer.Option(metavar="SIZE", help="Largest file of weights; a larger model is split into several.")
-]
-OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
-
-
+@options_of(MergeOptions, without=("adapter",))
 def merge(
-    adapter: AdapterArgument,
-    output: OutputFlag,
-    base: BaseFlag = None,
-    revision: RevisionFlag = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = "cpu",
-    shard_size: ShardSizeFlag = "5GB",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
-    verbose: flags.VerboseFlag = False,
+    adapter: Adapter, revision: Revision = None, as_json: AsJson = False, verbose: Verbose = False, **options: Any
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
@@ -74,19 +32,10 @@ def merge(
 
         $ peft-fps merge me/llama-fps --base models/llama --dtype bfloat16 --output merged
     """
-    import torch
-
-    from peft_fps.cli.merging import MergeOptions
-    from peft_fps.cli.merging import merge as run
-    from peft_fps.cli.sources import adapter_folder
-
-    try:
+    with errors_told(verbose, RuntimeError):
         folder = adapter_folder(adapter, revision)
-        torch.empty(0, device=device)  # before a model is loaded for nothing
-        wanted = dtype and dtype.value
-        written = run(MergeOptions(folder, output, base, wanted, device, shard_size, overwrite))
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        fail(error, verbose)
+        torch.empty(0, device=options["device"])  # before a model is loaded for nothing
+        written = run(MergeOptions(folder, **options))
     if as_json:
         print_json(written)
         return
@@ -100,4 +49,4 @@ def merge(
     table.add_row("size", f"{written['bytes']:,} bytes")
     console = wide_console()
     console.print(table)
-    console.print(f"saved in {output}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"saved in {options['output']}")

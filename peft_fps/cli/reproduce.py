@@ -1,19 +1,19 @@
 """The commands `peft-fps reproduce vtab-1k` and `peft-fps reproduce fgvc`."""
 
-import logging
-from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
 
-from peft_fps.cli import flags as common
-from peft_fps.cli.errors import fail
-from peft_fps.reproduce import flags
-from peft_fps.reproduce.recipes import TASKS
+from peft_fps.cli.option_fields import options_of
+from peft_fps.cli.terminal import Verbose, add_memory, add_trained, errors_told, say, show_log
+from peft_fps.presets import recipe_line
+from peft_fps.reproduce.recipes import BENCHMARKS, TASKS
+from peft_fps.reproduce.reproduce_options import RECIPE, ReproduceOptions
+from peft_fps.vision.option_types import described
 
-
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 ABOUT = {
     "vtab-1k": (
@@ -55,72 +55,68 @@ def page(benchmark: str, task: str, data: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-@app.callback()
-def commands() -> None:
-    """Train a benchmark's task by the published recipe: backbone, splits, images, K, learning rate and the rest."""
+Augmentation = Annotated[
+    Literal["on", "off"] | None,
+    described(
+        "Random crops and mirroring, mixup, CutMix and label smoothing; on for fgvc, off for vtab-1k in the recipe.",
+        RECIPE,
+        callback=lambda value: None if value is None else value == "on",
+    ),
+]
 
 
-@app.command("vtab-1k", help=page("vtab-1k", "cifar100", "vtab-1k"))
-@app.command("fgvc", help=page("fgvc", "cub", "CUB_200_2011"))
-def reproduce(
-    context: typer.Context,
-    task: flags.TaskFlag,
-    data: flags.DataFlag,
-    image_column: common.ImageColumnFlag = None,
-    label_column: common.LabelColumnFlag = None,
-    model: flags.ModelFlag = None,
-    method: flags.MethodFlag = "fps",
-    train_on_all: flags.TrainOnAllFlag = False,
-    precision: flags.PrecisionFlag = flags.Precision.fp32,
-    per_neuron: flags.PerNeuronFlag = None,
-    epochs: flags.EpochsFlag = None,
-    learning_rate: flags.LearningRateFlag = None,
-    batch_size: flags.BatchSizeFlag = None,
-    warm_up: flags.WarmUpFlag = None,
-    drop_path: flags.DropPathFlag = None,
-    ema: flags.EmaFlag = None,
-    augmentation: flags.AugmentationFlag = None,
-    image_size: flags.ImageSizeFlag = None,
-    seed: flags.SeedFlag = None,
-    limit: flags.LimitFlag = None,
-    output: flags.OutputFlag = None,
-    overwrite: common.OverwriteFlag = False,
-    verbose: common.VerboseFlag = False,
-) -> None:
+@options_of(ReproduceOptions, without=("benchmark",), augmentation=Augmentation)
+def reproduce(context: typer.Context, verbose: Verbose = False, **options: Any) -> None:
     """Train and evaluate a task of the benchmark that the command is named after."""
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
-    console = Console()
-    from peft_fps.reproduce.options import ReproduceOptions  # the imports take seconds, which --help need not wait for
-    from peft_fps.reproduce.run import reproduce as run
-    from peft_fps.reproduce.summary import summary
+    show_log()
+    console, chosen = Console(), ReproduceOptions(benchmark=str(context.info_name), **options)
+    from peft_fps.reproduce.reproduction import reproduce as run  # takes seconds, which --help need not wait for
 
-    options = ReproduceOptions(
-        benchmark=str(context.info_name),
-        task=task,
-        data=data,
-        method=method,
-        train_on_all=train_on_all,
-        limit=limit,
-        image_column=image_column,
-        label_column=label_column,
-        model=model,
-        image_size=image_size,
-        per_neuron=per_neuron,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        warm_up=warm_up,
-        drop_path=drop_path,
-        ema=ema,
-        augmentation=None if augmentation is None else augmentation is flags.Switch.on,
-        precision=precision.value,
-        seed=seed,
-        output=output or Path("runs/reproduce") / f"{task}-{method}",
-        overwrite=overwrite,
-    )
-    try:
-        results = run(options, console)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, verbose)
+    with errors_told(verbose):
+        results = run(chosen, console)
     console.print(summary(results))
-    console.print(f"saved in {options.output}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"saved in {chosen.folder}")
+
+
+def summary(results: dict[str, Any]) -> Table:
+    """Return the table at the end of a run.
+
+    Args:
+        results: what `peft_fps.reproduce.reproduction.reproduce` returns.
+    """
+    table = Table(title=f"peft-fps reproduce {results['benchmark']}", title_justify="left", show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value")
+    table.add_row("task", f"{BENCHMARKS[results['benchmark']]} {results['task']}")
+    table.add_row("selected by", f"{results['method']}: {escape(results['selection']['method'])}")
+    table.add_row("training", recipe_line(results["recipe"]))
+    kept = results["kept"]
+    table.add_row("weights kept", f"{kept['weights']}, epoch {kept['epoch']}  (chosen by {kept['chosen_by']})")
+    table.add_section()
+    for part, value in results["accuracy"].items():
+        table.add_row(f"{part} accuracy", f"[bold]{value:.2%}[/bold]  ({results['images'][part]:,} images)")
+    for method, percent in results["published"].items():
+        table.add_row(f"printed for {method.upper()}", f"{percent:.2f}%  (the whole test split, ViT-B/16)")
+    table.add_section()
+    add_trained(table, results)
+    add_memory(table, results)
+    table.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()))
+    table.add_section()
+    for name, pair in results["differences"].items():
+        table.add_row(f"differs: {name}", escape(f"{_shown(pair['here'])}  (recipe: {_shown(pair['recipe'])})"))
+    if not results["differences"]:
+        table.add_row("differs", "nothing")
+    for sentences in results["deviations"]:
+        table.add_row("from the papers", escape(sentences))
+    return table
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a setting as a person writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

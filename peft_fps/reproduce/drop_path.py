@@ -36,7 +36,7 @@ def add_drop_path(model: nn.Module, rate: float) -> None:
         rate: in the last block.
 
     Raises:
-        ValueError: no blocks are found in which drop-path has a place.
+        ValueError: the model has no blocks of a known kind.
     """
     blocks: list[Any] = [module for module in model.modules() if _is_block(module)]
     if not blocks:
@@ -53,6 +53,7 @@ def add_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def _is_block(module: Any) -> bool:
+    """Return whether a module is a transformer block of timm, or of transformers' ViT."""
     if hasattr(module, "drop_path1") and hasattr(module, "drop_path2"):
         return True
     return type(module).__name__ == "ViTLayer" and isinstance(getattr(module, "dropout", None), nn.Module)

@@ -1,4 +1,4 @@
-"""After every epoch: how good the weights and their running average are, and which were best."""
+"""The best epoch: weights and their running average are scored after every epoch, and the best are kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_fps.vision.training_loop import trained_parameters
 
 
 Score = Callable[[nn.Module], float]
@@ -24,18 +26,18 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = trained(model)
+        self.parameters = trained_parameters(model)
         self.values = [parameter.detach().clone() for parameter in self.parameters]
         self._mix = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present values in."""
+        """Mix the present values into the average."""
         self._mix(self.values, [parameter.detach() for parameter in self.parameters], None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the average inside."""
+        """Put the average into the model for the block."""
         present = copies(self.parameters)
         put(self.parameters, self.values)
         try:
@@ -93,19 +95,15 @@ class BestEpoch(TrainerCallback):
                 self._compete(model, AVERAGED)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model the best values that were seen."""
-        put(trained(model), self._kept)
+        """Set the trained parameters to the best values so far."""
+        put(trained_parameters(model), self._kept)
 
     def _compete(self, model: nn.Module, weights: str) -> None:
+        """Score the model, and keep its trained parameters if they are the best so far."""
         entry = self.history[-1]
         entry[weights] = self.score(model)
         if self.best is None or entry[weights] > self.best[self.weights]:
-            self.best, self.weights, self._kept = entry, weights, copies(trained(model))
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require gradients."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.best, self.weights, self._kept = entry, weights, copies(trained_parameters(model))
 
 
 def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -115,6 +113,6 @@ def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    """Give parameters other values, in place."""
+    """Copy values into parameters, in place."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

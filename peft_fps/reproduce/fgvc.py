@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_fps.reproduce.files import Row, require
+from peft_fps.reproduce.listings import Row, require
 
 
 FILES = {"train": "train.json", "validation": "val.json", "test": "test.json"}
@@ -41,6 +41,7 @@ def read_fgvc(folder: Path, train_on_all: bool) -> dict[str, list[Row]]:
 
 
 def _read(file: Path) -> dict[str, int]:
+    """Return the class ids of a file by image path; raises ValueError for another content."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,15 +8,16 @@ from torch import Tensor
 from torch.distributions import Beta
 from torch.nn import functional
 
-from peft_fps.cli.pixels import Collator
 from peft_fps.reproduce.recipes import CUTMIX, MIXUP, SMOOTHING
+from peft_fps.vision.pixels import Collator
 
 
 @dataclass(frozen=True)
 class MixingCollator:
     """Makes a training batch: its images mixed in reverse order, `labels` as shares, `(batch, classes)`.
 
-    Each batch is mixed by mixup or by CutMix, either with probability 1/2. Torch's global CPU generator draws.
+    Each batch is mixed by mixup or by CutMix, either with probability 1/2. The numbers come from torch's global CPU
+    generator.
 
     Args:
         collator: makes the batch before.
@@ -68,6 +69,7 @@ def cutmix(pixels: Tensor, share: float) -> tuple[Tensor, float]:
 
 
 def _span(length: int, cut: int) -> tuple[int, int]:
+    """Return the ends of a cut around a random centre, within 0 to `length`."""
     centre = int(torch.randint(length, ()))
     return max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, length)
 

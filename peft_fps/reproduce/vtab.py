@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft_fps.reproduce.files import Row, require
+from peft_fps.reproduce.listings import Row, require
 
 
 FILES = {"train": "train800.txt", "validation": "val200.txt", "test": "test.txt"}
@@ -28,6 +28,7 @@ def read_vtab(folder: Path, train_on_all: bool) -> dict[str, list[Row]]:
 
 
 def _read(folder: Path, name: str) -> list[Row]:
+    """Return the rows of a file; raises ValueError for a line that is not a path and a class index."""
     rows = []
     for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_fps.benchmarks.models import build_model, spread_gains
-from peft_fps.benchmarks.workload import Workload
+from peft_fps.benchmarks.cost.random_models import build_model, spread_gains
+from peft_fps.benchmarks.cost.workload import Workload
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from peft_fps import FPSConfig
-from peft_fps.benchmarks.memory import peak_bytes
+from peft_fps.benchmarks.tensor_memory import peak_bytes
 from tests.helpers import normal, tiny_mlp
 
 

@@ -120,7 +120,7 @@ def test_gps_selects_in_training_mode_and_fgvc_is_mixed(
     tmp_path, tiny_model, monkeypatch, command, task, method, training_mode, mixed
 ):
     from peft_fps import model as tuner
-    from peft_fps.reproduce import run as stages
+    from peft_fps.reproduce import reproduction as stages
 
     asked = {}
     calibrate, fit = tuner.calibrate, stages.fit
@@ -223,7 +223,7 @@ def test_an_output_folder_that_is_not_empty(tmp_path, tiny_model):
 
 
 def test_the_papers_model_without_timm(tmp_path, monkeypatch):
-    from peft_fps.cli import timm_names
+    from peft_fps.vision import timm_names
 
     def fail(name):
         raise ImportError("No module named 'timm'")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
-from peft_fps.benchmarks.models import copy_model
+from peft_fps.benchmarks.cost.random_models import copy_model
 from peft_fps.gradients.losses import check_loss, contrastive_step, supervised_contrastive, task_loss
 from tests.helpers import images, normal, tiny_bert, tiny_conv, tiny_gpt2, tiny_mlp, tiny_vit, tokens
 

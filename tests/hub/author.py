@@ -20,7 +20,7 @@ from peft_fps.hub import push_adapter
 from tests.helpers import config, fill, normal
 
 
-BASE = files("peft_fps") / "cli" / "default_model"
+BASE = files("peft_fps") / "vision" / "default_model"
 LABELS = 10
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.cli.conftest import picture
+from tests.vision.conftest import picture
 
 
 def write_vtab(folder: Path, train: int = 12, validation: int = 6, test: int = 8, classes: int = 2) -> Path:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_fps.cli.pixels import Collator
 from peft_fps.reproduce.mixing import MixingCollator, cutmix, mixup, smoothed, soft_cross_entropy
+from peft_fps.vision.pixels import Collator
 
 
 def test_smoothed_labels():

@@ -9,7 +9,7 @@ from peft.tuners.supertuning import SupertuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_fps.benchmarks.transfer.candidates import SCORES
+from peft_fps.benchmarks.transfer.class_scores import SCORES
 from peft_fps.config import FPSConfig
 from peft_fps.heads import output_head
 from peft_fps.targets import count_base_parameters
@@ -32,7 +32,7 @@ class Arm:
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
         learning_rates: to choose from; none for the linear head, which is fitted.
-        score: key of `peft_fps.benchmarks.transfer.candidates.SCORES`, where that and not the config selects.
+        score: key of `peft_fps.benchmarks.transfer.class_scores.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
@@ -68,20 +68,24 @@ def selecting(**options: Any) -> Build:
 
 
 def _bitfit(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of BitFit, which has no budget."""
     return FPSConfig.preset("bitfit", seed=seed)
 
 
 def _lora(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of LoRA of rank 1, on layers that stay within the budget."""
     return LoraConfig(r=1, lora_alpha=1, target_modules=_within(base, share), modules_to_save=list(output_head(base)))
 
 
 def _shira(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of SHiRA, on layers that stay within the budget."""
     return ShiraConfig(
         r=1, random_seed=seed, target_modules=_within(base, share), modules_to_save=list(output_head(base))
     )
 
 
 def _supertuning(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of PEFT's Super-Tuning on all linear layers, at a sparsity that meets the budget."""
     assert share is not None
     layers = linear_layers(base)
     held = sum(layer.weight.numel() for layer in layers.values())

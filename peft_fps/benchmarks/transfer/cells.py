@@ -1,35 +1,61 @@
 """What is run: the setting of a whole table, and one cell of it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from peft_fps.cli.timm_names import timm_name
+from peft_fps.vision.option_types import Precision, count, described, pixels
+from peft_fps.vision.timm_names import timm_name
+
+
+WHAT, HOW, MACHINE = "What is compared", "How it is trained", "Machine"
+"""Panels of `--help`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a table have in common.
+    """What all cells of a table have in common; the fields are options of `peft-fps benchmark transfer`.
 
-    Attributes:
-        model: folder of the pre-trained model, or its name on the Hub.
-        tasks: folder with one folder per task.
-        image_size: height and width of the images, in pixels.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        precision: `"fp32"`, or `"bf16"` for autocast.
-        threads: CPU threads of one cell; another number may change the last digits.
-        tuned_share: share of trained parameters at which learning rates are chosen.
+    Another number of threads may change the last digits of an accuracy.
     """
 
-    model: str
-    tasks: str
-    image_size: int = 112
-    epochs: int = 5
-    batch_size: int = 16
-    precision: str = "bf16"
-    threads: int = 1
-    tuned_share: float = 0.0077
+    model: Annotated[
+        str,
+        described(
+            "A pre-trained image classification model; timm:NAME as in peft-fps finetune.",
+            WHAT,
+            metavar="FOLDER|HUB_ID|timm:NAME",
+        ),
+    ] = "WinKawaks/vit-tiny-patch16-224"
+    tasks: Annotated[
+        str,
+        described(
+            "Holds a folder for each task, with labelled images in the splits train, validation and test, as "
+            "`peft-fps finetune --data` takes them. A `meta.json` beside them may name the task's `group`.",
+            WHAT,
+            metavar="FOLDER",
+        ),
+    ] = "tasks"
+    tuned_share: Annotated[
+        float,
+        described(
+            "At which each method's learning rate is chosen, for every task, with seed 0.",
+            HOW,
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = 0.0077
+    image_size: Annotated[int, pixels("Height, width.", HOW, least=8)] = 112
+    epochs: Annotated[int, count("Passes over the images.", HOW)] = 5
+    batch_size: Annotated[int, count("Images per step.", HOW)] = 16
+    precision: Annotated[Precision, described("Arithmetic of training; weights stay in float32.", HOW)] = "bf16"
+    threads: Annotated[int, count("CPU threads of each cell.", MACHINE)] = 1
+
+    @property
+    def setting(self) -> "Setting":
+        """The setting without what a subclass adds."""
+        return Setting(**{field.name: getattr(self, field.name) for field in fields(Setting)})
 
     def comparable(self) -> dict[str, Any]:
         """Return what results depend on, as plain data: not in which folders model and tasks lie."""

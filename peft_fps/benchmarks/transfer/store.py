@@ -44,6 +44,7 @@ class Store:
         self.records.append(record)
 
     def _append(self, line: dict[str, Any]) -> None:
+        """Write a line to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

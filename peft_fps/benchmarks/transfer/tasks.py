@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from peft_fps.benchmarks.transfer.cells import Setting
-from peft_fps.cli.data import load_images
-from peft_fps.cli.models import load_processor
-from peft_fps.cli.pixels import ImageSplit
+from peft_fps.vision.classifiers import load_processor
+from peft_fps.vision.labelled_images import load_images
+from peft_fps.vision.pixels import ImageSplit
 
 
 PARTS = ("train", "validation", "test")

@@ -1,0 +1,72 @@
+"""The options of `peft-fps benchmark transfer` and `peft-fps benchmark overlap`, each with its description."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from peft_fps.benchmarks.transfer.cells import MACHINE, WHAT, Setting
+from peft_fps.vision.option_types import OUTPUT, count, described
+
+
+Only = Annotated[
+    str | None, described("Only these tasks, in the tables too; all if not given.", WHAT, metavar="TASK,TASK...")
+]
+Methods = Annotated[
+    str, described("By name, or in part with *, as in 'fps*'; `--list` shows all.", WHAT, metavar="METHOD,METHOD...")
+]
+Seeds = Annotated[int, count("Seeds 0 to N - 1.", WHAT)]
+Compared = Annotated[str, described("What the others are compared with.", WHAT, metavar="METHOD")]
+
+
+@dataclass(frozen=True)
+class TransferOptions(Setting):
+    """The options of `peft-fps benchmark transfer`: the setting, the rows of the table, and how to run its cells."""
+
+    only: Only = None
+    methods: Methods = "linear,bitfit,full,lora,random,magnitude,fps,gps"
+    budgets: Annotated[
+        str,
+        described(
+            "Shares of the backbone's parameters to train, the output head apart.", WHAT, metavar="SHARE,SHARE..."
+        ),
+    ] = "0.0077"
+    seeds: Seeds = 3
+    baseline: Compared = "gps"
+    jobs: Annotated[int, count("Cells at the same time, each a process.", MACHINE)] = 2
+    output: Annotated[
+        Path,
+        described(
+            "Gets cells.jsonl, a line for each finished cell; transfer.md, the tables; transfer.png. A run that was "
+            "stopped goes on here, and other methods, tasks or seeds are added to what is there.",
+            OUTPUT,
+            metavar="FOLDER",
+            file_okay=False,
+        ),
+    ] = Path("runs/transfer")
+
+
+@dataclass(frozen=True)
+class OverlapOptions(Setting):
+    """The options of `peft-fps benchmark overlap`; what the setting says of training has no effect."""
+
+    only: Only = None
+    methods: Methods = "fps-*-images,fps-augmented,fps-l2,fps-unweighted,magnitude,random,gps"
+    budget: Annotated[float, described("Of the backbone's parameters.", WHAT, metavar="SHARE", min=0.0, max=1.0)] = (
+        0.0077
+    )
+    seeds: Seeds = 3
+    reference: Compared = "fps"
+    output: Annotated[
+        Path,
+        described(
+            "Gets overlap.json and overlap.md; those of an earlier run are replaced.",
+            OUTPUT,
+            metavar="FOLDER",
+            file_okay=False,
+        ),
+    ] = Path("runs/overlap")
+
+
+def listed(value: str) -> tuple[str, ...]:
+    """Split an option's value at commas, without spaces and empty parts."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())

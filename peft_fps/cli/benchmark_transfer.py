@@ -1,0 +1,52 @@
+"""The command `peft-fps benchmark transfer`."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from peft_fps.benchmarks.transfer.transfer_options import TransferOptions
+from peft_fps.cli.option_fields import options_of
+from peft_fps.cli.terminal import Verbose, errors_told, say, show_log, show_text_table
+
+
+ListMethods = Annotated[bool, typer.Option("--list", help="Show the methods and stop.")]
+Report = Annotated[bool, typer.Option("--report", help="Run nothing; write the tables of what is there.")]
+
+
+@options_of(TransferOptions)
+def transfer(
+    list_methods: ListMethods = False, report: Report = False, verbose: Verbose = False, **options: Any
+) -> None:
+    """Compare methods by their accuracy on many small image tasks, at equal numbers of trained parameters.
+
+    A cell is a method on a task with a seed. All methods get the same data, schedule and head; each one's learning
+    rate is, for every task, the best of three on its validation images. Test images are read once per cell, when
+    training has ended. The same cell gives the same accuracy again, on the same machine with the same number of
+    threads.
+
+    [bold]Examples[/bold]
+
+    FPS beside random selection and a linear head, one seed:
+
+        $ peft-fps benchmark transfer --model MODEL --tasks TASKS --methods linear,random,fps --seeds 1
+
+    The tables of what has been run so far:
+
+        $ peft-fps benchmark transfer --model MODEL --tasks TASKS --report
+    """
+    show_log()
+    # the imports take seconds, which --help need not wait for
+    from peft_fps.benchmarks.transfer.arms import ARMS
+    from peft_fps.benchmarks.transfer.campaign import run
+
+    console = Console()
+    if list_methods:
+        for name, arm in ARMS.items():
+            console.print(f"{name:32}{arm.label}", markup=False, highlight=False)
+        return
+    with errors_told(verbose, RuntimeError):
+        found, written = run(TransferOptions(**options), fill=not report)
+    for table in found:
+        show_text_table(console, table)
+    say(console, f"written: {', '.join(map(str, written))}")

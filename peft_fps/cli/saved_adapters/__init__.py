@@ -1,0 +1,1 @@
+"""The work of `inspect`, `compare` and `merge` on adapters and selections that are saved, without a terminal."""

@@ -1,0 +1,251 @@
+"""What one run of `peft-fps finetune` is asked to do: its options, each with its description."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from peft_fps.config import DEFAULT_BUDGET, FPSConfig
+from peft_fps.importances import IMPORTANCES
+from peft_fps.presets import PRESETS
+from peft_fps.vision.option_types import (
+    DATA,
+    OUTPUT,
+    SELECTION,
+    TRAINING,
+    ImageColumn,
+    LabelColumn,
+    Overwrite,
+    Precision,
+    count,
+    described,
+    one_of,
+    pixels,
+    positive_rate,
+    seed_number,
+)
+
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+
+RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
+}
+"""How to train without a preset: arguments of transformers' `TrainingArguments`."""
+
+BATCH = RECIPE["per_device_train_batch_size"]
+
+SELECTION_FIELDS = ("budget", "per_neuron", "importance", "order", "loss", "granularity", "bias")
+"""Options that are fields of the config."""
+
+SELECTION_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
+}
+"""What the config has without these options."""
+
+TRAINING_ARGUMENTS = {
+    "learning_rate": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+"""Options that are training arguments, and their names there."""
+
+PRESET_NAMES = one_of(tuple(PRESETS), f"{{value!r}} is none of {', '.join(PRESETS)}.")
+IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.join(map(repr, IMPORTANCES))}.")
+
+
+def without(field: str) -> str:
+    """Return the sentence of `--help` on what holds where an option of the selection is not given."""
+    return f"Without it and --preset: {SELECTION_DEFAULTS[field]}."
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of `peft-fps finetune`, of which `peft-fps select` has those that do not concern training.
+
+    `model=None` and `data=None` stand for the embedded model and the embedded digits. What is None among the options
+    of selection and training is as the preset has it, or else as the defaults of the config and `RECIPE`.
+    """
+
+    model: Annotated[
+        str | None,
+        described(
+            "Pre-trained image model. It is loaded in float32 and gets a new output head for the classes of the "
+            "data. timm:NAME is one of timm's models with the weights that timm publishes, random ones if these "
+            "cannot be had (which is said); timm:NAME@FILE takes the weights from a local file (.safetensors, .pth), "
+            "whatever the size of its head. Without it: an embedded tiny ViT (0.9 million parameters, 32 px).",
+            DATA,
+            metavar="FOLDER|HUB_ID|timm:NAME",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        described(
+            "Labelled images: a folder with one subfolder per class (below train/, validation/, test/ where there "
+            "are splits), a folder with parquet files (train*.parquet, validation*.parquet, test*.parquet), a folder "
+            "written by save_to_disk of datasets, or a data set on the Hub, HUB_ID:CONFIG if it has several "
+            "configurations. Splits that are missing are drawn from those that are there. Without it: scikit-learn's "
+            "1,797 handwritten digits.",
+            DATA,
+            metavar="FOLDER|FILE|HUB_ID",
+        ),
+    ] = None
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
+    image_size: Annotated[
+        int | None,
+        pixels(
+            "Height and width of the images that the model sees; a ViT interpolates its position embeddings to it. "
+            "112 instead of 224 makes a ViT about four times as fast. The merged model then wants "
+            "interpolate_pos_encoding=True when it is called; a model of timm is made for the size. Without it: the "
+            "model's own size.",
+            DATA,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        described(
+            f"A published method with all its settings, training included: {', '.join(PRESETS)}. Other options "
+            "replace single settings of it.",
+            SELECTION,
+            metavar="NAME",
+            callback=PRESET_NAMES,
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        described(
+            "Largest share of the model's parameters to train, 0 to 1: selected weights and biases together, output "
+            f"head left out. Without it, --per-neuron and --preset: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 "
+            "trains biases alone.",
+            SELECTION,
+            metavar="SHARE",
+        ),
+    ] = None
+    per_neuron: Annotated[
+        float | None,
+        described(
+            "Selected weights per output neuron, instead of --budget. Need not be whole.", SELECTION, metavar="K"
+        ),
+    ] = None
+    importance: Annotated[
+        str | None,
+        described(
+            "How a weight is scored. "
+            + "; ".join(f"{name}: {importance.help}" for name, importance in IMPORTANCES.items())
+            + f". {without('importance')}",
+            SELECTION,
+            metavar="NAME",
+            callback=IMPORTANCE_NAMES,
+        ),
+    ] = None
+    order: Annotated[
+        Literal["top", "bottom"] | None,
+        described(f"Select the largest or the smallest scores. {without('order')}", SELECTION),
+    ] = None
+    loss: Annotated[
+        Literal["task", "contrastive"] | None,
+        described(
+            "What gradient, fisher and sensitivity take gradients of: cross-entropy with the classes, or the "
+            "supervised contrastive loss between two augmented views of each image (GPS; needs the extra views). "
+            f"{without('loss')}",
+            SELECTION,
+        ),
+    ] = None
+    granularity: Annotated[
+        Literal["neuron", "layer", "model", "block", "row", "column"] | None,
+        described(
+            "Where the best weights are chosen. neuron: equally many per output neuron; layer: the best of each "
+            "layer; model: the best of all; block: per neuron, more in blocks with large scores; row, column: whole "
+            f"neurons or whole inputs. {without('granularity')}",
+            SELECTION,
+            metavar="NAME",
+        ),
+    ] = None
+    bias: Annotated[
+        Literal["all", "with_norms", "none"] | None,
+        described(
+            f"Train the biases of the adapted layers, those of LayerNorms besides, or none. {without('bias')}",
+            SELECTION,
+        ),
+    ] = None
+    calibration_batches: Annotated[
+        int | None,
+        count("Batches of training images to choose from. Without it: all of them, once.", SELECTION),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        count(
+            f"Passes over the training images. Without it and --preset: {RECIPE['num_train_epochs']}.",
+            TRAINING,
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        positive_rate(
+            "Peak learning rate of Adam (no weight decay), for the selected weights and the output head alike. It "
+            "rises over the first tenth of the steps and falls to 0 along a cosine, unless --preset has another "
+            f"schedule. Without it and --preset: {RECIPE['learning_rate']:g}.",
+            TRAINING,
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        count(f"Images per step and device. Without it and --preset: {BATCH}.", TRAINING),
+    ] = None
+    precision: Annotated[
+        Precision,
+        described(
+            "Arithmetic in training: float32, or bfloat16 where that is safe (autocast). Weights, calibration and "
+            "evaluation stay in float32.",
+            TRAINING,
+        ),
+    ] = "fp32"
+    seed: Annotated[
+        int,
+        seed_number(
+            "Seed of the output head, of the order of the images, of drawn splits and of --importance random.",
+            TRAINING,
+        ),
+    ] = 0
+    output: Annotated[
+        Path,
+        described(
+            "Gets adapter/ (the PEFT adapter), merged/ (the model with the adapter merged, and its image processor) "
+            "and results.json (everything in the final table, and how it came about); training.png (the loss over "
+            "epochs) if matplotlib is installed.",
+            OUTPUT,
+            metavar="FOLDER",
+        ),
+    ] = Path("runs/finetune")
+    overwrite: Overwrite = False
+
+    def fps_config(self) -> FPSConfig:
+        """Return the config of the adapter; with a preset, its `recipe` is what is trained by.
+
+        Raises:
+            TypeError, ValueError: a value is not allowed, or two contradict each other.
+        """
+        given = {name: getattr(self, name) for name in SELECTION_FIELDS if getattr(self, name) is not None}
+        if self.preset is None:
+            return FPSConfig(**given, seed=self.seed)
+        config = FPSConfig.preset(self.preset, **given, seed=self.seed)
+        config.recipe = self.recipe(config)
+        return config
+
+    def recipe(self, config: FPSConfig) -> dict[str, Any]:
+        """Return the training arguments: those of the config, or else of `RECIPE`, with the given options in place."""
+        given = {
+            TRAINING_ARGUMENTS[name]: getattr(self, name)
+            for name in TRAINING_ARGUMENTS
+            if getattr(self, name) is not None
+        }
+        return (config.recipe or RECIPE) | given
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data."""
+        return asdict(self) | {"output": str(self.output)}
