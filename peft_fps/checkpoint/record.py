@@ -180,7 +180,7 @@ def record_from(record: Any, flat: Mapping[str, Any]) -> AdapterRecord | None:
         TypeError, ValueError: as `AdapterRecord.from_json`, or both forms were given.
     """
     given = {name: value for name, value in flat.items() if value is not None}
-    if record is not None and "allocation" in given:
+    if record is not None and given:
         raise ValueError(f"record was given beside {', '.join(given)}, expected one of the two. {REMEDY}")
     if record is not None:
         return record if isinstance(record, AdapterRecord) else AdapterRecord.from_json(record)
