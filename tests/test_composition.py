@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
 from torch import Tensor, nn
 
-from peft_fps.composition import Combination, combine, united_entries
-from peft_fps.entry_layer import EntryLayer
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.lifecycle.combination import Combination, combine, united_entries
 from peft_fps.sparse import build_structure
 from tests.helpers import (
     adapted,

@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_fps import FPSConfig, Selection
-from peft_fps.adapter_state import AdapterState
-from peft_fps.describing import describe, method_record
+from peft_fps.card.selection_method import describe, method_record
+from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.selection.calibration_record import CalibrationRecord
 from tests.helpers import adapted, normal, tiny_mlp
 

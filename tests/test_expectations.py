@@ -6,7 +6,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from peft_fps.checkpoint import Expected
-from peft_fps.expectations import expected_module, whole_keys
+from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
 from tests.helpers import adapted, config, layers_of, tiny_mlp, tiny_vit
 
 

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.kinds import layer_class
+from peft_fps.layers.layer_types import layer_class
 from tests.helpers import (
     adapted,
     base_bytes,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps import entry_layer
-from peft_fps.entry_layer import EntryLayer
-from peft_fps.merging import independent_copy, merge_entries
+from peft_fps.layers import entry_layer
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.merge_record import independent_copy, merge_entries
 from tests.helpers import (
     adapted,
     base_bytes,

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, ViltConfig, ViltForQuestionAnswering
 
-from peft_fps.entry_layer import EntryLayer
-from peft_fps.norms import Norm
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.norm import Norm
 from peft_fps.selection import NormSelection
 from tests.helpers import (
     adapted,
@@ -40,6 +40,7 @@ from tests.helpers import (
     tiny_vit,
     tokens,
     unchanged,
+    with_fields,
 )
 from tests.reading_nets import READERS, TOKENS, WIDTH, net, saved
 from tests.reading_nets import inputs as leaf_inputs
@@ -600,9 +601,7 @@ def test_a_failed_load_leaves_the_norms_as_they_were(others: bool, tmp_path: Pat
     tensors[f"base_model.model.{NORM}.fps_bias"][3] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
     config = tmp_path / "adapter_config.json"
-    content = json.loads(config.read_text())
-    content["record"]["tensors_sha256"] = None
-    config.write_text(json.dumps(content))
+    config.write_text(json.dumps(with_fields(json.loads(config.read_text()), tensors_sha256=None)))
     base = tiny_vit()
     model = adapted(base, "first", target_modules=["q_proj"], modules_to_save=[]) if others else base
     hooks = watched(base)

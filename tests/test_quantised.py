@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.quantised import (
+from peft_fps.base.quantisation import (
     base_weight,
     check_quantised,
     dense_weight,

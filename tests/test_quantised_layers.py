@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from peft_fps import FPSConfig, Selection, quantised_layers
-from peft_fps.adapters import FPSLayer
-from peft_fps.quantised_layers import QuantisedLinear
-from peft_fps.targets import count_base_parameters
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.quantised_linear import QuantisedLinear
+from peft_fps.targets.default_targets import count_base_parameters
 from tests.helpers import (
     adapted,
     config,

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
-from peft_fps.entry_layer import EntryLayer
+from peft_fps.layers.entry_layer import EntryLayer
 from tests.helpers import base_bytes, fill, layers_of, normal, unchanged
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peft_fps
-from peft_fps.entry_layer import EntryLayer
+from peft_fps.layers.entry_layer import EntryLayer
 from tests.helpers import (
     adapted,
     base_bytes,

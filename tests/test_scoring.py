@@ -9,10 +9,10 @@ from torch import Tensor
 from peft_fps import FPSConfig
 from peft_fps.calibration import InputStatistics
 from peft_fps.gradients import Exact, Streaming
-from peft_fps.importances import Evidence
-from peft_fps.importances.importance import UNREACHED
-from peft_fps.importances.random import STRIPE, random_scorer
-from peft_fps.scoring import scorer
+from peft_fps.importance import Evidence
+from peft_fps.importance.importance import UNREACHED
+from peft_fps.importance.random import STRIPE, random_scorer
+from peft_fps.importance.scorer import scorer
 from tests.helpers import adapted, layers_of, normal, tiny_conv, tiny_gpt2, tiny_mlp
 
 

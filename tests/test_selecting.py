@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import peft_fps
 from peft_fps import FPSConfig
-from peft_fps.adapters import FPSLayer
+from peft_fps.layers.fps_layer import FPSLayer
 from tests.calibration.naive_fps import (
     KINDS,
     MODELS,

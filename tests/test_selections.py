@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peft_fps
 from peft_fps import FPSConfig, Selection
-from peft_fps.selections import ModuleEntries
+from peft_fps.saved_selection import ModuleEntries
 from tests.helpers import (
     PLAIN,
     adapted,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTMSNConfig, ViTMSNForImageClassification
 
 from peft_fps import hotswap_adapter
-from peft_fps.adapters import FPSLayer
+from peft_fps.layers.fps_layer import FPSLayer
 from tests.helpers import (
     adapted,
     bits,

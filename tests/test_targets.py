@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from peft_fps.targets import check_target, count_base_parameters
+from peft_fps.targets.default_targets import check_target, count_base_parameters
 from tests.helpers import config, layers_of, unchanged
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_fps import entry_layer, layer_merge, merging, norms
+from peft_fps.layers import entry_layer, layer_merge, merge_record, norm
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -51,8 +51,8 @@ class Exhausted(RuntimeError):
 
 @contextmanager
 def failing(name: str, call: int) -> Iterator[None]:
-    """Let the given call of a function of `peft_fps.merging` fail before it does anything."""
-    function, calls = getattr(merging, name), [0]
+    """Let the given call of a function of `peft_fps.layers.merge_record` fail before it does anything."""
+    function, calls = getattr(merge_record, name), [0]
 
     def counted(*arguments: Any) -> Any:
         calls[0] += 1
@@ -61,7 +61,7 @@ def failing(name: str, call: int) -> Iterator[None]:
         return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (merging, layer_merge, entry_layer, norms):
+        for module in (merge_record, layer_merge, entry_layer, norm):
             if hasattr(module, name):
                 patch.setattr(module, name, counted)
         yield
@@ -163,7 +163,7 @@ def test_a_bias_that_cannot_be_restored_leaves_the_weight_merged() -> None:
     model.merge_adapter(["a"])
     layer = layers_of(model)["last"]
     merged, record = base_bytes(model), layer.merge_records["a"]
-    layer.merge_records["a"] = merging.replace(record, bias=torch.zeros(3))
+    layer.merge_records["a"] = merge_record.replace(record, bias=torch.zeros(3))
     with pytest.raises(RuntimeError):
         model.unmerge_adapter()
     assert base_bytes(model) == merged

@@ -16,8 +16,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.heads import find_head
-from peft_fps.targets import check_untied, default_targets
+from peft_fps.base.head import find_head
+from peft_fps.targets.default_targets import check_untied, default_targets
 from tests.helpers import config
 
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from peft_fps.heads import find_head
-from peft_fps.targets import count_base_parameters, default_targets
+from peft_fps.base.head import find_head
+from peft_fps.targets.default_targets import count_base_parameters, default_targets
 from tests.helpers import adapted, config, layers_of, normal
 
 

@@ -39,7 +39,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from peft_fps.targets import default_targets
+from peft_fps.targets.default_targets import default_targets
 from tests.helpers import adapted, config, layers_of, normal, tiny_llama, tiny_vit, unchanged
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_fps
-from peft_fps.importances import backward
+from peft_fps.importance import backward
 from tests.calibration.naive_fps import assert_same_selection, fresh, naive_selection, selection_of
 from tests.gradients.naive_sums import (
     BACKWARD,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_fps.importances.activation import activation_alone, weight_times_activation
-from peft_fps.importances.magnitude import magnitude
+from peft_fps.importance.activation import activation_alone, weight_times_activation
+from peft_fps.importance.magnitude import magnitude
 from tests.helpers import normal
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from peft_fps import FPSConfig
-from peft_fps.importances import short_training
+from peft_fps.importance import short_training
 from tests.helpers import (
     images,
     layers_of,

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from peft_fps import FPSConfig, Selection
 from peft_fps.calibration import feed
 from peft_fps.cli.app import app
-from peft_fps.importances import IMPORTANCES, WITHOUT_DATA, Importance
+from peft_fps.importance import IMPORTANCES, WITHOUT_DATA, Importance
 from peft_fps.selection.calibration_record import CalibrationRecord
 from tests.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp
 
