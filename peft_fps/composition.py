@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.sparse import Structure, unite_structures
 
 
@@ -60,15 +61,15 @@ class Combination:
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}, expected a number above 0 and at most 1.")
 
-    def record(self) -> dict[str, Any]:
-        """Return what was combined as plain data."""
-        found: dict[str, Any] = {"combination": self.combination_type, "adapters": list(self.adapters)}
-        found["weights"] = [float(weight) for weight in self.weights]
-        if self.combination_type not in UNPRUNED:
-            found["density"] = float(self.density or 0)
-        if self.combination_type in SIGNED:
-            found["majority_sign_method"] = self.majority_sign_method
-        return found
+    def record(self) -> CalibrationRecord:
+        """Return what was combined."""
+        return CalibrationRecord(
+            combination=self.combination_type,
+            adapters=tuple(self.adapters),
+            weights=tuple(float(weight) for weight in self.weights),
+            density=None if self.combination_type in UNPRUNED else float(self.density or 0),
+            majority_sign_method=self.majority_sign_method if self.combination_type in SIGNED else None,
+        )
 
 
 def united_entries(structures: Sequence[Structure]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -1,125 +1,134 @@
-"""What a user may ask for; every wrong value is refused when the config is built."""
+"""What a user may ask for. `FPSConfig` refuses every wrong value when it is built."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 
+from peft_fps.card import SavedAdapter, complete_card
 from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
-from peft_fps.checks import (
-    FORMAT_VERSION,
-    check_allocation,
-    check_choice,
-    check_names,
-    check_number,
-    check_regex,
-    check_type,
-    check_unreached,
-    check_version,
+from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
+from peft_fps.config_fields import (
+    CHOICES,
+    check_budget,
+    check_information,
+    check_modules,
+    check_selection,
+    put_names_in_form,
+    read_empty_values,
 )
+from peft_fps.field_checks import check_choice
+from peft_fps.importances import IMPORTANCES
 from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type
 
 
-if TYPE_CHECKING:
-    from peft_fps.importances import Importance
-
-
 DEFAULT_BUDGET = 0.0077
-CHOICES = {
-    "order": ("top", "bottom"),
-    "norm": ("l1", "l2"),
-    "fisher": ("example", "batch"),
-    "loss": ("task", "contrastive"),
-    "granularity": ("neuron", "layer", "model", "block", "row", "column"),
-    "bias": ("none", "all", "with_norms"),
-    "saved_inputs": ("rebuild", "columns", "bfloat16"),
-    "check_base": ("error", "warn"),
-}
 
-Allocations = dict[str, dict[str, int]]
+
+@dataclass(frozen=True)
+class FilledIn:
+    """Values that a model has put into fields of its config that the user had left open.
+
+    One config may serve several models. The next one replaces these values, and keeps those that the user gave.
+
+    Attributes:
+        target_modules: names of the modules that the model targets by default.
+        modules_to_save: names of the modules of the model's head.
+    """
+
+    target_modules: set[str] | None = None
+    modules_to_save: list[str] | None = None
 
 
 @dataclass
 class FPSConfig(PeftConfig):
-    """Configuration of an FPS adapter: which entries of which weights are trained, and how they are chosen.
+    """Settings of an FPS adapter: how many weights it trains, which ones, and how they are chosen.
 
-    `FPSConfig()` trains 0.77 % of the base model's parameters, chosen by weight magnitude times input activation
-    (Feedforward-based Parameter Selection, arXiv 2510.27359), biases included.
+    `FPSConfig()` trains 0.77 % of the base model's parameters, biases included. It chooses them by weight magnitude
+    times input activation (Feedforward-based Parameter Selection, arXiv 2510.27359). An entry is one selected weight.
+
+    The arguments come in groups: how many entries (`budget` to `bias`), how they are chosen (`importance` to
+    `init_weights`), which modules (`target_modules` to `modules_to_save`), training (`saved_inputs` to `recipe`), and
+    files (`check_base` to the end), of which saving fills in `record`.
 
     Args:
-        budget: largest share of the base model's parameters that the adapter may train, selected entries and bias
-            deltas together; the head and output embeddings are left out on both sides. Never exceeded, and used up to
-            less than one entry per targeted module. `None` with `per_neuron=None` means 0.0077; 0 trains biases alone
-            (BitFit).
-        per_neuron: the other way to say it: entries per output neuron, K in the papers. Need not be whole; above a
-            neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
-        importance: score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data.
+        budget: largest share of the base model's parameters to train, from 0 to 1. Entries and bias deltas count; the
+            head and the output embeddings count on neither side. The adapter never exceeds the budget, and leaves less
+            than one entry per targeted module of it unused. 0 trains biases alone (BitFit). Default: 0.0077, or None
+            if `per_neuron` is given.
+        per_neuron: number of entries per output neuron, K in the papers, instead of a budget. It need not be whole.
+            Above a neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
+        budget_pattern: values of single modules, by module name or regular expression. With `per_neuron` a value is
+            the module's number of entries per neuron, else a share of the module's weights. Where several keys match,
+            the longest counts. The other modules share the rest of the budget.
+        granularity: how entries are spread. `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ (the FPS paper's final choice).
+            `"layer"`: every module gets the same number, wherever its scores are best. `"model"`: the best entries of
+            all modules together (FISH Mask). `"block"`: entries per neuron in proportion to the share of the best
+            `block_top` of all scores that lies in the neuron's transformer block, at least one (TR-PTS). `"row"` and
+            `"column"`: whole neurons, or whole inputs, with the largest sums of scores (FAR).
+        bias: which biases get a trained delta. `"all"`: those of all targeted modules (as in GPS and FPS).
+            `"with_norms"`: those of all LayerNorms too (as in BitFit). `"none"`.
+        importance: the score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data.
             `"activation"`: FPS, eqs. 2-6, from forward passes. `"magnitude"`: |w| alone (NeuroAda, Super-Tuning).
-            `"random"`: seeded, a control. From backward passes, with g the gradient of the loss: `"gradient"`: |sum of
+            `"random"`: a seeded control. From backward passes, with g the gradient of the loss: `"gradient"`: |sum of
             g over batches| (GPS); `"fisher"`: sum of g² (FISH Mask, SPT, TR-PTS); `"sensitivity"`: |w · sum of g|
             (first-order Taylor). From a short training that is undone: `"movement"`: |change of w| (FAR); `"l0"`:
             |learned change| under hard-concrete gates with an L0 penalty (DiffPruning).
         order: `"top"` selects the largest scores, `"bottom"` the smallest.
-        norm: typical magnitude of an input under `"activation"`: `"l1"` mean |a| (eq. 3), `"l2"` root mean square
+        norm: typical magnitude of an input a under `"activation"`. `"l1"`: mean |a| (eq. 3). `"l2"`: root mean square
             (eq. 4).
-        weight_magnitude: multiply the activation with |w|; False gives eqs. 5 and 6.
-        fisher: whose gradients `"fisher"` squares: each `"example"`'s (FISH Mask), or each `"batch"`'s mean (SPT).
-        loss: what the gradients are of. `"task"`: the model's own loss, cross-entropy with the labels, or the function
-            given to `calibrate`. `"contrastive"`: supervised contrastive loss on two augmented views of each image, at
-            the temperature 0.07 (GPS).
-        selection_learning_rate: of the short training under `"movement"` and `"l0"`, AdamW. None: 3e-4 for
-            `"movement"`, 1e-3 for `"l0"`. Good is a rate that, times the number of batches, is once to twice the
-            change to be expected of a weight that matters.
-        selection_epochs: passes over the data in that training.
-        l0_penalty: weight of the expected number of open gates in the loss under `"l0"`.
-        granularity: `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ entries (the FPS paper's final choice). `"layer"`: the
-            same number of entries per module, placed wherever the scores are best. `"model"`: the best entries of all
-            modules together (FISH Mask). `"block"`: entries per neuron in proportion to the share that its transformer
-            block has in the best `block_top` of all scores, at least one (TR-PTS). `"row"`, `"column"`: whole neurons,
-            or whole inputs, with the largest sums of scores (FAR).
-        block_top: the share M of all scored weights that decides between blocks under `"block"`.
-        bias: `"all"` trains a bias delta in every targeted module that has a bias (as GPS and FPS do); `"with_norms"`
-            in every LayerNorm besides (as BitFit does); `"none"`.
-        target_modules: names, ends of names or a regular expression, as everywhere in PEFT; `"all-linear"`; None
-            means every linear and convolutional layer except the head: what stands beside the backbone, depends on
-            the number of labels, or is timm's and torchvision's classifier; and a language model's output embeddings.
-        exclude_modules: names, ends of names or a regular expression of modules to leave out; empty means none.
-        layers_to_transform: index or indices of the blocks to adapt; only with `target_modules` as names. Empty means
-            all.
-        layers_pattern: name or names of the block list that the indices count; empty means any.
-        modules_to_save: modules trained and saved whole. None means the head, which is new; language models have none,
-            and models of other kinds none that is known. `[]` means nothing. Names are paths of modules, or ends of
-            paths behind a dot, but that of a module of the head means it alone, and that of a list its members.
-        recipe: recommended training arguments of a preset, to pass on: `TrainingArguments(**config.recipe)`.
-        budget_pattern: module name or regular expression to its own value: its entries per neuron if `per_neuron` is
-            given, else the share of that module's weights. Where several keys match, the longest counts. The remaining
-            modules share what is left of the budget.
-        saved_inputs: what a layer keeps of its input for backward. `"rebuild"`: nothing, where a normalisation or an
-            activation keeps what its output, the layer's input, can be formed from again; elsewhere as `"columns"`.
-            `"columns"`: a copy of the columns that some selected entry reads, shared by layers that read one tensor.
-            The gradients are the same, bit for bit. `"bfloat16"`: that copy at half the size, with gradients of the
-            values as exact as that.
-        init_weights: True starts from ΔW = 0. False draws random non-zero changes at random places (for tests).
+        weight_magnitude: multiply the activation by |w|. False gives eqs. 5 and 6.
+        fisher: whose gradients `"fisher"` squares: those of each `"example"` (FISH Mask), or the mean of each
+            `"batch"` (SPT).
+        loss: what the gradients are of. `"task"`: the model's own loss, the cross-entropy with the labels, or the
+            function given to `calibrate`. `"contrastive"`: the supervised contrastive loss on two augmented views of
+            each image, at temperature 0.07 (GPS).
+        selection_learning_rate: learning rate of AdamW in the short training of `"movement"` and `"l0"`. A good rate,
+            times the number of batches, is once to twice the change that a weight that matters makes. Default: 3e-4
+            for `"movement"`, 1e-3 for `"l0"`.
+        selection_epochs: passes over the data in the short training.
+        l0_penalty: weight of the expected number of open gates in the loss of `"l0"`.
+        block_top: share of all scored weights that decides between blocks under `"block"`, M in TR-PTS.
         seed: seed of the `"random"` importance.
-        format_version: version of the adapter file; newer ones than this package knows are refused.
-        check_base: what to do when an adapter meets a base model other than the one it was made from: `"error"` or
-            `"warn"`. A choice of the loading side, not saved.
-        plugin: name of the package to install and import before loading; informative.
-        allocation: filled in on saving, like all that follow: for each module its neurons, inputs and entries.
-        calibration: how the entries were chosen from data.
-        base_fingerprint: digest and small sample of the base weights.
-        whole_tensors: names of the tensors of modules that are saved whole.
-        tensors_sha256: digest of the adapter's sparse tensors, so that a damaged file, or one of another save, is
-            noticed.
-        pickled: whether the adapter was saved with `safe_serialization=False`; only then a pickled file is loaded.
+        init_weights: True starts from ΔW = 0. False draws random places and random changes that are not zero, for
+            tests.
+        target_modules: modules to adapt: names, ends of names, or a regular expression, as everywhere in PEFT; or
+            `"all-linear"`. Default: all linear and convolutional layers, without the head and a language model's
+            output embeddings. The head is what stands beside the backbone, depends on the number of labels, or is the
+            classifier of timm and torchvision.
+        exclude_modules: modules to leave out: names, ends of names, or a regular expression. Empty means none.
+        layers_to_transform: index or indices of the blocks to adapt. Only with `target_modules` as names. Empty means
+            all.
+        layers_pattern: name or names of the list of blocks that the indices count. Empty means any.
+        modules_to_save: modules to train and save whole, by path or by the end of a path behind a dot. The name of a
+            module of the head means that module alone. The name of a list of modules means its members. `[]` means
+            none. Default: the head, because it is new; none for language models and for models whose head is unknown.
+        saved_inputs: what a layer keeps of its input for the backward pass. `"rebuild"`: nothing, where a
+            normalisation or an activation keeps a tensor from which the input can be computed again; elsewhere as
+            `"columns"`. `"columns"`: a copy of the columns that a selected entry reads, shared by layers that read one
+            tensor. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in bfloat16, with gradients of
+            the values that are as exact as bfloat16.
+        recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
+        check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
+            `"warn"`. The side that loads chooses; files do not keep it.
+        plugin: name of the package that has to be installed and imported before loading. Informative.
+        format_version: version of the adapter file that the config comes from. Older versions are converted; newer
+            ones are refused.
+        record: what saving has recorded about the adapter: sizes, how entries were chosen, digests. An adapter with a
+            record gets exactly these sizes, and its tensors are expected to be loaded. Default: None, a new adapter.
+        allocation: field of `record` in format version 1.
+        calibration: field of `record` in format version 1.
+        base_fingerprint: field of `record` in format version 1.
+        whole_tensors: field of `record` in format version 1.
+        tensors_sha256: field of `record` in format version 1.
+        pickled: field of `record` in format version 1.
 
     Raises:
-        TypeError, ValueError: names the field, what was found and what is allowed.
+        TypeError, ValueError: a value is wrong. The error names the field, what was found and what is allowed.
     """
 
     budget: float | None = None
@@ -149,156 +158,68 @@ class FPSConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
     check_base: Literal["error", "warn"] = "error"
     plugin: str = "peft_fps"
-    allocation: Allocations | None = None
-    calibration: dict[str, Any] | None = None
-    base_fingerprint: dict[str, str] | None = None
-    whole_tensors: list[str] | None = None
-    tensors_sha256: str | None = None
-    pickled: bool = False
+    record: AdapterRecord | None = None
+    # format version 1 kept the record field by field; PEFT passes the keys of a file on as arguments
+    allocation: InitVar[Any] = None
+    calibration: InitVar[Any] = None
+    base_fingerprint: InitVar[Any] = None
+    whole_tensors: InitVar[Any] = None
+    tensors_sha256: InitVar[Any] = None
+    pickled: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self,
+        allocation: Any,
+        calibration: Any,
+        base_fingerprint: Any,
+        whole_tensors: Any,
+        tensors_sha256: Any,
+        pickled: Any,
+    ) -> None:
         super().__post_init__()
         self.peft_type = fps_type()
-        # Sizes that came with the config (from a file) bind; sizes that a model has written into it do not, so that
-        # one config object can serve several models. Likewise for targets and heads that a model has found itself.
-        self.from_file = self.allocation is not None
-        self.automatic: dict[str, Any] = {}
-        self._read_empty_values()
+        self.filled_in = FilledIn()
+        self.to_save: SavedAdapter | None = None  # as a model hands it over just before it saves its config
         self.missing_weights: str | None = None  # the folder that this config came from, if it holds no adapter file
         check_version(self.format_version)
+        self.format_version = FORMAT_VERSION
+        read_empty_values(self)
         if self.budget is None and self.per_neuron is None:
             self.budget = DEFAULT_BUDGET
-        if self.budget is not None and self.per_neuron is not None:
+        check_budget(self)
+        check_selection(self)
+        check_modules(self)
+        check_information(self)
+        put_names_in_form(self)
+        flat = {
+            "allocation": allocation,
+            "calibration": calibration,
+            "base_fingerprint": base_fingerprint,
+            "whole_tensors": whole_tensors,
+            "tensors_sha256": tensors_sha256,
+            "pickled": pickled,
+        }
+        self.record = record_from(self.record, flat)
+        if self.record is not None and self.modules_to_save and self.record.whole_tensors is None:
             raise ValueError(
-                f"budget={self.budget} and per_neuron={self.per_neuron} were both given, expected at most one: the "
-                "budget is a share of all base parameters, per_neuron the number of entries per neuron."
+                f"record.whole_tensors is None beside modules_to_save={self.modules_to_save}, expected the names of "
+                "the tensors saved whole. The config is incomplete; fetch or save it again."
             )
-        check_number("budget", self.budget, upper=1.0)
-        check_number("per_neuron", self.per_neuron)
-        check_choice("importance", self.importance, tuple(_importances()))
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        check_number("selection_learning_rate", self.selection_learning_rate)
-        check_number("l0_penalty", self.l0_penalty, optional=False)
-        check_number("block_top", self.block_top, upper=1.0, optional=False)
-        epochs = self.selection_epochs
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"selection_epochs is {epochs!r}, expected an integer of at least 1.")
-        if self.loss == "contrastive" and _importances()[self.importance].needs != "backward":
-            fitting = ", ".join(repr(name) for name, known in _importances().items() if known.needs == "backward")
-            raise ValueError(
-                f"loss='contrastive' was given with importance={self.importance!r}, expected one of {fitting}: it "
-                "serves backward passes alone. Leave loss at 'task'."
-            )
-        if self.recipe is not None:
-            check_type("recipe", self.recipe, dict, "None or a dict of training arguments")
-        for name in ("weight_magnitude", "init_weights", "inference_mode", "pickled"):
-            check_type(name, getattr(self, name), bool, "True or False")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}, expected an integer of at least 0 and below 2**63.")
-        self._check_modules()
-        self._check_patterns()
-        check_allocation(self.allocation)
-        if self.calibration is not None:
-            check_type("calibration", self.calibration, dict, "None or what an adapter_config.json holds")
-            examples = self.calibration.get("examples", 0)
-            if isinstance(examples, bool) or not isinstance(examples, int):
-                raise ValueError(f"calibration has examples={examples!r}, expected an integer.")
-            check_unreached("calibration", self.calibration)
-        check_type("plugin", self.plugin, str, "a package name")
-        for name in ("base_model_name_or_path", "revision"):
-            if getattr(self, name) is not None:
-                check_type(name, getattr(self, name), str, "None or a string")
-        if self.auto_mapping is not None:
-            check_type("auto_mapping", self.auto_mapping, dict, "None or what an adapter_config.json holds")
-        digest: Any = self.base_fingerprint
-        strings = isinstance(digest, dict) and all(isinstance(digest.get(key), str) for key in ("sha256", "dtype"))
-        if digest is not None and not strings:
-            raise ValueError(
-                f"base_fingerprint is {digest!r} of type {type(digest).__name__}, expected None or a dict with the "
-                "strings 'sha256' and 'dtype'."
-            )
-        check_names("whole_tensors", self.whole_tensors, list | None)
-        if self.tensors_sha256 is not None:
-            check_type("tensors_sha256", self.tensors_sha256, str, "None or a string")
-        if self.from_file and self.modules_to_save and self.whole_tensors is None:
-            raise ValueError(
-                f"whole_tensors is None beside an allocation and modules_to_save={self.modules_to_save}, expected the "
-                "names of the tensors saved whole. The config is incomplete; fetch or save it again."
-            )
-
-    def _read_empty_values(self) -> None:
-        # PEFT takes them for no value; the index 0 is one
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(getattr(self, name), (str, list, set, tuple)) and not getattr(self, name):
-                setattr(self, name, None)
-        for name in ("exclude_modules", "modules_to_save"):  # an empty list of the latter is not the default
-            if getattr(self, name) == "":
-                setattr(self, name, [])
-        if not self.inference_mode:
-            self.inference_mode = False
-
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            check_names(name, value, str | list | set | tuple | None)
-            if isinstance(value, str):
-                check_regex(name, value)
-            elif value is not None:
-                setattr(self, name, set(value))
-        check_names("modules_to_save", self.modules_to_save, list | set | tuple | None)
-        if self.modules_to_save is not None:
-            given: Any = self.modules_to_save
-            self.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
-            for name in self.modules_to_save:  # PEFT puts them into expressions
-                check_regex("modules_to_save", name)
-        check_names("layers_pattern", self.layers_pattern, str | list | set | tuple | None)
-        for name in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            check_regex("layers_pattern", name)
-        indices: Any = self.layers_to_transform
-        listed = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
-        if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in listed):
-            raise ValueError(
-                f"layers_to_transform is {indices!r}, expected the index of a block (0 or more) or a list of indices."
-            )
-        if isinstance(indices, (tuple, set)):
-            self.layers_to_transform = sorted(indices)
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r} together with the regular expression "
-                        f"target_modules={self.target_modules!r}, expected a list of names for target_modules. Name "
-                        "the blocks in the expression instead."
-                    )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is None, expected both or only "
-                "the latter: the pattern says which list the indices count."
-            )
-
-    def _check_patterns(self) -> None:
-        check_type("budget_pattern", self.budget_pattern, dict, "a dict from module name to a number")
-        for key, value in self.budget_pattern.items():
-            if not isinstance(key, str):
-                raise TypeError(f"budget_pattern has the key {key!r}, expected a module name or regular expression.")
-            check_regex("budget_pattern", key)
-            check_number(f"budget_pattern[{key!r}]", value, upper=None if self.budget is None else 1.0, optional=False)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "FPSConfig":
-        """Return the whole setting of a published method; `recipe` says how to train it.
+        """Return all settings of a published method. The field `recipe` says how to train it.
 
             config = FPSConfig.preset("gps")
             arguments = TrainingArguments("runs/gps", **config.recipe)
 
-        What differs from the sources is kept beside the numbers, see `peft_fps.presets`.
+        `peft_fps.presets` says what differs from the sources.
 
         Args:
             name: `"fps"`, `"gps"`, `"tr-pts"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
                 `"super-tuning"`.
-            overrides: fields to replace. `budget` or `per_neuron` replaces either; another `importance` starts from
-                the defaults of the fields that go with one.
+            overrides: fields to replace. `budget` or `per_neuron` replaces both. Another `importance` starts from the
+                defaults of the fields that belong to an importance.
 
         Raises:
             TypeError, ValueError: there is no such preset, or as for `FPSConfig`.
@@ -309,9 +230,14 @@ class FPSConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "FPSConfig":
-        """Load a config from a folder or the Hub; an adapter file that lies beside it is looked at as well.
+        """Load a config from a folder or the Hub, and check the adapter file beside it.
 
         So PEFT's loading calls refuse a pickled, unreadable or incomplete file before they touch a model.
+
+        Args:
+            pretrained_model_name_or_path: folder, or name on the Hub.
+            subfolder: folder in it that holds the adapter.
+            kwargs: `check_base`, and arguments of `hf_hub_download`.
 
         Raises:
             ValueError: there is no config, it is not valid, or the adapter file beside it is not.
@@ -331,47 +257,57 @@ class FPSConfig(PeftConfig):
                 ).parent
             except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
                 return config
-        if config.from_file and not (is_pickled(folder) or (folder / WEIGHTS).exists()):
-            config.missing_weights = str(folder)
-        check_folder(folder, config.whole_tensors or [], config.pickled, config.tensors_sha256)
-        if config.allocation is None and (is_pickled(folder) or (folder / WEIGHTS).exists()):
+        record, present = config.record, is_pickled(folder) or (folder / WEIGHTS).exists()
+        if record is not None:
+            check_folder(folder, record.whole_tensors or (), record.pickled, record.tensors_sha256)
+            config.missing_weights = None if present else str(folder)
+        elif present:
+            check_folder(folder, (), pickled=False)
             raise ValueError(
-                f"{folder}: allocation is None beside the adapter's tensors, expected the record of their sizes that "
+                f"{folder}: record is None beside the adapter's tensors, expected the record of their sizes that "
                 "saving writes. The config is incomplete; fetch or save the adapter again."
             )
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config to a folder, in which PEFT has just written the adapter's tensors; complete its card."""
-        self.pickled = is_pickled(Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
-        if "auto_mapping_dict" in kwargs:  # from PeftModel.save_pretrained; others may yet write the tensors
-            from peft_fps.card import complete_card  # cards are about configs, so that it imports this module
+        """Write the config to a folder in which PEFT has just written the adapter's tensors. Complete its card.
 
-            complete_card(Path(save_directory), self, kwargs["auto_mapping_dict"])
+        Args:
+            save_directory: the folder.
+            kwargs: as PEFT passes them.
+        """
+        folder, given = Path(save_directory), self.to_save
+        if self.record_to_save is not None:
+            record = replace(self.record_to_save, pickled=is_pickled(folder))
+            self.to_save = SavedAdapter(record) if given is None else replace(given, record=record)
+        super().save_pretrained(save_directory, **kwargs)
+        # PeftModel.save_pretrained passes a mapping; other callers may yet write the tensors
+        if "auto_mapping_dict" in kwargs and self.to_save is not None:
+            complete_card(folder, self, self.to_save, kwargs["auto_mapping_dict"])
 
     def check_complete(self) -> None:
-        """Raise ValueError if the config came from a folder with no adapter file beside it."""
+        """Raise ValueError if the config came from a folder without an adapter file."""
         if self.missing_weights is not None:
             raise ValueError(
                 f"{self.missing_weights} holds a config and no {WEIGHTS}, expected both to load an adapter. Save or "
-                "fetch the adapter again, or start from an FPSConfig without allocation. Nothing was changed."
+                "fetch the adapter again, or start from an FPSConfig without a record. Nothing was changed."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain data in a fixed order, without `check_base`, which is the loading side's."""
+        """Return the config as plain data in a fixed order, without `check_base`, which the loading side chooses."""
         data = super().to_dict()
         del data["check_base"]
+        record = self.record_to_save
+        data["record"] = None if record is None else record.to_json()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+    @property
+    def record_to_save(self) -> AdapterRecord | None:
+        """The record that saving writes: of the adapter as a model has handed it over, else as the config came."""
+        return self.record if self.to_save is None else self.to_save.record
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
         entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
-        return _importances()[self.importance].needs != "nothing" and entries
-
-
-def _importances() -> "Mapping[str, Importance]":
-    from peft_fps.importances import IMPORTANCES  # they work on layers and models, which read configs
-
-    return IMPORTANCES
+        return IMPORTANCES[self.importance].needs != "nothing" and entries

@@ -5,19 +5,21 @@ again from that, bit for bit. Attention keeps its output, which may be the very 
 neither holds, the needed columns are copied, once for all layers that read one tensor.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import activations
 
-from peft_fps.adapters import FPSLayer
-from peft_fps.latest import Latest, version
+from peft_fps.entry_structures import tensor_version
 from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole, needs_operators
 
 
@@ -42,6 +44,39 @@ VIEWS = ("ViewBackward0", "TransposeBackward0", "PermuteBackward0", "ReshapeAlia
 """Autograd nodes whose output shares its memory with their input."""
 
 
+Note = TypeVar("Note")
+
+
+class Latest(Generic[Note]):
+    """The latest note on a tensor: what is known of the one that was produced, or read, last.
+
+    A note holds tensors, so only the latest one of each kind is kept (per thread): a tensor is read soon after it was
+    produced, and beside its other readers. Nothing is written on the tensor itself, which would be pickled with it.
+
+    Under gradient checkpointing a part of the network runs twice, and must keep tensors of the same shapes both times.
+    So a note counts only within the run of the part in which it was made, which is known by its saved-tensor hooks.
+    """
+
+    def __init__(self) -> None:
+        self._slot = threading.local()
+
+    def set(self, tensor: Tensor, note: Note) -> None:
+        """Replace the note."""
+        slot = vars(self._slot)
+        slot.clear()
+        slot["known"] = (weakref.ref(tensor, lambda _: slot.clear()), tensor_version(tensor), _run(), note)
+
+    def get(self, tensor: Tensor) -> Note | None:
+        """Return the note on this very tensor, None if there is none or the tensor has changed since."""
+        found = vars(self._slot).get("known")
+        if found is None:
+            return None
+        known, noted, run, note = found
+        here = _run()
+        same_run = run is here if run is None or here is None else run() is not None and run() is here()
+        return note if known() is tensor and noted == tensor_version(tensor) and same_run else None
+
+
 @dataclass(frozen=True)
 class Producer:
     """The call that produced a tensor.
@@ -61,7 +96,7 @@ class Producer:
     @property
     def unchanged(self) -> bool:
         """Whether the tensors are still held and still those of the call."""
-        return bool(self.tensors) and self.versions == [version(tensor) for tensor in self.tensors]
+        return bool(self.tensors) and self.versions == [tensor_version(tensor) for tensor in self.tensors]
 
 
 _producer: Latest[Producer] = Latest()
@@ -70,7 +105,7 @@ _reading: Latest[tuple[torch.dtype, Reading]] = Latest()
 
 def watch_producers(model: nn.Module) -> None:
     """Let normalisations and activations note how to form their outputs again; adapted norms do so by themselves."""
-    adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, FPSLayer)}
+    adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
     for module in model.modules():
         kind = type(module)
         norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.")
@@ -125,7 +160,7 @@ def note_producer(output: Tensor, form: Callable[..., Tensor], tensors: list[Ten
     enabled = torch.is_autocast_enabled(kind)
     tensors = [tensor.detach() for tensor in tensors]
     autocast = (enabled, torch.get_autocast_dtype(kind) if enabled else output.dtype)
-    _producer.set(output, Producer(form, tensors, [version(tensor) for tensor in tensors], autocast))
+    _producer.set(output, Producer(form, tensors, [tensor_version(tensor) for tensor in tensors], autocast))
 
 
 def _note_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -169,3 +204,9 @@ def _memory_is_kept(x: Tensor) -> bool:
     while node is not None and node.name() in VIEWS:
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith(KEEPS_OUTPUT)
+
+
+def _run() -> Any:
+    """A weak reference to the saved-tensor hooks in force, None if there are none."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else weakref.ref(hooks[0])

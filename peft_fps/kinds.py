@@ -1,26 +1,32 @@
-"""Which tuner layer goes with which kind of base layer."""
+"""Which FPS layer goes with which kind of base layer."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from peft_fps.layers import AdaptedLayer, Conv1DLinear, Conv2d, Linear, is_biased_norm
-from peft_fps.norms import Norm
+from peft_fps.adapters import FPSLayer
+from peft_fps.convolution import Conv2d
+from peft_fps.entry_layer import EntryLayer
+from peft_fps.linear import Conv1DLinear, Linear
+from peft_fps.norms import Norm, is_biased_norm
 from peft_fps.quantised import quantisation
 from peft_fps.quantised_layers import QuantisedLinear
 
 
-LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
+LAYERS: dict[type[nn.Module], type[EntryLayer]] = {
     nn.Linear: Linear,
     TransformersConv1D: Conv1DLinear,
     nn.Conv2d: Conv2d,
 }
-"""Tuner layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
+"""FPS layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
 
 
-def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
-    """Return the tuner layer for a base layer, None if its kind is not supported."""
-    if is_biased_norm(module):
-        return Norm
+def entry_layer_class(module: nn.Module) -> type[EntryLayer] | None:
+    """Return the FPS layer with sparse entries for a base layer, None if its kind is not supported."""
     if quantisation(module) is not None:  # before its base class, which is a linear layer's too
         return QuantisedLinear
     return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
+
+
+def layer_class(module: nn.Module) -> type[FPSLayer] | None:
+    """Return the FPS layer for a base layer, norms with a bias included, None if its kind is not supported."""
+    return Norm if is_biased_norm(module) else entry_layer_class(module)

@@ -1,256 +1,131 @@
-"""Between PEFT's state dicts and the layers: encode on saving, check everything on loading."""
+"""Loading an adapter's file into a model through PEFT: everything is checked, then PEFT copies the tensors."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
-from peft_fps.buffers import buffer_digests, thaw_statistics
-from peft_fps.checkpoint import (
-    PEFT_PREFIX,
-    REMEDY,
-    TENSORS,
-    Expected,
-    check_adapter_tensors,
-    check_whole_modules,
-    decode,
-    encode,
-    tensors_digest,
-)
-from peft_fps.compiled import plain_name
+from peft_fps.adapters import FPSLayer
+from peft_fps.checkpoint import REMEDY, TRAINED, Contents, Expected, check_contents, decode
 from peft_fps.config import FPSConfig
-from peft_fps.inputs import unwatch_producers, watch_producers
-from peft_fps.lookup import base_model, fps_layers
-from peft_fps.planning import fingerprint_of
+from peft_fps.entry_layer import EntryLayer
+from peft_fps.expectations import expected_module, whole_keys
+from peft_fps.lookup import base_model, fps_layers, target_layers
 from peft_fps.renames import current_names
-from peft_fps.sharded import is_sharded
-from peft_fps.sparse import StructureError, check_entries
-from peft_fps.targets import PREFIX
-
-
-def saved_state(
-    model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the adapter's tensors as they go to disk, by model key (with the adapter's name).
-
-    The config gets the record of what is saved: allocation, calibration, fingerprint, digest.
-
-    Raises:
-        ValueError: the adapter's tensors are not valid, so that no file is written that could not be loaded.
-    """
-    result: dict[str, Tensor] = {}
-    allocation, state = {}, AdapterState()
-    for full_name, layer in fps_layers(model).items():
-        if not layer.carries(adapter_name):
-            continue
-        keys = {name: f"{full_name.removeprefix('_fsdp_wrapped_module.')}.{name}.{adapter_name}" for name in TENSORS}
-        held = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
-        _check_held(layer, adapter_name, held)
-        state = layer.fps_state[adapter_name]
-        sizes = (layer.shape.neurons, layer.shape.inputs, layer.fps_values[adapter_name].numel())
-        allocation[layer.module_path] = dict(zip(("neurons", "inputs", "entries"), sizes, strict=True))
-        result |= {keys[name]: encode(name, tensor, layer.shape.inputs) for name, tensor in held.items()}
-    _warn_of_changed_buffers(model, adapter_name, state)
-    # several adapters may share one config object, so each writes its own record just before it is saved
-    config.allocation, config.calibration = allocation, state.calibration
-    # that of all targets was taken when the adapter was added
-    config.base_fingerprint = (
-        fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
-    )
-    config.tensors_sha256 = tensors_digest(
-        {plain_name(key.removesuffix(f".{adapter_name}")): held for key, held in result.items()}
-    )
-    wholes = (plain_name(key) for key in _whole_modules(model, adapter_name))
-    config.whole_tensors = sorted(key.removeprefix(PEFT_PREFIX) for key in wholes)
-    return result
-
-
-def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: AdapterState) -> None:
-    now = buffer_digests(base_model(model))
-    changed = [name for name, digest in state.buffers.items() if now.get(name, digest) != digest]
-    if changed:
-        owner = changed[0].rpartition(".")[0]
-        warnings.warn(
-            f"{', '.join(changed)}: buffers of the base model have changed since adapter {adapter_name!r} was added, "
-            "and are not saved with it, so that a reloaded model will compute something else. Train their modules "
-            f"whole, with modules_to_save=[{owner!r}] for instance, or keep them in evaluation mode.",
-            stacklevel=2,
-        )
-
-
-def _check_held(layer: FPSLayer, adapter_name: str, held: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a layer's tensors can be saved; of a sharded layer only those that were gathered."""
-    if not is_sharded(layer.fps_values[adapter_name]):
-        layer.check_tensors(adapter_name)
-        return
-    where = f"{layer.module_path}: adapter {adapter_name!r}"
-    if any(is_sharded(tensor) for tensor in held.values()):
-        raise ValueError(
-            f"{where} has its tensors sharded between processes (DTensors), expected whole ones to save. Gather a "
-            "full state dict (accelerator.get_state_dict does) and pass it as state_dict=. Nothing was changed."
-        )
-    values, columns, counts = (held[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))
-    try:
-        check_entries(columns, counts, layer.shape.neurons, layer.shape.inputs, values)
-    except StructureError as error:
-        raise ValueError(f"{where}: {error}. Its tensors are damaged; nothing was saved.") from error
+from peft_fps.withdrawal import withdraw_adapter
 
 
 def load_state(
     model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Check the tensors of an adapter file and return them by model key, ready to be copied.
+    """Check the tensors of an adapter file, make room for them in the layers, and return them for PEFT to copy.
 
-    If anything is wrong, an adapter that was added to the model only to be loaded is taken out again.
+    Args:
+        model: has the adapter.
+        config: of the adapter.
+        adapter_name: name of the adapter.
+        state_dict: tensors of the file by key, those of modules that are trained whole already by model key.
+
+    Returns:
+        The tensors by model key.
 
     Raises:
-        ValueError: names the module, what was found, what was expected and what to do.
+        ValueError: names module and tensor, what was found, what was expected and what to do. An adapter that was
+            added to the model only for this file is taken out again.
     """
-    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
-    by_path = {layer.module_path: (name, layer) for name, layer in layers.items()}
-    # other granularities fix only the total; the split over modules is the file's
-    free = config.granularity not in ("neuron", "layer")
-    expected = {path: _expected(layer, adapter_name) for path, (_, layer) in by_path.items()}
+    full_names = {layer.module_path: name for name, layer in fps_layers(model).items()}
+    layers = target_layers(model, adapter_name)
+    wholes = whole_keys(model, adapter_name)
+    names = {key: name for name, key in wholes.items()}
     try:
-        modules, others = _split(model, state_dict)
-        absent = [] if config.from_file or not modules else [path for path in expected if path not in modules]
-        carrying = {path for path, (_, layer) in by_path.items() if layer.carries(adapter_name)}
-        if not config.from_file and modules.keys() != carrying and modules.keys() <= expected.keys():
-            expected, free = _as_reached(absent, modules, by_path, adapter_name), False
-        check_adapter_tensors(modules, expected, total_only=free)
-        current = model.state_dict()
-        check_whole_modules(others, {key: current[key] for key in _whole_modules(model, adapter_name).values()})
-    except ValueError:
-        _withdraw(model, adapter_name)
-        raise
-    result = dict(others)
-    if absent:
-        warnings.warn(
-            f"The adapter file holds nothing for {len(absent)} of {len(by_path)} modules, as a calibration leaves it "
-            f"that did not reach them; they will not be trained: {', '.join(absent)}.",
-            stacklevel=2,
+        contents = Contents.of((names.get(key, key), tensor) for key, tensor in state_dict.items())
+        contents = replace(contents, modules=current_names(base_model(model), contents.modules))
+        expected = _expected(config, adapter_name, layers, contents)
+        present = model.state_dict()
+        check_contents(
+            contents,
+            expected,
+            {name: present[key] for name, key in wholes.items()},
+            total_only=_split_is_free(config, adapter_name, layers),
         )
-    for path in absent:
-        by_path[path][1].leave_out(adapter_name)
-    for path, tensors in modules.items():
-        full_name, layer = by_path[path]
-        layer.resize(adapter_name, tensors["fps_columns"].numel())
-        layer.resize_bias(adapter_name, layer.shape.neurons)
-        layer.fps_state[adapter_name].unreached.discard(path)
-        layer.fps_state[adapter_name].selected = True
-        layer.fps_state[adapter_name].before = None
-        for name, held in (("fps_values", layer.fps_values), ("fps_bias", layer.fps_bias)):
-            if name in tensors:  # never narrower than the file
-                parameter = held[adapter_name]
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))
-        for name, tensor in tensors.items():
-            result[f"{full_name}.{name}.{adapter_name}"] = decode(name, tensor)
+    except ValueError:
+        withdraw_adapter(model, adapter_name)
+        raise
+    _leave_out([layer for path, layer in layers.items() if path not in expected], adapter_name, len(layers))
+    result = {wholes[name]: tensor for name, tensor in contents.wholes.items()}
+    for path, tensors in contents.modules.items():
+        _make_room(layers[path], adapter_name, tensors)
+        for name in layers[path].tensor_names():
+            if name in tensors:
+                result[f"{full_names[path]}.{name}.{adapter_name}"] = decode(name, tensors[name])
     return result
 
 
-def _split(
-    model: nn.Module, state_dict: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split a checkpoint into sparse tensors by module path, and the rest by key."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in state_dict.items():
-        path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
-        if name.startswith(PREFIX):
-            if name in modules.setdefault(path, {}):
-                raise ValueError(f"{path}: the adapter file holds {name} twice, expected it once. {REMEDY}")
-            modules[path][name] = tensor
-        else:
-            others[key] = tensor
-    return current_names(base_model(model), modules), others
+def _split_is_free(config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer]) -> bool:
+    """Return whether the file says how the entries are split over modules.
 
-
-def _as_reached(
-    absent: Sequence[str],
-    modules: Mapping[str, Mapping[str, Tensor]],
-    layers: Mapping[str, tuple[str, FPSLayer]],
-    adapter_name: str,
-) -> dict[str, Expected]:
-    """Return what is expected of a file whose calibration has reached other modules than the model's adapter has.
-
-    Modules may have other numbers of entries than the model's: together no more than the model has, biases included.
+    The config that came with the file says it of an adapter that awaits its first file. An adapter that has tensors
+    already may load a file of another selection. Granularities other than `"neuron"` and `"layer"` fix only the total.
     """
-    planned = sum(p.numel() for _, layer in layers.values() for p in layer.adapter_parameters(adapter_name))
-    trained = sum(
-        tensor.numel()
-        for tensors in modules.values()
-        for name, tensor in tensors.items()
-        if name in ("fps_values", "fps_bias")
-    )
+    awaiting = any(layer.awaits_loading(adapter_name) for layer in layers.values())
+    return config.granularity not in ("neuron", "layer") and not awaiting
+
+
+def _expected(
+    config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer], contents: Contents
+) -> dict[str, Expected]:
+    """Return what is expected of a file, by module path.
+
+    These are the modules that the adapter has, with their numbers of entries. An adapter that was not built from a
+    saved config may also load a file whose calibration has reached other modules, with other numbers of entries, if
+    it has no more entries and bias deltas in total.
+
+    Raises:
+        ValueError: the file has more entries and bias deltas than the adapter.
+    """
+    carrying = {path: layer for path, layer in layers.items() if layer.carries(adapter_name)}
+    modules = contents.modules
+    others_reached = modules and modules.keys() != carrying.keys() and modules.keys() <= layers.keys()
+    if config.record is not None or not others_reached:
+        return {
+            path: expected_module(layer, adapter_name, layer.sizes(adapter_name).entries)
+            for path, layer in carrying.items()
+        }
+    planned = sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters(adapter_name))
+    trained = sum(tensors[name].numel() for tensors in modules.values() for name in TRAINED if name in tensors)
     if trained > planned:
         raise ValueError(
             f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
             f"expected at most the {planned:,} that this adapter has. {REMEDY}"
         )
-    return {
-        path: replace(_expected(layer, adapter_name), entries=modules[path]["fps_columns"].numel())
-        for path, (_, layer) in layers.items()
-        if path not in absent and "fps_columns" in modules[path]
-    }
+    entries = {path: tensors["fps_columns"].numel() for path, tensors in modules.items() if "fps_columns" in tensors}
+    return {path: expected_module(layers[path], adapter_name, entries.get(path, 0)) for path in modules}
 
 
-def _expected(layer: FPSLayer, adapter_name: str) -> Expected:
-    entries, bias = layer.fps_values[adapter_name].numel(), adapter_name in layer.fps_bias
-    return Expected(layer.shape.neurons, layer.shape.inputs, entries, bias)
+def _leave_out(layers: list[FPSLayer], adapter_name: str, targets: int) -> None:
+    """Let the adapter hold nothing in the layers for which the file holds nothing, and warn of those that are new."""
+    new = [layer.module_path for layer in layers if layer.carries(adapter_name)]
+    if new:
+        warnings.warn(
+            f"The adapter file holds nothing for {len(new)} of {targets} modules, as a calibration leaves it that did "
+            f"not reach them; they will not be trained: {', '.join(new)}.",
+            stacklevel=3,
+        )
+    for layer in layers:
+        layer.leave_out(adapter_name)
 
 
-def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Tensors of `modules_to_save` and the like: key in a checkpoint (without the adapter's name) to model key."""
-    return {
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}": f"{name.removeprefix('_fsdp_wrapped_module.')}.{stored}"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key, stored in module.adapter_state_dict_load_map(adapter_name).items()
-    }
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out that was injected from a saved config and never loaded; others stay as they are."""
-    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_values}
-    if not any(layer.awaits_loading(adapter_name) for layer in layers.values()):
-        return
-    before = next(iter(layers.values())).fps_state[adapter_name].before
-    if before is not None:
-        before.restore()  # first, so that what is taken out is active nowhere
-    for name, layer in layers.items():
-        if set(layer.fps_values) == {adapter_name}:
-            _replace(model, name, layer.base_layer)
-        else:
-            layer.delete_adapter(adapter_name)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            if set(module.modules_to_save) == {adapter_name}:
-                _replace(model, name, module.original_module)
-            else:
-                del module.modules_to_save[adapter_name]
-                module._adapters.discard(adapter_name)
-    left = fps_layers(model)
-    paths = {layer.module_path for layer in left.values()}
-    for module in model.modules():
-        if isinstance(module, BaseTuner):
-            module.targeted_module_names = [name for name in module.targeted_module_names if name in paths]
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict):  # one dict that tuner and base model share
-            configs.pop(adapter_name, None)
-            if not configs:
-                del module.peft_config
-    if left:
-        watch_producers(model)  # norms that were wrapped noted their outputs themselves
-    else:
-        unwatch_producers(model)
-        thaw_statistics(model)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+def _make_room(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapter's tensors in a layer the sizes of the file's, and a dtype that loses no digit of them."""
+    if isinstance(layer, EntryLayer):
+        layer.resize(adapter_name, tensors["fps_columns"].numel())
+    layer.resize_bias(adapter_name, layer.neurons)
+    state = layer.fps_state[adapter_name]
+    state.unreached.discard(layer.module_path)
+    state.selected, state.before = True, None
+    for name in layer.adapter_layer_names:
+        if name in tensors:
+            parameter = getattr(layer, name)[adapter_name]
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))

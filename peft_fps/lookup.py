@@ -1,16 +1,18 @@
 """Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
 
+from collections.abc import Mapping
+
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.compiled import unwrapped
-from peft_fps.config import FPSConfig
+from peft_fps.entry_layer import EntryLayer
 
 
 def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
-    """Return all FPS layers by their full name in `model`."""
+    """Return all FPS layers of a model, by their full name in it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FPSLayer)}
 
 
@@ -21,14 +23,19 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return the layers that carry the adapter, by their path in the base model."""
+    """Return the layers in which the adapter holds entries or a bias delta, by their path in the base model."""
     return {path: layer for path, layer in target_layers(model, adapter_name).items() if layer.carries(adapter_name)}
 
 
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return the layers that the adapter was made for, those included that no data has reached, by their path."""
+    """Return all layers that the adapter targets, by their path in the base model, also those that no data reached."""
     layers = fps_layers(model).values()
-    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_values}
+    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+
+
+def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:
+    """Return those of some layers that have sparse entries, norms left out, by the same names."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, EntryLayer)}
 
 
 def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -56,20 +63,3 @@ def active_adapter(model: nn.Module) -> str:
         found = f"the active adapters {sorted(active)}" if active else "no active FPS adapter"
         raise ValueError(f"Found {found}, expected one. Say which one with adapter_name=...")
     return next(iter(active))
-
-
-def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
-    """Return the config of an FPS adapter, which any wrapper of the model may hold.
-
-    Raises:
-        ValueError: there is no such adapter.
-    """
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
-            return configs[adapter_name]
-    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
-    raise ValueError(
-        f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
-        "add_adapter first."
-    )

@@ -1,10 +1,7 @@
-"""Fold a sparse change into a layer's weight and take it out again, bit for bit."""
+"""Merging a sparse change into one layer's weight and undoing that, bit for bit."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -12,22 +9,23 @@ from torch import Tensor
 
 from peft_fps.quantised import dense_weight, held_by, put, quantisation
 from peft_fps.sparse import Structure, merged_entries, sums
+from peft_fps.substitution import twin_with
 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """The originals of everything a merge overwrote, and how much of the change rounding swallowed.
+    """What a merge overwrote, and how much of the change was lost to rounding.
 
     Attributes:
         positions: `(nnz,)` positions in the flattened weight.
         weight: `(nnz,)` original entries.
         bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
-        changes: number of changes that are not zero, bias deltas included; counted only where the weight has less
-            precision than the sum, 0 elsewhere.
-        lost: number of these that left the stored number as it was; of a quantised weight, that moved it by less than
-            half of the change.
-        held: what held a quantised weight, whose entries cannot be restored one by one; None for other weights, and
-            `positions` and `weight` are empty otherwise.
+        changes: number of changes that are not zero, bias deltas included. It is counted only where the weight has
+            less precision than the sum, and 0 elsewhere.
+        lost: number of these that did not change the stored number; of a quantised weight, those that changed it by
+            less than half of the change.
+        held: attributes that held a quantised weight, whose entries cannot be restored one by one. None for other
+            weights; `positions` and `weight` are empty if it is not None.
     """
 
     positions: Tensor
@@ -40,9 +38,15 @@ class MergeRecord:
 
 @torch.no_grad()
 def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: Tensor | None) -> MergeRecord:
-    """Add `values` `(nnz,)` and `bias_delta` `(neurons,)` to the layer in place; sums in float32, rounded once.
+    """Add a sparse change to a layer in place. Sums are formed in float32 and rounded once.
 
-    Whatever is raised on the way, the layer is as it was.
+    If anything is raised, the layer is as it was.
+
+    Args:
+        base: the layer, with an unquantised weight.
+        structure: positions of the entries.
+        values: `(nnz,)` changes of the entries.
+        bias_delta: `(neurons,)`, None if there is none.
     """
     positions, changes, lost = structure.positions, 0, 0
     if base.weight.dtype == values.dtype == torch.float32 and base.weight.is_contiguous():
@@ -54,7 +58,7 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
             base.weight.view(-1).index_add_(0, positions, values)
         else:
             _write(base.weight, positions, after)
-            changes, lost = _swallowed(before, after, values)
+            changes, lost = _lost_changes(before, after, values)
         bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
     except BaseException:
         _write(base.weight, positions, before)
@@ -64,10 +68,14 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
 
 @torch.no_grad()
 def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Add `(neurons,)` to the layer's bias in place; None adds nothing.
+    """Add a delta to a layer's bias in place.
+
+    Args:
+        base: the layer.
+        delta: `(neurons,)`, None if there is none.
 
     Returns:
-        The original bias, and the numbers of changes and of lost ones as in `MergeRecord`.
+        The original bias, and the numbers of changes and of lost changes as in `MergeRecord`.
     """
     if delta is None:
         return None, 0, 0
@@ -77,18 +85,19 @@ def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, in
         base.bias.add_(delta)
         return before, 0, 0
     before, after = sums(base.bias.detach().clone(), delta)
-    swallowed = _swallowed(before, after, delta)
+    counts = _lost_changes(before, after, delta)
     base.bias.copy_(after)
-    return before, *swallowed
+    return before, *counts
 
 
 @torch.no_grad()
 def restore_entries(base: Any, record: MergeRecord) -> MergeRecord:
-    """Undo a merge in place, wherever and in whatever dtype the layer is by now.
+    """Undo a merge in place. The layer may have another device or dtype by now.
+
+    If anything is raised, the layer is as it was.
 
     Returns:
-        What was overwritten: restoring that does the merge again, bit for bit. If anything is raised, the layer is as
-        it was.
+        The record of what was overwritten. Restoring it merges again, bit for bit.
     """
     merged = replace(
         record,
@@ -105,6 +114,7 @@ def restore_entries(base: Any, record: MergeRecord) -> MergeRecord:
 
 
 def _overwrite(base: Any, record: MergeRecord) -> None:
+    """Write what the record holds into the layer."""
     if record.held is None:
         _write(base.weight, record.positions, record.weight)
     else:
@@ -114,64 +124,65 @@ def _overwrite(base: Any, record: MergeRecord) -> None:
 
 
 def is_finite(base: Any, record: MergeRecord) -> bool:
-    """Whether everything that the merge wrote into the layer is finite."""
+    """Return whether everything that the merge of `record` wrote into the layer is finite."""
     written = [_read(base.weight, record.positions) if record.held is None else dense_weight(base)]
     if record.bias is not None:
         written.append(base.bias.detach())
     return all(bool(torch.isfinite(tensor).all()) for tensor in written)
 
 
-def _swallowed(before: Tensor, after: Tensor, change: Tensor) -> tuple[int, int]:
-    """Return how many changes were not zero, and how many of these rounding swallowed; 0, 0 for full precision."""
+def _lost_changes(before: Tensor, after: Tensor, change: Tensor) -> tuple[int, int]:
+    """Return how many changes were not zero, and how many of these were lost to rounding; 0, 0 for full precision."""
     if before.dtype.itemsize >= torch.promote_types(change.dtype, torch.float32).itemsize:
         return 0, 0
     wanted = change != 0
     return int(wanted.sum()), int((wanted & (before == after)).sum())
 
 
-def trial_copy(base: Any) -> Any:
-    """Return a layer that computes as `base` does, hooks included, with copies of its weight and bias.
+def independent_copy(base: Any) -> Any:
+    """Return a layer that computes as `base` does, hooks included, with weight and bias of its own.
 
-    A quantised weight is shared, since merging replaces it as a whole.
+    A quantised weight is shared, since merging and unmerging replace it as a whole.
 
-    A forward put over the layer's own, as accelerate's hooks are, computes with the copies if it is a method bound to
-    the layer, or a `functools.partial` whose first argument is the layer. A closure goes on reading the layer itself.
+    Args:
+        base: any layer; stays untouched. See `twin_with` for forwards that were put over its own.
     """
-    trial = copy.copy(base)
-    trial.__dict__.update({name: _rebound(held, base, trial) for name, held in vars(trial).items()})
     kind = quantisation(base)
     shared = None if kind is None else kind.weight
-    trial.__dict__["_parameters"] = {
-        name: p if p is None or name == shared else p.detach().clone() for name, p in base._parameters.items()
+    own = {
+        name: parameter.detach().clone()
+        for name, parameter in base._parameters.items()
+        if parameter is not None and name != shared
     }
+    twin = twin_with(base, own)
     if kind is not None and "bias" in vars(base) and base.bias is not None:  # HQQ's is no parameter
-        trial.bias = base.bias.detach().clone()
-    return trial
+        twin.bias = base.bias.detach().clone()
+    return twin
 
 
 def unmerged_copy(base: Any, records: Iterable[MergeRecord]) -> Any:
-    """Return a copy of the layer as it was before the merges `records`, latest merge first; `base` stays untouched."""
-    trial = trial_copy(base)
+    """Return a copy of the layer as it was before it was merged.
+
+    Args:
+        base: the layer; stays untouched.
+        records: of its merges, the latest first.
+    """
+    copied = independent_copy(base)
     for record in records:
-        restore_entries(trial, record)
-    return trial
-
-
-def _rebound(held: Any, base: Any, trial: Any) -> Any:
-    """Bind a method or a partial to `trial` if it is bound to `base`; anything else is returned as it is."""
-    if isinstance(held, MethodType) and held.__self__ is base:
-        return MethodType(held.__func__, trial)
-    if isinstance(held, partial) and held.args and held.args[0] is base:
-        return partial(held.func, trial, *held.args[1:], **held.keywords)
-    return held
+        restore_entries(copied, record)
+    return copied
 
 
 def _read(source: Tensor, positions: Tensor) -> Tensor:
+    """Return the entries at `positions` of the flattened tensor."""
     return source.detach().reshape(-1).index_select(0, positions.to(source.device))
 
 
 def _write(target: Tensor, positions: Tensor, entries: Tensor) -> None:
-    """Write in place, through autograd's eyes, so that a backward that still needs the old numbers is refused."""
+    """Write entries at `positions` of the flattened tensor in place.
+
+    Autograd sees the write, so that it refuses a backward that still needs the old numbers.
+    """
     # a model may have been moved, or cast, while it was merged
     positions, entries = positions.to(target.device, torch.int64), entries.to(target)
     if target.is_contiguous():

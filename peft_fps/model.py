@@ -4,30 +4,34 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, Before, FPSLayer, check_distinct
+from peft_fps.adapter_state import AdapterState, Before
+from peft_fps.adapters import FPSLayer
 from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.checkpoint import PREFIX
 from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
 from peft_fps.inputs import unwatch_producers, watch_producers
 from peft_fps.kinds import layer_class
-from peft_fps.loading import load_state, saved_state
+from peft_fps.layer_merge import check_distinct
+from peft_fps.loading import load_state
 from peft_fps.lookup import fps_layers
 from peft_fps.mixed_batch import mixed_batch, pass_names
-from peft_fps.planning import check_task, plan, take_targets_from_allocation
+from peft_fps.planning import check_task, plan, take_targets_from_record
 from peft_fps.reference import config_of_copy, copy_adapter, reference_of
 from peft_fps.renames import current_names
+from peft_fps.saved_state import saved_state
 from peft_fps.scaling import set_scale
 from peft_fps.selecting import calibrate, select_without_data, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.targets import (
-    PREFIX,
     base_parameters,
     biased_norms,
     check_adapter_name,
@@ -44,6 +48,36 @@ from peft_fps.whole_modules import (
     with_whole_head,
     wrap_whole,
 )
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was found in the model when an adapter was injected, for the hooks that PEFT calls afterwards.
+
+    Attributes:
+        whole: paths of the modules that the adapter trains whole.
+        norms: paths of the norms whose bias it trains on top of its targets.
+        entries: number of entries of each targeted module, by path.
+    """
+
+    whole: list[str] = field(default_factory=list)
+    norms: set[str] = field(default_factory=set)
+    entries: dict[str, int] = field(default_factory=dict)
+
+    def targets(self, config: FPSConfig, key: str) -> Any:
+        """Return whether the adapter targets the module at path `key`, in the form in which PEFT has it."""
+        if config.record is not None:  # it decides; to match a stranger's expression could take for ever
+            if key in config.record.allocation:
+                return True
+            return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
+        if key in self.whole or key.startswith(tuple(f"{name}." for name in self.whole)):
+            return _ExcludedModule()
+        by_names = copy.copy(config)
+        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
+        matched: Any = BaseTuner._check_target_module_exists(by_names, key)
+        if isinstance(matched, _ExcludedModule):
+            return matched
+        return matched or key in self.norms
 
 
 class FPSModel(BaseTuner):
@@ -66,6 +100,7 @@ class FPSModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = FPSLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _injections: dict[str, Injection] = {}  # by adapter name; replaced as a whole, never changed in place
 
     # --- injection ----------------------------------------------------------------------------------------------
 
@@ -92,6 +127,7 @@ class FPSModel(BaseTuner):
         source = None if to_be_loaded else reference_of(self.peft_config, adapter_name)
         if source is not None:
             self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
+        self._modules_to_save = config.modules_to_save
         try:
             check_adapter_name(unwrapped(model), adapter_name)
             with compiled_in_place(self):
@@ -114,85 +150,73 @@ class FPSModel(BaseTuner):
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         finally:
-            config.modules_to_save = config.automatic.pop("wrapped", config.modules_to_save)
+            config.modules_to_save = self._modules_to_save
         watch_producers(self.model)
         pass_names(self.model)
         freeze_statistics(self.model)
         self._state.buffers = buffer_digests(self.model)
         if source is not None:
             copy_adapter(self.model, source, adapter_name)
-        elif not config.from_file:
+        elif config.record is None:
             select_without_data(self.model, config, adapter_name)
 
     def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
-        if not config.from_file:  # left by an earlier save
-            config.allocation = config.calibration = config.base_fingerprint = None
+        config.to_save = None  # left by an earlier save
+        record = config.record
         self._state = AdapterState(
-            selected=config.from_file or not config.needs_calibration,
-            calibration=config.calibration,
+            selected=record is not None or not config.needs_calibration,
+            calibration=None if record is None else record.calibration,
             saved_inputs=config.saved_inputs,
-            before=Before.of(model) if config.from_file else None,
+            before=None if record is None else Before.of(model),
         )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        check_task(model, peft_config)
-        if peft_config.from_file:
-            take_targets_from_allocation(peft_config)
-        for name, find in (("modules_to_save", trained_head), ("target_modules", default_targets)):
-            value = getattr(peft_config, name)
-            if peft_config.from_file:  # says all of it, or means none
-                continue
-            if value is None or (name in peft_config.automatic and value == peft_config.automatic[name]):
-                peft_config.automatic[name] = find(model, peft_config)
-                setattr(peft_config, name, peft_config.automatic[name])
-        peft_config.modules_to_save = with_whole_head(model, peft_config)
-        whole = peft_config.automatic["whole"] = whole_modules(model, peft_config)
-        shorthand = str(peft_config.target_modules).lower() == "all-linear"
-        _maybe_include_all_linear_layers(peft_config, model)
-        if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
-            peft_config.target_modules = {n for n in peft_config.target_modules if in_wanted_block(n, peft_config)}
+        config: FPSConfig = peft_config
+        check_task(model, config)
         saved_names: dict[str, str] = {}
-        if peft_config.from_file:
-            current = current_names(model, peft_config.allocation)
-            saved_names = dict(zip(current, peft_config.allocation, strict=True))
-            peft_config.allocation = current
-        peft_config.automatic["norms"] = set()
+        if config.record is None:
+            _fill_in(config, model)
+        else:
+            take_targets_from_record(config, config.record)
+        config.modules_to_save = with_whole_head(model, config)
+        whole = whole_modules(model, config)
+        shorthand = str(config.target_modules).lower() == "all-linear"
+        _maybe_include_all_linear_layers(config, model)
+        if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
+            config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
+        if config.record is not None:
+            current = current_names(model, config.record.allocation)
+            saved_names = dict(zip(current, config.record.allocation, strict=True))
+            config.record = config.record.renamed(current)
+        found = Injection(whole)
         # norms come on top of targets; without any, PEFT is to say which were not found
-        if peft_config.bias == "with_norms" and not peft_config.from_file and self._matched(peft_config, model):
-            peft_config.automatic["norms"] = biased_norms(model, peft_config)
-        names = self._matched(peft_config, model)
-        check_whole_modules_apart(model, peft_config, whole, names)
-        self._entries, self._state.base_fingerprint = plan(model, peft_config, names, saved_names)
-        check_whole_tensors(model, peft_config, whole)
-        warn_of_untrained_head(model, peft_config, names, whole)
+        if config.bias == "with_norms" and config.record is None and self._matched(config, model, found):
+            found = Injection(whole, biased_norms(model, config))
+        names = self._matched(config, model, found)
+        check_whole_modules_apart(model, config, whole, names)
+        planned = plan(model, config, names, saved_names)
+        check_whole_tensors(model, config, whole)
+        warn_of_untrained_head(model, config, names, whole)
+        self._state.base_fingerprint = planned.base_fingerprint
+        self._state.base_parameters = planned.base_parameters
+        self._injections = self._injections | {self._injected: Injection(whole, found.norms, planned.entries)}
+        self._modules_to_save = config.modules_to_save
 
-    def _matched(self, config: FPSConfig, model: nn.Module) -> list[str]:
+    def _matched(self, config: FPSConfig, model: nn.Module, found: Injection) -> list[str]:
         """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
         adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
         names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
         if self._state_dict_modules is not None:
             return [name for name in names if name in self._state_dict_modules]
-        return [name for name in names if self._check_target_module_exists(config, name)]
+        return [name for name in names if found.targets(config, name)]
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        whole = peft_config.automatic.get("whole", ())
-        in_whole = key in whole or key.startswith(tuple(f"{name}." for name in whole))
-        if peft_config.from_file:  # the allocation decides; to match a stranger's expression could take for ever
-            if key in peft_config.allocation:
-                return True
-            return _ExcludedModule() if peft_config.exclude_modules else False  # PEFT warns if none was excluded
-        if in_whole:
-            return _ExcludedModule()
-        by_names = copy.copy(peft_config)
-        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
-        matched: Any = BaseTuner._check_target_module_exists(by_names, key)
-        if isinstance(matched, _ExcludedModule):
-            return matched
-        return matched or key in peft_config.automatic.get("norms", ())
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        mine = (name for name, config in self.peft_config.items() if config is peft_config)
+        found = next((self._injections[name] for name in mine if name in self._injections), Injection())
+        return found.targets(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -215,7 +239,7 @@ class FPSModel(BaseTuner):
                 target.register_forward_pre_hook(_no_op)
         target.update_layer(
             adapter_name,
-            self._entries[current_key],
+            self._injections[adapter_name].entries.get(current_key, 0),
             peft_config.bias != "none",
             self._state,
             inference_mode=peft_config.inference_mode,
@@ -228,13 +252,13 @@ class FPSModel(BaseTuner):
         config: Any = self.peft_config[self._injected]
         wrap_whole(
             model,
-            config.automatic["whole"],
+            self._injections[self._injected].whole,
             self._injected,
             inference_mode=config.inference_mode,
             activate=self._injected in self.active_adapters,
         )
         # PEFT's turn is next, which would wrap every module whose path ends so
-        config.automatic["wrapped"], config.modules_to_save = config.modules_to_save, None
+        config.modules_to_save = None
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:
@@ -329,7 +353,7 @@ class FPSModel(BaseTuner):
 
         Args:
             adapter_names: adapters to merge, in order; the active ones if None.
-            safe_merge: check all modules for NaN and infinity first and merge all or nothing.
+            safe_merge: refuse a merge that would write NaN or infinity; all modules are merged or none.
         """
         self._check_merge_allowed()
         merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
@@ -398,6 +422,18 @@ class FPSModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield
+
+
+def _fill_in(config: FPSConfig, model: nn.Module) -> None:
+    """Fill the fields of a config that the user has left open, also those that another model has filled in."""
+    filled = config.filled_in
+    if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
+        config.modules_to_save = trained_head(model, config)
+        filled = replace(filled, modules_to_save=config.modules_to_save)
+    if config.target_modules is None or config.target_modules == filled.target_modules:
+        targets = default_targets(model, config)
+        config.target_modules, filled = targets, replace(filled, target_modules=targets)
+    config.filled_in = filled
 
 
 def _release(model: nn.Module) -> None:

@@ -1,9 +1,11 @@
-"""Whole published settings by name: which entries are trained, how they are chosen, and how to train them."""
+"""The settings of published methods by name: which entries they train, how they choose them, and how they train."""
 
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+
+from peft_fps.importances import IMPORTANCES
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,11 @@ PRESETS: dict[str, Preset] = {
 def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `FPSConfig` that a preset sets, `recipe` among them, with some of them replaced.
 
-    A `budget` or `per_neuron` replaces all that the preset says about the number of entries, a `budget_pattern` its
-    pattern. An `importance` that is not the preset's starts from the defaults of the fields that belong to one.
-
     Args:
-        name: of the preset.
-        overrides: fields to replace.
+        name: name of the preset.
+        overrides: fields to replace. `budget` or `per_neuron` replaces everything that the preset says about the
+            number of entries; `budget_pattern` replaces the pattern. An `importance` other than the preset's starts
+            from the defaults of the fields that belong to an importance.
 
     Raises:
         ValueError: there is no such preset.
@@ -187,7 +188,7 @@ def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_line(recipe: Mapping[str, Any]) -> str:
-    """Return training arguments in short; of those that a preset may set, the ones that are there."""
+    """Return training arguments on one short line: those of the arguments that a preset may set."""
     parts = {
         "optim": "{}",
         "learning_rate": "learning rate {:g}",
@@ -203,7 +204,7 @@ def recipe_line(recipe: Mapping[str, Any]) -> str:
 
 
 def preset_table() -> str:
-    """Return the presets as a Markdown table: name, source, what selection costs, settings, what differs."""
+    """Return the presets as a Markdown table: name, source, passes to select, settings, what differs."""
     rows = [
         (
             "preset",
@@ -228,8 +229,6 @@ def _quoted(value: Any) -> str:
 
 
 def _passes(settings: Mapping[str, Any]) -> str:
-    from peft_fps.importances import IMPORTANCES  # they work on models, which read configs and so this module
-
     importance = settings.get("importance", "activation")
     needs = IMPORTANCES[importance].needs
     if settings.get("budget") == 0 or needs == "nothing":

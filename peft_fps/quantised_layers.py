@@ -8,13 +8,15 @@ from peft.utils.quantization_utils import TorchaoBackend, get_quantization_kwarg
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.layers import AdaptedLayer
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.merging import MergeRecord, add_to_bias
 from peft_fps.quantised import dense_weight, held_by, put, quantisation, requantised, stored_weight
+from peft_fps.selection import LayerShape
 from peft_fps.sparse import Structure, dense_delta, merged_entries
+from peft_fps.sparse_product import ProductLayer
 
 
-class QuantisedLinear(AdaptedLayer):
+class QuantisedLinear(ProductLayer):
     """A linear layer with a quantised weight and sparse changes, `y = base(x) + x ΔWᵀ + Δb`.
 
     Changes are float32 parameters and are multiplied in float32 (in autocast's dtype under autocast), so they are as
@@ -35,14 +37,15 @@ class QuantisedLinear(AdaptedLayer):
         self.quantization_backend = kind.make_backend()
         self._dense: tuple[int, Tensor] | None = None  # the next row to be read, while rows are read in order
 
+    @classmethod
+    def shape_of(cls, base_layer: Any) -> LayerShape:
+        """Return the shape of the weight seen as `(neurons, inputs)`; 4-bit weights are packed in another one."""
+        return LayerShape(base_layer.out_features, base_layer.in_features)
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_dense": None}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `(..., in_features)` to `(..., out_features)`."""
-        return self._apply_adapters(x, *args, **kwargs)
-
-    def _owns_forward(self) -> bool:
+    def _owns_forward(self, base: Any) -> bool:
         return False
 
     def _beside_base(
@@ -147,7 +150,7 @@ def check_writable(model: nn.Module, layers: Iterable[FPSLayer]) -> None:
         layer.check_writable()
 
 
-def check_gradients(layers: Mapping[str, FPSLayer], importance: str) -> None:
+def check_gradients(layers: Mapping[str, EntryLayer], importance: str) -> None:
     """Raise ValueError if one of the weights is quantised, so that it gets no gradient.
 
     Args:

@@ -7,13 +7,14 @@ from torch import nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import adapter_config, base_model, target_layers
-from peft_fps.planning import allocate_entries
+from peft_fps.config_lookup import adapter_config
+from peft_fps.lookup import base_model, entry_layers, target_layers
+from peft_fps.planning import allocate_entries, bias_count
 from peft_fps.targets import count_base_parameters
 
 
 def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[str]) -> dict[str, int]:
-    """Return the number of entries of each module that data has reached, by path.
+    """Return the number of entries of each module that data has reached, by path; norms have none.
 
     Where these are the modules that the adapter has entries in, they keep their numbers; else the budget is allocated
     anew, as if the adapter had been made for them alone.
@@ -28,11 +29,13 @@ def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[
             "was reached during calibration, expected data that the model calls targeted modules with. Check the "
             "data, and that the model calls these modules. Nothing was changed."
         )
+    trained = {path: layer for path, layer in layers.items() if path in reached}
     if all(layer.carries(adapter_name) == (path in reached) for path, layer in layers.items()):
-        return {path: layers[path].fps_values[adapter_name].numel() for path in layers if path in reached}
-    shapes = {path: layer.shape for path, layer in layers.items() if path in reached}
-    absent = layers.keys() - shapes.keys()
-    return allocate_entries(shapes, config, count_base_parameters(base_model(model)), absent=absent)
+        return {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(trained).items()}
+    shapes = {path: layer.shape for path, layer in entry_layers(trained).items()}
+    biases = sum(bias_count(layer.base_layer) for layer in trained.values())
+    parameters = count_base_parameters(base_model(model))
+    return allocate_entries(shapes, biases, config, parameters, absent=layers.keys() - trained.keys())
 
 
 def warn_of_unreached(

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.entry_layer import EntryLayer
 
 
-def weight_rows(layer: FPSLayer, first: int, last: int) -> Tensor:
+def weight_rows(layer: EntryLayer, first: int, last: int) -> Tensor:
     """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
     with _brought(layer):
         return layer.weight_rows(first, last)
 
 
 @contextmanager
-def _brought(layer: FPSLayer) -> Iterator[None]:
+def _brought(layer: EntryLayer) -> Iterator[None]:
     """Have a weight that accelerate offloads at hand, as a call of the layer would."""
     base = layer.base_layer
     hook = getattr(base, "_hf_hook", None)

@@ -8,7 +8,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.lookup import adapter_layers
 from peft_fps.whole_checks import whole_tensors
 
@@ -55,17 +57,11 @@ def config_of_copy(model: nn.Module, config: FPSConfig, adapter_name: str) -> FP
     ]
     return replace(
         config,
-        allocation={
-            path: {
-                "neurons": layer.shape.neurons,
-                "inputs": layer.shape.inputs,
-                "entries": layer.fps_values[adapter_name].numel(),
-            }
-            for path, layer in layers.items()
-        },
-        calibration=state.calibration,
-        base_fingerprint=None,
-        whole_tensors=whole_tensors(model, wholes),
+        record=AdapterRecord(
+            allocation={path: layer.sizes(adapter_name) for path, layer in layers.items()},
+            calibration=state.calibration,
+            whole_tensors=tuple(whole_tensors(model, wholes)),
+        ),
         init_weights=True,
     )
 
@@ -80,8 +76,12 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         target: name of the one that is written.
     """
     for layer in adapter_layers(model, target).values():
-        layer.set_selection(target, layer.fps_columns[source].clone(), layer.fps_row_counts[source].clone())
-        for held in (layer.fps_values, layer.fps_bias):
+        if isinstance(layer, EntryLayer):
+            layer.set_selection(target, layer.fps_columns[source].clone(), layer.fps_row_counts[source].clone())
+        else:
+            layer.start_from_zero(target)
+        for name in layer.adapter_layer_names:
+            held = getattr(layer, name)
             if source in held:
                 held[target].data = held[source].detach().clone()
         layer.scaling[target] = layer.scaling[source]

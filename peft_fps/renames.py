@@ -1,7 +1,7 @@
-"""Module names change between generations of transformers; adapters saved under the old ones still find their modules.
+"""Present names of modules that transformers has renamed since an adapter was saved.
 
-transformers knows these renames for checkpoints of base models (`encoder.layer.0.attention.attention.query` of a ViT
-became `layers.0.attention.q_proj`); the same table serves adapters.
+transformers has a table of renames for checkpoints of base models. For instance,
+`encoder.layer.0.attention.attention.query` of a ViT became `layers.0.attention.q_proj`. Adapters use the same table.
 """
 
 import re
@@ -20,9 +20,13 @@ Value = TypeVar("Value")
 
 
 def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Value]:
-    """Return `named` with module paths of an older generation replaced by those of `model`.
+    """Return `named` with module paths of an older version of transformers replaced by those of `model`.
 
-    Paths that exist in the model, and those that transformers knows no present name for, stay as they are.
+    Paths that exist in the model stay, and so do those for which transformers has no present name.
+
+    Args:
+        model: base model, with or without adapters.
+        named: anything by module path.
     """
     modules = {plain_name(name) for name, _ in model.named_modules()}
     if not isinstance(model, PreTrainedModel) or all(name in modules for name in named):
@@ -36,6 +40,7 @@ def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Val
 
 
 def _rename(model: PreTrainedModel, name: str) -> str:
+    """Return the present name of a module path according to the table of transformers."""
     for conversion in get_model_conversion_mapping(model):
         if isinstance(conversion, WeightRenaming) and len(conversion.target_patterns) == 1:
             for old in conversion.source_patterns:

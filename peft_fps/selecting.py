@@ -1,6 +1,6 @@
 """The verbs that choose and report an adapter's entries, on any model that carries one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,24 +10,27 @@ from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted, device_of, failing_together
-from peft_fps.checkpoint import encoded_bytes
+from peft_fps.checkpoint import encoded_bytes, no_entries
 from peft_fps.compiled import run_eagerly
 from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
 from peft_fps.describing import describe
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import Loss
 from peft_fps.importances import IMPORTANCES, Evidence, Gathering, Request, Score
 from peft_fps.importances.random import random_scorer
 from peft_fps.lookup import (
     active_adapter,
-    adapter_config,
     adapter_layers,
     base_model,
+    entry_layers,
     target_layers,
     whole_parameters,
 )
 from peft_fps.reached import entries_of_reached, warn_of_unreached
 from peft_fps.scoring import scorer
-from peft_fps.selection import Candidate, LayerSelection, SelectionReport, select_entries
+from peft_fps.selection import Candidate, LayerSelection, NormSelection, SelectionReport, select_entries
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.candidate import Selected
 from peft_fps.sharded import check_whole
 from peft_fps.targets import count_base_parameters
@@ -116,12 +119,12 @@ def calibrate(
         "and give the selection to the others (Selection.save, Selection.load).",
     )
     evidence: Evidence = {}
+    weighted = entry_layers(layers)
     reached = {path for path, layer in layers.items() if layer.carries(adapter_name)}
-    record: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
+    noted: dict[str, Any] = {key: getattr(config, key) for key in RECORDED}
     if config.needs_calibration:
         importance, base = IMPORTANCES[config.importance], base_model(model)
         assert importance.gather is not None
-        weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
         batches = Pass(
             data,
             num_batches=num_batches,
@@ -134,19 +137,19 @@ def calibrate(
         how = Gathering(loss, views, accumulators, training_mode, run)
         with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
             evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
-        record |= {key: getattr(config, key) for key in importance.recorded} | counts
+        noted |= {key: getattr(config, key) for key in importance.recorded} | counts
         reached = called_anywhere(called, list(layers), base)
         if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
             reached = {path for path in reached if path in evidence or path not in weighted}
     entries = entries_of_reached(model, adapter_name, reached)
-    scores = {path: scorer(layer, path, config, evidence) for path, layer in layers.items() if path in reached}
-    _select(layers, config, adapter_name, entries, scores)
+    scores = {path: scorer(weighted[path], path, config, evidence) for path in entries}
+    _select(layers, config, adapter_name, entries, scores, reached)
     if unreached := [path for path in layers if path not in reached]:
         found = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, found)
-        record["unreached"] = unreached
+        noted["unreached"] = tuple(unreached)
     state = next(iter(layers.values())).fps_state[adapter_name]
-    state.selected, state.calibration = True, record
+    state.selected, state.calibration = True, CalibrationRecord(**noted)
     return selection_report(model, adapter_name)
 
 
@@ -159,12 +162,17 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
     """
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
-    rows = []
+    rows: list[LayerSelection] = []
     for path, layer in layers.items():
-        values, counts = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name]
-        biases = layer.shape.neurons if layer.bias_delta(adapter_name) is not None else 0
-        size = encoded_bytes(counts, layer.shape.inputs, values.element_size(), biases)
-        rows.append(LayerSelection(path, layer.shape.neurons, layer.shape.inputs, values.numel(), biases, size))
+        biases = layer.neurons if layer.bias_delta(adapter_name) is not None else 0
+        if isinstance(layer, EntryLayer):
+            values, counts, shape = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name], layer.shape
+            size = encoded_bytes(counts, shape.inputs, values.element_size(), biases)
+            rows.append(LayerSelection(path, shape.neurons, shape.inputs, values.numel(), biases, size))
+        else:
+            held = no_entries(layer.fps_bias[adapter_name])
+            size = encoded_bytes(held["fps_row_counts"], 0, held["fps_values"].element_size(), biases)
+            rows.append(NormSelection(path, layer.neurons, biases=biases, bytes=size))
     head = whole_parameters(model, adapter_name).values()
     state = next(iter(layers.values())).fps_state[adapter_name]
     return SelectionReport(
@@ -174,7 +182,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
         method=describe(config, state),
-        unreached=tuple((state.calibration or {}).get("unreached", ())),
+        unreached=() if state.calibration is None else state.calibration.unreached,
     )
 
 
@@ -184,15 +192,16 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
     With `init_weights=False`, random entries and random non-zero changes, drawn from torch's global generator.
     """
     layers = adapter_layers(model, adapter_name)
-    if any(layer.fps_columns[adapter_name].device.type == "meta" for layer in layers.values()):
+    parameters = (parameter for layer in layers.values() for parameter in layer.adapter_parameters(adapter_name))
+    if any(parameter.device.type == "meta" for parameter in parameters):
         return  # nothing to rank; the tensors are to be loaded
     seed = None if config.init_weights else int(torch.randint(2**62, (), device="cpu"))
     scores = {
         path: scorer(layer, path, config, {}) if seed is None else random_scorer(layer, path, seed)
-        for path, layer in layers.items()
+        for path, layer in entry_layers(layers).items()
     }
-    entries = {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
-    _select(layers, config, adapter_name, entries, scores)
+    entries = {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(layers).items()}
+    _select(layers, config, adapter_name, entries, scores, layers)
     if not config.init_weights:
         for layer in layers.values():
             for parameter in layer.adapter_parameters(adapter_name):
@@ -216,12 +225,13 @@ def check_selectable(layers: Mapping[str, FPSLayer], adapter_name: str, discard_
                 f"{path}: found merged adapters {layer.merged_adapters}, expected none while entries are chosen. Call "
                 "model.unmerge_adapter() first. Nothing was changed."
             )
-        if layer.fps_values[adapter_name].device.type == "meta":
+        parameters = layer.adapter_parameters(adapter_name)
+        if any(parameter.device.type == "meta" for parameter in parameters):
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors. Build it without "
                 "low_cpu_mem_usage. Nothing was changed."
             )
-        trained = any(bool(p.detach().nan_to_num().any()) for p in layer.adapter_parameters(adapter_name))
+        trained = any(bool(parameter.detach().nan_to_num().any()) for parameter in parameters)
         if trained and not discard_values:
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since choosing "
@@ -258,7 +268,7 @@ def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def rank(
-    layers: Mapping[str, FPSLayer], config: FPSConfig, entries: Mapping[str, int], scores: Mapping[str, Score]
+    layers: Mapping[str, EntryLayer], config: FPSConfig, entries: Mapping[str, int], scores: Mapping[str, Score]
 ) -> dict[str, Selected]:
     """Return the best entries of layers by their scores, spread as the config says.
 
@@ -268,10 +278,7 @@ def rank(
         entries: how many each layer is to have, or what adds up to those of all where the config spreads them.
         scores: of the layers named in `entries`.
     """
-    shapes = {path: layers[path].shape for path in entries}
-    candidates = {
-        path: Candidate(shape.neurons, shape.inputs, entries[path], scores[path]) for path, shape in shapes.items()
-    }
+    candidates = {path: Candidate(layers[path].shape, count, scores[path]) for path, count in entries.items()}
     return select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
 
 
@@ -281,14 +288,17 @@ def _select(
     adapter_name: str,
     entries: Mapping[str, int],
     scores: Mapping[str, Score],
+    reached: Container[str],
 ) -> None:
-    """Rank and set the entries of the layers named in `entries`; in others the adapter holds nothing from now on.
+    """Rank and set the entries of the layers that are reached; in others the adapter holds nothing from now on.
 
     A layer is changed only after all are ranked.
     """
-    ranked = rank(layers, config, entries, scores)
+    ranked = rank(entry_layers(layers), config, entries, scores)
     for path, layer in layers.items():
-        if path in ranked:
+        if path not in reached:
+            layer.leave_out(adapter_name)
+        elif isinstance(layer, EntryLayer):
             layer.set_selection(adapter_name, *ranked[path])
         else:
-            layer.leave_out(adapter_name)
+            layer.start_from_zero(adapter_name)

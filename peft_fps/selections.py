@@ -14,18 +14,21 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from peft_fps.adapters import AdapterState, FPSLayer
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
 from peft_fps.describing import CHOSEN, method_record, plain_method
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances import Score
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, base_model, target_layers
+from peft_fps.lookup import active_adapter, adapter_layers, base_model, entry_layers, target_layers
 from peft_fps.reading import weight_rows
 from peft_fps.renames import current_names
 from peft_fps.selecting import check_selectable, rank, selection_report
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.allocation import exact
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
 from peft_fps.selection.own_scores import checked_scores
@@ -85,9 +88,7 @@ class Selection:
                     f"{path}: the tensors of adapter {name!r} are not loaded, expected selected entries. Load an "
                     "adapter file, or select entries with model.calibrate(...), before taking the selection."
                 )
-        for path, layer in layers.items():
-            if not layer.shape.inputs:
-                continue
+        for path, layer in entry_layers(layers).items():
             tensors, shape = (layer.fps_columns[name], layer.fps_row_counts[name]), layer.shape
             try:
                 modules[path] = ModuleEntries.of_size(*tensors, shape.neurons, shape.inputs)
@@ -123,30 +124,27 @@ class Selection:
         check_selectable(layers, name, discard_values)
         method = plain_method(self.method)
         modules = current_names(base_model(model), self.modules)
-        record = method.get("calibration") or {}
-        unreached = set(current_names(base_model(model), dict.fromkeys(record.get("unreached", ())))) - modules.keys()
+        record = _record_of(method)
+        unreached = set(current_names(base_model(model), dict.fromkeys(record.unreached))) - modules.keys()
         check_same_modules(
-            modules,
-            {path: layer.shape for path, layer in layers.items() if layer.shape.inputs and path not in unreached},
+            {path: module.shape for path, module in modules.items()},
+            {path: layer.shape for path, layer in entry_layers(layers).items() if path not in unreached},
             "the selection",
             f"adapter {name!r}",
             "Apply the selection to an adapter with the target_modules and the base model that it was made with. "
             "Nothing was changed.",
         )
         biased = [layer for path, layer in layers.items() if name in layer.fps_bias and path not in unreached]
-        _check_budget(self.entries, config, sum(layer.shape.neurons for layer in biased), base_model(model), name)
+        _check_budget(self.entries, config, sum(layer.neurons for layer in biased), base_model(model), name)
         for path, layer in layers.items():
             if path in unreached:
                 layer.leave_out(name)
-            elif path in modules:
+            elif isinstance(layer, EntryLayer):
                 layer.set_selection(name, modules[path].columns, modules[path].row_counts)
             else:
-                counts = torch.zeros(layer.shape.neurons, dtype=torch.int32, device="cpu")
-                layer.set_selection(name, counts[:0], counts)
+                layer.start_from_zero(name)
         state = next(iter(layers.values())).fps_state[name]
-        state.selected, state.calibration = True, method.get("calibration")
-        if state.calibration is None:  # without a record, the report would tell what the adapter's config asks for
-            state.calibration = {key: method[key] for key in CHOSEN if method.get(key) is not None}
+        state.selected, state.calibration = True, record
         return selection_report(model, name)
 
     @classmethod
@@ -178,7 +176,7 @@ class Selection:
         """
         name = adapter_name or active_adapter(model)
         config, layers = adapter_config(model, name), adapter_layers(model, name)
-        weighted = {path: layer for path, layer in layers.items() if layer.shape.inputs}
+        weighted = entry_layers(layers)
         scorers = {path: _rows_of(_own_scores(path, layer, score)) for path, layer in weighted.items()}
         entries = {path: layer.fps_values[name].numel() for path, layer in weighted.items()}
         ranked = rank(weighted, config, entries, scorers)
@@ -205,10 +203,11 @@ class Selection:
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, expected the folder of a saved FPS adapter.")
         config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, FPSConfig) or config.allocation is None:
+        record = config.record if isinstance(config, FPSConfig) else None
+        if not isinstance(config, FPSConfig) or record is None:
             raise ValueError(f"{folder} holds a {type(config).__name__} without saved entries, expected an FPSConfig.")
-        modules = read_adapter(folder / WEIGHTS, config.allocation)
-        state = AdapterState(selected=True, calibration=config.calibration, base_fingerprint=config.base_fingerprint)
+        modules = read_adapter(folder / WEIGHTS, record.allocation)
+        state = AdapterState(selected=True, calibration=record.calibration, base_fingerprint=record.base_fingerprint)
         return cls(modules, _method(config, state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -242,13 +241,14 @@ class Selection:
             ValueError: the selections are of different modules; names one of them.
         """
         remedy = "Compare selections of one base model with the same target_modules."
-        check_same_modules(other.modules, self.modules, "the other selection", "this selection", remedy)
+        theirs, ours = ({path: module.shape for path, module in each.modules.items()} for each in (other, self))
+        check_same_modules(theirs, ours, "the other selection", "this selection", remedy)
         mine, others = ({p: m.positions() for p, m in each.modules.items()} for each in (self, other))
         return measure_overlap(mine, others)
 
 
 @torch.no_grad()
-def _own_scores(path: str, layer: FPSLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
+def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
     weight = weight_rows(layer, 0, layer.shape.neurons)
     return checked_scores(path, score(path, weight), layer.shape)
 
@@ -260,8 +260,19 @@ def _rows_of(scores: Tensor) -> Score:
 def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
     """How an adapter's entries were chosen, from what its config and state tell."""
     record = method_record(config, state)
-    chosen = {key: None if record is None else record.get(key) for key in CHOSEN}
-    return {**chosen, "calibration": record, "base_fingerprint": state.base_fingerprint}
+    chosen = {key: None if record is None else getattr(record, key) for key in CHOSEN}
+    plain = None if record is None else record.to_json()
+    return {**chosen, "calibration": plain, "base_fingerprint": state.base_fingerprint}
+
+
+def _record_of(method: dict[str, Any]) -> CalibrationRecord:
+    """Return the record that a selection's method holds, or what the method says of the choice.
+
+    That record may say nothing. Without any, a report would tell what the adapter's config asks for.
+    """
+    if method.get("calibration") is not None:
+        return CalibrationRecord.from_json(method["calibration"], "method['calibration']")
+    return CalibrationRecord.from_json({key: method.get(key) for key in CHOSEN}, "method")
 
 
 def _check_budget(entries: int, config: FPSConfig, biases: int, base: nn.Module, name: str) -> None:

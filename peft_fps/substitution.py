@@ -35,11 +35,15 @@ def call_with(base: Any, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) 
 
 
 def twin_with(base: Any, tensors: dict[str, Any]) -> Any:
-    """Return a layer that shares everything with `base`, hooks included, but for some of its parameters.
+    """Return a layer that shares everything with `base`, hooks included, except for some of its parameters.
 
-    Unlike `functional_call` it is safe while another thread runs the layer. A forward put over the layer's own, as
-    accelerate's hooks are, is the twin's too if it is a method bound to the layer, or a `functools.partial` whose
-    first argument is the layer. A closure goes on reading the layer itself.
+    Unlike `functional_call` it is safe while another thread runs the layer. A forward that someone put over the
+    layer's own, as accelerate's hooks do, is rebound to the twin if it is a method bound to the layer, or a
+    `functools.partial` whose first argument is the layer. A closure still reads the layer itself.
+
+    Args:
+        base: any layer; stays untouched.
+        tensors: by the names of its parameters.
     """
     twin = copy.copy(base)
     twin.__dict__.update({name: _rebound(held, base, twin) for name, held in vars(twin).items()})
@@ -118,7 +122,7 @@ def _undrawn(base: Any) -> Iterator[None]:
 
 
 def _rebound(held: Any, base: Any, twin: Any) -> Any:
-    """Bind a method or a partial to `twin` if it is bound to `base`; anything else is returned as it is."""
+    """Return a method or partial that is bound to `base` as one bound to `twin`, and anything else unchanged."""
     if isinstance(held, MethodType) and held.__self__ is base:
         return MethodType(held.__func__, twin)
     if isinstance(held, partial) and held.args and held.args[0] is base:

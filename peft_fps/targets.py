@@ -11,17 +11,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
-from peft_fps.checkpoint import PEFT_PREFIX, TENSORS
+from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
 from peft_fps.config import FPSConfig
 from peft_fps.heads import find_head, output_head
-from peft_fps.kinds import LAYERS, layer_class
-from peft_fps.layers import is_biased_norm
-from peft_fps.norms import Norm
+from peft_fps.kinds import LAYERS, entry_layer_class, layer_class
+from peft_fps.norms import Norm, is_biased_norm
 from peft_fps.quantised import check_quantised, quantisation, quantised_elements, stored_weight
 from peft_fps.refusals import check_weight, obstacle, remedy
 
-
-PREFIX = "fps_"
 
 PATH_PARTS = {*PEFT_PREFIX.split("."), *TENSORS, "base_layer", "modules_to_save", "original_module"}
 PATH_PARTS |= {"_orig_mod", "_fsdp_wrapped_module"}
@@ -86,7 +83,7 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     found = {
         name: module
         for name, module in named_base_modules(model)
-        if layer_class(module) not in (None, Norm)
+        if entry_layer_class(module) is not None
         and name not in heads
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)

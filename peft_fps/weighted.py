@@ -9,22 +9,37 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.adapters import FPSLayer
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.composition import Combination, combine, united_entries
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import fps_layers
+from peft_fps.entry_layer import EntryLayer
+from peft_fps.lookup import entry_layers, fps_layers
+from peft_fps.planning import bias_count
 from peft_fps.selection.allocation import round_up
 from peft_fps.targets import check_adapter_name, count_base_parameters
 from peft_fps.whole_checks import whole_tensors
 
 
 @dataclass(frozen=True)
-class _Combined:
-    """The new adapter's tensors in one layer, see `FPSLayer`."""
+class _Entries:
+    """The new adapter's entries in one layer, see `EntryLayer`."""
 
     columns: Tensor
     row_counts: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """What the new adapter has in one layer: entries, unless it is a norm, and a bias delta `(neurons,)`, if any."""
+
+    entries: _Entries | None
     bias: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return 0 if self.entries is None else self.entries.values.numel()
 
 
 def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_from: str | None) -> None:
@@ -36,8 +51,16 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
     configs = [tuner.peft_config[name] for name in how.adapters]
     givers = list(dict.fromkeys(wholes.values()))
     names = dict.fromkeys(name for giver in givers for name in tuner.peft_config[giver].modules_to_save or [])
-    config = _combined_config(model, configs, layers, combined, list(names), how)
-    config.whole_tensors = whole_tensors(model, [path for path, module in model.named_modules() if module in wholes])
+    given = whole_tensors(model, [path for path, module in model.named_modules() if module in wholes])
+    record = AdapterRecord(
+        allocation={
+            path: replace(layers[path].sizes(_carried(layers[path], how)[0]), entries=tensors.count)
+            for path, tensors in combined.items()
+        },
+        calibration=how.record(),
+        whole_tensors=tuple(given),
+    )
+    config = _combined_config(model, configs, layers, record, list(names))
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(model, adapter_name)
     for path, tensors in combined.items():
@@ -98,23 +121,31 @@ def _whole_modules(model: nn.Module, adapters: Sequence[str], chosen: str | None
 
 @torch.no_grad()
 def _combine_layer(layer: FPSLayer, how: Combination) -> _Combined:
-    present = [(i, name) for i, name in enumerate(how.adapters) if layer.carries(name)]
-    values = [layer.scaled(layer.fps_values[name], name) for _, name in present]
-    if layer.shape.inputs:
-        columns, row_counts, places = united_entries([layer.structure(name) for _, name in present])
-    else:  # a norm has a bias alone
-        columns, row_counts = (getattr(layer, held)[present[0][1]] for held in ("fps_columns", "fps_row_counts"))
-        places = [columns.to(torch.int64)] * len(present)
-    own = replace(how, adapters=[name for _, name in present], weights=[how.weights[i] for i, _ in present])
-    united = _checked(combine(values, places, columns.numel(), own), layer)
-    biased = [(i, name) for i, name in present if name in layer.fps_bias]
-    bias = None
-    if biased:
-        deltas = [layer.scaled(layer.fps_bias[name], name) for _, name in biased]
-        everywhere = torch.arange(layer.shape.neurons, device=deltas[0].device)
-        own = replace(how, adapters=[name for _, name in biased], weights=[how.weights[i] for i, _ in biased])
-        bias = _checked(combine(deltas, [everywhere] * len(biased), layer.shape.neurons, own), layer)
-    return _Combined(columns, row_counts, united, bias)
+    entries = _combine_entries(layer, how) if isinstance(layer, EntryLayer) else None
+    return _Combined(entries, _combine_biases(layer, how))
+
+
+def _combine_entries(layer: EntryLayer, how: Combination) -> _Entries:
+    own = _of_those(how, [layer.carries(name) for name in how.adapters])
+    columns, row_counts, places = united_entries([layer.structure(name) for name in own.adapters])
+    values = [layer.scaled(layer.fps_values[name], name) for name in own.adapters]
+    return _Entries(columns, row_counts, _checked(combine(values, places, columns.numel(), own), layer))
+
+
+def _combine_biases(layer: FPSLayer, how: Combination) -> Tensor | None:
+    present = [layer.carries(name) and name in layer.fps_bias for name in how.adapters]
+    if not any(present):
+        return None
+    own = _of_those(how, present)
+    deltas = [layer.scaled(layer.fps_bias[name], name) for name in own.adapters]
+    everywhere = torch.arange(layer.neurons, device=deltas[0].device)
+    return _checked(combine(deltas, [everywhere] * len(deltas), layer.neurons, own), layer)
+
+
+def _of_those(how: Combination, present: Sequence[bool]) -> Combination:
+    """Return the combination of some of the adapters alone."""
+    kept = [i for i, here in enumerate(present) if here]
+    return replace(how, adapters=[how.adapters[i] for i in kept], weights=[how.weights[i] for i in kept])
 
 
 def _checked(tensor: Tensor, layer: FPSLayer) -> Tensor:
@@ -130,46 +161,37 @@ def _combined_config(
     model: nn.Module,
     configs: Sequence[FPSConfig],
     layers: Mapping[str, FPSLayer],
-    combined: Mapping[str, _Combined],
+    record: AdapterRecord,
     modules_to_save: list[str],
-    how: Combination,
 ) -> FPSConfig:
     """Return a config as if the new adapter came from a file: with its sizes, and what it trains as its budget."""
     biases = {"none": 0, "all": 1, "with_norms": 2}
     bias = max((config.bias for config in configs), key=lambda kind: biases[kind])
-    entries = sum(tensors.values.numel() for tensors in combined.values())
-    biased = [layer for layer in layers.values() if layer.shape.bias and bias != "none"]
-    trained = entries + sum(layer.shape.neurons for layer in biased)
+    entries = sum(sizes.entries for sizes in record.allocation.values())
+    trained = entries + sum(0 if bias == "none" else bias_count(layer.base_layer) for layer in layers.values())
     return replace(
         configs[0],
         budget=min(round_up(trained, count_base_parameters(model)), 1.0) if entries else 0.0,
         per_neuron=None,
         budget_pattern={},
         bias=bias,
-        target_modules={path for path, layer in layers.items() if layer.shape.inputs},
+        target_modules=set(entry_layers(layers)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=modules_to_save,
-        allocation={
-            path: {
-                "neurons": layers[path].shape.neurons,
-                "inputs": layers[path].shape.inputs,
-                "entries": tensors.values.numel(),
-            }
-            for path, tensors in combined.items()
-        },
-        calibration=how.record(),
-        base_fingerprint=None,
-        whole_tensors=[],
+        record=record,
         init_weights=True,
     )
 
 
 def _fill(layer: FPSLayer, adapter_name: str, tensors: _Combined) -> None:
-    layer.set_selection(adapter_name, tensors.columns, tensors.row_counts)
-    layer.fps_values[adapter_name].data = tensors.values
-    if adapter_name in layer.fps_bias:
-        bias = tensors.values.new_zeros(layer.shape.neurons) if tensors.bias is None else tensors.bias
-        layer.fps_bias[adapter_name].data = bias
+    if isinstance(layer, EntryLayer):
+        assert tensors.entries is not None
+        layer.set_selection(adapter_name, tensors.entries.columns, tensors.entries.row_counts)
+        layer.fps_values[adapter_name].data = tensors.entries.values
+    else:
+        layer.start_from_zero(adapter_name)
+    if tensors.bias is not None:  # else it stays zero, if the new adapter has one here
+        layer.fps_bias[adapter_name].data = tensors.bias
     layer.fps_state[adapter_name].before = None

@@ -61,8 +61,8 @@ def check_whole_modules_apart(
                 "it: the same weights cannot change in both ways. Leave it out with exclude_modules, or name "
                 "target_modules."
             )
-    if config.from_file:
-        for name in config.allocation or ():
+    if config.record is not None:
+        for name in config.record.allocation:
             if path := next((path for path in wholes if f"{name}.".startswith(f"{path}.")), None):
                 raise ValueError(
                     f"{name}: the adapter's config has entries for it, and trains {path} whole (modules_to_save="
@@ -72,10 +72,10 @@ def check_whole_modules_apart(
 
 def check_whole_tensors(model: nn.Module, config: FPSConfig, wholes: Sequence[str]) -> None:
     """Raise ValueError unless a config from a file lists just the tensors of its modules that are trained whole."""
-    if not config.from_file:
+    if config.record is None:
         return
     expected = whole_tensors(model, wholes)
-    listed = {name.replace("_orig_mod.", "") for name in config.whole_tensors or ()}
+    listed = {name.replace("_orig_mod.", "") for name in config.record.whole_tensors or ()}
     if different := sorted(listed ^ {name.replace("_orig_mod.", "") for name in expected}):
         found = "lacks" if different[0] not in listed else "lists"
         names = config.modules_to_save
@@ -107,6 +107,6 @@ def _original(module: nn.Module) -> nn.Module:
 
 def remedy_for(config: FPSConfig) -> str:
     """Return what to do about names that do not fit."""
-    if config.from_file:
+    if config.record is not None:
         return "The config is damaged or belongs to another model; fetch or save the adapter again."
     return "Pass modules_to_save with other names, or [] for none."

@@ -1,4 +1,4 @@
-"""Merging and unmerging a whole model: all layers or none."""
+"""Merging adapters in all layers of a model, or in none."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +9,8 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer, Undone, check_distinct
+from peft_fps.adapters import FPSLayer
+from peft_fps.layer_merge import Undone, check_distinct
 from peft_fps.quantised_layers import QuantisedLinear, check_writable
 from peft_fps.sharded import check_whole
 
@@ -17,17 +18,22 @@ from peft_fps.sharded import check_whole
 Result = TypeVar("Result")
 
 NEGLIGIBLE_LOSS = 0.01
-"""Share of the changes that rounding may swallow in a merge before a warning is due."""
+"""Share of the changes that a merge may lose to rounding without a warning."""
 
 
 def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> None:
-    """Merge adapters in all layers, and say how much rounding swallowed.
+    """Merge adapters in all layers, and warn if rounding loses many of the changes.
 
-    All layers are checked before the first is merged. If one fails even so, for want of memory say, those before it
-    are unmerged again.
+    The tensors of all adapters are checked before the first layer is merged. A layer may still fail: memory runs out,
+    or with `safe_merge` a sum overflows. Then the layers before it are unmerged, bit for bit.
+
+    Args:
+        model: has the adapters.
+        adapter_names: adapters to merge, in order.
+        safe_merge: refuse a merge that would write NaN or infinity into a layer.
 
     Raises:
-        TypeError, ValueError: the names are no list of known and distinct adapters, or a layer cannot be merged.
+        TypeError, ValueError: the names are not a list of known and distinct adapters, or a layer cannot be merged.
             Nothing was changed then.
     """
     check_whole(
@@ -47,7 +53,7 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
 
 
 def unmerge_whole(model: nn.Module) -> None:
-    """Put the originals back in all layers; if one fails, those before it are merged again, bit for bit."""
+    """Put the originals back in all layers. If one fails, those before it are merged again, bit for bit."""
     merged: list[FPSLayer] = [module for module in model.modules() if isinstance(module, FPSLayer) and module.merged]
     undone: list[tuple[FPSLayer, list[Undone]]] = []
     try:
@@ -60,25 +66,29 @@ def unmerge_whole(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str], safe_merge: bool) -> None:
+    """Raise unless the names are those of adapters whose tensors are valid, in layers that can be written to."""
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
     check_distinct(adapter_names)
-    known = {name for layer in layers for name in layer.fps_values}
+    known = {name for layer in layers for name in layer.fps_state}
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
-    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_values]
+    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_state]
     check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
-    for layer in layers if safe_merge else ():
-        layer.check_merge(list(adapter_names))
+    for layer, name in pairs if safe_merge else ():
+        layer.check_finite(name)
     for layer, name in pairs:
-        layer.structure(name)  # checks the tensors, unless they are the ones last checked
+        layer.prepare(name)  # checks the tensors, unless they are the ones last checked
     if not _sums_are_finite([parameter for layer, name in pairs for parameter in layer.adapter_parameters(name)]):
         for layer, name in pairs:
             layer.check_tensors(name)  # a sum may also overflow
 
 
 def _at_hand(layer: FPSLayer, act: Callable[[], Result]) -> Result:
-    """Run `act` while a weight that accelerate offloads is at hand; what it raises comes out when that is put away."""
+    """Run `act` while the weight of the layer is at hand if accelerate offloads it.
+
+    What `act` raises is raised when the weight has been put away again.
+    """
     if not (hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")):
         return act()
     found: list[Result] = []
@@ -94,6 +104,7 @@ def _at_hand(layer: FPSLayer, act: Callable[[], Result]) -> Result:
 
 
 def _warn_of_losses(layers: Sequence[FPSLayer], before: Sequence[int]) -> None:
+    """Warn if rounding lost many changes in merges after the first `before` of each layer."""
     records = [
         layer.merge_records[name]
         for layer, count in zip(layers, before, strict=True)
@@ -111,13 +122,14 @@ def _warn_of_losses(layers: Sequence[FPSLayer], before: Sequence[int]) -> None:
 
 
 def _kind_of_weight(layer: FPSLayer) -> str:
+    """Return the dtype of a layer's weight, or how it is quantised, for a message."""
     if isinstance(layer, QuantisedLinear):
         return f"quantised ({layer.quantization_backend.backend_name})"
     return str(layer.base_layer.weight.dtype)
 
 
 def _sums_are_finite(parameters: list[nn.Parameter]) -> bool:
-    """Whether the sums of all parameters are finite; a few operations for a whole model."""
+    """Return whether the sums of all parameters are finite, in a few operations for a whole model."""
     alike: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.device, parameter.dtype), []).append(parameter.detach())

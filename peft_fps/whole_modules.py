@@ -31,7 +31,7 @@ def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
     Only that of which PEFT, which looks for ends of names, would not take other modules for it.
     """
     names = config.modules_to_save
-    if config.from_file or not names or names != NAMED_BY_PEFT.get(config.task_type):  # type: ignore[call-overload]
+    if config.record is not None or not names or names != NAMED_BY_PEFT.get(config.task_type):  # type: ignore[call-overload]
         return names
     modules = [name for name, _ in named_outside(model)]
     head = find_head(model).modules
@@ -50,7 +50,7 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     """
     modules = dict(named_outside(model))
     names = list(config.modules_to_save or ())
-    saved = config.whole_tensors or [] if config.from_file else []
+    saved = [] if config.record is None else list(config.record.whole_tensors or ())
     head = [] if saved else find_head(model).modules
     exact = [name for name in names if name in modules and (_holds(name, saved) if saved else name in head)]
     others = [key for key in saved if not _inside(key, exact)]
@@ -81,7 +81,7 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
 
 def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:
     """Warn of what of a new head is neither adapted nor trained whole, unless `modules_to_save` is `[]`."""
-    if config.from_file or config.modules_to_save == []:
+    if config.record is not None or config.modules_to_save == []:
         return
     head = find_head(model)
     frozen = [name for name in head.modules if not _inside(name, whole) and not _holds(name, adapted + whole)]

@@ -1,18 +1,24 @@
 """Settings that hold for all tests: offline, one thread (tiny products wait for each other), no deadline."""
 
+import gc
 import os
+from functools import lru_cache
 from importlib.util import find_spec
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
 os.environ["OMP_NUM_THREADS"] = "1"  # of notebooks and other processes too: they run side by side
 
+import jinja2
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 
 torch.set_num_threads(1)
+
+# saving an adapter compiles the same template of a model card each time, which takes longer than the saving itself
+jinja2.Environment.compile = lru_cache(64)(jinja2.Environment.compile)
 
 
 def _let_torchvision_load() -> None:
@@ -49,3 +55,9 @@ settings.load_profile("peft_fps")
 def pytest_configure(config: pytest.Config) -> None:
     # peft asks every transformers model for the property under its old name
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of garbage collection: a Trainer collects at every end of a training."""
+    gc.collect()
+    gc.freeze()

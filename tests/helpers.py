@@ -31,6 +31,7 @@ from transformers.utils import check_peft_version
 
 from peft_fps import FPSConfig
 from peft_fps.adapters import FPSLayer
+from peft_fps.entry_layer import EntryLayer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +139,18 @@ def _seeded(build: Callable[[], Any]) -> Any:
     return model.eval()
 
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+IN_RECORD = {"allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled"}
+
+
+def with_fields(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The content of an adapter_config.json with some fields changed, wherever in it they stand."""
+    recorded = {name: value for name, value in fields.items() if name in IN_RECORD}
+    record = {"record": content["record"] | recorded} if recorded else {}
+    return content | record | {name: value for name, value in fields.items() if name not in IN_RECORD}
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,10 +192,9 @@ def fill(model: nn.Module, adapter_name: str = "default", seed: int = 1, scale: 
     """Give the adapter changes that are large, and zero nowhere."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model).values():
-        for held in (layer.fps_values, layer.fps_bias):
-            if adapter_name in held:
-                noise = torch.randn(held[adapter_name].shape, generator=generator)
-                held[adapter_name].data.copy_(scale * (noise + noise.sign()))
+        for parameter in layer.adapter_parameters(adapter_name):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(scale * (noise + noise.sign()))
 
 
 def layers_of(model: nn.Module) -> dict[str, FPSLayer]:
@@ -191,7 +203,12 @@ def layers_of(model: nn.Module) -> dict[str, FPSLayer]:
     return {name: module for name, module in base.named_modules() if isinstance(module, FPSLayer)}
 
 
-def selected_columns(layer: FPSLayer, adapter_name: str = "default") -> list[list[int]]:
+def weighted_of(model: nn.Module) -> dict[str, EntryLayer]:
+    """Of these layers those with entries, norms left out."""
+    return {name: layer for name, layer in layers_of(model).items() if isinstance(layer, EntryLayer)}
+
+
+def selected_columns(layer: EntryLayer, adapter_name: str = "default") -> list[list[int]]:
     """Selected columns of every neuron."""
     columns, result, start = layer.fps_columns[adapter_name].tolist(), [], 0
     for count in layer.fps_row_counts[adapter_name].tolist():
@@ -201,7 +218,7 @@ def selected_columns(layer: FPSLayer, adapter_name: str = "default") -> list[lis
     return result
 
 
-def dense_change(layer: FPSLayer, adapter_name: str = "default") -> Tensor:
+def dense_change(layer: EntryLayer, adapter_name: str = "default") -> Tensor:
     """ΔW as a dense float64 tensor of the stored weight's shape, entry by entry."""
     base = layer.base_layer
     weight = base.weight
@@ -221,7 +238,7 @@ def dense_reference(base: nn.Module, model: nn.Module, adapters: list[str]) -> n
         for path, layer in layers_of(model).items():
             module = plain.get_submodule(path)
             for name in adapters:
-                if name in layer.fps_values:
+                if isinstance(layer, EntryLayer) and name in layer.fps_values:
                     module.weight += dense_change(layer, name).to(module.weight.dtype)
                 if name in layer.fps_bias:
                     module.bias += layer.fps_bias[name].to(module.bias.dtype)
@@ -274,6 +291,17 @@ def csr(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Columns and row counts of a list of columns per neuron."""
     columns = [column for row in rows for column in row]
     return torch.tensor(columns, dtype=torch.int64), torch.tensor([len(row) for row in rows], dtype=torch.int64)
+
+
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+"""What UTF-8 can write; asked for by the codec's name, Hypothesis tries all of Unicode one by one at its first run."""
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(CHARACTERS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS), inner, max_size=3),
+    max_leaves=6,
+)
+"""What JSON can hold, and gives back equal."""
 
 
 @st.composite

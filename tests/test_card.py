@@ -17,10 +17,22 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, __version__, get_peft_model
 
 from peft_fps import FPSConfig, save_adapter
-from peft_fps.card import Evaluation, evaluation_at, write_card
+from peft_fps.adapters import AdapterState, Evaluation
+from peft_fps.card import evaluation_at
 from peft_fps.card.facts import Facts
 from peft_fps.card.markdown import BEGIN, END, code, loading_snippet, plain, put, render
-from tests.helpers import adapted, config, images, layers_of, through_transformers, tiny_bert, tiny_mlp, tiny_vit
+from peft_fps.hub import write_card
+from tests.helpers import (
+    CHARACTERS,
+    adapted,
+    config,
+    images,
+    layers_of,
+    through_transformers,
+    tiny_bert,
+    tiny_mlp,
+    tiny_vit,
+)
 
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -74,8 +86,12 @@ def snippet(text: str) -> str:
     return text.partition("```python\n")[2].partition("```")[0]
 
 
+def state_of(model: PeftModel) -> AdapterState:
+    return next(iter(layers_of(model).values())).fps_state["default"]
+
+
 def noted(model: PeftModel, step: int = 24, **metrics: float) -> None:
-    model.peft_config["default"].automatic["evaluation"] = Evaluation(step, metrics)
+    state_of(model).evaluation = Evaluation(step, metrics)
 
 
 @pytest.fixture
@@ -155,7 +171,7 @@ def test_the_snippet_names_class_base_labels_and_place() -> None:
     assert "model = ...  # the base model" in loading_snippet(Facts(**{**FACTS, "base_class": None}))
 
 
-STRANGE = st.text(max_size=30) | st.sampled_from(
+STRANGE = st.text(CHARACTERS, max_size=30) | st.sampled_from(
     ['a"); import os; os.remove("x")  #', "`|` \\", f"x {END} y", f"{BEGIN}", "## head\n```\n", "<script>", "x" * 9999]
 )
 
@@ -262,7 +278,7 @@ def test_results_stand_in_the_metadata_until_they_no_longer_hold(model: PeftMode
         ],
     }
     assert index == {"name": "m", "results": [mine, ours]}
-    del model.peft_config["default"].automatic["evaluation"]
+    state_of(model).evaluation = None
     model.save_pretrained(tmp_path)
     assert card_of(tmp_path)[0]["model-index"] == [{"name": "m", "results": [mine]}]
 
@@ -273,7 +289,7 @@ def test_results_alone_come_and_go(model: PeftModel, tmp_path: Path) -> None:
     noted(model, accuracy=0.75)
     model.save_pretrained(tmp_path)
     assert card_of(tmp_path)[0]["model-index"][0]["name"] == "vit-tiny-fps"
-    del model.peft_config["default"].automatic["evaluation"]
+    state_of(model).evaluation = None
     model.save_pretrained(tmp_path)
     assert not {"model-index", "model_name", "eval_results"} & set(card_of(tmp_path)[0])
 
@@ -297,8 +313,8 @@ def test_saving_completes_the_card_that_peft_writes(model: PeftModel, tmp_path: 
     )
     assert found["biases"] == f"{biases:,}"
     size = (tmp_path / WEIGHTS).stat().st_size
-    assert found["file"] == f"`{WEIGHTS}`, {size:,} bytes, format version 1"
-    digest = json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"]["sha256"]
+    assert found["file"] == f"`{WEIGHTS}`, {size:,} bytes, format version 2"
+    digest = json.loads((tmp_path / CONFIG).read_text())["record"]["base_fingerprint"]["sha256"]
     assert found["its fingerprint"] == f"`{digest}`, `float32`"
 
 
@@ -358,6 +374,20 @@ def test_named_adapters_have_their_cards_beside_them(model: PeftModel, tmp_path:
     assert '"me/pets")' in snippet(card_of(tmp_path)[1])
 
 
+def test_adapters_that_share_a_config_have_each_its_own_card(model: PeftModel, tmp_path: Path) -> None:
+    shared = config(granularity="model", target_modules=["q_proj"], importance="activation")
+    for name in ("cats", "dogs"):
+        model.add_adapter(name, shared)
+    model.calibrate([{"pixel_values": images()}], adapter_name="cats", progress=False)
+    model.save_pretrained(tmp_path)
+    cards = {name: (tmp_path / name / CARD).read_bytes() for name in ("", "cats", "dogs")}
+    assert "over 4 examples" in cards["cats"].decode()
+    assert "until calibrated" not in cards["dogs"].decode()
+    assert "over 4 examples" not in cards["dogs"].decode()
+    write_card(model, tmp_path, picture=False)
+    assert {name: (tmp_path / name / CARD).read_bytes() for name in cards} == cards
+
+
 def test_task_types_name_the_class(tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert(), config(task_type="SEQ_CLS"))
     noted(model, accuracy=0.5)
@@ -387,7 +417,7 @@ def test_other_models_and_pickled_adapters_have_a_card_too(tmp_path: Path) -> No
 
 
 def test_parameters_of_the_base_model_are_told_if_they_were_counted(model: PeftModel, tmp_path: Path) -> None:
-    model.peft_config["default"].automatic["base_parameters"] = 20_000
+    state_of(model).base_parameters = 20_000
     model.save_pretrained(tmp_path)
     expected = "1,440, 7.2 % of 20,000 parameters without the output head"
     assert rows(section(card_of(tmp_path)[1]))["together"] == expected

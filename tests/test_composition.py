@@ -14,6 +14,7 @@ from peft.utils import merge_utils
 from torch import Tensor, nn
 
 from peft_fps.composition import Combination, combine, united_entries
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.sparse import build_structure
 from tests.helpers import (
     adapted,
@@ -253,14 +254,14 @@ def test_adapters_that_differ_in_modules_granularity_and_biases() -> None:
         bias="none",
     )
     add(model)
-    changed = {path for path, layer in layers_of(model).items() if "new" in layer.fps_values}
+    changed = {path for path, layer in layers_of(model).items() if "new" in layer.fps_state}
     assert changed == set(layers_of(model))
     for path, layer in layers_of(model).items():
-        held = [name for name in "ab" if name in layer.fps_values]
-        if layer.shape.inputs:
+        if isinstance(layer, EntryLayer):
+            held = [name for name in "ab" if name in layer.fps_values]
             expected = sum(dict(zip("ab", WEIGHTS, strict=True))[name] * dense_change(layer, name) for name in held)
             torch.testing.assert_close(dense_change(layer, "new"), expected, rtol=1e-5, atol=1e-7)
-        bias = WEIGHTS[1] * layer.fps_bias["b"] if "b" in layer.fps_bias else torch.zeros(layer.shape.neurons)
+        bias = WEIGHTS[1] * layer.fps_bias["b"] if "b" in layer.fps_bias else torch.zeros(layer.neurons)
         torch.testing.assert_close(layer.fps_bias["new"].detach(), bias.detach(), msg=path)
 
 
@@ -319,7 +320,7 @@ def test_the_saved_config_tells_what_was_combined_and_how_much_it_trains(tmp_pat
     add(model, "ties")
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     saved = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-    assert saved["calibration"] == {
+    assert saved["record"]["calibration"] == {
         "combination": "ties",
         "adapters": ["a", "b"],
         "weights": WEIGHTS,
@@ -335,7 +336,7 @@ def test_the_saved_config_tells_what_was_combined_and_how_much_it_trains(tmp_pat
     assert report.entries == sum(map(len, rows))
     assert saved["per_neuron"] is None
     assert report.share <= saved["budget"] <= 1.1 * report.share
-    assert {path: sizes["entries"] for path, sizes in saved["allocation"].items()} == {
+    assert {path: sizes["entries"] for path, sizes in saved["record"]["allocation"].items()} == {
         path: layer.fps_values["new"].numel() for path, layer in layers_of(model).items()
     }
 

@@ -16,7 +16,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
 from peft_fps import FPSConfig
-from tests.helpers import adapted, finish, layers_of, start_python, tiny_llama, tiny_vit
+from peft_fps.checkpoint.record import AdapterRecord
+from tests.helpers import adapted, finish, layers_of, start_python, tiny_llama, tiny_vit, with_fields
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,10 +39,14 @@ FULL: dict[str, Any] = {
     "budget_pattern": {"query": 1, "value": 2.5},
     "init_weights": False,
     "seed": 7,
-    "allocation": {"layers.0.query": SIZES},
-    "calibration": {"batches": 3, "examples": 12},
-    "base_fingerprint": {"sha256": "0" * 64, "dtype": "float32"},
-    "whole_tensors": ["classifier.weight", "head.weight"],
+    "record": {
+        "allocation": {"layers.0.query": SIZES},
+        "calibration": {"batches": 3, "examples": 12},
+        "base_fingerprint": {"sha256": "0" * 64, "dtype": "float32"},
+        "whole_tensors": ["classifier.weight", "head.weight"],
+        "tensors_sha256": "1" * 64,
+        "pickled": False,
+    },
     "task_type": "FEATURE_EXTRACTION",
     "base_model_name_or_path": "some/model",
     "revision": "main",
@@ -217,7 +222,7 @@ WRONG = [
     ("seed", 1.0, "integer"),
     ("seed", True, "integer"),
     ("seed", None, "integer"),
-    ("format_version", 2, "at most 1"),
+    ("format_version", 3, "at most 2"),
     ("format_version", 0, "at least 1"),
     ("format_version", "1", "integer"),
     ("format_version", True, "integer"),
@@ -230,7 +235,7 @@ WRONG = [
     ("plugin", None, ""),
     ("inference_mode", "no", "True or False"),
     ("task_type", "GUESSING", "SEQ_CLS"),
-    ("allocation", [SIZES], "expected None or"),
+    ("allocation", [SIZES], "a dict of sizes by module"),
     ("allocation", {"query": {"neurons": 2, "inputs": 3}}, "'entries'"),
     ("allocation", {"query": [2, 3, 4]}, "'entries'"),
     ("allocation", {"query": SIZES | {"more": 1}}, "'entries'"),
@@ -239,7 +244,7 @@ WRONG = [
     ("allocation", {"query": SIZES | {"neurons": True}}, "integers"),
     ("allocation", {"query": SIZES | {"entries": 7}}, "at most neurons times inputs"),
     ("allocation", {3: SIZES}, "'entries'"),
-    ("calibration", ["batches"], "expected None or"),
+    ("calibration", ["batches"], "expected a dict or none"),
     ("base_fingerprint", "0" * 64, "expected None or"),
     ("base_fingerprint", {"sha256": 5, "dtype": "float32"}, "expected None or"),
     ("whole_tensors", "classifier.weight", "list of names"),
@@ -258,7 +263,11 @@ WRONG = [
     ("block_top", None, "a number between 0 and 1"),
     ("recipe", "adam", "None or a dict of training arguments"),
     ("pickled", "yes", "True or False"),
-    ("pickled", None, "True or False"),
+    ("record", [SIZES], "expected None or"),
+    ("record", {}, "expected the sizes of every module"),
+    ("record", {"calibration": {}}, "expected the sizes of every module"),
+    ("record", {"allocation": None}, "expected the sizes of every module"),
+    ("record", {"allocation": {}, "origin": 1}, "expected allocation, calibration, base_fingerprint, "),
 ]
 
 
@@ -274,14 +283,58 @@ def test_a_wrong_value_is_refused_with_field_found_and_allowed(name: str, value:
     found = (
         next(iter(value.values())) if name in ("budget_pattern", "allocation") and isinstance(value, dict) else value
     )
+    if name == "record" and isinstance(value, dict):
+        found = "origin" if "origin" in value else "allocation is None"
     assert name.replace("task_type", "task type") in message
     assert repr(found) in message or str(found) in message or repr(next(iter(value))) in message
     assert allowed in message
 
 
+RECORD: dict[str, Any] = {"allocation": {"query": SIZES}}
+WRONG_RECORDS = [
+    # field, wrong value, what the message says
+    ("allocation", [SIZES], "allocation is [{"),
+    ("allocation", {"query": SIZES | {"entries": 7}}, "allocation['query'] is {"),
+    ("allocation", {"query": SIZES | {"neurons": True}}, "allocation['query'] is {"),
+    ("calibration", ["batches"], "calibration is ['batches'] of type list, expected a dict"),
+    ("calibration", {"examples": True}, "calibration: examples is True, expected an integer"),
+    ("calibration", {"examples": "12"}, "calibration: examples is '12', expected an integer"),
+    ("calibration", {"importance": ["by", "hand"]}, "calibration: importance is ['by', 'hand'], expected a string"),
+    ("calibration", {"weight_magnitude": 1}, "calibration: weight_magnitude is 1, expected True, False"),
+    ("calibration", {"l0_penalty": "1"}, "calibration: l0_penalty is '1', expected a number"),
+    ("calibration", {"unreached": "pooler"}, "calibration: unreached is 'pooler', expected a list of names"),
+    ("calibration", {"unreached": [3]}, "calibration: unreached is [3], expected a list of names"),
+    ("calibration", {"weights": [True]}, "calibration: weights is [True], expected a list of numbers"),
+    ("base_fingerprint", "0" * 64, "base_fingerprint is '000"),
+    ("base_fingerprint", {"sha256": 5, "dtype": "float32"}, "base_fingerprint is {'sha256': 5"),
+    ("whole_tensors", "classifier.weight", "whole_tensors is 'classifier.weight', expected None, a list of names"),
+    ("whole_tensors", [3], "whole_tensors is (3,), expected None, a list of names"),
+    ("tensors_sha256", 5, "tensors_sha256 is 5 of type int, expected None or a string"),
+    ("pickled", "yes", "pickled is 'yes' of type str, expected True or False"),
+]
+
+
+@pytest.mark.parametrize("form", ["record", "flat"])
+@pytest.mark.parametrize(("name", "value", "says"), WRONG_RECORDS, ids=[f"{n}-{v!r}" for n, v, _ in WRONG_RECORDS])
+def test_a_wrong_record_is_refused_in_the_form_of_either_version(form: str, name: str, value: Any, says: str):
+    record = RECORD | {name: value}
+    message = refusal({"record": record} if form == "record" else record)
+    assert says in message
+    assert message.endswith("The config is damaged; fetch or save the adapter again.")
+
+
+def test_what_a_calibration_says_beyond_the_known_fields_is_left_out():
+    record = RECORD | {"calibration": {"importance": "by hand", "note": [1], "norm": None}}
+    found = FPSConfig(record=record).record
+    assert found is not None
+    assert found.to_json()["calibration"] == {"importance": "by hand"}
+
+
 def test_every_field_has_a_wrong_value():
     informative = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}  # PEFT's own
-    assert {name for name, _, _ in WRONG} == {field.name for field in fields(FPSConfig)} - informative
+    wrong = {name for name, _, _ in WRONG}
+    assert wrong == {field.name for field in fields(FPSConfig)} - informative | {f.name for f in fields(AdapterRecord)}
+    assert {name for name, _, _ in WRONG_RECORDS} == {field.name for field in fields(AdapterRecord)}
 
 
 @pytest.mark.parametrize("importance", ["activation", "magnitude", "random", "movement", "l0"])
@@ -315,13 +368,13 @@ def test_a_pattern_is_a_number_of_entries_with_k():
 
 
 def test_a_saved_config_lists_the_tensors_saved_whole():
-    message = refusal(FULL | {"whole_tensors": None})
+    message = refusal(with_fields(FULL, whole_tensors=None))
     assert "whole_tensors is None" in message
     assert "['head', 'classifier']" in message
 
 
 def test_a_newer_format_says_how_to_upgrade():
-    assert "pip install -U peft-fps" in refusal({"format_version": 2})
+    assert "pip install -U peft-fps" in refusal({"format_version": 3})
 
 
 # --- copies and files -----------------------------------------------------------------------------------------------
@@ -348,7 +401,7 @@ def test_the_file_says_what_was_asked(tmp_path: Path):
     FPSConfig(**FULL).save_pretrained(tmp_path)
     data = json.loads((tmp_path / CONFIG).read_text())
     assert {name: data[name] for name in FULL} == FULL | {"target_modules": ["query", "value"]}
-    assert (data["peft_type"], data["format_version"], data["plugin"]) == ("FPS", 1, "peft_fps")
+    assert (data["peft_type"], data["format_version"], data["plugin"]) == ("FPS", 2, "peft_fps")
 
 
 def test_patterns_mean_the_same_after_saving(tmp_path: Path):
@@ -395,10 +448,11 @@ def test_the_file_is_the_same_bytes_in_every_process(modules_to_save: str, writt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"format_version": 2}, "at most 1", id="newer"),
+        pytest.param({"format_version": 3}, "at most 2", id="newer"),
         pytest.param({"budget": "0.1"}, "budget is '0.1'", id="wrong-type"),
         pytest.param({"importance": "os.system"}, "importance is 'os.system'", id="wrong-choice"),
         pytest.param({"allocation": {"query": SIZES | {"entries": 7}}}, "allocation", id="wrong-allocation"),
+        pytest.param({"record": {"allocation": {"query": 7}}}, "record.allocation['query'] is 7", id="wrong-record"),
     ],
 )
 def test_a_wrong_file_is_refused_by_every_loader(change: dict[str, Any], message: str, tmp_path: Path):

@@ -30,6 +30,7 @@ from tests.helpers import (
     tiny_vit,
     tokens,
     unchanged,
+    with_fields,
 )
 
 
@@ -83,7 +84,7 @@ def test_a_swapped_adapter_computes_and_is_saved_as_if_it_had_been_loaded(
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     first, again = (json.loads((place / CONFIG).read_text()) for place in (folder, tmp_path / "again"))
-    assert first["allocation"] == again["allocation"]
+    assert first["record"]["allocation"] == again["record"]["allocation"]
     assert {key for key in first if first[key] != again[key]} <= {"inference_mode"}
 
 
@@ -247,8 +248,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
     text = json.loads((folder / CONFIG).read_text())
-    text["tensors_sha256"] = None  # or the damage would be noticed by its digest already
-    (folder / CONFIG).write_text(json.dumps(text))
+    # or the damage would be noticed by its digest already
+    (folder / CONFIG).write_text(json.dumps(with_fields(text, tensors_sha256=None)))
 
 
 KEY = "base_model.model.last."
@@ -280,6 +281,35 @@ def test_a_damaged_head_changes_nothing(change: Any, tmp_path: Path) -> None:
     rewrite(folder, change)
     with unchanged(model), pytest.raises(ValueError, match="classifier.bias"):
         peft_fps.hotswap_adapter(model, str(folder), "default")
+
+
+def _move_an_entry(tensors: dict[str, Tensor]) -> None:
+    """From the first neuron of `last` to that of `first`, so that the total stays; both tensors are in order."""
+    for name in ("fps_values", "fps_columns"):
+        last, first = (f"base_model.model.{module}.{name}" for module in ("last", "first"))
+        tensors[last] = tensors[last][1:].clone()
+        tensors[first] = torch.cat([torch.zeros(1, dtype=tensors[first].dtype), tensors[first]])
+    tensors["base_model.model.last.fps_row_counts"][0] -= 1
+    tensors["base_model.model.first.fps_row_counts"][0] += 1
+
+
+def test_a_split_over_modules_unlike_the_config_is_refused_by_swap_and_load(tmp_path: Path) -> None:
+    """Also where the adapter's granularity leaves the split to the scores: the config says what they gave."""
+    source = adapted(tiny_mlp(), granularity="model", importance="magnitude", per_neuron=2)
+    for layer, columns in zip(layers_of(source).values(), ([1, 2], [0, 3]), strict=True):
+        counts = torch.zeros(layer.shape.neurons, dtype=torch.int32)
+        counts[0] = 2
+        layer.set_selection("default", torch.tensor(columns), counts)
+    source.save_pretrained(tmp_path)
+    rewrite(tmp_path, _move_an_entry)
+    model, message = adapted(tiny_mlp()), r"^first: fps_columns has 3 elements, expected 2 as the config says"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        peft_fps.hotswap_adapter(model, str(tmp_path), "default")
+    base = tiny_mlp()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        loaded(tmp_path, lambda: base)
+    source.load_adapter(str(tmp_path), "default")  # an adapter that has a selection takes another one's file
+    assert selected_columns(layers_of(source)["first"])[0] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("old", "new"), [([], ["classifier"]), (["classifier"], [])])

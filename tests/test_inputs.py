@@ -4,8 +4,7 @@ import copy
 import gc
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ from tests.helpers import (
     dense_reference,
     fill,
     layers_of,
-    normal,
     selected_columns,
     tiny_bert,
     tiny_gpt2,
@@ -34,12 +32,11 @@ from tests.helpers import (
 )
 from tests.helpers import images as image_inputs
 from tests.helpers import tokens as token_inputs
+from tests.reading_nets import READERS, TOKENS, WIDTH, inputs, net, saved, saved_storages
 
 
-WIDTH, TOKENS = 24, (3, 5)
 EXACT = ("rebuild", "columns")
 CHOICES = (*EXACT, "bfloat16")
-READERS = ["query", "key", "value"]
 
 
 class Attention(nn.Module):
@@ -48,27 +45,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
         return F.scaled_dot_product_attention(heads, heads.flip(-1), heads).transpose(1, 2).flatten(2)
-
-
-class Net(nn.Module):
-    """A plain layer, something that produces a tensor, and three layers that read it."""
-
-    def __init__(self, middle: nn.Module, neurons: int = 8) -> None:
-        super().__init__()
-        self.before = nn.Linear(6, WIDTH)
-        self.middle = middle
-        self.query, self.key, self.value = (nn.Linear(WIDTH, neurons, bias=i != 1) for i in range(3))
-        self.between: Callable[[Tensor, Tensor], Any] = lambda source, y: y
-        self.around_reading: Callable[..., Tensor] = lambda function, *args: function(*args)
-
-    def read(self, y: Tensor) -> Tensor:
-        return self.query(y) * self.key(y).sigmoid() + self.value(y)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.before(x)
-        y = self.middle(h)
-        y = self.between(h, y)
-        return self.around_reading(self.read, y)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -100,26 +76,9 @@ MIDDLES = NORMS | ACTIVATIONS | OTHERS
 SOME = ["layer-norm", "rms-norm", "llama-norm", "gelu", "relu", "attention"]
 
 
-def net(middle: Callable[[], nn.Module], neurons: int = 8, outside: Callable[[nn.Module], Any] | None = None) -> Net:
-    """The same at every call; `outside` changes it before it gets an adapter."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Net(middle(), neurons)
-        with torch.no_grad():
-            for parameter in model.middle.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    if outside is not None:
-        outside(model)
-    return model.eval()
-
-
 def wrapped(saved_inputs: str, middle: str | Callable[[], nn.Module], per_neuron: int = 2, **options: Any) -> Any:
     build = MIDDLES[middle] if isinstance(middle, str) else middle
     return adapted(net(build, **options), saved_inputs=saved_inputs, target_modules=READERS, per_neuron=per_neuron)
-
-
-def inputs(seed: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    return normal(*TOKENS, 6, seed=seed).to(dtype).requires_grad_()
 
 
 Step = Callable[[nn.Module, Tensor], Tensor]
@@ -584,31 +543,6 @@ def assert_right_or_refused(
 
 
 # --- what is saved --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def saved_storages(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that the graph keeps, by its address; those of the model itself are left out."""
-    kept: list[Tensor] = []  # holds them, so that no address is used twice
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    found: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield found
-
-
-def saved(model: nn.Module, context: Callable[[], Any] = nullcontext, dtype: torch.dtype = torch.float32) -> int:
-    with saved_storages(model) as found, context():
-        result = model(inputs(dtype=dtype))
-    assert result.requires_grad
-    return sum(found.values())
 
 
 def frozen(middle: str | Callable[[], nn.Module], **options: Any) -> nn.Module:

@@ -494,10 +494,12 @@ def test_hooks_of_the_wrapped_layer_run():
 # --- copies, compilation, threads -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [tiny_mlp, tiny_vit], ids=["mlp", "vit"])
+@pytest.mark.parametrize(
+    ("build", "bias"), [(tiny_mlp, "all"), (tiny_vit, "all"), (tiny_vit, "with_norms")], ids=["mlp", "vit", "norms"]
+)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch-save"])
-def test_copies_are_independent(build: Callable[[], nn.Module], way: str):
-    model = adapted(build())
+def test_copies_are_independent(build: Callable[[], nn.Module], bias: str, way: str):
+    model = adapted(build(), bias=bias)
     x = normal(3, 10) if build is tiny_mlp else images()
     expected = logits(model(x))
     if way == "deepcopy":

@@ -272,8 +272,8 @@ class TestOneConfigForMany:
         for name in ("first", "second"):
             written = json.loads((tmp_path / name / "adapter_config.json").read_text())
             held = {path: sum(map(len, rows)) for path, rows in selections(model, name).items()}
-            assert {path: sizes["entries"] for path, sizes in written["allocation"].items()} == held
-            assert (written["calibration"] is None) == (name == "second")
+            assert {path: sizes["entries"] for path, sizes in written["record"]["allocation"].items()} == held
+            assert (written["record"]["calibration"] is None) == (name == "second")
 
     def test_two_models_of_different_kinds(self) -> None:
         ours = config()
@@ -291,7 +291,7 @@ class TestOneConfigForMany:
         model = get_peft_model(tiny_vit(), ours)
         model.calibrate(progress=False)
         model.add_adapter("second", ours)
-        filled_in = {"allocation", "calibration", "base_fingerprint", "whole_tensors", "pickled", "modules_to_save"}
+        filled_in = {"modules_to_save"}
         by_peft = {
             "base_model_name_or_path",
             "auto_mapping",
@@ -303,6 +303,23 @@ class TestOneConfigForMany:
         for field in fields(FPSConfig):
             if field.name not in filled_in | by_peft:
                 assert getattr(ours, field.name) == chosen[field.name], field.name
+
+    def test_saving_changes_no_field(self, tmp_path: Path) -> None:
+        ours = config()
+        model = get_peft_model(tiny_vit(), ours)
+        before = {f.name: copy.deepcopy(getattr(ours, f.name)) for f in fields(FPSConfig)}
+        model.save_pretrained(tmp_path)
+        assert {f.name: getattr(ours, f.name) for f in fields(FPSConfig)} == before
+        assert ours.record is None
+        assert FPSConfig.from_pretrained(str(tmp_path)).record is not None
+
+    def test_sizes_that_a_model_has_saved_do_not_bind_the_next(self, tmp_path: Path) -> None:
+        ours = config()
+        get_peft_model(tiny_vit(), ours).save_pretrained(tmp_path / "first")
+        second = get_peft_model(tiny_gpt2(), ours)
+        assert selections(second) == selections(get_peft_model(tiny_gpt2(), config()))
+        ours.save_pretrained(str(tmp_path / "config"))  # of no adapter
+        assert FPSConfig.from_pretrained(str(tmp_path / "config")).record is None
 
     def test_a_copy_with_another_choice_has_that_choice(self) -> None:
         """What a model has written into the object must not bind its copies."""
@@ -531,7 +548,8 @@ def test_an_adapter_is_loaded_onto_a_base_with_one_offloaded_module(
     assert base.get_submodule(path).weight.device.type == "meta"
     loaded = PeftModel.from_pretrained(base, tmp_path)
     layer = layers_of(loaded)[path]
-    assert {p.device.type for p in (*layer.adapter_parameters("default"), layer.fps_columns["default"])} == {"cpu"}
+    tensors = [*layer.adapter_parameters("default"), *layer.index_tensors("default")]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded), logits(tiny_vit()), atol=1e-5, rtol=1e-4)
@@ -790,11 +808,12 @@ def saved_under_old_names(model: PeftModel, folder: Path, target_modules: Any = 
     file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
     content = json.loads(written.read_text())
-    content["allocation"] = {old_name(path): sizes for path, sizes in content["allocation"].items()}
-    content["target_modules"] = target_modules or sorted(content["allocation"])
+    record = content["record"]
+    record["allocation"] = {old_name(path): sizes for path, sizes in record["allocation"].items()}
+    content["target_modules"] = target_modules or sorted(record["allocation"])
     base = tiny_vit()
     weights = {old_name(path): base.get_submodule(path).weight for path in layers_of(model)}
-    content["base_fingerprint"] = fingerprint(weights)
+    record["base_fingerprint"] = fingerprint(weights)
     written.write_text(json.dumps(content))
     return folder
 

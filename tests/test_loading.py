@@ -44,6 +44,7 @@ from tests.helpers import (
     tiny_mlp,
     tiny_vit,
     tokens,
+    weighted_of,
 )
 
 
@@ -54,8 +55,8 @@ TARGETS = ["projection", "q_proj", "fc2"]
 
 
 def trained_vit(dtype: torch.dtype = torch.float32, autocast: bool = True, seed: int = 1, **options: Any) -> PeftModel:
-    """A ViT with uneven rows, changed values, biases and head."""
-    options = {"granularity": "layer", "per_neuron": 2.3, "target_modules": TARGETS, **options}
+    """A ViT with uneven rows, changed values, biases (those of norms too) and head."""
+    options = {"granularity": "layer", "per_neuron": 2.3, "target_modules": TARGETS, "bias": "with_norms", **options}
     model = get_peft_model(tiny_vit().to(dtype), config(**options), autocast_adapter_dtype=autocast)
     fill(model, seed=seed)
     with torch.no_grad():
@@ -74,8 +75,8 @@ def contents(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """Everything an adapter holds, by the path in the base model."""
     found = {}
     for path, layer in layers_of(model).items():
-        if adapter in layer.fps_values:
-            for name in ("fps_values", "fps_columns", "fps_row_counts", "fps_bias"):
+        if adapter in layer.fps_state:
+            for name in layer.tensor_names():
                 if adapter in getattr(layer, name):
                     found[f"{path}.{name}"] = getattr(layer, name)[adapter].detach()
     for path, module in model.named_modules():
@@ -209,7 +210,7 @@ def test_loading_through_transformers(door: str, dtype: torch.dtype, tmp_path: P
 def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
     """Rows may be empty, and the split over modules may be anything."""
     model = trained_vit(granularity=granularity, per_neuron=1.4)
-    counts = [layer.fps_row_counts["default"] for layer in layers_of(model).values()]
+    counts = [layer.fps_row_counts["default"] for layer in weighted_of(model).values()]
     assert (granularity == "neuron") == all(int(count.min()) >= 1 for count in counts)
     loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "default")
     assert_equal(contents(loaded), contents(model))
@@ -221,13 +222,14 @@ def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
     "options",
     [
         {"bias": "none"},
+        {"bias": "all"},
         {"modules_to_save": []},
         {"modules_to_save": ["classifier", "layernorm"]},
         {"budget": 0, "per_neuron": None},
         {"per_neuron": 1000},
         {"target_modules": None},
     ],
-    ids=["no bias", "no head", "head and norm", "biases alone", "every entry", "all layers"],
+    ids=["no bias", "no norm", "no head", "head and norm", "biases alone", "every entry", "all layers"],
 )
 def test_every_shape_of_an_adapter(door: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = trained_vit(**options)
@@ -421,7 +423,7 @@ def test_the_state_dict_is_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def test_loading_does_not_alias_the_state_dict() -> None:
-    state = get_peft_model_state_dict(trained_vit())
+    state = get_peft_model_state_dict(trained_vit(bias="all"))
     state = {key: tensor.clone() for key, tensor in state.items()}
     model = get_peft_model(tiny_vit(), config(granularity="layer", per_neuron=2.3, target_modules=TARGETS))
     set_peft_model_state_dict(model, state)
@@ -444,21 +446,33 @@ def test_another_selection_replaces_the_one_in_place() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_dtypes_and_shapes_are_those_of_the_table(tmp_path: Path) -> None:
-    model = adapted(tiny_vit(), target_modules=["q_proj", "projection"], per_neuron=3)
+@pytest.mark.parametrize("bias", ["all", "with_norms"])
+def test_names_dtypes_and_shapes_are_those_of_the_table(bias: str, tmp_path: Path) -> None:
+    """A norm is in the file as a module without inputs."""
+    model = adapted(tiny_vit(), target_modules=["q_proj", "projection"], per_neuron=3, bias=bias)
     found = load_file(saved(model, tmp_path) / WEIGHTS)
     expected = {"base_model.model.classifier.weight": (torch.float32, (5, 32))}
     expected["base_model.model.classifier.bias"] = (torch.float32, (5,))
     patches = "vit.embeddings.patch_embeddings.projection"
-    for path in ("vit.layers.0.attention.q_proj", "vit.layers.1.attention.q_proj", patches):
+    norms = [f"vit.layers.{i}.layernorm_{place}" for i in range(2) for place in ("before", "after")] + [
+        "vit.layernorm"
+    ]
+    entries = {"vit.layers.0.attention.q_proj": 96, "vit.layers.1.attention.q_proj": 96, patches: 96}
+    entries |= dict.fromkeys(norms if bias == "with_norms" else [], 0)
+    for path, count in entries.items():
         for name, dtype, size in (
-            ("fps_values", torch.float32, 96),
-            ("fps_columns", torch.uint16, 96),
+            ("fps_values", torch.float32, count),
+            ("fps_columns", torch.uint16, count),
             ("fps_row_counts", torch.uint8, 32),
             ("fps_bias", torch.float32, 32),
         ):
             expected[f"base_model.model.{path}.{name}"] = (dtype, (size,))
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()} == expected
+    allocation = json.loads((tmp_path / CONFIG).read_text())["record"]["allocation"]
+    inputs = {path: 0 if path in norms else 48 if path == patches else 32 for path in entries}
+    assert allocation == {
+        path: {"neurons": 32, "inputs": inputs[path], "entries": count} for path, count in entries.items()
+    }
 
 
 def test_a_fan_in_above_65536_and_more_than_255_entries(tmp_path: Path) -> None:
@@ -547,8 +561,8 @@ class TestGolden:
     def write(self, folder: Path, **fields: Any) -> Path:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(self.golden_bytes())
-        minimal = {"peft_type": "FPS", "target_modules": ["first"], "per_neuron": 1, "allocation": self.ALLOCATION}
-        (folder / CONFIG).write_text(json.dumps({**minimal, **fields}))
+        minimal = {"peft_type": "FPS", "target_modules": ["first"], "per_neuron": 1}
+        (folder / CONFIG).write_text(json.dumps({**minimal, "record": {"allocation": self.ALLOCATION}, **fields}))
         return folder
 
     def test_loads(self, tmp_path: Path) -> None:
@@ -584,10 +598,10 @@ class TestGolden:
             TinyMLP(4, 3, 2), FPSConfig(per_neuron=1, target_modules=["first"], importance="magnitude")
         )
         written = json.loads((saved(model, tmp_path) / CONFIG).read_text())
-        assert written["format_version"] == 1
+        assert written["format_version"] == 2
         assert written["plugin"] == "peft_fps"
-        assert written["allocation"] == self.ALLOCATION
-        assert set(written["base_fingerprint"]) == {"sha256", "dtype", "sample"}
+        assert written["record"]["allocation"] == self.ALLOCATION
+        assert set(written["record"]["base_fingerprint"]) == {"sha256", "dtype", "sample"}
         assert "check_base" not in written
 
 
@@ -685,7 +699,9 @@ def test_a_loaded_selection_counts_as_chosen(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_vit(), saved(model, tmp_path), is_trainable=True)
     loaded.train()
     loaded(pixel_values=images(), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    assert loaded.peft_config["default"].calibration == model.peft_config["default"].calibration
+    calibrations = [next(iter(layers_of(each).values())).fps_state["default"].calibration for each in (model, loaded)]
+    assert calibrations[0] is not None
+    assert calibrations[0] == calibrations[1] == loaded.peft_config["default"].record.calibration
     assert str(loaded.selection_report()) == str(model.selection_report())
 
 

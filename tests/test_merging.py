@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.merging import trial_copy
+from peft_fps import entry_layer
+from peft_fps.entry_layer import EntryLayer
+from peft_fps.merging import independent_copy, merge_entries
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -30,6 +32,7 @@ from tests.helpers import (
     layers_of,
     normal,
     selected_columns,
+    tiny_bert,
     tiny_conv,
     tiny_gpt2,
     tiny_mlp,
@@ -43,7 +46,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "conv": (tiny_conv, images),
     "vit": (tiny_vit, images),
     "gpt2": (tiny_gpt2, tokens),
+    "bert": (tiny_bert, tokens),
 }
+BIASES = pytest.mark.parametrize(
+    ("kind", "bias"),
+    [
+        *(pytest.param(kind, "all", id=kind) for kind in ("mlp", "conv", "vit", "gpt2")),
+        *(pytest.param(kind, "with_norms", id=f"{kind} and norms") for kind in ("vit", "gpt2", "bert")),
+    ],
+)
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 
@@ -72,8 +83,9 @@ def merged_tensors(model: Any, names: list[str]) -> dict[str, bytes]:
     for path, layer in layers_of(model).items():
         weight, bias = layer.base_layer.weight.detach(), layer.base_layer.bias
         for name in names:
-            change = dense_change(layer, name).float()
-            weight = torch.where(change != 0, (weight.float() + change).to(weight.dtype), weight)
+            if isinstance(layer, EntryLayer):
+                change = dense_change(layer, name).float()
+                weight = torch.where(change != 0, (weight.float() + change).to(weight.dtype), weight)
             if name in layer.fps_bias:
                 bias = (bias.detach().float() + layer.fps_bias[name].detach().float()).to(bias.dtype)
         expected[f"{path}.weight"] = bits(weight)
@@ -92,11 +104,11 @@ def quiet_merge(model: Any, names: list[str] | None = None, **options: Any) -> N
 # --- merging --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@BIASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
-def test_merged_weights_are_exact(kind: str, dtype: torch.dtype, safe: bool):
-    model = adapted(MODELS[kind][0]().to(dtype), per_neuron=3)
+def test_merged_weights_are_exact(kind: str, bias: str, dtype: torch.dtype, safe: bool):
+    model = adapted(MODELS[kind][0]().to(dtype), per_neuron=3, bias=bias)
     expected, before = merged_tensors(model, ["default"]), base_bytes(model)
     quiet_merge(model, safe_merge=safe)
     assert base_bytes(model) == expected
@@ -104,10 +116,10 @@ def test_merged_weights_are_exact(kind: str, dtype: torch.dtype, safe: bool):
     assert base_bytes(model) == before
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
-def test_a_merged_model_computes_what_the_adapter_computes(kind: str):
+@BIASES
+def test_a_merged_model_computes_what_the_adapter_computes(kind: str, bias: str):
     build, data = MODELS[kind]
-    model, x = adapted(build(), per_neuron=3, modules_to_save=[]), data()
+    model, x = adapted(build(), per_neuron=3, modules_to_save=[], bias=bias), data()
     expected = output(dense_reference(build(), model, ["default"]), x)
     torch.testing.assert_close(output(model, x), expected, rtol=1e-5, atol=1e-5)
     model.merge_adapter()
@@ -214,12 +226,21 @@ def test_other_adapters_can_be_trained_and_merged_after_unmerging():
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mlp", "vit"])
-@pytest.mark.parametrize("part", ["fps_values", "fps_bias"])
+@pytest.mark.parametrize(
+    ("kind", "part", "bias"),
+    [
+        ("mlp", "fps_values", "all"),
+        ("mlp", "fps_bias", "all"),
+        ("vit", "fps_values", "all"),
+        ("vit", "fps_bias", "all"),
+        ("vit", "fps_bias", "with_norms"),
+    ],
+)
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-def test_safe_merge_is_all_or_nothing(kind: str, part: str, number: float, method: str):
-    model = adapted(MODELS[kind][0]())
+def test_safe_merge_is_all_or_nothing(kind: str, part: str, bias: str, number: float, method: str):
+    """With norms the last layer is one."""
+    model = adapted(MODELS[kind][0](), bias=bias)
     *_, (last, layer) = layers_of(model).items()
     with torch.no_grad():
         getattr(layer, part)["default"][-1] = number
@@ -256,6 +277,32 @@ def test_safe_merge_sees_overflow_of_several_adapters(dtype: torch.dtype, change
     assert base_bytes(model) == before
 
 
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
+def test_every_layer_is_merged_once(safe: bool, monkeypatch: pytest.MonkeyPatch):
+    merged: list[Any] = []
+
+    def counted(base: Any, *arguments: Any) -> Any:
+        merged.append(base)
+        return merge_entries(base, *arguments)
+
+    monkeypatch.setattr(entry_layer, "merge_entries", counted)
+    model = with_three()
+    quiet_merge(model, ["a", "c"], safe_merge=safe)
+    assert merged == [layer.base_layer for layer in layers_of(model).values() for _ in "ac"]
+
+
+def test_a_layer_that_would_overflow_is_as_it_was():
+    model = adapted(tiny_mlp().half())
+    layer = layers_of(model)["last"]
+    layer.fps_values["default"].data.fill_(1e5)
+    with pytest.raises(ValueError, match="NaNs detected .*last would hold NaN or infinity.*Nothing was merged"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert layer.merge_records == {}
+    assert bits(layer.base_layer.weight) == bits(tiny_mlp().half().last.weight)
+    assert bits(layer.base_layer.bias) == bits(tiny_mlp().half().last.bias)
+
+
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("names", [["missing"], ["default", "missing"]], ids="+".join)
 def test_an_unknown_adapter_is_refused(method: str, names: list[str]):
@@ -276,11 +323,11 @@ def test_a_name_instead_of_a_list_is_refused():
 # --- unloading ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@BIASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_and_unload_gives_a_plain_model(kind: str, dtype: torch.dtype):
+def test_merge_and_unload_gives_a_plain_model(kind: str, bias: str, dtype: torch.dtype):
     build, data = MODELS[kind]
-    model, x = adapted(build().to(dtype)), data()
+    model, x = adapted(build().to(dtype), bias=bias), data()
     x = x.to(dtype) if x.is_floating_point() else x
     quiet_merge(model)
     expected = output(model, x)
@@ -305,15 +352,16 @@ def test_a_trained_head_is_merged_along():
     assert torch.equal(model.merge_and_unload().classifier.weight, torch.full((5, 32), 0.5))
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@BIASES
 @pytest.mark.parametrize("merged_before", [False, True], ids=["", "merged-before"])
-def test_unload_restores_the_base(kind: str, merged_before: bool):
+def test_unload_restores_the_base(kind: str, bias: str, merged_before: bool):
     build, data = MODELS[kind]
-    model = adapted(build())
+    model = adapted(build(), bias=bias)
     if merged_before:
         model.merge_adapter()
     plain, original = model.unload(), build()
     assert type(plain) is type(original)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in original.modules()]
     assert {n: bits(t) for n, t in plain.state_dict().items()} == {
         n: bits(t) for n, t in original.state_dict().items()
     }
@@ -501,7 +549,7 @@ def test_a_copy_of_a_layer_is_independent_of_it(kind: str, way: Callable[[Any], 
     x = {"conv": normal(2, 3, 3, 6), "conv1d": normal(2, 6)}.get(kind, normal(2, 5))
     way(layer)
     before, names = layer(x), {name: id(held) for name, held in vars(layer).items()}
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     assert torch.equal(trial(x), before)
     trial.weight.zero_()
     trial.bias.fill_(0.25)
@@ -515,7 +563,7 @@ def test_what_is_not_bound_to_the_layer_stays_as_it_is():
     layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
     layer.of_another, layer.partial_of_another = other.forward, partial(twice, other)
     layer.without_arguments, layer.later_argument = partial(normal, seed=2), partial(twice, other, layer)
-    trial = trial_copy(layer)
+    trial = independent_copy(layer)
     for name in ("of_another", "partial_of_another", "without_arguments", "later_argument"):
         assert getattr(trial, name) is getattr(layer, name)
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from peft_fps.mixed_batch import by_adapter
+from peft_fps.sample_names import by_adapter
 from tests.helpers import (
     adapted,
     config,

@@ -76,7 +76,7 @@ class Walk:
                 layer.fps_bias[name].detach().clone() if name in layer.fps_bias else None,
             )
             for path, layer in layers_of(self.model).items()
-            if name in layer.fps_values
+            if name in layer.fps_state
         }
         self.model.save_pretrained(self.folder, selected_adapters=[name])
 
@@ -102,7 +102,7 @@ class Walk:
         name = self.chance.choice(sorted(self.changes))
         if name in self.merged:
             return
-        layer = self.chance.choice([held for held in layers_of(self.model).values() if name in held.fps_values])
+        layer = self.chance.choice([held for held in layers_of(self.model).values() if name in held.fps_state])
         parameter = layer.adapter_parameters(name)[-1].data
         before = parameter.clone()
         parameter[-1] = torch.inf

@@ -18,6 +18,7 @@ from tests.helpers import (
     tiny_mlp,
     tiny_vit,
     unchanged,
+    weighted_of,
 )
 from tests.selection import naive
 
@@ -33,7 +34,7 @@ def scores_of(model: nn.Module) -> dict[str, Tensor]:
     """Scores that have nothing to do with the weights; every layer's shape is `(neurons, inputs)`."""
     return {
         path: normal(layer.shape.neurons, layer.shape.inputs, seed=seed).abs()
-        for seed, (path, layer) in enumerate(layers_of(model).items())
+        for seed, (path, layer) in enumerate(weighted_of(model).items())
     }
 
 
@@ -116,7 +117,7 @@ def test_minus_zero_is_zero():
 
 def test_norms_need_no_scores():
     model = fresh(tiny_vit(), per_neuron=1, bias="with_norms")
-    scores = {path: found for path, found in scores_of(model).items() if found.numel()}
+    scores = scores_of(model)
     assert len(scores) < len(layers_of(model))
     assert Selection.from_scores(model, by_path(scores)).modules.keys() == scores.keys()
 

@@ -41,6 +41,7 @@ from tests.quantised_bases import (
     stored_bytes,
     tolerance,
 )
+from tests.training.trainers import QUIET
 
 
 def tokenised(count: int = 4, seed: int = 0) -> Tensor:
@@ -465,15 +466,10 @@ def test_losses_fall_under_the_trainer(kind: str, tmp_path: Path) -> None:
     before = {path: stored_bytes(layer.base_layer) for path, layer in layers_of(model).items()}
     arguments = TrainingArguments(
         str(tmp_path),
-        use_cpu=True,
-        per_device_train_batch_size=8,
+        **QUIET | {"per_device_train_batch_size": 8, "logging_strategy": "steps"},
         max_steps=16,
         learning_rate=0.05,
         logging_steps=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     trainer = Trainer(model, arguments, train_dataset=examples)
     trainer.train()

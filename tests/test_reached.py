@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
+from peft_fps.entry_layer import EntryLayer
 from tests.helpers import base_bytes, fill, layers_of, normal, unchanged
 
 
@@ -50,7 +51,7 @@ def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Entries and biases of each layer."""
     return {
         path: (
-            layer.fps_values["default"].numel(),
+            layer.fps_values["default"].numel() if isinstance(layer, EntryLayer) else 0,
             layer.fps_bias["default"].numel() if "default" in layer.fps_bias else 0,
         )
         for path, layer in layers_of(model).items()
@@ -134,6 +135,32 @@ def test_resuming_into_an_adapter_that_was_not_calibrated(tmp_path: Path):
         fresh.load_adapter(str(tmp_path), "default")
     assert sizes(fresh) == sizes(model)
     torch.testing.assert_close(fresh(normal(3, 8)), model(normal(3, 8)), rtol=0, atol=0)
+
+
+def test_going_back_to_a_checkpoint_of_the_same_calibration():
+    """As a Trainer does with `load_best_model_at_end`: the modules that were not reached are no news."""
+    model = calibrated(base())
+    fill(model)
+    x, state = normal(3, 8), {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    expected, before = model(x), sizes(model)
+    fill(model, seed=7)
+    assert not torch.equal(model(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_peft_model_state_dict(model, state)
+    assert sizes(model) == before
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kept", [(), ("fps_bias",)], ids=["nothing", "biases alone"])
+def test_a_file_without_entries_is_refused(kept: tuple[str, ...]):
+    model = get_peft_model(base(), FPSConfig(budget=0.3, importance="magnitude")).eval()
+    state = {key: tensor for key, tensor in get_peft_model_state_dict(model).items() if key.endswith(kept or "!")}
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"^(used|past|idle|tail): the adapter file holds .*expected"),
+    ):
+        set_peft_model_state_dict(model, state)
 
 
 def test_a_file_with_more_than_the_budget_is_refused(tmp_path: Path):

@@ -9,7 +9,17 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_fps import FPSConfig
-from tests.helpers import adapted, fill, image_batches, images, layers_of, selected_columns, tiny_vit, unchanged
+from tests.helpers import (
+    adapted,
+    fill,
+    image_batches,
+    images,
+    layers_of,
+    selected_columns,
+    tiny_vit,
+    unchanged,
+    weighted_of,
+)
 
 
 def as_trl_does(model: PeftModel, source: str = "default") -> None:
@@ -50,7 +60,7 @@ def test_it_is_the_adapter_as_it_was(kind: str, tmp_path: Path) -> None:
     start, required = outputs(model, "default"), {name: p.requires_grad for name, p in model.named_parameters()}
     as_trl_does(model)
     assert torch.equal(outputs(model, "ref"), start)
-    for layer in layers_of(model).values():
+    for layer in weighted_of(model).values():
         assert selected_columns(layer, "ref") == selected_columns(layer)
     assert model.active_adapter == "default"
     for name, parameter in model.named_parameters():
@@ -99,8 +109,7 @@ def test_the_original_keeps_its_config() -> None:
     as_trl_does(model)
     assert model.peft_config["default"] is config
     assert model.peft_config["ref"] is not config
-    assert config.allocation is None
-    assert not config.from_file
+    assert config.record is None
 
 
 def test_a_damaged_adapter_is_not_copied() -> None:

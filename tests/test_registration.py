@@ -117,39 +117,40 @@ def test_a_foreign_fps_is_refused(table: dict, ours: str, monkeypatch: pytest.Mo
     assert others == PEFT_TYPE_TO_PREFIX_MAPPING
 
 
-# --- fresh processes ------------------------------------------------------------------------------------------------
+# --- a fresh process ------------------------------------------------------------------------------------------------
+
+FRESH = """
+import importlib, pickle, sys
+
+objects = [pickle.loads(data) for data in pickle.load(open(sys.argv[1], "rb"))]
+half = len(objects) // 2
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+assert all(member is PeftType("FPS") is PeftType.FPS for member in objects[:half])
+assert all(config.budget == 0.25 and config.peft_type is PeftType.FPS for config in objects[half:])
+print(PEFT_TYPE_TO_CONFIG_MAPPING["FPS"].__name__)
+
+import peft_fps
+print([name for name in sys.modules if name.startswith(("peft_fps.bench", "matplotlib"))])
+from peft_fps.sparse.kernels import cpu
+print("kernels built:", cpu.library.cache_info().currsize)
+
+members = list(PeftType)
+for name in sorted(name for name in sys.modules if name.startswith("peft_fps.")):
+    importlib.reload(sys.modules[name])
+importlib.reload(peft_fps)
+assert list(PeftType) == members
+assert PEFT_TYPE_TO_CONFIG_MAPPING["FPS"] is peft_fps.FPSConfig
+for name in [name for name in sys.modules if name.partition(".")[0] == "peft_fps"]:
+    del sys.modules[name]
+import peft_fps
+assert PEFT_TYPE_TO_CONFIG_MAPPING["FPS"] is peft_fps.FPSConfig
+assert list(PeftType) == members
+"""
 
 
-def test_fresh_processes(tmp_path: Path):
-    """Started together, since the imports take their time; `finish` sees to it that none writes to stderr."""
+def test_a_fresh_process_unpickles_imports_no_more_than_it_must_and_reloads(tmp_path: Path):
+    """One process for all of it, since the imports take their time; `finish` sees to it that it writes no errors."""
     objects = [pickle.dumps(FPS, protocol) for protocol in PROTOCOLS]
     objects += [pickle.dumps(FPSConfig(budget=0.25), protocol) for protocol in PROTOCOLS]
     (tmp_path / "objects").write_bytes(pickle.dumps(objects))
-    unpickled = start_python(
-        "import pickle, sys\n"
-        "objects = [pickle.loads(data) for data in pickle.load(open(sys.argv[1], 'rb'))]\n"
-        "half = len(objects) // 2\n"
-        "from peft import PeftType\n"
-        "assert all(member is PeftType('FPS') is PeftType.FPS for member in objects[:half])\n"
-        "assert all(config.budget == 0.25 and config.peft_type is PeftType.FPS for config in objects[half:])\n"
-        "from peft import PEFT_TYPE_TO_CONFIG_MAPPING\n"
-        "print(PEFT_TYPE_TO_CONFIG_MAPPING['FPS'].__name__)",
-        str(tmp_path / "objects"),
-    )
-    reloaded = start_python(
-        "import importlib, sys, peft_fps\n"
-        "from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType\n"
-        "members = list(PeftType)\n"
-        "for name in sorted(name for name in sys.modules if name.startswith('peft_fps.')):\n"
-        "    importlib.reload(sys.modules[name])\n"
-        "importlib.reload(peft_fps)\n"
-        "assert list(PeftType) == members\n"
-        "assert PEFT_TYPE_TO_CONFIG_MAPPING['FPS'] is peft_fps.FPSConfig\n"
-        "for name in [name for name in sys.modules if name.partition('.')[0] == 'peft_fps']:\n"
-        "    del sys.modules[name]\n"
-        "import peft_fps\n"
-        "assert PEFT_TYPE_TO_CONFIG_MAPPING['FPS'] is peft_fps.FPSConfig\n"
-        "assert list(PeftType) == members"
-    )
-    assert finish(unpickled) == "FPSConfig\n"
-    assert finish(reloaded) == ""
+    assert finish(start_python(FRESH, str(tmp_path / "objects"))) == "FPSConfig\n[]\nkernels built: 0\n"

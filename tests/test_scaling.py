@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peft_fps
+from peft_fps.entry_layer import EntryLayer
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -25,6 +26,7 @@ from tests.helpers import (
     tiny_vit,
     tokens,
     unchanged,
+    weighted_of,
 )
 
 
@@ -58,7 +60,7 @@ def reference(kind: str, model: PeftModel, scales: dict[str, float]) -> nn.Modul
         for path, layer in layers_of(model).items():
             module = plain.get_submodule(path)
             for name, scale in scales.items():
-                if layer.shape.inputs:
+                if isinstance(layer, EntryLayer):
                     module.weight += (scale * dense_change(layer, name)).to(module.weight.dtype)
                 if name in layer.fps_bias:
                     module.bias += scale * layer.fps_bias[name].view(module.bias.shape)
@@ -91,8 +93,7 @@ def test_a_merge_adds_scaled_changes_and_an_unmerge_restores_every_bit(kind: str
     model.set_scale("a", 0.37)
     wanted = {
         path: layer.base_layer.weight.double() + 0.37 * dense_change(layer, "a")
-        for path, layer in layers_of(model).items()
-        if layer.shape.inputs
+        for path, layer in weighted_of(model).items()
     }
     biases = {
         path: layer.base_layer.bias.double() + 0.37 * layer.fps_bias["a"].double().view(layer.base_layer.bias.shape)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peft_fps
 from peft_fps import FPSCallback, FPSConfig
 from tests.helpers import base_bytes, layers_of, selected_columns, through_transformers, tiny_bert
+from tests.training.trainers import QUIET
 from tests.words import LINES, tokenizer
 
 
@@ -61,9 +62,10 @@ def features(*texts: str) -> dict[str, Tensor]:
     return dict(tokenizer()(list(texts), padding=True, return_tensors="pt"))
 
 
-def expected(folder: Path) -> list[list[list[int]]]:
+@pytest.fixture(scope="module")
+def expected(saved: Path) -> list[list[list[int]]]:
     """The selection of the plain encoder inside, from each text alone, so that nothing is padded."""
-    model = get_peft_model(encoder(folder)[0].model, FPSConfig(per_neuron=2))
+    model = get_peft_model(encoder(saved)[0].model, FPSConfig(per_neuron=2))
     model.calibrate([{"input_ids": features(text)["input_ids"]} for text in LINES], progress=False)
     return selections(model)
 
@@ -83,31 +85,21 @@ BATCHES: dict[str, Any] = {
 
 @pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("way", EVERY_WAY)
-def test_calibration_by_hand_leaves_padding_out(way: str, batches: str, saved: Path) -> None:
+def test_calibration_by_hand_leaves_padding_out(way: str, batches: str, saved: Path, expected: Any) -> None:
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2))
     report = peft_fps.calibrate(model, BATCHES[batches], progress=False)
-    assert selections(model) == expected(saved)
+    assert selections(model) == expected
     assert f"over {6 if batches.startswith(('pairs', 'names')) else 12} examples" in report.method
 
 
-def test_names_with_prefixes_reach_models_that_are_called_by_name(saved: Path) -> None:
+def test_names_with_prefixes_reach_models_that_are_called_by_name(saved: Path, expected: Any) -> None:
     model = get_peft_model(encoder(saved)[0].model, FPSConfig(per_neuron=2))
     model.calibrate(BATCHES["names with prefixes"], progress=False)
-    assert selections(model) == expected(saved)
+    assert selections(model) == expected
 
 
 def trainer(folder: Path, model: Any, callbacks: list[Any], **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "use_cpu": True,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+    defaults = QUIET | {"max_steps": 3, "learning_rate": 0.05}
     return sentence_transformers.SentenceTransformerTrainer(
         model,
         sentence_transformers.SentenceTransformerTrainingArguments(str(folder), **(defaults | options)),
@@ -118,12 +110,12 @@ def trainer(folder: Path, model: Any, callbacks: list[Any], **options: Any) -> A
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-def test_the_trainer_calibrates_on_both_columns(way: str, saved: Path, tmp_path: Path) -> None:
+def test_the_trainer_calibrates_on_both_columns(way: str, saved: Path, tmp_path: Path, expected: Any) -> None:
     model = WAYS[way](encoder(saved), FPSConfig(per_neuron=2))
     before = base_bytes(model)
     trainer(tmp_path, model, [FPSCallback()]).train()
     assert "over 12 examples" in peft_fps.selection_report(model).method
-    assert selections(model) == expected(saved)
+    assert selections(model) == expected
     assert base_bytes(model) == before
 
 

@@ -11,6 +11,7 @@ from transformers import LlamaForSequenceClassification
 
 from peft_fps import FPSCallback, FPSConfig, Selection
 from tests.helpers import base_bytes, fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.training.trainers import QUIET
 from tests.words import LINES, tokenizer
 
 
@@ -20,18 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWa
 
 
 def trainer(folder: Path, base: Any, config: FPSConfig, callbacks: list[Any], **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "use_cpu": True,
-        "bf16": False,
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+    defaults = QUIET | {"bf16": False, "max_steps": 8, "learning_rate": 0.05}
     return trl.SFTTrainer(
         base,
         trl.SFTConfig(str(folder), **(defaults | options)),
@@ -150,17 +140,12 @@ def any_trainer(kind: str, folder: Path, model: Any, callbacks: list[Any], **opt
     """A trainer of TRL on a model, which may be a `PeftModel` or come with a `peft_config` among the options."""
     name, examples, own = TRAINERS[kind]
     config = options.pop("peft_config", None)
-    defaults: dict[str, Any] = {
-        "use_cpu": True,
+    defaults = QUIET | {
         "bf16": False,
         "max_steps": 2,
-        "per_device_train_batch_size": 4,
         "learning_rate": 0.05,
-        "save_strategy": "no",
+        "logging_strategy": "steps",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     rewards = {"reward_funcs": variety} if own else {}
     return getattr(trl, f"{name}Trainer")(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_fps import adapters, merging
+from peft_fps import entry_layer, layer_merge, merging, norms
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -61,7 +61,7 @@ def failing(name: str, call: int) -> Iterator[None]:
         return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (merging, adapters):
+        for module in (merging, layer_merge, entry_layer, norms):
             if hasattr(module, name):
                 patch.setattr(module, name, counted)
         yield
@@ -99,7 +99,7 @@ def test_a_name_twice_is_refused_and_nothing_changes(verb: str, merged: list[str
 # --- failures half-way ----------------------------------------------------------------------------------------------
 
 
-STEPS = [("add_to_bias", 1), ("add_to_bias", 2), ("add_to_bias", 4), ("_write", 3), ("sums", 3), ("_swallowed", 5)]
+STEPS = [("add_to_bias", 1), ("add_to_bias", 2), ("add_to_bias", 4), ("_write", 3), ("sums", 3), ("_lost_changes", 5)]
 
 
 @pytest.mark.parametrize(("name", "call"), STEPS, ids=str)

@@ -1,17 +1,16 @@
-"""The model card of an adapter: PEFT's, and in it how to load the adapter, what was selected and how, and results.
+"""The model card of an adapter: PEFT's card, and in it how to load it, what was selected, and results.
 
-| module | what it has |
+| module | content |
 |---|---|
-| `evaluation` | what the Trainer measured, as `model-index` |
-| `facts` | what a card says, read from config and adapter file |
+| `evaluation` | what the Trainer has measured, as `model-index` |
+| `facts` | everything that a card says |
 | `markdown` | our part of the text, and its place among what others wrote |
-| `writing` | the files: card and picture |
-| `pushing` | `push_adapter` |
+| `writing` | the files |
 """
 
-from peft_fps.card.evaluation import Evaluation, evaluation_at
-from peft_fps.card.pushing import push_adapter
-from peft_fps.card.writing import complete_card, keep_card, write_card
+from peft_fps.card.evaluation import evaluation_at
+from peft_fps.card.facts import SavedAdapter
+from peft_fps.card.writing import adapter_folders, complete_card, keep_card, write_cards
 
 
-__all__ = ["Evaluation", "complete_card", "evaluation_at", "keep_card", "push_adapter", "write_card"]
+__all__ = ["SavedAdapter", "adapter_folders", "complete_card", "evaluation_at", "keep_card", "write_cards"]

@@ -1,12 +1,13 @@
-"""What a Trainer has measured, and how a model card's metadata states it (`model-index`)."""
+"""What a Trainer has measured, as the metadata of a model card states it (`model-index`)."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from peft_fps.adapter_state import Evaluation
 
 
 PREFIX = "eval_"
@@ -20,33 +21,13 @@ MEASURED = re.compile(r" after [\d,]+ training steps?$")
 """Ends the name of every metric that is stated here, so that it is found again and replaced."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of an evaluation during training or after it.
-
-    Attributes:
-        step: training steps that the evaluated values had gone through.
-        metrics: finite numbers by name, without the Trainer's prefix `eval_`.
-        dataset: `name` and `type`, which is the id of a data set on the Hub or `"unknown"`; perhaps `config`, `split`.
-    """
-
-    step: int
-    metrics: Mapping[str, float]
-    dataset: Mapping[str, str] = field(default_factory=lambda: {"name": "evaluation set", "type": "unknown"})
-
-    @property
-    def when(self) -> str:
-        """When the evaluation was, to end a sentence."""
-        return f"after {self.step:,} training step{'' if self.step == 1 else 's'}"
-
-
 def evaluation_at(step: int, log: Iterable[Mapping[str, Any]], dataset: Any = None) -> Evaluation | None:
-    """Return what a Trainer's log (`state.log_history`) says about a step, None if there was no evaluation.
+    """Return the evaluation after a training step, from a Trainer's log; None if there was none.
 
     Args:
-        step: of training.
-        log: entries as the Trainer writes them; those of several evaluations after the same step are united.
-        dataset: that was evaluated on, if at hand; only a `datasets.Dataset` tells its name.
+        step: number of training steps.
+        log: the Trainer's `state.log_history`. Several evaluations after the same step are united.
+        dataset: the evaluated data set, if at hand. Only a `datasets.Dataset` tells its name.
     """
     metrics = {
         key.removeprefix(PREFIX): float(value)
@@ -68,11 +49,11 @@ def evaluation_at(step: int, log: Iterable[Mapping[str, Any]], dataset: Any = No
 
 
 def eval_results(evaluation: Evaluation | None, task: str) -> list[EvalResult]:
-    """Return the results as huggingface_hub states them, one per metric.
+    """Return the metrics of an evaluation in the form of huggingface_hub, one result per metric.
 
     Args:
-        evaluation: none gives none.
-        task: as the Hub names it, `"image-classification"` say.
+        evaluation: the evaluation; None gives no results.
+        task: the Hub's name of the task, `"image-classification"` for instance.
     """
     if evaluation is None:
         return []
@@ -86,7 +67,7 @@ def eval_results(evaluation: Evaluation | None, task: str) -> list[EvalResult]:
 
 
 def is_measured(result: EvalResult) -> bool:
-    """Whether a result of a card was stated by `eval_results`."""
+    """Return whether `eval_results` has made this result of a card."""
     return bool(MEASURED.search(result.metric_name or ""))
 
 

@@ -1,18 +1,16 @@
-"""What a model card says about an adapter, read from its config and the header of its file."""
+"""What a model card says about an adapter: its config, its record, and the header of its file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, Protocol, cast
 
-from safetensors import SafetensorError, safe_open
 from transformers.modelcard import TASK_MAPPING
 
-from peft_fps.adapters import AdapterState
-from peft_fps.card.evaluation import Evaluation
-from peft_fps.checkpoint.folder import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS
-from peft_fps.config import FPSConfig
-from peft_fps.describing import describe
+from peft_fps.adapter_state import AdapterState, Evaluation
+from peft_fps.checkpoint import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS, open_safetensors
+from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord
+from peft_fps.describing import DescribedSettings, describe
 
 
 TASKS = {
@@ -26,22 +24,48 @@ TASKS = {
 """PEFT's task types: the class of transformers that loads a base model, and the Hub's name of the task."""
 
 
+class CardSettings(DescribedSettings, Protocol):
+    """Fields of `FPSConfig` that a card shows, besides those of a description."""
+
+    budget: float | None
+    per_neuron: float | None
+    budget_pattern: dict[str, float]
+    bias: Literal["none", "all", "with_norms"]
+    task_type: Any
+    base_model_name_or_path: str | None
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What the config of an adapter does not say about it: what is known only when it is saved.
+
+    Attributes:
+        record: what saving records.
+        base_parameters: number of parameters of the base model without its output head; None if it is unknown.
+        evaluation: what a Trainer has measured; None if it has measured nothing.
+    """
+
+    record: AdapterRecord
+    base_parameters: int | None = None
+    evaluation: Evaluation | None = None
+
+
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says.
+    """Everything that a card says.
 
     Attributes:
         settings: what the config asks for, by field.
         method: one line on how the entries were chosen.
-        calibration: the record of it, None if there is none.
+        calibration: the record of how they were chosen, as plain data; None if there is none.
         modules: number of modules with an entry or a bias delta.
-        weights: weights that there were to select from.
-        entries: selected weights.
-        biases: bias deltas, None if the file does not tell.
-        base_parameters: of the base model without its output head, None if unknown.
+        weights: number of weights in these modules.
+        entries: number of selected weights.
+        biases: number of bias deltas; None if the file does not tell.
+        base_parameters: number of parameters of the base model without its output head; None if it is unknown.
         whole: shapes of the tensors that are trained and saved whole, by name.
         file: name of the adapter's file.
-        bytes: its size.
+        bytes: size of the file.
         format_version: of the file.
         base_model: name or path of the base model, None if it has none.
         base_class: class of transformers that loads it, None if it is not one of transformers.
@@ -81,56 +105,59 @@ class Facts:
         return matrices[0][0] if self.task.endswith("-classification") and len(matrices) == 1 else None
 
 
-def read_facts(folder: Path, config: FPSConfig, base: Mapping[str, str] | None, **more: Any) -> Facts:
+def read_facts(
+    folder: Path, config: CardSettings, saved: SavedAdapter, base: Mapping[str, str] | None, **more: Any
+) -> Facts:
     """Return the facts about an adapter that has been saved.
 
     Args:
-        folder: with the adapter's file.
-        config: as it was saved, with its record of what was.
-        base: class of the base model and its module, `base_model_class` and `parent_library` in PEFT's words; not
-            needed where `config.task_type` tells it.
-        more: `picture`, `location` and `subfolder`, see `Facts`.
+        folder: folder with the adapter's file.
+        config: what the user asked for.
+        saved: what was saved.
+        base: class of the base model and its module, under PEFT's names `base_model_class` and `parent_library`. Not
+            needed if the config has a `task_type`.
+        more: `picture`, `location` and `subfolder` of `Facts`.
 
     Raises:
         ValueError: there is no readable file of an adapter.
     """
+    record = saved.record
     biases: int | None = None
     whole: dict[str, tuple[int, ...]] = {}
     path = folder / WEIGHTS
     if path.exists():
-        biases, whole = _read_header(path, set(config.whole_tensors or ()))
+        biases, whole = _read_header(path, set(record.whole_tensors or ()))
     else:
         path = folder / PICKLED_WEIGHTS
         if not path.exists():
             raise ValueError(f"{folder} holds no {WEIGHTS}, expected a saved adapter.")
-    allocation = config.allocation or {}
     base_class, task = base_of(config, base)
     return Facts(
         settings={
             key: getattr(config, key)
             for key in ("importance", "order", "granularity", "bias", "budget", "per_neuron", "budget_pattern")
         },
-        method=describe(config, AdapterState(selected=True, calibration=config.calibration)),
-        calibration=config.calibration,
-        modules=len(allocation),
-        weights=sum(sizes["neurons"] * sizes["inputs"] for sizes in allocation.values()),
-        entries=sum(sizes["entries"] for sizes in allocation.values()),
+        method=describe(config, AdapterState(selected=True, calibration=record.calibration)),
+        calibration=None if record.calibration is None else record.calibration.to_json(),
+        modules=len(record.allocation),
+        weights=sum(sizes.neurons * sizes.inputs for sizes in record.allocation.values()),
+        entries=sum(sizes.entries for sizes in record.allocation.values()),
         biases=biases,
-        base_parameters=config.automatic.get("base_parameters"),
+        base_parameters=saved.base_parameters,
         whole=whole,
         file=path.name,
         bytes=path.stat().st_size,
-        format_version=config.format_version,
+        format_version=FORMAT_VERSION,
         base_model=config.base_model_name_or_path or None,
         base_class=base_class,
         task=task,
-        fingerprint=config.base_fingerprint,
-        evaluation=config.automatic.get("evaluation"),
+        fingerprint=record.base_fingerprint,
+        evaluation=saved.evaluation,
         **more,
     )
 
 
-def base_of(config: FPSConfig, base: Mapping[str, str] | None) -> tuple[str | None, str]:
+def base_of(config: CardSettings, base: Mapping[str, str] | None) -> tuple[str | None, str]:
     """Return the class of transformers that loads a base model, None if there is none, and the name of its task."""
     if config.task_type is not None:
         return TASKS[config.task_type]
@@ -147,14 +174,11 @@ def _names(classes: Mapping[str, Any]) -> list[str]:
 def _read_header(path: Path, whole: set[str]) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Return the number of bias deltas, and the shapes of the tensors named in `whole`; reads no tensor."""
     biases, shapes = 0, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in sorted(file.keys()):
-                name = key.removeprefix(PEFT_PREFIX)
-                if name.endswith(".fps_bias"):
-                    biases += file.get_slice(key).get_shape()[0]
-                elif name in whole:
-                    shapes[name] = tuple(file.get_slice(key).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    with open_safetensors(path) as file:
+        for key in sorted(file.keys()):
+            name = key.removeprefix(PEFT_PREFIX)
+            if name.endswith(".fps_bias"):
+                biases += file.get_slice(key).get_shape()[0]
+            elif name in whole:
+                shapes[name] = tuple(file.get_slice(key).get_shape())
     return biases, shapes

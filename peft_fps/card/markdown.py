@@ -19,9 +19,10 @@ LONGEST = 400
 
 
 def put(text: str, part: str) -> str:
-    """Return a card's text with our part in it: in the place of an old one, or before the first `##` heading.
+    """Return a card's text with our part in it, between our marks.
 
-    Putting the same part again changes nothing. What stands outside of our marks stays as it is.
+    It takes the place of an older part, or stands before the first `##` heading. Putting the same part again changes
+    nothing, and the rest of the text stays as it is.
     """
     block = f"{BEGIN}\n{part}\n{END}"
     stop = text.find(END)
@@ -84,13 +85,13 @@ def table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
 
 
 def code(value: Any) -> str:
-    """Return a value as a code span that cannot end early, on one line and within a table."""
+    """Return a value as a code span on one line, which fits into a table and cannot end early."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return f"`{_one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def plain(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text on one line, escaped so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", _one_line(text))
 
 

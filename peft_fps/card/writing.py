@@ -1,12 +1,12 @@
 """Write our part into the model card of a saved adapter.
 
-PEFT writes a card when it begins to save. Our part is added when adapter and config are on disk; so a card that cannot
-be written, or a process that is killed over it, never spoils an adapter. Nothing reads the card on loading.
+PEFT writes a card when it begins to save. Our part follows when adapter and config are on disk. So a card that cannot
+be written, or a process that is killed over it, never spoils an adapter. Loading does not read the card.
 """
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,56 +16,76 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel, __version__
 
 from peft_fps.card.evaluation import eval_results, is_measured
-from peft_fps.card.facts import Facts, read_facts
+from peft_fps.card.facts import CardSettings, Facts, SavedAdapter, read_facts
 from peft_fps.card.markdown import BEGIN, END, put, render
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS
-from peft_fps.config import FPSConfig
-from peft_fps.selections import Selection
+from peft_fps.checkpoint.record import read_record
+from peft_fps.lookup import target_layers
+from peft_fps.registration import fps_type
 
 
 CARD, PICTURE = "README.md", "selection.png"
 TAGS = ("peft", "peft_fps")
 
 
-def write_card(
-    model: PeftModel, folder: str | os.PathLike[str], *, location: str | None = None, picture: bool = True
-) -> None:
-    """Write the cards of a model's adapters anew where `save_pretrained` has saved them, with a picture.
+def adapter_folders(model: PeftModel, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the folders of the model's FPS adapters, by name, where `save_pretrained(folder)` has saved them."""
+    found = {}
+    for name, config in model.peft_config.items():
+        path = Path(folder) / ("" if name == "default" else name)
+        if config.peft_type == fps_type() and any((path / file).exists() for file in (WEIGHTS, PICKLED_WEIGHTS)):
+            found[name] = path
+    return found
 
-    `save_pretrained` writes all of it but for the picture, which takes longer than the saving.
+
+def write_cards(
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    *,
+    location: str | None = None,
+    pictured: Collection[str] = (),
+) -> None:
+    """Write our part into the cards of a model's adapters anew.
 
     Args:
-        model: that was saved.
-        folder: where it was saved. An adapter that is not named `"default"` has a card in its own folder within.
-        location: what the card tells to load the adapter from, the name of a repository for instance.
-        picture: draw the selection, as `selection.png` beside the card; only if matplotlib is installed.
+        model: the model that was saved.
+        folder: where `save_pretrained` has saved it. Each adapter that is not named `"default"` has a card of its own
+            in a folder of its own.
+        location: where the card says to load the adapter from, the name of a repository for instance.
+        pictured: names of the adapters that have the picture `selection.png` beside their card.
     """
-    for name, config in model.peft_config.items():
-        own = Path(folder) / ("" if name == "default" else name)
-        if not isinstance(config, FPSConfig) or not any((own / file).exists() for file in (WEIGHTS, PICKLED_WEIGHTS)):
+    base = type(model.get_base_model())
+    named = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    for name, path in adapter_folders(model, folder).items():
+        config: Any = model.peft_config[name]
+        record = read_record(path)
+        if record is None:
             continue
+        state = next(iter(target_layers(model, name).values())).fps_state[name]
+        saved = SavedAdapter(record, state.base_parameters, state.evaluation)
         told: dict[str, str] = {}
         if location is not None:
             told = {"location": location} if name == "default" else {"location": location, "subfolder": name}
-        if picture and draw_picture(own):
+        if name in pictured:
             told["picture"] = PICTURE
-        base = type(model.get_base_model())
-        named = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        complete_card(own, config, named, **told)
+        complete_card(path, config, saved, named, **told)
 
 
-def complete_card(folder: Path, config: FPSConfig, base: Mapping[str, str] | None, **more: Any) -> None:
-    """Write our part into the card beside an adapter, which is made if there is none; warns if that cannot be done.
+def complete_card(
+    folder: Path, config: CardSettings, saved: SavedAdapter, base: Mapping[str, str] | None, **more: Any
+) -> None:
+    """Write our part into the card beside an adapter, and make the card if there is none. Warn if that fails.
 
     Args:
-        folder: with adapter and config.
-        config: as it was saved.
+        folder: folder with adapter and config.
+        config: what the user asked for.
+        saved: what was saved.
         base: class of the base model, see `read_facts`.
         more: further facts, see `read_facts`.
     """
     path = folder / CARD
     try:
-        facts = read_facts(folder, config, base, **more)
+        facts = read_facts(folder, config, saved, base, **more)
         card = ModelCard.load(path) if path.exists() else new_card()
         shown = f"({PICTURE})" in card.text.partition(BEGIN)[2].partition(END)[0]
         update(card, facts)
@@ -80,7 +100,7 @@ def complete_card(folder: Path, config: FPSConfig, base: Mapping[str, str] | Non
 
 
 def update(card: ModelCard, facts: Facts) -> None:
-    """Put our part into a card, text and metadata; once more changes nothing."""
+    """Put our part into a card, text and metadata. Doing so again changes nothing."""
     data: Any = card.data
     data.library_name = "peft"
     data.tags = sorted({*(data.tags or ()), *TAGS})
@@ -97,40 +117,26 @@ def update(card: ModelCard, facts: Facts) -> None:
 
 
 def new_card() -> ModelCard:
-    """Return a card with nothing of ours, for an adapter in a folder of its own, where PEFT writes none."""
+    """Return a card without our part, for an adapter in a folder of its own, where PEFT writes no card."""
     data = ModelCardData(library_name="peft").to_yaml()
     return ModelCard(
         f"---\n{data}\n---\n\n# Model card of an adapter\n\n### Framework versions\n\n- PEFT {__version__}"
     )
 
 
-def draw_picture(folder: Path) -> bool:
-    """Draw the selection of a saved adapter beside it; False without matplotlib, or if there is nothing to draw."""
-    try:
-        from peft_fps.plots import plot_selection
-    except ImportError:
-        return False
-    try:
-        figure = plot_selection(Selection.from_adapter(folder))
-    except ValueError:  # pickled, or biases alone
-        return False
-    figure.savefig(folder / PICTURE)
-    return True
-
-
 def keep_card(model: PeftModel, location: str | None = None) -> None:
-    """Let whoever asks this model for PEFT's card get our part as well.
+    """Let every caller that asks this model for PEFT's card get our part as well.
 
-    For the Trainer: before it uploads, it writes a card of its own over the one that was saved, and then calls
-    `model.create_or_update_model_card`. There is no event to add to it.
+    The Trainer needs it: before it uploads, it writes a card of its own over the one that was saved, and then calls
+    `model.create_or_update_model_card`. There is no event between the two.
 
     Args:
-        model: gets that method of its own.
-        location: see `write_card`.
+        model: the model, which gets this method as an attribute of its own.
+        location: see `write_cards`.
     """
     vars(model)["create_or_update_model_card"] = partial(_create_or_update, model, location)
 
 
 def _create_or_update(model: PeftModel, location: str | None, output_dir: str) -> None:
     type(model).create_or_update_model_card(model, output_dir)
-    write_card(model, output_dir, location=location, picture=False)
+    write_cards(model, output_dir, location=location)

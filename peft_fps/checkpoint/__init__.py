@@ -1,21 +1,50 @@
-"""The adapter on disk: how it is written, and everything that is checked before it is believed."""
+"""The adapter on disk.
 
+| module | subject |
+|---|---|
+| `encoding` | names and dtypes of the tensors in a file |
+| `safetensors_file` | opening a file |
+| `contents` | telling the tensors of a file apart |
+| `folder`, `validation`, `fingerprint` | what is checked before a file is loaded; `validation` lists all of it |
+| `record` | what saving records in the config |
+| `digest` | SHA-256 of the sparse tensors |
+| `folder_replacement` | saving over an old adapter |
+| `trainer_checkpoint` | the checkpoint from which a Trainer resumes |
+| `selection_file` | a selection in a file of its own |
+"""
+
+from peft_fps.checkpoint.contents import Contents
 from peft_fps.checkpoint.digest import tensors_digest
-from peft_fps.checkpoint.encoding import TENSORS, decode, encode, encoded_bytes
+from peft_fps.checkpoint.encoding import (
+    PEFT_PREFIX,
+    PREFIX,
+    TENSORS,
+    TRAINED,
+    decode,
+    encode,
+    encoded_bytes,
+    no_entries,
+)
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
-from peft_fps.checkpoint.folder import PEFT_PREFIX, WEIGHTS, check_folder, is_pickled
-from peft_fps.checkpoint.resuming import last_complete_checkpoint
-from peft_fps.checkpoint.saving import recover_adapter, save_adapter
-from peft_fps.checkpoint.validation import REMEDY, Expected, check_adapter_tensors, check_whole_modules
+from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS, check_folder, is_pickled
+from peft_fps.checkpoint.folder_replacement import recover_adapter, save_adapter
+from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
+from peft_fps.checkpoint.trainer_checkpoint import last_complete_checkpoint
+from peft_fps.checkpoint.validation import Expected, check_adapter_tensors, check_contents, check_whole_modules
 
 
 __all__ = [
     "PEFT_PREFIX",
+    "PICKLED_WEIGHTS",
+    "PREFIX",
     "REMEDY",
     "TENSORS",
+    "TRAINED",
     "WEIGHTS",
+    "Contents",
     "Expected",
     "check_adapter_tensors",
+    "check_contents",
     "check_fingerprint",
     "check_folder",
     "check_whole_modules",
@@ -25,6 +54,8 @@ __all__ = [
     "fingerprint",
     "is_pickled",
     "last_complete_checkpoint",
+    "no_entries",
+    "open_safetensors",
     "recover_adapter",
     "save_adapter",
     "tensors_digest",

@@ -1,7 +1,7 @@
-"""Tell whether an adapter's tensors are the ones that its config was saved with.
+"""The digest that tells whether an adapter's tensors are those with which its config was saved.
 
-The two are separate files, and whoever saves over an old adapter may be interrupted between them; a file may also be
-damaged later. Like the fingerprint this is no security control: who can edit the tensors can edit the config too.
+Tensors and config are two files. A process may be killed after it has written the first, and a file may be damaged
+later. The digest is not a security control: whoever can edit the tensors can edit the config too.
 """
 
 import hashlib
@@ -14,12 +14,16 @@ from peft_fps.checkpoint.encoding import TENSORS
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a file's sparse tensors, whatever their order and the modules' names.
+    """Return the SHA-256 of a file's sparse tensors.
 
-    Names may change between generations of a model, see `renames`; other checks compare them.
+    It depends neither on their order nor on the names of the modules, which may change between versions of a model,
+    see `renames`. Other checks compare the names.
 
     Args:
-        tensors: by key in the file, as they are on disk; those whose keys do not end in one of `TENSORS` are left out.
+        tensors: by key in the file, as they are on disk. Those whose keys do not end in one of `TENSORS` do not count.
+
+    Returns:
+        The digest in hexadecimal.
     """
     parts = []
     for key, tensor in tensors.items():

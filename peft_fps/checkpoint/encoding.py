@@ -6,27 +6,44 @@
 | `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
 | `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
+
+A norm, which has a bias delta alone, is written as a module with 0 inputs and 0 entries.
 """
 
 import torch
 from torch import Tensor
 
 
+PREFIX = "fps_"
+"""Begins the name of every sparse tensor."""
+
 TENSORS = ("fps_values", "fps_columns", "fps_row_counts", "fps_bias")
+
+TRAINED = ("fps_values", "fps_bias")
+"""Those of them that are parameters."""
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the path of a module in its keys."""
 
 
 def column_dtype(inputs: int) -> torch.dtype:
-    """Dtype of columns on disk for a fan-in."""
+    """Return the dtype of columns on disk for a fan-in of `inputs`."""
     return torch.uint16 if inputs <= 1 << 16 else torch.int32
 
 
 def count_dtype(largest: int) -> torch.dtype:
-    """Dtype of row counts on disk for the largest count."""
+    """Return the dtype of row counts on disk where `largest` is the largest of them."""
     return torch.uint8 if largest < 1 << 8 else torch.uint16 if largest < 1 << 16 else torch.uint32
 
 
 def encode(name: str, tensor: Tensor, inputs: int) -> Tensor:
-    """Return a tensor as it is written to disk; `name` is one of `TENSORS`, `inputs` the module's fan-in."""
+    """Return a tensor as it is written to disk.
+
+    Args:
+        name: one of `TENSORS`.
+        tensor: as it is held in memory.
+        inputs: fan-in of the module.
+    """
     if name == "fps_columns":
         return tensor.to(column_dtype(inputs))
     if name == "fps_row_counts":
@@ -35,18 +52,29 @@ def encode(name: str, tensor: Tensor, inputs: int) -> Tensor:
 
 
 def decode(name: str, tensor: Tensor) -> Tensor:
-    """Return a checked tensor from disk as it is held in memory: indices as int32, the rest as it is."""
+    """Return a checked tensor from disk as it is held in memory: indices as int32, others unchanged.
+
+    Args:
+        name: one of `TENSORS`.
+        tensor: as it is on disk.
+    """
     return tensor.to(torch.int32) if name in ("fps_columns", "fps_row_counts") else tensor
 
 
+def no_entries(bias: Tensor) -> dict[str, Tensor]:
+    """Return what a file holds of a norm besides its bias delta `(neurons,)`, as tensors in memory by their names."""
+    counts = torch.zeros(bias.numel(), dtype=torch.int32, device=bias.device)
+    return {"fps_values": bias.detach().new_zeros(0), "fps_columns": counts[:0], "fps_row_counts": counts}
+
+
 def encoded_bytes(row_counts: Tensor, inputs: int, value_size: int, biases: int) -> int:
-    """Bytes of one module's tensors on disk.
+    """Return the number of bytes that one module's tensors take on disk.
 
     Args:
         row_counts: `(neurons,)` entries per neuron.
         inputs: fan-in.
-        value_size: bytes of one value.
-        biases: bias deltas, 0 or the number of neurons.
+        value_size: bytes of one value or bias delta.
+        biases: number of bias deltas, 0 or the number of neurons.
     """
     entries, largest = int(row_counts.sum()), int(row_counts.max()) if row_counts.numel() else 0
     per_entry = value_size + column_dtype(inputs).itemsize

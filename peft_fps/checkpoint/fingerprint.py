@@ -1,11 +1,12 @@
-"""Tell whether an adapter meets the base model it was made from.
+"""The fingerprint that tells whether an adapter meets the base model it was made from.
 
-Sparse changes are tied to positions, so a wrong base harms more than with low-rank adapters. The fingerprint is an
-honesty check, not a security control: it samples the weights, and who can edit the adapter can edit it too.
+Sparse changes belong to positions in the weights, so a wrong base does more harm than with low-rank adapters. The
+fingerprint finds mistakes. It is not a security control: it samples the weights, and whoever can edit the adapter can
+edit it too.
 
-Where both bases are stored in bfloat16, float32 or float64, or in one and the same floating dtype, a digest decides.
-Elsewhere (float16, quantised weights) rounding changes the digest, and a small sample of the weights is compared
-within the error that rounding or quantisation makes. A base that was fine-tuned from the other is that close too, and
+A digest decides where both bases are stored in bfloat16, float32 or float64, or both in the same floating dtype.
+Elsewhere (float16, quantised weights) rounding changes the digest. Then a small sample of the weights is compared
+within the error of rounding or quantisation. A base that was fine-tuned from the other one can be as close, and
 passes.
 """
 
@@ -23,33 +24,33 @@ from peft_fps.quantised import BaseWeight
 
 SAMPLES_PER_WEIGHT = 256
 SAMPLE = 256
-"""Entries that are kept themselves, at most, of all weights together."""
+"""Largest number of entries that the fingerprint itself holds, of all weights together."""
 
 PRIME = 1_000_003
 FLOATING = {"float16", "bfloat16", "float32", "float64"}
 COMPARABLE = {"bfloat16", "float32", "float64"}
-"""Dtypes between which a cast keeps the sample as rounded to bfloat16."""
+"""Dtypes between which a cast does not change the entries as rounded to bfloat16."""
 
 ROUNDED = 0.02
-"""Largest difference of two samples of one base, relative to their size, where both are floating; 0.002 is usual."""
+"""Largest difference between samples of the same base in floating dtypes, relative to their norm; 0.002 is usual."""
 
 QUANTISED = 0.8
-"""The same where one is quantised: 8 bits make 0.01, 4 bits 0.1 and 2 bits 0.5; weights of other bases differ by 1.4,
-and by no less than 1 whatever their size."""
+"""The same where one base is quantised. 8 bits give 0.01, 4 bits 0.1 and 2 bits 0.5. Other bases give 1.4, and never
+less than 1."""
 
 
 def fingerprint(weights: Mapping[str, Tensor | BaseWeight]) -> dict[str, str] | None:
-    """Return digest and sample of the targeted base weights; None for weights on the meta device.
+    """Return digest and sample of the targeted base weights.
 
-    The entries are rounded to bfloat16 first, so that a base loaded in bfloat16 or upcast to float32 keeps its digest.
-    One weight is read at a time.
+    Entries are rounded to bfloat16 first, so that a base keeps its digest when it is loaded in bfloat16 or upcast to
+    float32. One weight is read at a time.
 
     Args:
-        weights: base weights (without any merged adapter) by module path.
+        weights: base weights, without any merged adapter, by module path.
 
     Returns:
-        `sha256`: digest of names, shapes and up to 256 entries of each weight. `dtype`: how the weights are stored.
-        `sample`: base64 of at most 256 of these entries in bfloat16.
+        None if a weight is on the meta device. Otherwise `sha256`: digest of names, shapes and up to 256 entries of
+        each weight; `dtype`: how the weights are stored; `sample`: base64 of at most 256 of these entries in bfloat16.
     """
     if any(weight.device.type == "meta" for weight in weights.values()):
         return None
@@ -73,26 +74,26 @@ def fingerprint(weights: Mapping[str, Tensor | BaseWeight]) -> dict[str, str] | 
 
 
 def _rounded(weight: Tensor, places: Tensor) -> bytes:
-    """Entries at `places` of the flattened weight as little-endian bfloat16."""
+    """Return the entries at `places` of the flattened weight as little-endian bfloat16."""
     return weight.reshape(-1)[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().astype("<i2").tobytes()
 
 
 def _spread(samples: Sequence[bytes]) -> bytes:
-    """Of each sample the first entries, or of every so many samples one, so that there are at most `SAMPLE`."""
+    """Return the first entries of each sample, or of every n-th sample, `SAMPLE` entries at most."""
     each = max(SAMPLE // max(len(samples), 1), 1)
     return b"".join(sample[: 2 * each] for sample in samples[:: -(-len(samples) // SAMPLE) or 1])
 
 
-def check_fingerprint(saved: dict[str, str] | None, found: dict[str, str] | None, action: str) -> None:
-    """Compare the saved fingerprint with the one of the model at hand; a missing one on either side proves nothing.
+def check_fingerprint(saved: Mapping[str, str] | None, found: Mapping[str, str] | None, action: str) -> None:
+    """Compare the saved fingerprint with that of the model.
 
     Args:
-        saved: from the adapter's config.
-        found: of the model at hand.
-        action: `"error"` or `"warn"`, what to do about another base.
+        saved: from the adapter's config. None passes.
+        found: of the model. None passes.
+        action: what to do if the base weights differ, `"error"` or `"warn"`.
 
     Raises:
-        ValueError: the base weights differ, and `action` is `"error"`; or the saved sample is damaged.
+        ValueError: the base weights differ and `action` is `"error"`, or the saved sample is damaged.
     """
     if saved is None or found is None or saved.get("sha256") == found["sha256"]:
         return
@@ -121,6 +122,7 @@ def check_fingerprint(saved: dict[str, str] | None, found: dict[str, str] | None
 
 
 def _decoded(sample: str) -> Tensor:
+    """Return a sample from a fingerprint in float64."""
     try:
         data = base64.b64decode(sample, validate=True)
         if not data:
@@ -134,7 +136,7 @@ def _decoded(sample: str) -> Tensor:
 
 
 def _difference(saved: Tensor, found: Tensor) -> float:
-    """Return the norm of the difference, relative to the saved sample's; infinite for samples of other sizes."""
+    """Return the norm of the difference, relative to that of the saved sample; infinite if the sizes differ."""
     if saved.shape != found.shape:
         return float("inf")
     if torch.equal(saved, found):

@@ -1,11 +1,11 @@
-"""A selection in one safetensors file: columns and row counts of every module, and a record in the metadata.
+"""A selection in a safetensors file: columns and row counts of every module, and a record in the metadata.
 
 | tensor | shape | dtype |
 |---|---|---|
 | `<module path>.fps_columns` | `(nnz,)` | as in an adapter file, see `encoding` |
 | `<module path>.fps_row_counts` | `(neurons,)` | likewise |
 
-Everything that is read is checked before it is handed on. An adapter's file holds the same tensors among others.
+Everything is checked before it is returned. An adapter file holds the same tensors among others.
 """
 
 import json
@@ -15,39 +15,39 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from peft_fps.checkpoint.contents import Contents
 from peft_fps.checkpoint.encoding import encode
-from peft_fps.checkpoint.folder import PEFT_PREFIX
-from peft_fps.checkpoint.validation import REMEDY
-from peft_fps.checks import check_allocation
+from peft_fps.checkpoint.record import Allocation, allocation_from_json, allocation_to_json
+from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
 from peft_fps.selection.entries import ModuleEntries
+from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sparse import StructureError
 
 
 FILE_VERSION = 1
 METADATA = "peft_fps_selection"
-"""The one key of a file's metadata, so that equal selections give equal bytes: safetensors does not order keys."""
+"""The only key of the metadata: safetensors does not order keys, and equal selections are to give equal bytes."""
 
 INDICES = ("fps_columns", "fps_row_counts")
 
 
 def write_selection(path: Path, modules: Mapping[str, ModuleEntries], method: Mapping[str, Any]) -> None:
-    """Write a selection; another file of that name is replaced only when all is written.
+    """Write a selection. An old file of that name is replaced only when the new one is complete.
 
     Args:
-        path: of the file; missing folders are made.
+        path: of the file; missing folders are created.
         modules: the entries of each module, by module path.
-        method: how they were chosen, as JSON holds it.
+        method: how they were chosen; plain data that JSON can hold.
     """
     tensors, sizes = {}, {}
     for module, held in modules.items():
-        sizes[module] = {"neurons": held.neurons, "inputs": held.inputs, "entries": held.entries}
+        sizes[module] = ModuleSizes(held.neurons, held.inputs, held.entries)
         for name, tensor in zip(INDICES, (held.columns, held.row_counts), strict=True):
             tensors[f"{module}.{name}"] = encode(name, tensor, held.inputs).clone()
-    record = {"format_version": FILE_VERSION, "allocation": sizes, "method": method}
+    record = {"format_version": FILE_VERSION, "allocation": allocation_to_json(sizes), "method": method}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -58,53 +58,65 @@ def write_selection(path: Path, modules: Mapping[str, ModuleEntries], method: Ma
 
 
 def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]]:
-    """Return the modules and the method of a file that `write_selection` wrote; what the method says is not checked.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, no selection, or written by a newer version.
-    """
-    metadata, tensors = _read(path)
-    record = _checked_record(path, metadata)
-    return _checked_modules(path, tensors, record["allocation"]), record["method"]
-
-
-def read_adapter(path: Path, allocation: Mapping[str, Mapping[str, int]]) -> dict[str, ModuleEntries]:
-    """Return the modules of an adapter's safetensors file, without those that have no inputs and train a bias alone.
+    """Read a file that `write_selection` wrote.
 
     Args:
         path: of the file.
-        allocation: as the adapter's config holds it.
+
+    Returns:
+        The entries of each module by module path, and the method. The content of the method is not checked.
 
     Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is not a selection, or was written by a newer version.
+    """
+    metadata, tensors = _read(path)
+    record = _checked_record(path, metadata)
+    try:
+        allocation = allocation_from_json(record["allocation"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error} {REMEDY}") from error
+    return _checked_modules(path, tensors, allocation), record["method"]
+
+
+def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]:
+    """Read the selection of an adapter file, without norms, of which only a bias is trained.
+
+    Args:
+        path: of the file.
+        allocation: sizes of every module, from the adapter's record.
+
+    Returns:
+        The entries of each module, by module path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or does not fit the config.
     """
-    _, held = _read(path, ending=INDICES)
-    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in held.items()}
-    for module in [module for module, sizes in allocation.items() if not sizes["inputs"]]:
+    _, keyed = _read(path, ending=INDICES)
+    try:
+        contents = Contents.of(keyed.items())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = dict(contents.wholes)  # keys that only end like those of a module
+    for module, indices in contents.modules.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in indices.items()}
+    weights = {module: sizes for module, sizes in allocation.items() if not sizes.is_norm}
+    for module in allocation.keys() - weights.keys():
         for name in INDICES:
             tensors.pop(f"{module}.{name}", None)
-    return _checked_modules(path, tensors, {module: sizes for module, sizes in allocation.items() if sizes["inputs"]})
+    return _checked_modules(path, tensors, weights)
 
 
 def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata of a safetensors file, and its tensors whose names end so."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 - not a mapping
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}. {REMEDY}") from error
+    """Return the metadata of a safetensors file, and the tensors whose keys end in `ending`."""
+    with open_safetensors(path) as file:
+        keys = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118 - not a mapping
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
 
 
-def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Any) -> dict[str, ModuleEntries]:
-    """Return the indices of all modules from a file's tensors, whose sizes must be those of the allocation."""
-    try:
-        check_allocation(allocation)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error} {REMEDY}") from error
+def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Allocation) -> dict[str, ModuleEntries]:
+    """Check a file's tensors against the sizes in the allocation, and return the entries of each module."""
     expected = {f"{module}.{name}" for module in allocation for name in INDICES}
     if set(tensors) != expected:
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -116,25 +128,25 @@ def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Any)
     for module, sizes in allocation.items():
         columns, row_counts = (tensors[f"{module}.{name}"] for name in INDICES)
         try:
-            modules[module] = _checked_module(columns, row_counts, **sizes)
+            modules[module] = _checked_module(columns, row_counts, sizes)
         except StructureError as error:
             raise ValueError(f"{path}: {module}: {error}. {REMEDY}") from error
     return modules
 
 
-def _checked_module(columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, entries: int) -> ModuleEntries:
-    checked = ModuleEntries.of_size(columns, row_counts, neurons, inputs)
+def _checked_module(columns: Tensor, row_counts: Tensor, sizes: ModuleSizes) -> ModuleEntries:
+    checked = ModuleEntries.of_size(columns, row_counts, sizes.neurons, sizes.inputs)
     for name, found, right in zip(INDICES, (columns, row_counts), (checked.columns, checked.row_counts), strict=True):
-        wanted = encode(name, right, inputs).dtype
+        wanted = encode(name, right, sizes.inputs).dtype
         if found.dtype != wanted:
             raise StructureError(f"{name} has dtype {found.dtype}, expected {wanted}")
-    if checked.entries != entries:
-        raise StructureError(f"found {checked.entries} entries, expected {entries} as the file's record says")
+    if checked.entries != sizes.entries:
+        raise StructureError(f"found {checked.entries} entries, expected {sizes.entries} as the file's record says")
     return checked
 
 
 def _checked_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record in a selection file's metadata."""
+    """Check and return the record in a selection file's metadata."""
     text = metadata.get(METADATA)
     if text is None:
         raise ValueError(

@@ -1,7 +1,21 @@
-"""Everything that is checked about an adapter's tensors before a single one reaches the model.
+"""What is checked about an adapter's tensors before the first of them reaches the model.
 
-Sizes are compared with the model and the config, never taken from the file; indices are checked as int64 on whatever
-device they were read to; nothing is built from them before.
+A file that is loaded or hot-swapped passes these checks, in this order:
+
+| check | of | where |
+|---|---|---|
+| safetensors and no pickle, readable, with all tensors saved whole, digest as in the config | file | `folder` |
+| types and ranges of all fields, format version | config | `FPSConfig` |
+| modules, their sizes, the base model's fingerprint | config and model | `planning`, `fingerprint` |
+| modules that are trained whole | config and model | `whole_modules`, `whole_checks` |
+| every tensor once | file | `contents` |
+| modules and their tensors, dtypes, shapes, ranges, order, finite values, numbers of entries | file and model | here |
+| tensors saved whole: names, dtypes, shapes, finite values | file and model | here |
+
+Where PEFT loads into an adapter that is there already, it reads no config, and only the last three are made.
+
+Sizes come from the model and the config, never from the file. Indices are checked on the device to which they were
+read. Nothing is built from a tensor before it has passed.
 """
 
 from collections.abc import Mapping
@@ -10,20 +24,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_fps.checkpoint.contents import Contents
+from peft_fps.checkpoint.safetensors_file import REMEDY
 from peft_fps.sparse import StructureError, check_entries, check_finite, check_floating
-
-
-REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What config and model say about one module's part of the file."""
+    """What config and model say about one module's part of the file.
+
+    Attributes:
+        neurons: number of output neurons.
+        inputs: fan-in.
+        entries: number of selected entries.
+        bias: whether there is a bias delta.
+    """
 
     neurons: int
     inputs: int
     entries: int
     bias: bool
+
+
+def check_contents(
+    contents: Contents,
+    modules: Mapping[str, Expected],
+    wholes: Mapping[str, Tensor],
+    *,
+    total_only: bool = False,
+) -> None:
+    """Check all tensors of an adapter file.
+
+    Args:
+        contents: of the file.
+        modules: what is expected of each module's sparse tensors, by module path.
+        wholes: the tensors that those saved whole will replace, by their names in the base model.
+        total_only: let the number of entries per module be free, as long as their sum is as expected.
+
+    Raises:
+        ValueError: names module and tensor, what was found, what was expected and what to do.
+    """
+    check_adapter_tensors(contents.modules, modules, total_only)
+    check_whole_modules(contents.wholes, wholes)
 
 
 def check_adapter_tensors(
@@ -34,10 +76,11 @@ def check_adapter_tensors(
     Args:
         modules: module path to tensor name (`fps_values`, ...) to tensor, as read from the file.
         expected: the same modules as config and model describe them.
-        total_only: the number of entries per module is free as long as their sum is as expected.
+        total_only: let the number of entries per module be free, as long as their sum is as expected.
 
     Raises:
-        ValueError: names module and tensor, found, expected and remedy; the first problem in module order.
+        ValueError: names module and tensor, what was found, what was expected and what to do; the first problem in
+            the order of `expected`.
     """
     for name in modules:
         if name not in expected:
@@ -86,11 +129,11 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
     """Check the tensors of modules that are saved whole against the model's own.
 
     Args:
-        tensors: everything in the file that is no sparse tensor, by model key.
-        expected: model key to the tensor it will replace.
+        tensors: all tensors of the file that are not sparse, by their names in the base model.
+        expected: the tensors that they will replace, by the same names.
 
     Raises:
-        ValueError: names the key, found, expected and remedy.
+        ValueError: names the tensor, what was found, what was expected and what to do.
     """
     for key, tensor in tensors.items():
         if key not in expected:
@@ -101,7 +144,7 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
         found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
         if found[:1] != wanted[:1] and found[1:] == wanted[1:] and len(found) == len(wanted):
             raise ValueError(
-                f"{_plain(key)}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
+                f"{key}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
                 f"the model's (shape {wanted}). Load the base model with as many classes as the adapter was trained "
                 f"for (num_labels, num_classes, ...). {REMEDY} Nothing was loaded."
             )
@@ -118,12 +161,6 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
     for key in expected:
         if key not in tensors:
             raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {REMEDY}")
-
-
-def _plain(key: str) -> str:
-    """The tensor's name in the base model."""
-    module, _, tensor = key.removeprefix("base_model.model.").partition(".modules_to_save.")
-    return f"{module}.{tensor.partition('.')[2]}" if tensor else module
 
 
 def _check_trained(name: str, tensor: Tensor, shape: torch.Size) -> None:

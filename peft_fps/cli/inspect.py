@@ -11,7 +11,6 @@ from peft_fps.cli.saved_adapters.adapter_contents import Inspection
 from peft_fps.cli.saved_adapters.soundness import inspect_adapter
 from peft_fps.cli.saved_adapters.sources import adapter_folder
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
-from peft_fps.selection import LayerSelection
 
 
 SHOWN = (
@@ -72,7 +71,7 @@ def inspect(
         print_json(plain)
     else:
         console = wide_console()
-        console.print(_modules(found.layers, plain["totals"]))
+        console.print(_modules(found, plain["totals"]))
         console.print(_facts(found, plain, adapter))
         if picture is not None and found.problem is None:
             say(console, f"written: {picture}")
@@ -81,16 +80,16 @@ def inspect(
             raise ValueError(f"{adapter} does not pass: {found.problem}")
 
 
-def _modules(layers: tuple[LayerSelection, ...], totals: dict[str, Any]) -> Table:
+def _modules(found: Inspection, totals: dict[str, Any]) -> Table:
     """Return a line for each module, and the total."""
     names = ("neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")
     table = listing("Modules", ("module",), names)
-    for layer in layers:
+    for layer in found.layers:
         numbers = (layer.neurons, layer.inputs, layer.entries, layer.biases, layer.bytes)
         neurons, inputs, entries, biases, size = (f"{number:,}" for number in numbers)
         ratio = f"{layer.entries / layer.neurons:.2f}" if layer.neurons else ""
         table.add_row(escape(layer.module), neurons, inputs, entries, ratio, f"{layer.share:.3%}", biases, size)
-    rows = sum(layer.neurons for layer in layers if layer.inputs)
+    rows = found.neurons
     table.add_section()
     table.add_row(
         "total",

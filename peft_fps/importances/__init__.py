@@ -1,7 +1,7 @@
-"""How a weight is scored: every importance in a module of its own.
+"""The scores of weights. Each importance has a module of its own.
 
-Config, command line, calibration, records and reports read this table; an importance that is added here is known
-everywhere. What several share stands in `backward` (one pass with gradients) and `short_training`.
+The config, the command line, calibration, records and reports read the table `IMPORTANCES`. They know every importance
+that is in it. `backward` (one pass with gradients) and `short_training` hold what several importances share.
 """
 
 from peft_fps.importances.activation import ACTIVATION
@@ -13,6 +13,7 @@ from peft_fps.importances.magnitude import MAGNITUDE
 from peft_fps.importances.movement import MOVEMENT
 from peft_fps.importances.random import RANDOM
 from peft_fps.importances.sensitivity import SENSITIVITY
+from peft_fps.importances.settings import Settings
 
 
 IMPORTANCES: dict[str, Importance] = {
@@ -23,4 +24,4 @@ IMPORTANCES: dict[str, Importance] = {
 WITHOUT_DATA = tuple(name for name, importance in IMPORTANCES.items() if importance.needs == "nothing")
 """Names of importances that need no data."""
 
-__all__ = ["IMPORTANCES", "WITHOUT_DATA", "Evidence", "Gathering", "Importance", "Request", "Score"]
+__all__ = ["IMPORTANCES", "WITHOUT_DATA", "Evidence", "Gathering", "Importance", "Request", "Score", "Settings"]

@@ -1,22 +1,15 @@
 """FPS: weight magnitude times the typical magnitude of its input (arXiv 2510.27359, eqs. 2-6)."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Observed, observe
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances.importance import Evidence, Importance, Request, Score, nothing_reached
+from peft_fps.importances.settings import Settings
 from peft_fps.reading import weight_rows
+from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.substitution import overrides_forward
-
-
-if TYPE_CHECKING:
-    from peft_fps.config import FPSConfig
 
 
 def weight_times_activation(weight: Tensor, activation: Tensor) -> Tensor:
@@ -39,13 +32,13 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     return observe(request.base, layers, request.config.norm, request.data, request.how.run)
 
 
-def _observed(layer: FPSLayer) -> Observed:
+def _observed(layer: EntryLayer) -> Observed:
     groups = getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
     return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
 
 
-def _scorer(layer: FPSLayer, path: str, config: FPSConfig, statistics: InputStatistics) -> Score:
+def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
     activation = statistics.typical(config.norm)
 
     def score(first: int, last: int) -> Tensor:
@@ -58,16 +51,16 @@ def _scorer(layer: FPSLayer, path: str, config: FPSConfig, statistics: InputStat
     return score
 
 
-def _as_driven_on_average(config: FPSConfig, evidence: Evidence) -> float:
+def _as_driven_on_average(config: Settings, evidence: Evidence) -> float:
     reached = [item.typical(config.norm) for item in evidence.values() if isinstance(item, InputStatistics)]
     if not reached:
         return nothing_reached(config, evidence)
     return float(sum(typical.mean().cpu() for typical in reached) / len(reached))
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    typical = "root mean square of the input" if record.get("norm") == "l2" else "mean |input|"
-    return f"weight magnitude x {typical}" if record.get("weight_magnitude", True) else typical
+def _text(record: CalibrationRecord) -> str:
+    typical = "root mean square of the input" if record.norm == "l2" else "mean |input|"
+    return typical if record.weight_magnitude is False else f"weight magnitude x {typical}"
 
 
 ACTIVATION = Importance(

@@ -1,15 +1,12 @@
 """Evidence from one backward pass over data, for the importances that sum up gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import is_distributed, run_model
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import (
     Accumulator,
     BatchLoss,
@@ -23,11 +20,9 @@ from peft_fps.gradients import (
 )
 from peft_fps.heads import output_head
 from peft_fps.importances.importance import Evidence, Gathering, Request, Score
+from peft_fps.importances.settings import Settings
 from peft_fps.quantised_layers import check_gradients
-
-
-if TYPE_CHECKING:
-    from peft_fps.config import FPSConfig
+from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 MEMORIES = ("device", "cpu", "streaming")
@@ -36,15 +31,18 @@ MEMORIES = ("device", "cpu", "streaming")
 def gather_gradients(
     request: Request, *, term: Callable[[Tensor, Tensor], Tensor], per_example: bool = False
 ) -> tuple[Evidence, dict[str, int]]:
-    """Run the base model over data forward and backward, and return sums of a term of the gradients.
+    """Run the base model over data forward and backward, and sum up a term of the gradients.
 
     Args:
-        request: what from.
-        term: from a weight and its gradient, both `(neurons, inputs)` float32, to what is summed over batches.
+        request: what to gather from.
+        term: returns what is summed over batches, from a weight and its gradient, both `(neurons, inputs)` float32.
         per_example: run each example of a batch by itself.
 
+    Returns:
+        The sums by module path, and the numbers of batches and examples.
+
     Raises:
-        ValueError, TypeError: as `peft_fps.calibrate`. Nothing was changed then.
+        ValueError, TypeError: as `peft_fps.calibrate`. The model is unchanged then.
     """
     weights = weights_of(request)
     sums = accumulators(request, streamable=True)
@@ -61,25 +59,25 @@ def gather_gradients(
     return reached(sums, per_example), counts
 
 
-def size_of_sums(layer: FPSLayer, path: str, config: FPSConfig, sums: Accumulator) -> Score:
-    """Score a weight by the size of what was summed up for it."""
+def size_of_sums(layer: EntryLayer, path: str, config: Settings, sums: Accumulator) -> Score:
+    """Return the scorer of a layer by the absolute values of its sums."""
     return lambda first, last: sums.rows(first, last).float().abs()
 
 
-def loss_of(record: Mapping[str, Any]) -> str:
-    """Return what a report adds if the gradients were of another loss than the task's."""
-    return ", contrastive loss" if record.get("loss") == "contrastive" else ""
+def loss_of(record: CalibrationRecord) -> str:
+    """Return the words that a report adds if the gradients were not of the task's loss."""
+    return ", contrastive loss" if record.loss == "contrastive" else ""
 
 
 def reached(sums: Mapping[str, Accumulator], per_example: bool = False) -> dict[str, Accumulator]:
-    """Return the sums of the modules that got a gradient.
+    """Return the sums of those modules that got a gradient.
 
     Args:
-        sums: by module path.
-        per_example: whether each example was run by itself, for the error.
+        sums: sums by module path.
+        per_example: whether each example was run by itself. The error says so.
 
     Raises:
-        ValueError: all of them are zero, so that nothing could be chosen by them.
+        ValueError: all sums are zero, so that they cannot rank entries.
     """
     found = {path: held for path, held in sums.items() if held.reached}
     if found and all(held.is_zero() for held in found.values()):
@@ -92,10 +90,10 @@ def reached(sums: Mapping[str, Accumulator], per_example: bool = False) -> dict[
 
 
 def weights_of(request: Request) -> dict[str, Weight]:
-    """Return the weights that are to get gradients, by module path.
+    """Return the weights that need gradients, by module path.
 
     Raises:
-        ValueError: one of them cannot.
+        ValueError: a weight cannot get a gradient.
     """
     name = request.config.importance
     check_gradients(request.layers, name)
@@ -115,14 +113,14 @@ def weights_of(request: Request) -> dict[str, Weight]:
 
 
 def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator]:
-    """Return empty sums for every layer, held where `calibrate(accumulators=...)` says.
+    """Return empty sums for every layer, in the memory that `calibrate(accumulators=...)` names.
 
     Args:
-        request: what for.
-        streamable: whether a shortlist of the first batch's largest can serve the importance.
+        request: what to gather from.
+        streamable: whether the importance can do with a shortlist of the first batch's largest entries.
 
     Raises:
-        ValueError: it cannot, or the place is unknown.
+        ValueError: the memory is unknown, or a shortlist is asked for and does not suffice.
     """
     layers, config, where = request.layers, request.config, request.how.accumulators
     if where not in MEMORIES:
@@ -159,11 +157,11 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
     return {path: Streaming(number, by_neuron) for path, number in entries.items()}
 
 
-def batch_loss(base: nn.Module, config: FPSConfig, how: Gathering) -> BatchLoss:
-    """Return the loss that config and call ask for.
+def batch_loss(base: nn.Module, config: Settings, how: Gathering) -> BatchLoss:
+    """Return the loss that the settings or the call ask for.
 
     Raises:
-        ValueError: both name one, or the contrastive loss finds no head.
+        ValueError: both ask for a loss, or the contrastive loss finds no head.
     """
     if config.loss == "contrastive":
         if how.loss is not None:

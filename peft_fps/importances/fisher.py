@@ -3,8 +3,6 @@
 Of every example (FISH Mask, arXiv 2111.09839; TR-PTS, arXiv 2507.22872), or of every batch (SPT).
 """
 
-from __future__ import annotations
-
 from peft_fps.importances.backward import gather_gradients, loss_of, size_of_sums
 from peft_fps.importances.importance import Evidence, Importance, Request
 
@@ -18,7 +16,7 @@ FISHER = Importance(
     name="fisher",
     needs="backward",
     help="squared gradients of each image (FISH Mask, TR-PTS)",
-    text=lambda record: f"squared gradients of each {record.get('fisher', 'example')}{loss_of(record)}",
+    text=lambda record: f"squared gradients of each {record.fisher or 'example'}{loss_of(record)}",
     scorer=size_of_sums,
     gather=_gather,
     recorded=("loss", "fisher"),

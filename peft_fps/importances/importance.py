@@ -1,20 +1,16 @@
 """What an importance is: what it needs, how its evidence is gathered, and how that becomes scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
 from peft_fps.calibration import InputStatistics, Pass, Run
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.gradients import Accumulator, Loss
-
-
-if TYPE_CHECKING:  # the config reads the table of importances
-    from peft_fps.config import FPSConfig
+from peft_fps.importances.settings import Settings
+from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 Evidence = Mapping[str, InputStatistics | Accumulator]
@@ -29,7 +25,7 @@ UNREACHED = 1e-30
 
 @dataclass(frozen=True)
 class Gathering:
-    """How losses, views, sums and outputs are had; see `peft_fps.calibrate`, where each is explained."""
+    """The arguments of `peft_fps.calibrate` that say how evidence is gathered; it explains each of them."""
 
     loss: Loss | None = None
     views: Callable[[Tensor], Tensor] | None = None
@@ -40,27 +36,27 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Request:
-    """What evidence is gathered from.
+    """What an importance gathers its evidence from.
 
     Attributes:
-        base: the base model with its layers, adapters off.
-        layers: to be scored, by module path.
-        config: says what is needed.
-        adapter_name: whose head and biases are trained along in a short training.
+        base: the base model with its FPS layers, whose adapters are switched off.
+        layers: the layers to score, by module path.
+        config: settings of the adapter.
+        adapter_name: name of the adapter. A short training trains its head and biases too.
         data: the batches.
-        how: further choices.
+        how: arguments of `peft_fps.calibrate`.
     """
 
     base: nn.Module
-    layers: Mapping[str, FPSLayer]
-    config: FPSConfig
+    layers: Mapping[str, EntryLayer]
+    config: Settings
     adapter_name: str
     data: Pass
     how: Gathering
 
 
-def nothing_reached(config: FPSConfig, evidence: Evidence) -> float:
-    """Let modules without evidence come last where others have some."""
+def nothing_reached(config: Settings, evidence: Evidence) -> float:
+    """Return the factor by which modules without evidence come last, if any module has evidence; else 1."""
     return UNREACHED if evidence else 1.0
 
 
@@ -69,22 +65,25 @@ class Importance:
     """A score of weights.
 
     Attributes:
-        name: as the config says it.
-        needs: of the data: `"nothing"`, a `"forward"` pass, a `"backward"` pass, or a short `"training"`.
-        help: its words in the command's help.
-        text: from the record of a calibration to its words in reports.
-        scorer: from a layer, its module path, the config and its evidence (None if it needs none) to its scores.
-        gather: runs the base model over data, and returns the evidence by module path, of modules that were reached,
-            and the numbers of batches and examples. None if it needs nothing.
-        recorded: fields of the config that it depends on, kept with a selection.
-        stand_in: factor that makes magnitude comparable with its scores, for modules that no batch reached.
+        name: value of `FPSConfig.importance`.
+        needs: what the importance needs from data: `"nothing"`, a `"forward"` pass, a `"backward"` pass, or a short
+            `"training"`.
+        help: description in the help of the command.
+        text: returns the description in reports, from the record of a calibration.
+        scorer: returns the scores of a layer, from the layer, its module path, the settings and the layer's evidence
+            (None if the importance needs no data).
+        gather: runs the base model over data. Returns the evidence by module path, without modules that the data did
+            not reach, and the numbers of batches and examples. None if the importance needs no data.
+        recorded: settings that the importance depends on, which the record of a calibration keeps.
+        stand_in: returns the factor that makes weight magnitude comparable with these scores, for modules that the
+            data did not reach.
     """
 
     name: str
     needs: Literal["nothing", "forward", "backward", "training"]
     help: str
-    text: Callable[[Mapping[str, Any]], str]
-    scorer: Callable[[FPSLayer, str, FPSConfig, Any], Score]
+    text: Callable[[CalibrationRecord], str]
+    scorer: Callable[[EntryLayer, str, Settings, Any], Score]
     gather: Callable[[Request], tuple[Evidence, dict[str, int]]] | None = None
     recorded: tuple[str, ...] = ()
-    stand_in: Callable[[FPSConfig, Evidence], float] = nothing_reached
+    stand_in: Callable[[Settings, Evidence], float] = nothing_reached

@@ -1,7 +1,5 @@
 """DiffPruning: the change of a weight under hard-concrete gates with an L0 penalty (arXiv 2012.07463)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from peft_fps.gradients import accumulate_gated_changes

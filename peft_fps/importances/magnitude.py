@@ -1,18 +1,13 @@
 """Weight magnitude: the FPS score with all activations equal; the score of NeuroAda (arXiv 2510.18940)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances.importance import Importance, Score
+from peft_fps.importances.settings import Settings
 from peft_fps.reading import weight_rows
-
-
-if TYPE_CHECKING:
-    from peft_fps.config import FPSConfig
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -20,7 +15,7 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.float().abs()
 
 
-def _scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Any) -> Score:
+def _scorer(layer: EntryLayer, path: str, config: Settings, evidence: Any) -> Score:
     return lambda first, last: magnitude(weight_rows(layer, first, last))
 
 

@@ -1,27 +1,22 @@
 """A seeded uniform score, the control of every comparison; drawn on the CPU so that all devices agree."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_fps.adapters import FPSLayer
+from peft_fps.entry_layer import EntryLayer
 from peft_fps.importances.importance import Importance, Score
-
-
-if TYPE_CHECKING:
-    from peft_fps.config import FPSConfig
+from peft_fps.importances.settings import Settings
+from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 STRIPE = 64
 """Rows that are drawn at once."""
 
 
-def random_scorer(layer: FPSLayer, path: str, seed: int) -> Score:
+def random_scorer(layer: EntryLayer, path: str, seed: int) -> Score:
     """Return scores that depend on the seed, the module path and the row alone."""
 
     def score(first: int, last: int) -> Tensor:
@@ -39,12 +34,12 @@ def _stripe(seed: int, path: str, row: int, inputs: int) -> Tensor:
     return torch.rand(STRIPE, inputs, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _scorer(layer: FPSLayer, path: str, config: FPSConfig, evidence: Any) -> Score:
+def _scorer(layer: EntryLayer, path: str, config: Settings, evidence: Any) -> Score:
     return random_scorer(layer, path, config.seed)
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    return f"chance (seed {record['seed']})" if "seed" in record else "chance"
+def _text(record: CalibrationRecord) -> str:
+    return "chance" if record.seed is None else f"chance (seed {record.seed})"
 
 
 RANDOM = Importance(name="random", needs="nothing", help="a control", text=_text, scorer=_scorer)

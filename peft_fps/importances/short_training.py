@@ -1,7 +1,5 @@
 """Evidence from a short full fine-tuning that is undone, for the importances that follow how far weights move."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn
@@ -15,16 +13,19 @@ from peft_fps.lookup import adapter_layers, whole_parameters
 def gather_changes(
     request: Request, *, train: Callable[..., dict[str, int]], default_rate: float
 ) -> tuple[Evidence, dict[str, int]]:
-    """Train copies of the weights for a while, and return sums of their changes.
+    """Train copies of the weights for a while, and sum up their changes.
 
     Args:
-        request: what from.
-        train: called with the base model, weights, further parameters to train along, data, loss, and where to add the
-            changes; with `learning_rate`.
-        default_rate: learning rate where the config leaves it open.
+        request: what to gather from.
+        train: runs the training. Takes the base model, the weights, further parameters to train, the data, the loss,
+            the sums to add the changes to, and `learning_rate`. Returns the numbers of batches and examples.
+        default_rate: learning rate if the settings leave it open.
+
+    Returns:
+        The sums by module path, and the numbers of batches and examples.
 
     Raises:
-        ValueError, TypeError: as `peft_fps.calibrate`. Nothing was changed then.
+        ValueError, TypeError: as `peft_fps.calibrate`. The model is unchanged then.
     """
     config, rate = request.config, request.config.selection_learning_rate
     weights = weights_of(request)

@@ -4,7 +4,7 @@ from peft_fps.selection.allocation import Allocation, LayerShape, allocate
 from peft_fps.selection.blocks import block_of
 from peft_fps.selection.candidate import Candidate
 from peft_fps.selection.feasible import check_granularity
-from peft_fps.selection.report import LayerSelection, SelectionReport
+from peft_fps.selection.report import LayerSelection, NormSelection, SelectionReport
 from peft_fps.selection.select import select_entries
 from peft_fps.selection.topk import reversed_order, top_k, top_k_flat
 
@@ -14,6 +14,7 @@ __all__ = [
     "Candidate",
     "LayerSelection",
     "LayerShape",
+    "NormSelection",
     "SelectionReport",
     "allocate",
     "block_of",

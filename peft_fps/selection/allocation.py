@@ -8,19 +8,31 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a targeted layer: its neurons, their fan-in, and whether its bias is trained along.
+    """Shape of a layer's weight seen as a matrix.
 
-    A layer that trains nothing but its bias (a normalisation) has no inputs.
+    Attributes:
+        neurons: rows, the outputs of the layer.
+        inputs: columns, the fan-in of a neuron, at least 1.
     """
 
     neurons: int
     inputs: int
-    bias: bool
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return self.neurons * self.inputs
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Result of `allocate`: entries per layer (in the order given), and what they were derived from."""
+    """Result of `allocate`.
+
+    Attributes:
+        entries: number of entries of each layer, in the order given.
+        biases: bias deltas, as they were given.
+        limit: most parameters to train; None without a budget.
+    """
 
     entries: dict[str, int]
     biases: int
@@ -35,6 +47,7 @@ class Allocation:
 def allocate(
     layers: Mapping[str, LayerShape],
     *,
+    biases: int,
     base_parameters: int,
     budget: float | None,
     per_neuron: float | None,
@@ -42,13 +55,14 @@ def allocate(
 ) -> Allocation:
     """Distribute a budget over layers so that every neuron gets the same number of entries, K.
 
-    With `budget`, K is the largest number for which the entries and the bias deltas of all layers stay within
+    With `budget`, K is the largest number for which the entries of all layers and the bias deltas stay within
     `floor(budget * base_parameters)`. A neuron with a fan-in below K gets its fan-in, and the others share the rest.
     Every layer gets `floor(K * neurons)`, so the budget is used up to less than one entry per layer. `budget=0` is
     BitFit: no entries, and the biases do not count.
 
     Args:
-        layers: targeted layers by module path.
+        layers: shapes of the targeted weights by module path.
+        biases: number of bias deltas that are trained beside the entries, those of normalisations included.
         base_parameters: parameters of the base model without the output head.
         budget: largest share of `base_parameters` to train; exactly one of `budget` and `per_neuron` is given.
         per_neuron: K itself, not necessarily whole; above a fan-in it means the fan-in.
@@ -60,9 +74,7 @@ def allocate(
             would be trained.
     """
     assert (budget is None) != (per_neuron is None)
-    biases = sum(layer.neurons for layer in layers.values() if layer.bias)
-    fixed = _match_patterns({n: layer for n, layer in layers.items() if layer.inputs}, budget_pattern or {})
-    weights = {name: layer.neurons * layer.inputs for name, layer in layers.items()}
+    fixed = _match_patterns(layers, budget_pattern or {})
 
     limit = None
     if budget is None:
@@ -88,7 +100,7 @@ def allocate(
         k.update(dict.fromkeys(free, common))
 
     entries = {name: _entries(layer, k[name]) for name, layer in layers.items()}
-    assert all(entries[name] <= weights[name] for name in layers)
+    assert all(entries[name] <= layer.weights for name, layer in layers.items())
     result = Allocation(entries, biases, limit)
     if result.trained == 0:
         raise ValueError(
@@ -123,7 +135,7 @@ def _common_k(layers: Mapping[str, LayerShape], available: int) -> Fraction:
     rest = Fraction(available)
     for layer in sorted(layers.values(), key=lambda layer: layer.inputs):
         if rest >= neurons * layer.inputs:  # this fan-in is below the common level, so the layer is full
-            rest -= layer.neurons * layer.inputs
+            rest -= layer.weights
             neurons -= layer.neurons
     return rest / neurons if neurons else Fraction(max((layer.inputs for layer in layers.values()), default=0))
 

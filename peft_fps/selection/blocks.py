@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 
-from peft_fps.selection.allocation import exact
+from peft_fps.selection.allocation import LayerShape, exact
 from peft_fps.selection.candidate import Candidate
-from peft_fps.selection.feasible import Matrix
 from peft_fps.selection.model_wide import best_of_all
 
 
@@ -30,14 +29,14 @@ def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict
     `entries_by_share`.
 
     Args:
-        candidates: layers by module path, all with inputs. The sum of their entries is what is distributed.
+        candidates: layers by module path. The sum of their entries is what is distributed.
         block_top: of all weights, those outside any block too; it means at least one weight.
     """
     total = sum(candidate.entries for candidate in candidates.values())
     if not total:
         return dict.fromkeys(candidates, 0)
     weights, best = Counter[str](), Counter[str]()
-    sizes = {name: candidate.neurons * candidate.inputs for name, candidate in candidates.items()}
+    sizes = {name: candidate.shape.weights for name, candidate in candidates.items()}
     count = max(1, int(exact(block_top) * sum(sizes.values())))
     for name, positions in best_of_all(candidates, count):
         block = block_of(name)
@@ -46,10 +45,10 @@ def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict
             best[block] += positions.numel()
     blocks = {name: block_of(name) for name in candidates}
     shares = {name: Fraction(0) if b is None else Fraction(best[b], weights[b]) for name, b in blocks.items()}
-    return entries_by_share(candidates, shares, total)
+    return entries_by_share({name: candidate.shape for name, candidate in candidates.items()}, shares, total)
 
 
-def entries_by_share(layers: Mapping[str, Matrix], shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
+def entries_by_share(layers: Mapping[str, LayerShape], shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
     """Give every neuron `K = max(1, c * share)` entries, at most its fan-in, with the one c that gives the total.
 
     c is exact. A layer gets ⌊K * neurons⌋ entries, and what is left by that goes, one each, to the layers with the
@@ -57,7 +56,7 @@ def entries_by_share(layers: Mapping[str, Matrix], shares: Mapping[str, Fraction
     more only when all other layers are full.
 
     Args:
-        layers: by name, all with inputs.
+        layers: shapes by name.
         shares: not negative, by name.
         total: between the number of all neurons and that of all weights.
     """
@@ -75,7 +74,7 @@ def entries_by_share(layers: Mapping[str, Matrix], shares: Mapping[str, Fraction
 
 
 def _proportional(
-    layers: Mapping[str, Matrix], shares: Mapping[str, Fraction], available: Fraction | int
+    layers: Mapping[str, LayerShape], shares: Mapping[str, Fraction], available: Fraction | int
 ) -> dict[str, Fraction]:
     """Largest `K = min(max(1, c * share), inputs)` of every layer with `sum(neurons * K) <= available`."""
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_fps.selection.allocation import LayerShape
+
 
 # Scores are formed for at most this many weights at once (16 MiB in float32) where rows can be ranked on their own.
 SCORED_ELEMENTS = 1 << 22
@@ -19,26 +21,24 @@ class Candidate:
     """One layer to select from.
 
     Attributes:
-        neurons: rows of its weight seen as `(neurons, inputs)`.
-        inputs: columns; 0 for a module that trains nothing but its bias, which is never scored.
+        shape: of its weight, `(neurons, inputs)`.
         entries: how many to select (under granularity "model" and "block" only the sum over all layers counts; under
             "row" and "column" what fills no whole neuron or input goes to another layer).
         score: returns the scores of the rows `first:last` as non-negative float32 `(last - first, inputs)`; the same
             rows give the same scores at every call.
     """
 
-    neurons: int
-    inputs: int
+    shape: LayerShape
     entries: int
     score: Callable[[int, int], Tensor]
 
     def chunks(self) -> Iterator[Tensor]:
         """Score all rows, some at a time: yields `(rows, inputs)`."""
-        step = max(SCORED_ELEMENTS // self.inputs, 1)
-        for first in range(0, self.neurons, step):
-            yield self.score(first, min(first + step, self.neurons))
+        step = max(SCORED_ELEMENTS // self.shape.inputs, 1)
+        for first in range(0, self.shape.neurons, step):
+            yield self.score(first, min(first + step, self.shape.neurons))
 
     def nothing(self) -> Selected:
         """The selection of no entry; the layer is not scored for it."""
-        counts = torch.zeros(self.neurons, dtype=torch.int64, device="cpu")
+        counts = torch.zeros(self.shape.neurons, dtype=torch.int64, device="cpu")
         return counts[:0], counts

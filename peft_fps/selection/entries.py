@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_fps.selection.feasible import Matrix
+from peft_fps.selection.allocation import LayerShape
 from peft_fps.sparse import StructureError, check_entries
 
 
@@ -54,6 +54,11 @@ class ModuleEntries:
         return self.row_counts.numel()
 
     @property
+    def shape(self) -> LayerShape:
+        """Of the weight."""
+        return LayerShape(self.neurons, self.inputs)
+
+    @property
     def entries(self) -> int:
         """Selected entries."""
         return self.columns.numel()
@@ -70,12 +75,12 @@ class ModuleEntries:
 
 
 def check_same_modules(
-    found: Mapping[str, Matrix], expected: Mapping[str, Matrix], given: str, whose: str, remedy: str
+    found: Mapping[str, LayerShape], expected: Mapping[str, LayerShape], given: str, whose: str, remedy: str
 ) -> None:
     """Raise ValueError unless both have the same modules, neurons and fan-ins.
 
     Args:
-        found: sizes by module path.
+        found: shapes by module path.
         expected: likewise.
         given: what messages call the first.
         whose: what messages call the second.
@@ -87,7 +92,7 @@ def check_same_modules(
         if path not in expected:
             raise ValueError(f"{path}: in {given}, expected the {len(expected)} modules of {whose} alone. {remedy}")
         one, other = found[path], expected[path]
-        if (one.neurons, one.inputs) != (other.neurons, other.inputs):
+        if one != other:
             raise ValueError(
                 f"{path}: found {one.neurons} neurons with {one.inputs} inputs in {given}, expected {other.neurons} "
                 f"with {other.inputs} as in {whose}. {remedy}"

@@ -1,28 +1,13 @@
 """Whether a number of entries is enough for a granularity, known from sizes alone."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
-from peft_fps.selection.allocation import round_up
-
-
-class Matrix(Protocol):
-    """A weight's sizes, seen as `(neurons, inputs)`: a `LayerShape` or a `Candidate`."""
-
-    @property
-    def neurons(self) -> int:
-        """Rows."""
-        ...
-
-    @property
-    def inputs(self) -> int:
-        """Columns."""
-        ...
+from peft_fps.selection.allocation import LayerShape, round_up
 
 
 def check_granularity(
     granularity: str,
-    layers: Mapping[str, Matrix],
+    layers: Mapping[str, LayerShape],
     entries: int,
     *,
     biases: int = 0,
@@ -35,12 +20,11 @@ def check_granularity(
 
     Args:
         granularity: any; the others need nothing.
-        layers: by module path; those without inputs do not count.
+        layers: shapes by module path.
         entries: of all layers together.
-        biases: bias deltas of all layers, and
+        biases: bias deltas that are trained beside them, and
         base_parameters: what the budget is a share of; for the advice to raise it.
     """
-    layers = {name: layer for name, layer in layers.items() if layer.inputs}
     if granularity not in ("block", "row", "column") or not entries:
         return
     neurons = sum(layer.neurons for layer in layers.values())

@@ -57,4 +57,4 @@ def _last_bin(histograms: Iterable[Tensor], count: int) -> tuple[int, int]:
 
 def _bits(candidate: Candidate) -> Tensor:
     """Bit patterns of a layer's scores, flat int32: those of non-negative floats are ordered like the floats."""
-    return candidate.score(0, candidate.neurons).reshape(-1).view(torch.int32)
+    return candidate.score(0, candidate.shape.neurons).reshape(-1).view(torch.int32)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.selection.feasible import Matrix
+from peft_fps.selection.allocation import LayerShape
 
 
-def checked_scores(path: str, scores: Any, shape: Matrix) -> Tensor:
+def checked_scores(path: str, scores: Any, shape: LayerShape) -> Tensor:
     """Return a module's scores as float32, ready to be ranked.
 
     Args:

@@ -1,6 +1,6 @@
 """What was selected, as numbers and as a table."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -18,7 +18,15 @@ class LayerSelection:
     @property
     def share(self) -> float:
         """Selected share of the module's weights."""
-        return self.entries / (self.neurons * self.inputs) if self.inputs else 0.0  # a norm has a bias alone
+        return self.entries / max(self.neurons * self.inputs, 1)
+
+
+@dataclass(frozen=True)
+class NormSelection(LayerSelection):
+    """One normalisation, of which the bias alone is trained."""
+
+    inputs: int = field(default=0, init=False)
+    entries: int = field(default=0, init=False)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class SelectionReport:
     """Selection of a whole adapter; `str()` gives a table, `to_dict()` plain data.
 
     Attributes:
-        layers: one row per targeted module.
+        layers: one row per targeted module, normalisations as `NormSelection`.
         base_parameters: parameters of the base model without its output head.
         head_parameters: parameters of the trained output head (and other `modules_to_save`).
         head_bytes: their bytes in the adapter file.
@@ -93,7 +101,7 @@ class SelectionReport:
                     f"{layer.bytes:,}",
                 )
             )
-        neurons = sum(layer.neurons for layer in self.layers if layer.inputs)
+        neurons = sum(layer.neurons for layer in self.layers if not isinstance(layer, NormSelection))
         weights = sum(layer.neurons * layer.inputs for layer in self.layers)
         rows.append(
             (

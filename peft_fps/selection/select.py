@@ -20,7 +20,7 @@ def select_entries(
     """Select the best entries of every layer; ties go to the lowest index (and the earlier layer).
 
     Args:
-        candidates: layers by module path. One without inputs is passed through: nothing is selected of it.
+        candidates: layers by module path.
         granularity: `"neuron"`: every neuron gets the same number, and the fraction that is left goes to the layer's
             best next candidates (FPS, appendix A.1). `"layer"`: the best of the layer wherever they lie. `"model"`:
             the best of all layers together. `"block"`: as `"neuron"`, with a number per neuron that `block_entries`
@@ -34,44 +34,42 @@ def select_entries(
     Raises:
         ValueError: there are fewer entries than the granularity needs (see `check_granularity`).
     """
-    scored = {name: candidate for name, candidate in candidates.items() if candidate.inputs}
-    check_granularity(granularity, scored, sum(candidate.entries for candidate in candidates.values()))
-    if granularity == "block":
-        numbers = block_entries(scored, block_top)
-        scored = {name: replace(candidate, entries=numbers[name]) for name, candidate in scored.items()}
+    shapes = {name: candidate.shape for name, candidate in candidates.items()}
+    check_granularity(granularity, shapes, sum(candidate.entries for candidate in candidates.values()))
     if granularity in ("row", "column"):
-        selected = select_whole(scored, granularity, order)
-    else:
-        ranked = {name: _from_bottom(c) for name, c in scored.items()} if order == "bottom" else scored
-        if granularity in ("neuron", "block"):
-            selected = {name: select_by_neuron(candidate) for name, candidate in ranked.items()}
-        elif granularity == "layer":
-            selected = {name: select_by_layer(candidate) for name, candidate in ranked.items()}
-        else:
-            assert granularity == "model"
-            selected = select_by_model(ranked)
-    return {name: selected.get(name) or candidate.nothing() for name, candidate in candidates.items()}
+        return select_whole(candidates, granularity, order)
+    if granularity == "block":
+        numbers = block_entries(candidates, block_top)
+        candidates = {name: replace(candidate, entries=numbers[name]) for name, candidate in candidates.items()}
+    if order == "bottom":
+        candidates = {name: _from_bottom(candidate) for name, candidate in candidates.items()}
+    if granularity in ("neuron", "block"):
+        return {name: select_by_neuron(candidate) for name, candidate in candidates.items()}
+    if granularity == "layer":
+        return {name: select_by_layer(candidate) for name, candidate in candidates.items()}
+    assert granularity == "model"
+    return select_by_model(candidates)
 
 
 def select_by_neuron(candidate: Candidate) -> Selected:
     """The top ⌊K⌋ of every neuron, K = entries / neurons, and the best next candidates, at most one per neuron."""
-    floor, extra = divmod(candidate.entries, candidate.neurons)
+    floor, extra = divmod(candidate.entries, candidate.shape.neurons)
     ranks = floor + 1 if extra else floor
     ranked = [top_k(scores, ranks) for scores in candidate.chunks()]
     columns = torch.cat([columns for columns, _ in ranked])
-    counts = torch.full((candidate.neurons,), floor, dtype=torch.int64, device=columns.device)
+    counts = torch.full((candidate.shape.neurons,), floor, dtype=torch.int64, device=columns.device)
     if extra:
         rows = top_k_flat(torch.cat([scores[:, floor] for _, scores in ranked]), extra)
         counts[rows] += 1
         # an unused last place sorts behind every column and is dropped
-        columns[:, floor] = torch.where(counts > floor, columns[:, floor], candidate.inputs)
+        columns[:, floor] = torch.where(counts > floor, columns[:, floor], candidate.shape.inputs)
     columns = columns.sort(dim=1).values
-    return columns[columns < candidate.inputs], counts
+    return columns[columns < candidate.shape.inputs], counts
 
 
 def select_by_layer(candidate: Candidate) -> Selected:
     """The best entries of the layer, whatever their neuron."""
-    positions = top_k_flat(candidate.score(0, candidate.neurons), candidate.entries)
+    positions = top_k_flat(candidate.score(0, candidate.shape.neurons), candidate.entries)
     return _from_positions(positions, candidate)
 
 
@@ -87,5 +85,5 @@ def _from_bottom(candidate: Candidate) -> Candidate:
 
 def _from_positions(positions: Tensor, candidate: Candidate) -> Selected:
     """Split sorted flat positions into columns and row counts."""
-    rows = torch.div(positions, candidate.inputs, rounding_mode="floor")
-    return positions - rows * candidate.inputs, torch.bincount(rows, minlength=candidate.neurons)
+    rows = torch.div(positions, candidate.shape.inputs, rounding_mode="floor")
+    return positions - rows * candidate.shape.inputs, torch.bincount(rows, minlength=candidate.shape.neurons)

@@ -16,12 +16,13 @@ def select_whole(candidates: Mapping[str, Candidate], granularity: str, order: s
     `whole_numbers`. Ties go to the lowest index.
 
     Args:
-        candidates: layers by module path, all with inputs.
+        candidates: layers by module path.
         granularity: `"row"`: neurons; `"column"`: inputs.
         order: `"top"`: the largest sums; `"bottom"`: the smallest.
     """
     by_row = granularity == "row"
-    sizes = [(c.inputs, c.neurons) if by_row else (c.neurons, c.inputs) for c in candidates.values()]
+    shapes = [candidate.shape for candidate in candidates.values()]
+    sizes = [(shape.inputs, shape.neurons) if by_row else (shape.neurons, shape.inputs) for shape in shapes]
     numbers = whole_numbers([c.entries for c in candidates.values()], sizes)
     selected = {}
     for (name, candidate), number in zip(candidates.items(), numbers, strict=True):
@@ -31,12 +32,12 @@ def select_whole(candidates: Mapping[str, Candidate], granularity: str, order: s
         sums = _sums(candidate, by_row)
         best = top_k_flat(sums if order == "top" else -sums, number)
         if by_row:
-            counts = torch.zeros(candidate.neurons, dtype=torch.int64, device=best.device)
-            counts[best] = candidate.inputs
-            selected[name] = torch.arange(candidate.inputs, device=best.device).repeat(number), counts
+            counts = torch.zeros(candidate.shape.neurons, dtype=torch.int64, device=best.device)
+            counts[best] = candidate.shape.inputs
+            selected[name] = torch.arange(candidate.shape.inputs, device=best.device).repeat(number), counts
         else:
-            counts = torch.full((candidate.neurons,), number, dtype=torch.int64, device=best.device)
-            selected[name] = best.repeat(candidate.neurons), counts
+            counts = torch.full((candidate.shape.neurons,), number, dtype=torch.int64, device=best.device)
+            selected[name] = best.repeat(candidate.shape.neurons), counts
     return selected
 
 

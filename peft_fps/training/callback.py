@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import ParallelMode
 
 from peft_fps.card import evaluation_at, keep_card
+from peft_fps.config_lookup import adapter_config
 from peft_fps.importances import IMPORTANCES
-from peft_fps.lookup import active_adapter, adapter_config, adapter_layers, fps_layers, target_layers
+from peft_fps.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
 from peft_fps.selecting import calibrate
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -112,7 +113,8 @@ class FPSCallback(TrainerCallback):
 
 def _sizes(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """Entries of each module by its path."""
-    return {path: layer.fps_values[adapter_name].numel() for path, layer in target_layers(model, adapter_name).items()}
+    layers = entry_layers(target_layers(model, adapter_name))
+    return {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
 
 
 def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
@@ -120,4 +122,5 @@ def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
     active = {name for layer in fps_layers(model).values() for name in layer.active_adapters}
     measured = evaluation_at(step, state.log_history, getattr(data, "dataset", None))
     if len(active) == 1 and measured is not None:
-        adapter_config(model, active.pop()).automatic["evaluation"] = measured
+        name = active.pop()
+        next(iter(target_layers(model, name).values())).fps_state[name].evaluation = measured

@@ -5,23 +5,28 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from peft_fps.calibration import fits, run_model
 from peft_fps.lookup import base_model
 
 
-def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+if TYPE_CHECKING:
+    from transformers import Trainer  # brings the whole of datasets, which takes seconds to import
+
+
+def calling_trainer(callback: TrainerCallback) -> "Trainer | None":
     """Return the trainer that is calling a callback, which it does not tell; None if something else calls it."""
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+        handler = vars(found).get("callback_handler") if hasattr(found, "__dict__") else None
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             return found
         frame = frame.f_back
     return None
@@ -38,7 +43,7 @@ class AsTrained:
             needed.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module, data: Any, plainly: bool) -> None:
+    def __init__(self, trainer: "Trainer", model: nn.Module, data: Any, plainly: bool) -> None:
         self._trainer = trainer
         self._model = model
         self._data = data
@@ -61,7 +66,7 @@ class AsTrained:
 
 
 @contextmanager
-def undisturbed_trainer(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+def undisturbed_trainer(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
     """Let a trainer compute losses of the base model, and be as it was afterwards.
 
     What it counts and logs it writes to copies. It is told that it evaluates, so that nothing is kept for a next step.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peft_fps.calibration import Collector, Observed
 from tests.helpers import normal
-from tests.test_own_forward import Normalised, PadsFirst, Standardised
+from tests.own_forwards import Normalised, PadsFirst, Standardised
 
 
 def observed(base: nn.Module, inputs: int, groups: int, x: Tensor, norm: str) -> Tensor:

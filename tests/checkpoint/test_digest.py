@@ -59,4 +59,4 @@ def test_a_saved_config_holds_that_of_the_file(tmp_path: Path) -> None:
     adapted(tiny_mlp(), target_modules=["first"], modules_to_save=["last"]).save_pretrained(tmp_path)
     found = {k: t for k, t in load_file(tmp_path / "adapter_model.safetensors").items() if ".fps_" in k}
     assert len(found) == 4
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["tensors_sha256"] == reference(found)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["record"]["tensors_sha256"] == reference(found)

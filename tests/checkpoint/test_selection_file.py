@@ -15,18 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_fps.checkpoint.record import ModuleSizes
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.selection.entries import ModuleEntries
-from tests.helpers import csr, selections
+from tests.helpers import PLAIN, csr, selections
 
 
 Rows = list[list[int]]
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 def two_modules() -> dict[str, ModuleEntries]:
@@ -302,10 +297,7 @@ def test_a_folder_is_no_selection_file(tmp_path: Path):
 # --- an adapter's file ----------------------------------------------------------------------------------------------
 
 
-ALLOCATION = {
-    "a.x": {"neurons": 2, "inputs": 5, "entries": 3},
-    "norm": {"neurons": 4, "inputs": 0, "entries": 0},
-}
+ALLOCATION = {"a.x": ModuleSizes(2, 5, 3), "norm": ModuleSizes(4, 0, 0)}
 
 
 def adapter_file(path: Path, **changes: Tensor) -> Path:
@@ -353,4 +345,13 @@ def test_an_adapter_of_biases_alone_has_no_modules(tmp_path: Path):
 def test_a_damaged_adapter_file_is_refused(changes: dict[str, Tensor], says: str, tmp_path: Path):
     path = adapter_file(tmp_path / "adapter.safetensors", **changes)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{says}"):
+        read_adapter(path, ALLOCATION)
+
+
+@pytest.mark.parametrize("key", ["a.x.fps_columns", "a.x.fps_row_counts"])
+def test_an_adapter_file_with_a_second_copy_of_indices_is_refused(key: str, tmp_path: Path):
+    path = adapter_file(tmp_path / "adapter.safetensors")
+    tensors = load_file(path)
+    save_file({**tensors, key: tensors[f"base_model.model.{key}"].clone()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: a.x: .* holds {key[4:]} twice, expected it once"):
         read_adapter(path, ALLOCATION)

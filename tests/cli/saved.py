@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from peft_fps.cli.app import app
-from tests.helpers import adapted
+from tests.helpers import adapted, with_fields
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -46,7 +46,7 @@ def save_adapted(base: nn.Module, folder: Path, base_folder: Path | None = None,
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(with_fields(json.loads(path.read_text()), **changes)))
 
 
 def edit_tensors(folder: Path, changes: dict[str, Tensor | None]) -> None:

@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_file(adapter: Path) -> None:
     assert totals["file_bytes"] == (adapter / WEIGHTS).stat().st_size
     config = json.loads((adapter / CONFIG).read_text())
     assert found["base_model"]["name"] == "some/model"
-    assert found["base_model"]["fingerprint"] == config["base_fingerprint"]
+    assert found["base_model"]["fingerprint"] == config["record"]["base_fingerprint"]
     assert found["config"]["granularity"] == "layer"
     assert found["passed"]
     assert {check["name"]: check["passed"] for check in found["checks"]} == dict.fromkeys(
@@ -98,6 +98,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "newer format": ("config", lambda f: edit_config(f, format_version=99), "format_version is 99"),
     "wrong field": ("config", lambda f: edit_config(f, granularity="atom"), "granularity is 'atom'"),
     "no sizes": ("config", lambda f: edit_config(f, allocation=None), "allocation is None"),
+    "no record": ("config", lambda f: edit_config(f, record=None), "record is None"),
     "no file": ("file", lambda f: (f / WEIGHTS).unlink(), "there is no adapter_model.safetensors"),
     "half a file": (
         "file",

@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_fps import Selection, hotswap_adapter
-from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns
+from peft_fps.entry_layer import EntryLayer
+from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns, with_fields
 
 
 WEIGHTS, CONFIG, SELECTION = "adapter_model.safetensors", "adapter_config.json", "selection.safetensors"
@@ -201,7 +202,10 @@ def check_loaded(model: nn.Module, name: str, before: dict[str, bytes]) -> None:
         return  # the file now names another method of PEFT, which is not ours to judge
     model.set_adapter(name)
     for path, layer in layers_of(model).items():
-        if name not in layer.fps_values:
+        for parameter in layer.adapter_parameters(name):
+            if not bool(torch.isfinite(parameter).all()):
+                raise Violation(f"{path}: values that are not finite")
+        if not isinstance(layer, EntryLayer) or name not in layer.fps_values:
             continue
         inputs, values = layer.shape.inputs, layer.fps_values[name]
         counts = layer.fps_row_counts[name]
@@ -210,9 +214,6 @@ def check_loaded(model: nn.Module, name: str, before: dict[str, bytes]) -> None:
         for columns in selected_columns(layer, name):
             if columns != sorted(set(columns)) or any(not 0 <= column < inputs for column in columns):
                 raise Violation(f"{path}: columns {columns} of {inputs}")
-        for held in (layer.fps_values, layer.fps_bias):
-            if name in held and not bool(torch.isfinite(held[name]).all()):
-                raise Violation(f"{path}: values that are not finite")
     output(model)
     origin = dict(base().named_parameters())
     wrapped = {path: bits(p) for path, p in model.get_base_model().named_parameters()}
@@ -287,7 +288,7 @@ def limits(folder: Path) -> Iterator[None]:
 def without_digest(folder: Path) -> None:
     """As someone forges a file who knows that the digest would give it away."""
     content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | {"tensors_sha256": None}))
+    (folder / CONFIG).write_text(json.dumps(with_fields(content, tensors_sha256=None)))
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def damage_json_text(data: bytes, chance: Random) -> bytes:
     if special == 1:
         return data.replace(b"0", b"9" * chance.choice((20, 400, 5000)), 1)
     if special == 2:
-        return data.replace(b"{", b'{"format_version": 1, "format_version": 7, ', 1)
+        return data.replace(b"{", b'{"format_version": 2, "format_version": 7, ', 1)
     if special < 9:
         return damage_names(data, chance)
     return json.dumps(damage_json(json.loads(data), chance)).encode()
@@ -175,14 +175,15 @@ def damage_names(data: bytes, chance: Random) -> bytes:
     if kind < 3:
         content["modules_to_save"] = names if kind else [*content["modules_to_save"], *names]
     elif kind == 3:
-        content["allocation"] |= {name: chance.choice(list(content["allocation"].values())) for name in names}
+        allocation = content["record"]["allocation"]
+        allocation |= {name: chance.choice(list(allocation.values())) for name in names}
     elif kind == 4:
         content["target_modules"] = chance.choice((names, None, "all-linear", "dummy-target-modules"))
         content["modules_to_save"] = None
     else:
         content["task_type"] = chance.choice(("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
     if chance.random() < 0.5:
-        content["whole_tensors"] = [f"{name}.{own}" for name in names for own in ("weight", "bias")]
+        content["record"]["whole_tensors"] = [f"{name}.{own}" for name in names for own in ("weight", "bias")]
     return json.dumps(content).encode()
 
 

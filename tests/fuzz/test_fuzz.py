@@ -150,8 +150,7 @@ def test_a_header_that_claims_terabytes_allocates_nothing(judge: Judge, claim: i
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "check_adapter_tensors", lambda *arguments, **options: None)
-    monkeypatch.setattr(loading, "check_whole_modules", lambda *arguments: None)
+    monkeypatch.setattr(loading, "check_contents", lambda *arguments, **options: None)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -225,11 +224,11 @@ def test_a_config_without_its_record_beside_tensors(judge: Judge, low: bool) -> 
     """It was taken for a new adapter's; when the tensors did not fit that one, the base model stayed frozen."""
     with copy_of(judge.intact) as folder:
         content = json.loads((folder / CONFIG).read_text())
-        changed = {"allocation": None, "tensors_sha256": None, "target_modules": ["hidden"]}
+        changed = {"record": None, "target_modules": ["hidden"]}
         (folder / CONFIG).write_text(json.dumps(content | changed))
         model = base()
         before = state(model)
-        with pytest.raises(ValueError, match=r"allocation is None beside the adapter's tensors.*incomplete"):
+        with pytest.raises(ValueError, match=r"record is None beside the adapter's tensors.*incomplete"):
             PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=low)
         compare(before, state(model), "a refused file has changed")
 

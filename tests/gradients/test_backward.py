@@ -1,10 +1,7 @@
 """Sums of gradients over batches against a plain training loop, and that the model is left as it was."""
 
-import copy
-import json
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,112 +10,31 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_fps import FPSConfig
 from peft_fps.calibration import Pass
-from peft_fps.gradients import BatchLoss, Exact, Weight, accumulate_gradients
+from peft_fps.gradients import BatchLoss, Exact, accumulate_gradients
+from tests.gradients.naive_sums import (
+    BACKWARD,
+    CASES,
+    ENABLING,
+    examples_of,
+    labelled_images,
+    matrix,
+    naive_sums,
+    pairs,
+    plain_loss,
+    texts,
+    weights_of,
+)
 from tests.helpers import (
     bits,
-    image_batches,
     images,
     layers_of,
-    normal,
-    selected_columns,
-    start_python,
-    tiny_bert,
-    tiny_conv,
-    tiny_gpt2,
     tiny_llama,
     tiny_mlp,
     tiny_vit,
-    tokens,
 )
-
-
-ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
-
-KINDS = (nn.Linear, nn.Conv2d, Conv1D)
-BACKWARD = ["gradient", "fisher", "sensitivity"]
-
-
-# --- models with labelled data ---------------------------------------------------------------------------------------
-
-
-def labelled_images(count: int = 3, batch: int = 4, classes: int = 5) -> list[dict[str, Tensor]]:
-    labels = torch.arange(count * batch).split(batch)
-    return [
-        one | {"labels": target % classes} for one, target in zip(image_batches(count, batch), labels, strict=True)
-    ]
-
-
-def pairs(shape: tuple[int, ...], classes: int, count: int = 3) -> list[tuple[Tensor, Tensor]]:
-    return [(normal(*shape, seed=i), torch.arange(i, i + shape[0]) % classes) for i in range(count)]
-
-
-def texts(labels: str, count: int = 3) -> list[dict[str, Tensor]]:
-    """Padded texts with a class each, or with their tokens as labels, padding left out."""
-    found = []
-    for i in range(count):
-        mask = torch.ones(4, 9, dtype=torch.int64)
-        mask[0, 3 + i :], mask[2, 7:] = 0, 0
-        ids = tokens(seed=i)
-        target = ids.masked_fill(mask == 0, -100) if labels == "tokens" else torch.arange(i, i + 4) % 3
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": target})
-    return found
-
-
-Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], str]
-
-CASES: dict[str, Case] = {
-    # model, batches, and the head that is left out
-    "vit": (tiny_vit, labelled_images, "classifier"),
-    "gpt2": (tiny_gpt2, lambda: texts("tokens"), "lm_head"),
-    "llama": (tiny_llama, lambda: texts("tokens"), "lm_head"),
-    "bert": (tiny_bert, lambda: texts("classes"), "classifier"),
-    "conv": (tiny_conv, lambda: pairs((4, 3, 16, 16), 5), "none"),
-    "mlp": (tiny_mlp, lambda: pairs((6, 10), 4), "none"),
-}
-
-
-# --- a training loop that never steps --------------------------------------------------------------------------------
-
-
-def plain_loss(model: nn.Module, batch: Any) -> Tensor:
-    return model(**batch).loss if isinstance(batch, dict) else F.cross_entropy(model(batch[0]), batch[1])
-
-
-def examples_of(batch: Any) -> list[Any]:
-    if isinstance(batch, dict):
-        return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-    return [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[1]))]
-
-
-def matrix(module: nn.Module, tensor: Tensor) -> Tensor:
-    """A tensor of a weight's shape as `(neurons, inputs)`."""
-    return tensor.t() if isinstance(module, Conv1D) else tensor.flatten(1)
-
-
-def naive_sums(base: nn.Module, batches: list[Any], head: str, square: bool = False, loss: Any = plain_loss) -> Any:
-    """Sums of gradients, or of their squares, over `batches`, by module path, as GPS gathers them."""
-    base = copy.deepcopy(base).requires_grad_(True)
-    weighted = {name: m for name, m in base.named_modules() if isinstance(m, KINDS) and name != head}
-    total = {name: torch.zeros(matrix(module, module.weight).shape) for name, module in weighted.items()}
-    for batch in batches:
-        base.zero_grad()
-        loss(base, batch).backward()
-        for name, module in weighted.items():
-            gradient = matrix(module, module.weight.grad).float()
-            total[name] += gradient.square() if square else gradient
-    return total
-
-
-def weights_of(base: nn.Module, head: str = "none") -> dict[str, Weight]:
-    return {
-        name: Weight(module.weight, isinstance(module, Conv1D))
-        for name, module in base.named_modules()
-        if isinstance(module, KINDS) and name != head
-    }
 
 
 def accumulated(
@@ -451,50 +367,3 @@ def test_adapters_and_saved_modules_get_no_gradient():
     targeted = [f"base_model.model.{path}.base_layer.weight" for path in layers_of(model)]
     assert required == [targeted] * 3
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-WORKER = """
-import json, sys
-import torch
-import torch.distributed as dist
-from peft import get_peft_model
-from peft_fps import FPSConfig
-from tests.helpers import layers_of, selected_columns, tiny_vit
-
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-pixels, labels = torch.load(f"{folder}/data.pt")
-found = {}
-for importance in ("gradient", "fisher", "sensitivity"):
-    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
-    mine = [{"pixel_values": pixels[rank::2], "labels": labels[rank::2]}]
-    report = model.calibrate(mine, progress=False)
-    found[importance] = [{name: selected_columns(layer) for name, layer in layers_of(model).items()}, str(report)]
-try:
-    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance="gradient"))
-    model.calibrate(mine, progress=False, accumulators="streaming")
-except ValueError as error:
-    found["refusal"] = str(error)
-json.dump(found, open(f"{folder}/{rank}.json", "w"))
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_select_as_one_does(tmp_path: Path) -> None:
-    pixels, labels = images(8), torch.arange(8) % 5
-    torch.save((pixels, labels), tmp_path / "data.pt")
-    runs = [start_python(WORKER, str(rank), str(tmp_path), OMP_NUM_THREADS="1") for rank in range(2)]
-    ended = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], ended  # gloo may write to stderr
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found[0] == found[1]
-    assert "several processes" in found[0].pop("refusal")
-    for importance, (chosen, printed) in found[0].items():
-        model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
-        report = model.calibrate([{"pixel_values": pixels, "labels": labels}], progress=False)
-        assert chosen == {name: selected_columns(layer) for name, layer in layers_of(model).items()}
-        assert printed == str(report)

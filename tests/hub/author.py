@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from peft_fps import FPSCallback, FPSConfig
-from peft_fps.card import push_adapter
+from peft_fps.hub import push_adapter
 from tests.helpers import config, fill, normal
 
 

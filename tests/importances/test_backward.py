@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import peft_fps
 from peft_fps.importances import backward
-from tests.gradients.test_backward import (
+from tests.calibration.naive_fps import assert_same_selection, fresh, naive_selection, selection_of
+from tests.gradients.naive_sums import (
     BACKWARD,
     CASES,
     ENABLING,
@@ -23,7 +24,6 @@ from tests.gradients.test_backward import (
     weights_of,
 )
 from tests.helpers import image_batches, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit, unchanged
-from tests.test_selecting import assert_same_selection, fresh, naive_selection, selection_of
 
 
 Scores = dict[str, list[list[float]]]

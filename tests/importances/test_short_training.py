@@ -29,6 +29,7 @@ from tests.helpers import (
     tiny_vit,
     tokens,
     unchanged,
+    weighted_of,
 )
 
 
@@ -201,8 +202,8 @@ def test_models_are_calibrated_within_their_budget(kind: str, importance: str):
     assert "over 24 examples" in str(report)
     record = next(iter(layers_of(model).values())).fps_state["default"].calibration
     assert record is not None
-    assert (record["importance"], record["batches"], record["examples"]) == (importance, 6, 24)
-    assert record["selection_epochs"] == 2
+    assert (record.importance, record.batches, record.examples) == (importance, 6, 24)
+    assert record.selection_epochs == 2
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -248,7 +249,7 @@ def test_movement_trains_targets_their_biases_and_the_head(bias: str):
     base = without_dropout(tiny_bert()).double()
     plain = copy.deepcopy(base)
     model = fresh(base, bias=bias, selection_learning_rate=0.002, selection_epochs=2, per_neuron=4)
-    linear = {n for n, layer in layers_of(model).items() if layer.shape.inputs}
+    linear = set(weighted_of(model))
     norms = set(layers_of(model)) - linear
     assert bool(norms) is (bias == "with_norms")
     trained = [f"{n}.weight" for n in linear] + ["classifier.weight", "classifier.bias"]
@@ -334,7 +335,8 @@ def test_success_leaves_the_model_as_it_was(importance: str, bias: str):
     model = adapted_with_norm(importance, bias)
     with all_restored(model):
         model.calibrate(norm_batches(), progress=False)
-    assert all(not bool(layer.fps_values["default"].any()) for layer in layers_of(model).values())
+    parameters = [p for layer in layers_of(model).values() for p in layer.adapter_parameters("default")]
+    assert not any(bool(parameter.any()) for parameter in parameters)
 
 
 class Boom(Exception):
@@ -447,7 +449,7 @@ def test_the_record_counts_batches_of_all_epochs(
     model.calibrate(data(), num_batches=num_batches, progress=False)
     record = layers_of(model)["stem"].fps_state["default"].calibration
     assert record is not None
-    assert (record["batches"], record["examples"]) == expected
+    assert (record.batches, record.examples) == expected
     assert f"over {expected[1]} examples" in str(model.selection_report())
 
 

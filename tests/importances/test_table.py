@@ -10,6 +10,7 @@ from peft_fps import FPSConfig, Selection
 from peft_fps.calibration import feed
 from peft_fps.cli.app import app
 from peft_fps.importances import IMPORTANCES, WITHOUT_DATA, Importance
+from peft_fps.selection.calibration_record import CalibrationRecord
 from tests.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp
 
 
@@ -19,7 +20,8 @@ def test_every_importance_is_whole(name: str):
     assert importance.name == name
     assert (importance.gather is None) == (importance.needs == "nothing") == (name in WITHOUT_DATA)
     assert {*importance.recorded} <= {field.name for field in fields(FPSConfig)}
-    assert importance.text({"importance": name})
+    assert {*importance.recorded} <= {field.name for field in fields(CalibrationRecord)}
+    assert importance.text(CalibrationRecord(importance=name))
     assert FPSConfig(importance=name).needs_calibration == (name not in WITHOUT_DATA)
 
 
@@ -47,7 +49,7 @@ def distance(monkeypatch: pytest.MonkeyPatch) -> Importance:
         name="distance",
         needs="forward",
         help="far from the input",
-        text=lambda record: f"distance, seed {record['seed']}",
+        text=lambda record: f"distance, seed {record.seed}",
         scorer=lambda layer, path, config, first: (
             lambda start, stop: (layer.weight_rows(start, stop) - config.seed * first).abs()
         ),

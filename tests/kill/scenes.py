@@ -94,9 +94,9 @@ def version_in(folder: Path) -> int:
     model = PeftModel.from_pretrained(wide(), folder)
     layer = layers_of(model)["0"]
     values = layer.fps_values["default"].unique().tolist()
-    record = layer.fps_state["default"].calibration or {}
+    record = layer.fps_state["default"].calibration
     number = int(values[0])
-    whole = values == [number] and record.get("seed") == number
+    whole = values == [number] and record is not None and record.seed == number
     if not whole or not torch.equal(layer.fps_columns["default"].long(), columns_of(number).repeat(WIDTH)):
         raise Wrong(f"a mixture loads: values {values[:3]}, record {record}")
     return number

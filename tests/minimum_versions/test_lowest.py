@@ -51,6 +51,6 @@ def test_core_tests_pass(lowest: tuple[Path, dict[str, str]]) -> None:
         version == wanted or version.startswith(f"{wanted}.")
         for version, wanted in zip(found.stdout.split(), versions.values(), strict=True)
     ), found.stdout
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CORE]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *CORE]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

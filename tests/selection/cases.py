@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.selection import Candidate, select_entries
+from peft_fps.selection import Candidate, LayerShape, select_entries
 
 
 Layers = dict[str, tuple[list[list[float]], int]]
@@ -29,7 +29,7 @@ def layers(draw: st.DrawFn, scores_from: st.SearchStrategy[float] = SCORE) -> La
 
 def candidate(scores: list[list[float]] | Tensor, entries: int) -> Candidate:
     tensor = torch.as_tensor(scores, dtype=torch.float32)
-    return Candidate(tensor.shape[0], tensor.shape[1], entries, lambda first, last: tensor[first:last])
+    return Candidate(LayerShape(tensor.shape[0], tensor.shape[1]), entries, lambda first, last: tensor[first:last])
 
 
 def as_rows(columns: Tensor, counts: Tensor) -> list[list[int]]:

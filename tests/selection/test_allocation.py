@@ -4,6 +4,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import assume, given
@@ -12,21 +13,29 @@ from hypothesis import strategies as st
 from peft_fps.selection import Allocation, LayerShape, SelectionReport, allocate
 
 
-Layers = dict[str, LayerShape]
+class Layer(NamedTuple):
+    """Shape of a weight, and whether a bias is trained along."""
 
-SHAPES = st.builds(LayerShape, neurons=st.integers(1, 40), inputs=st.integers(1, 60), bias=st.booleans())
+    neurons: int
+    inputs: int
+    bias: bool
+
+
+Layers = dict[str, Layer]
+
+SHAPES = st.builds(Layer, neurons=st.integers(1, 40), inputs=st.integers(1, 60), bias=st.booleans())
 NETWORKS = st.lists(SHAPES, min_size=1, max_size=5).map(lambda shapes: {f"layer{i}": s for i, s in enumerate(shapes)})
 
 
 def vit_b16() -> Layers:
     """The 49 matrices of ViT-B/16 with query, key and value fused, as in timm."""
-    layers = {"patch_embed.proj": LayerShape(768, 16 * 16 * 3, True)}
+    layers = {"patch_embed.proj": Layer(768, 16 * 16 * 3, True)}
     for i in range(12):
         layers |= {
-            f"blocks.{i}.attn.qkv": LayerShape(2304, 768, True),
-            f"blocks.{i}.attn.proj": LayerShape(768, 768, True),
-            f"blocks.{i}.mlp.fc1": LayerShape(3072, 768, True),
-            f"blocks.{i}.mlp.fc2": LayerShape(768, 3072, True),
+            f"blocks.{i}.attn.qkv": Layer(2304, 768, True),
+            f"blocks.{i}.attn.proj": Layer(768, 768, True),
+            f"blocks.{i}.mlp.fc1": Layer(3072, 768, True),
+            f"blocks.{i}.mlp.fc2": Layer(768, 3072, True),
         }
     return layers
 
@@ -58,12 +67,18 @@ CLASSES = {
 }
 
 
-def by_budget(layers: Layers, parameters: int, budget: float, **options: object) -> Allocation:
-    return allocate(layers, base_parameters=parameters, budget=budget, per_neuron=None, **options)
+def allocated(layers: Layers, norms: int = 0, **options: Any) -> Allocation:
+    """With the biases of the layers, and those of norms besides."""
+    shapes = {name: LayerShape(layer.neurons, layer.inputs) for name, layer in layers.items()}
+    return allocate(shapes, biases=bias_count(layers) + norms, **options)
 
 
-def by_k(layers: Layers, k: float, **options: object) -> Allocation:
-    return allocate(layers, base_parameters=10**6, budget=None, per_neuron=k, **options)
+def by_budget(layers: Layers, parameters: int, budget: float, **options: Any) -> Allocation:
+    return allocated(layers, base_parameters=parameters, budget=budget, per_neuron=None, **options)
+
+
+def by_k(layers: Layers, k: float, **options: Any) -> Allocation:
+    return allocated(layers, base_parameters=10**6, budget=None, per_neuron=k, **options)
 
 
 def weights(layers: Layers) -> int:
@@ -168,7 +183,7 @@ def test_more_budget_never_means_fewer_entries(layers: Layers, budgets: list[flo
     [(9, (3, 6)), (30, (10, 20)), (33, (11, 22)), (60, (20, 40)), (61, (20, 41)), (500, (20, 480)), (501, (20, 480))],
 )
 def test_a_layer_with_a_small_fan_in_leaves_its_rest_to_the_others(available: int, expected: tuple[int, int]):
-    layers = {"small": LayerShape(10, 2, False), "large": LayerShape(20, 24, False)}
+    layers = {"small": Layer(10, 2, False), "large": Layer(20, 24, False)}
     assert tuple(by_budget(layers, 1000, available / 1000).entries.values()) == expected
 
 
@@ -177,20 +192,20 @@ def test_a_layer_with_a_small_fan_in_leaves_its_rest_to_the_others(available: in
     [(0.29, 100, 29), (0.07, 100, 7), (0.57, 100, 57), (1e-5, 100_000, 1), (1, 9, 9)],
 )
 def test_a_budget_means_the_decimal_number_that_was_written(budget: float, parameters: int, limit: int):
-    layers = {"only": LayerShape(1, 1000, False)}
+    layers = {"only": Layer(1, 1000, False)}
     assert by_budget(layers, parameters, budget).entries == {"only": limit}
 
 
 def test_k_above_the_fan_in_means_the_fan_in():
-    layers = {"patch": LayerShape(4, 3, True), "block": LayerShape(5, 100, False)}
+    layers = {"patch": Layer(4, 3, True), "block": Layer(5, 100, False)}
     assert by_k(layers, 20).entries == {"patch": 12, "block": 100}
     assert by_k(layers, 1e9).entries == {"patch": 12, "block": 500}
 
 
 @pytest.mark.parametrize("options", [{"budget": 0, "per_neuron": None}, {"budget": None, "per_neuron": 0}], ids=str)
 def test_a_budget_of_zero_is_bitfit(options: dict[str, float | None]):
-    layers = {"with": LayerShape(4, 3, True), "without": LayerShape(5, 100, False)}
-    found = allocate(layers, base_parameters=1000, **options)
+    layers = {"with": Layer(4, 3, True), "without": Layer(5, 100, False)}
+    found = allocated(layers, base_parameters=1000, **options)
     assert found.entries == {"with": 0, "without": 0}
     assert (found.biases, found.trained) == (4, 4)
 
@@ -199,10 +214,10 @@ def test_a_budget_of_zero_is_bitfit(options: dict[str, float | None]):
 
 
 TWO = {
-    "block.0.query": LayerShape(10, 100, True),
-    "block.0.value": LayerShape(10, 100, True),
-    "block.1.query": LayerShape(10, 100, True),
-    "head": LayerShape(5, 10, False),
+    "block.0.query": Layer(10, 100, True),
+    "block.0.value": Layer(10, 100, True),
+    "block.1.query": Layer(10, 100, True),
+    "head": Layer(5, 10, False),
 }
 
 
@@ -246,13 +261,13 @@ def test_biases_beyond_the_budget_are_refused_with_the_numbers_and_both_ways_out
     for part in ("budget=0.0005", "42,899", "85,798,656", "83,712", "0.00098", "bias='none'"):
         assert part in message
     assert by_budget(vit_b16(), PARAMETERS, 0.00098).biases == NEURONS
-    frozen = {name: LayerShape(shape.neurons, shape.inputs, False) for name, shape in vit_b16().items()}
+    frozen = {name: Layer(shape.neurons, shape.inputs, False) for name, shape in vit_b16().items()}
     assert 42_899 - 49 < by_budget(frozen, PARAMETERS, 0.0005).trained <= 42_899
 
 
 @given(st.integers(1, 5000), st.integers(1, 10**9))
 def test_the_budget_that_a_refusal_names_is_enough(neurons: int, other_parameters: int):
-    layers = {"only": LayerShape(neurons, 3, True)}
+    layers = {"only": Layer(neurons, 3, True)}
     parameters = 4 * neurons + other_parameters
     try:
         assert by_budget(layers, parameters, 1e-9).trained >= neurons
@@ -267,10 +282,10 @@ def test_the_budget_that_a_refusal_names_is_enough(neurons: int, other_parameter
 )
 def test_an_adapter_that_trains_nothing_is_refused(options: dict[str, float | None]):
     with pytest.raises(ValueError, match=r"Nothing would be trained: .*=0.* 1 targeted modules.*bias='all'"):
-        allocate({"only": LayerShape(10, 5, False)}, base_parameters=100, **options)
+        allocated({"only": Layer(10, 5, False)}, base_parameters=100, **options)
 
 
-# --- modules without inputs -----------------------------------------------------------------------------------------
+# --- biases of norms ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,14 +293,24 @@ def test_an_adapter_that_trains_nothing_is_refused(options: dict[str, float | No
     [({"budget": 0.06, "per_neuron": None}, 37), ({"budget": None, "per_neuron": 3}, 30), ({"budget": 0.023}, 0)],
     ids=["budget", "per neuron", "biases alone"],
 )
-def test_a_module_that_trains_its_bias_alone_gets_no_entries_but_counts(options: dict[str, float], entries: int):
-    layers = {"norm": LayerShape(13, 0, True), "linear": LayerShape(10, 40, True)}
-    found = allocate(layers, base_parameters=1000, **{"budget": None, "per_neuron": None, **options})
-    assert found.entries == {"norm": 0, "linear": entries}
+def test_biases_of_norms_count(options: dict[str, float], entries: int):
+    layers = {"linear": Layer(10, 40, True)}
+    found = allocated(layers, 13, base_parameters=1000, **{"budget": None, "per_neuron": None, **options})
+    assert found.entries == {"linear": entries}
     assert (found.biases, found.trained) == (23, 23 + entries)
 
 
-def test_modules_that_train_their_bias_alone_are_refused_when_they_exceed_the_budget():
+def test_biases_alone_are_refused_when_they_exceed_the_budget():
     with pytest.raises(ValueError, match=r"allows 12 .* biases of the targeted modules alone are 13.* 0.013"):
-        by_budget({"norm": LayerShape(13, 0, True)}, 1000, 0.012)
-    assert by_budget({"norm": LayerShape(13, 0, True)}, 1000, 0.013).entries == {"norm": 0}
+        by_budget({}, 1000, 0.012, norms=13)
+    found = by_budget({}, 1000, 0.013, norms=13)
+    assert (found.entries, found.biases, found.trained) == ({}, 13, 13)
+
+
+@given(NETWORKS, st.integers(1, 40), st.integers(1, 500))
+def test_norms_take_their_biases_of_the_budget_and_nothing_else(layers: Layers, norms: int, left: int):
+    biases, total = bias_count(layers), 1 << 14  # so that a budget of n / total is exact
+    assume(left >= len(layers) + sum(layer.neurons for layer in layers.values()))  # something is trained in any case
+    alone = by_budget(layers, total, (biases + left) / total)
+    found = by_budget(layers, total, (biases + norms + left) / total, norms=norms)
+    assert (found.entries, found.biases) == (alone.entries, alone.biases + norms)

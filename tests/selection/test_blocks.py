@@ -75,7 +75,7 @@ def test_modules_outside_any_block_and_blocks_without_a_share_get_one_per_neuron
 
 
 def test_a_fan_in_is_the_limit_and_the_others_share_what_it_leaves():
-    shapes = {"a": LayerShape(4, 3, False), "b": LayerShape(4, 50, False), "c": LayerShape(4, 50, False)}
+    shapes = {"a": LayerShape(4, 3), "b": LayerShape(4, 50), "c": LayerShape(4, 50)}
     shares = {"a": Fraction(1, 2), "b": Fraction(1, 2), "c": Fraction(1, 4)}
     # "a" is full with 12, and b : c = 2 : 1
     assert entries_by_share(shapes, shares, 12 + 60) == {"a": 12, "b": 40, "c": 20}
@@ -86,7 +86,7 @@ def test_a_fan_in_is_the_limit_and_the_others_share_what_it_leaves():
 
 
 def test_what_rounding_leaves_goes_to_the_largest_fractions_and_the_first_of_equal_ones():
-    shapes = {name: LayerShape(3, 50, False) for name in "abc"}
+    shapes = {name: LayerShape(3, 50) for name in "abc"}
     shares = dict.fromkeys("abc", Fraction(1, 7))
     assert entries_by_share(shapes, shares, 9 + 1) == {"a": 4, "b": 3, "c": 3}
     # 30 as 1 : 2 : 3; one more adds 1/6, 2/6 and 3/6, of which the largest is rounded up
@@ -115,7 +115,7 @@ def test_all_of_the_scores_mean_the_same_number_for_every_block():
 def shared(draw: st.DrawFn) -> tuple[dict[str, LayerShape], dict[str, Fraction], int]:
     shapes, shares = {}, {}
     for i in range(draw(st.integers(1, 6))):
-        shapes[f"{i}"] = LayerShape(draw(st.integers(1, 7)), draw(st.integers(1, 30)), False)
+        shapes[f"{i}"] = LayerShape(draw(st.integers(1, 7)), draw(st.integers(1, 30)))
         shares[f"{i}"] = draw(st.sampled_from([Fraction(n, 5040) for n in (0, 0, 1, 2, 630, 720, 5039, 5040)]))
     neurons = sum(shape.neurons for shape in shapes.values())
     weights = sum(shape.neurons * shape.inputs for shape in shapes.values())
@@ -175,7 +175,7 @@ def test_the_whole_selection_against_sorting_everything(given_layers: Layers, bl
     count = max(1, int(Fraction(str(block_top)) * sum(sizes.values())))
     best = naive.by_model({name: scores for name, (scores, _) in named.items()}, count)
     shares = {name: Fraction(sum(map(len, rows)), sizes[name]) for name, rows in best.items()} | {"embed": Fraction(0)}
-    shapes = {name: LayerShape(len(scores), len(scores[0]), False) for name, (scores, _) in named.items()}
+    shapes = {name: LayerShape(len(scores), len(scores[0])) for name, (scores, _) in named.items()}
     numbers = entries_by_share(shapes, shares, total)
     found = selected(named, "block", block_top=block_top, order=order)
     sign = 1 if order == "top" else -1

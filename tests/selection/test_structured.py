@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.selection import Candidate, select_entries
+from peft_fps.selection import Candidate, LayerShape, select_entries
 from peft_fps.selection.structured import whole_numbers
 from tests.helpers import normal
 from tests.selection.cases import Layers, as_rows, candidate, layers, selected
@@ -148,7 +148,7 @@ def test_rows_are_scored_once_in_chunks_that_fit(
         assert (last - first) * 7 <= scored_elements or last - first == 1
         return scores[first:last]
 
-    found = as_rows(*select_entries({"only": Candidate(10, 7, 25, score)}, granularity)["only"])
+    found = as_rows(*select_entries({"only": Candidate(LayerShape(10, 7), 25, score)}, granularity)["only"])
     assert found == naive_whole({"only": (scores.tolist(), 25)}, granularity, "top")["only"]
     assert asked == Counter(range(10))
 
@@ -157,6 +157,8 @@ def test_a_layer_that_gets_nothing_is_not_scored():
     def refuse(first: int, last: int) -> Tensor:
         raise AssertionError("scored")
 
-    found = select_entries({"wide": Candidate(2, 50, 3, refuse), "narrow": candidate([[1.0, 2.0]], 0)}, "row")
+    found = select_entries(
+        {"wide": Candidate(LayerShape(2, 50), 3, refuse), "narrow": candidate([[1.0, 2.0]], 0)}, "row"
+    )
     assert as_rows(*found["wide"]) == [[], []]
     assert as_rows(*found["narrow"]) == [[0, 1]]

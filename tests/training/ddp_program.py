@@ -1,4 +1,7 @@
-"""Run by several processes: calibrate and train a tiny ViT with the Trainer, and write down what came of it."""
+"""Run by several processes: calibrate and train a tiny ViT with the Trainer, and write down what came of it.
+
+Arguments: a folder, the batch size of a process, and the importances, each of which gets a folder of its own.
+"""
 
 import os
 import sys
@@ -27,6 +30,7 @@ class Images(Dataset):
 
 
 def train(folder: Path, batch_size: int, importance: str, **options) -> None:
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
@@ -60,5 +64,7 @@ def train(folder: Path, batch_size: int, importance: str, **options) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], ddp_backend="gloo", ddp_find_unused_parameters=False)
+    for chosen_by in sys.argv[3:]:
+        folder = Path(sys.argv[1]) / chosen_by
+        train(folder, int(sys.argv[2]), chosen_by, ddp_backend="gloo", ddp_find_unused_parameters=False)
     torch.distributed.destroy_process_group()

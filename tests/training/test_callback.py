@@ -19,7 +19,7 @@ from transformers.training_args import ParallelMode
 from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.training import callback as module
 from tests.helpers import adapted, images, layers_of, selected_columns, tiny_vit
-from tests.training.test_trainer import EXAMPLES, arguments, dropping, trained_state, trainer
+from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state, trainer
 
 
 BATCHES = [{"pixel_values": torch.stack([e["pixel_values"] for e in EXAMPLES[i : i + 4]])} for i in (0, 4, 8)]

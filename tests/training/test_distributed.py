@@ -3,35 +3,35 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
-from peft_fps import Selection
-from tests.helpers import bits
-from tests.training import ddp_program, together_program
+from peft_fps import FPSConfig, Selection
+from tests.helpers import bits, images, layers_of, selected_columns, tiny_vit
+from tests.processes import run_together, variables_of_a_group
+from tests.training import ddp_program, fsdp_program, together_program
 
 
 HERE = Path(__file__).parent
+IMPORTANCES = ("activation", "gradient")
 PATH = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]))
 
 
-def run_by_two(program, *arguments, launcher=()):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_by_two(folder, *arguments):
+    """As `accelerate launch` starts them."""
+    common = variables_of_a_group(2) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
     runs = [
         subprocess.Popen(
-            [sys.executable, *launcher, str(program), *map(str, arguments)],
-            env=os.environ
-            | common
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH},
+            [sys.executable, *launcher, str(HERE / "ddp_program.py"), str(folder), *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -42,14 +42,19 @@ def run_by_two(program, *arguments, launcher=()):
     assert [run.returncode for run in runs] == [0, 0], ended
 
 
-@pytest.fixture(scope="module", params=["activation", "gradient"])
-def one_and_two(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    train_by_two(folder, "4", *IMPORTANCES)
+    return folder
+
+
+@pytest.fixture(scope="module", params=IMPORTANCES)
+def one_and_two(request, by_two, tmp_path_factory):
     """The same images and batches of eight, seen by one process and by two."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    one = tmp_path_factory.mktemp("one")
     ddp_program.train(one, 8, request.param)
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    run_by_two(HERE / "ddp_program.py", two, 4, request.param, launcher=launcher)
-    return one, two
+    return one, by_two / request.param
 
 
 def test_all_processes_select_what_one_process_selects(one_and_two):
@@ -79,17 +84,23 @@ def test_checkpoints_have_the_form_of_one_process(one_and_two):
         assert (tensor.dtype, tensor.shape) == (shared[name].dtype, shared[name].shape), name
     configs = [json.loads(file.with_name("adapter_config.json").read_text()) for file in files]
     for config in configs:
-        config["calibration"].pop("batches")  # four of eight images, or eight of four
-        config.pop("tensors_sha256", None)  # values differ by rounding
+        config["record"]["calibration"].pop("batches")  # four of eight images, or eight of four
+        config["record"].pop("tensors_sha256")  # values differ by rounding
     assert configs[0] == configs[1]
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """How calibrations have ended in the first and in the second process."""
+def together(tmp_path_factory):
+    """Where both processes have written down how calibrations have ended."""
     folder = tmp_path_factory.mktemp("together")
-    run_by_two(HERE / "together_program.py", folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    run_together(together_program.main, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(together):
+    """How calibrations have ended in the first and in the second process."""
+    return [json.loads((together / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 SAYS = {
@@ -127,8 +138,27 @@ def test_a_process_without_data_takes_part(case, importance, ended):
     assert first == [len(data), 4 * len(data), bits(columns).hex()]
 
 
+@pytest.fixture(scope="module")
+def shares(together):
+    return [json.loads((together / f"shares{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("importance", together_program.SHARED)
+def test_two_processes_select_as_one_does(importance, shares):
+    model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
+    data = {"pixel_values": images(8), "labels": torch.arange(8) % 5}
+    report = model.calibrate([data], progress=False)
+    columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
+    assert shares[0][importance] == shares[1][importance] == {"columns": columns, "report": str(report)}
+
+
+def test_two_processes_cannot_calibrate_in_streams(shares):
+    assert shares[0]["refusal"] == shares[1]["refusal"]
+    assert "several processes" in shares[0]["refusal"]
+
+
 def test_a_sharded_model_trains_alike_and_refuses_what_needs_whole_weights(tmp_path):
-    run_by_two(HERE / "fsdp_program.py", tmp_path)
+    run_together(fsdp_program.main, tmp_path)
     refusals = json.loads((tmp_path / "refusals.json").read_text())
     for verb, text in refusals.items():
         assert text is not None, verb
@@ -141,11 +171,6 @@ def test_a_sharded_model_trains_alike_and_refuses_what_needs_whole_weights(tmp_p
 
 
 def test_partitioned_parameters_are_named(tmp_path):
-    from peft import get_peft_model
-    from torch import nn
-
-    from peft_fps import FPSConfig
-
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), FPSConfig(per_neuron=1))
     model.base_model.model[1].base_layer.weight.ds_id = 0  # as deepspeed marks what it has partitioned
     with pytest.raises(ValueError, match=r"1\.base_layer\.weight: .*ZeRO stage 3.*Nothing was changed"):

@@ -10,58 +10,20 @@ from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 
 from peft_fps import FPSCallback, FPSConfig
 from tests.helpers import bits, config, image_batches, images, layers_of, selected_columns, tiny_vit, unchanged
+from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state, trainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
-
-EXAMPLES = [{"pixel_values": image, "labels": number % 5} for number, image in enumerate(images(12))]
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**defaults, **options})
-
-
-def trainer(model: nn.Module, folder: Path, callbacks: list[Any] | None = None, **options: Any) -> Trainer:
-    return Trainer(
-        model, arguments(folder, **options), train_dataset=EXAMPLES, eval_dataset=EXAMPLES, callbacks=callbacks
-    )
 
 
 def calibrated(base: nn.Module | None = None, **options: Any) -> PeftModel:
     model = get_peft_model(base or tiny_vit(), FPSConfig(**{"per_neuron": 2, **options}))
     model.calibrate(image_batches(), progress=False)
     return model
-
-
-def dropping(model: nn.Module) -> nn.Module:
-    """The same model with dropout, so that a disturbed generator shows in the result."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.2
-    return model
-
-
-def trained_state(model: nn.Module) -> dict[str, bytes]:
-    """Values, columns, counts, bias deltas and head."""
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()
-            if "fps_" in name or "modules_to_save" in name}  # fmt: skip
 
 
 def base_state(model: PeftModel) -> dict[str, bytes]:

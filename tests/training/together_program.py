@@ -1,7 +1,6 @@
 """Run by two processes: calibrations in which one of them has no data, or fails, and write down how each has ended."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from peft_fps import FPSConfig, Selection
-from tests.helpers import bits, image_batches, snapshot, tiny_vit
+from tests.helpers import bits, image_batches, images, layers_of, selected_columns, snapshot, tiny_vit
 
 
 IMPORTANCES = ("activation", "gradient")
+SHARED = ("activation", "gradient", "fisher", "sensitivity")
 
 
 def labelled(count: int, seed: int) -> list[dict[str, Tensor]]:
@@ -119,9 +119,27 @@ def run(folder: Path, rank: int) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(ended))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run_shares(folder: Path, rank: int) -> None:
+    """Calibrate on every second image, by every importance, and write down what was selected and reported."""
+    pixels, labels = images(8), torch.arange(8) % 5
+    mine = [{"pixel_values": pixels[rank::2], "labels": labels[rank::2]}]
+    found: dict[str, Any] = {}
+    for importance in SHARED:
+        model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
+        report = model.calibrate(mine, progress=False)
+        columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
+        found[importance] = {"columns": columns, "report": str(report)}
+    try:
+        model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance="gradient"))
+        model.calibrate(mine, progress=False, accumulators="streaming")
+    except ValueError as error:
+        found["refusal"] = str(error)
+    (folder / f"shares{rank}.json").write_text(json.dumps(found))
+
+
+def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     PartialState(cpu=True)  # of accelerate, which finds the group
-    run(Path(sys.argv[1]), dist.get_rank())
+    run(folder, dist.get_rank())
+    run_shares(folder, dist.get_rank())
     dist.destroy_process_group()

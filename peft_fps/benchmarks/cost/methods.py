@@ -14,7 +14,7 @@ from peft_fps.benchmarks.cost.random_models import batches, copy_model
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.config import FPSConfig
 from peft_fps.heads import find_head, output_head
-from peft_fps.lookup import fps_layers
+from peft_fps.lookup import entry_layers, fps_layers
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
@@ -91,12 +91,10 @@ def fill(model: nn.Module) -> nn.Module:
 def columns_used(model: nn.Module) -> dict[str, float]:
     """Return the mean share of a layer's inputs that some selected entry reads, by the last part of layers' names.
 
-    Layers without inputs, which train a bias alone, are left out.
+    Norms, which train a bias alone, are left out.
     """
     shares: dict[str, list[float]] = {}
-    for path, layer in fps_layers(model).items():
-        if not layer.shape.inputs:
-            continue
+    for path, layer in entry_layers(fps_layers(model)).items():
         (columns,) = layer.fps_columns.values()
         shares.setdefault(path.rpartition(".")[2], []).append(columns.unique().numel() / layer.shape.inputs)
     return {kind: sum(found) / len(found) for kind, found in shares.items()}

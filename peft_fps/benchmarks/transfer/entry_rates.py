@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_fps.benchmarks.transfer.class_scores import gather_moments
-from peft_fps.lookup import base_model, fps_layers
+from peft_fps.lookup import base_model, entry_layers, fps_layers
 
 
 class EntryRates(TrainerCallback):
@@ -61,7 +61,7 @@ def by_input(
     """
     moments = gather_moments(model, data, classes)
     logs = {}
-    for path, layer in fps_layers(base_model(model)).items():
+    for path, layer in entry_layers(fps_layers(base_model(model))).items():
         if adapter in layer.fps_values:
             found = moments[path]
             # an input that is always zero gives no gradient, so that its rate does not matter

@@ -6,23 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_fps.adapters import AdapterState
+from peft_fps.adapter_state import AdapterState
 from peft_fps.checkpoint import decode
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.describing import describe
-from peft_fps.selection import LayerSelection
+from peft_fps.selection import LayerSelection, NormSelection
 from peft_fps.selection.entries import ModuleEntries
 
 
-RECORDS = (
-    "allocation",
-    "calibration",
-    "base_fingerprint",
-    "whole_tensors",
-    "tensors_sha256",
-    "pickled",
-    "auto_mapping",
-)
+RECORDS = ("record", "auto_mapping")
 """Fields of a config that saving fills in."""
 
 Modules = dict[str, dict[str, Tensor]]
@@ -65,9 +58,14 @@ class Inspection:
     @property
     def method(self) -> str:
         """One line on how the entries were chosen."""
-        if self.config is None:
+        if self.config is None or self.record is None:
             return "an unknown method"
-        return describe(self.config, AdapterState(selected=True, calibration=self.config.calibration))
+        return describe(self.config, AdapterState(selected=True, calibration=self.record.calibration))
+
+    @property
+    def record(self) -> AdapterRecord | None:
+        """What saving has recorded; None if the config is not valid."""
+        return None if self.config is None else self.config.record
 
     @property
     def base_class(self) -> str | None:
@@ -79,20 +77,28 @@ class Inspection:
     @property
     def layers(self) -> tuple[LayerSelection, ...]:
         """One row for each module, block after block: sizes from the config, the rest from the file."""
-        sizes = {} if self.config is None else self.config.allocation or {}
-        rows = []
+        sizes = {} if self.record is None else self.record.allocation
+        rows: list[LayerSelection] = []
         for module, size in sorted(sizes.items(), key=lambda item: _by_number(item[0])):
             held = self.tensors.get(module, {})
             entries = held["fps_columns"].numel() if "fps_columns" in held else 0
             biases = held["fps_bias"].numel() if "fps_bias" in held else 0
             total = sum(tensor.nbytes for tensor in held.values())
-            rows.append(LayerSelection(module, size["neurons"], size["inputs"], entries, biases, total))
+            if size.is_norm:
+                rows.append(NormSelection(module, size.neurons, biases=biases, bytes=total))
+            else:
+                rows.append(LayerSelection(module, size.neurons, size.inputs, entries, biases, total))
         return tuple(rows)
 
     @property
+    def neurons(self) -> int:
+        """Neurons of all modules but norms."""
+        return sum(row.neurons for row in self.layers if not isinstance(row, NormSelection))
+
+    @property
     def entries(self) -> dict[str, ModuleEntries]:
-        """The selected entries of each module that has inputs; only of an adapter without a problem."""
-        sizes = {row.module: row for row in self.layers if row.inputs}
+        """The selected entries of each module but norms; only of an adapter without a problem."""
+        sizes = {row.module: row for row in self.layers if not isinstance(row, NormSelection)}
         return {
             path: ModuleEntries.of_size(held["fps_columns"], held["fps_row_counts"], row.neurons, row.inputs)
             for path, row in sizes.items()
@@ -113,6 +119,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, derived figures included."""
         config, layers = self.config, self.layers
+        record = None if self.record is None else self.record.to_json()
         weights = sum(layer.neurons * layer.inputs for layer in layers)
         entries = sum(layer.entries for layer in layers)
         return {
@@ -122,11 +129,11 @@ class Inspection:
             "base_model": {
                 "name": config and config.base_model_name_or_path,
                 "revision": config and config.revision,
-                "fingerprint": config and config.base_fingerprint,
+                "fingerprint": record and record["base_fingerprint"],
                 "class": self.base_class,
             },
             "method": self.method,
-            "calibration": config and config.calibration,
+            "calibration": record and record["calibration"],
             "config": self.settings,
             "modules": [asdict(layer) | {"share": layer.share} for layer in layers],
             "heads": {

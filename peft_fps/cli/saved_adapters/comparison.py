@@ -141,12 +141,13 @@ def load_side(name: str, revision: str | None = None) -> Side:
         record = _flat(method.get("calibration"))
         return Side(name, selection.modules, None, settings | record, digest, path.stat().st_size)
     found = inspect_adapter(adapter_folder(name, revision))
-    if found.problem is not None or found.config is None:
+    if found.problem is not None or found.record is None:
         raise ValueError(f"{name} is damaged: {found.problem}")
     entries = found.entries
-    digest = (found.config.base_fingerprint or {}).get("sha256")
+    digest = (found.record.base_fingerprint or {}).get("sha256")
     values = {path: found.tensors[path]["fps_values"] for path in entries}
-    settings = found.settings | _flat(found.config.calibration)
+    calibration = found.record.calibration
+    settings = found.settings | _flat(None if calibration is None else calibration.to_json())
     return Side(name, entries, values, settings, digest, found.file_bytes)
 
 
@@ -163,7 +164,8 @@ def compare(first: Side, second: Side) -> Comparison:
             f"model: found {next(iter(first.entries), 'none')} and {next(iter(second.entries), 'none')}."
         )
     one, other = ({path: side.entries[path] for path in common} for side in (first, second))
-    check_same_modules(other, one, second.name, first.name, "Compare adapters or selections of one base model.")
+    theirs, ours = ({path: module.shape for path, module in entries.items()} for entries in (other, one))
+    check_same_modules(theirs, ours, second.name, first.name, "Compare adapters or selections of one base model.")
     paths = list(dict.fromkeys([*first.entries, *second.entries]))
     nothing = torch.zeros(0, dtype=torch.int64)
     positions = [

@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from safetensors import safe_open
 from torch import Tensor
 
 from peft_fps.checkpoint import (
@@ -19,7 +18,9 @@ from peft_fps.checkpoint import (
     check_adapter_tensors,
     check_folder,
     check_whole_modules,
+    open_safetensors,
 )
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.cli.saved_adapters.adapter_contents import Check, Inspection, Modules
 from peft_fps.config import FPSConfig
 
@@ -41,6 +42,7 @@ def inspect_adapter(folder: Path) -> Inspection:
     raw = _raw_config(folder)
     checks: list[Check] = []
     config: FPSConfig | None = None
+    record: AdapterRecord | None = None
     tensors: Modules = {}
     heads: dict[str, Tensor] = {}
 
@@ -54,33 +56,34 @@ def inspect_adapter(folder: Path) -> Inspection:
         return True
 
     def read_config() -> None:
-        nonlocal config
+        nonlocal config, record
         found = PeftConfig.from_peft_type(**raw)
         assert isinstance(found, FPSConfig)
-        if found.allocation is None:
+        if found.record is None:
             raise ValueError(
-                "allocation is None, expected the record of sizes that saving an adapter writes. The config is "
+                "record is None, expected the record of sizes that saving an adapter writes. The config is "
                 "incomplete; fetch or save the adapter again."
             )
-        config = found
+        config, record = found, found.record
 
     def read_file() -> None:
-        assert config is not None
-        if not (folder / WEIGHTS).is_file() and config.pickled:
+        assert record is not None
+        if not (folder / WEIGHTS).is_file() and record.pickled:
             raise ValueError(f"the adapter is pickled, expected {WEIGHTS}: a pickled file is not opened here.")
-        check_folder(folder, config.whole_tensors or [], config.pickled)
+        check_folder(folder, record.whole_tensors or (), record.pickled)
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"there is no {WEIGHTS} beside the config. Fetch or save the adapter again.")
         _read_tensors(folder / WEIGHTS, tensors, heads)
 
     if passes("config", read_config) and passes("file", read_file):
         assert config is not None
-        known = config
+        assert record is not None
+        asked, known = config, record
         if known.tensors_sha256 is None:
             checks.append(Check("digest", None, "the config has none"))
         else:
             passes("digest", lambda: check_folder(folder, (), known.pickled, known.tensors_sha256))
-        passes("entries", lambda: _check_entries(known, tensors))
+        passes("entries", lambda: _check_entries(asked, known, tensors))
         whole = {key: heads[key] for key in known.whole_tensors or () if key in heads}
         passes("heads", lambda: check_whole_modules(heads, whole))
     made = {check.name for check in checks}
@@ -106,7 +109,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path, modules: Modules, heads: dict[str, Tensor]) -> None:
     """Fill both with the tensors of an adapter file: those of entries, and all others."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             own = key.removeprefix(PEFT_PREFIX)
             module, _, name = own.rpartition(".")
@@ -117,11 +120,11 @@ def _read_tensors(path: Path, modules: Modules, heads: dict[str, Tensor]) -> Non
             held[place] = file.get_tensor(key)
 
 
-def _check_entries(config: FPSConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _check_entries(config: FPSConfig, record: AdapterRecord, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Check keys, dtypes, shapes and ranges of the tensors of entries against the recorded sizes."""
     expected = {}
-    for module, size in (config.allocation or {}).items():
+    for module, size in record.allocation.items():
         # whether a layer has a bias is the base model's to say; a norm is there for its bias alone
-        bias = config.bias != "none" and (not size["inputs"] or "fps_bias" in tensors.get(module, {}))
-        expected[module] = Expected(**size, bias=bias)
+        bias = config.bias != "none" and (size.is_norm or "fps_bias" in tensors.get(module, {}))
+        expected[module] = Expected(size.neurons, size.inputs, size.entries, bias)
     check_adapter_tensors(tensors, expected, total_only=config.granularity not in ("neuron", "layer"))

@@ -13,7 +13,6 @@ from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.cli import benchmark_cost
 from peft_fps.cli.app import app
 from peft_fps.importances import IMPORTANCES
-from tests.helpers import finish, start_python
 
 
 OPTIONS = (
@@ -133,11 +132,6 @@ def test_mistakes_are_one_clear_sentence(tmp_path, arguments, code, text):
     assert text in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "new").exists()
-
-
-def test_the_library_does_not_import_the_benchmarks():
-    code = "import sys, peft_fps; print([n for n in sys.modules if n.startswith(('peft_fps.bench', 'matplotlib'))])"
-    assert finish(start_python(code)) == "[]\n"
 
 
 def test_every_importance_is_compared_with_forward_passes(workload, monkeypatch):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
+from tests.helpers import CHARACTERS
 
 
 SETTING = Setting("models/tiny", "tasks", tuned_share=0.05)
@@ -58,7 +59,7 @@ def chosen(method: str, task: str = "a", test: float = 0.5, best: float | None =
 
 
 UNIT = st.floats(0, 1)
-NAMES = st.text(max_size=5)
+NAMES = st.text(CHARACTERS, max_size=5)
 COUNT = st.integers(0, 2**40)
 
 CELLS = st.builds(

@@ -10,7 +10,8 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 
-from peft_fps.card.writing import CARD, write_card
+from peft_fps.card.writing import CARD
+from peft_fps.hub.picture_card import write_card
 
 
 def push_adapter(
@@ -25,27 +26,27 @@ def push_adapter(
     picture: bool = True,
     **options: Any,
 ) -> CommitInfo:
-    """Push adapters as `model.push_to_hub` does, with their model card.
+    """Push the adapters of a model to the Hub, together with their model cards.
 
-    `model.push_to_hub` saves the card and then writes a general one over it. Here a card that the repository has
-    already is brought up to date: what others wrote in it stays.
+    `model.push_to_hub` saves our card and then writes a general one over it. This function updates the card that the
+    repository has: what others wrote in it stays.
 
     Args:
         model: a `PeftModel`.
-        repo_id: `"user/name"`; is made if need be.
-        token: of a user who may write there; the one that is logged in if None.
-        private: whether a repository that is made is private; as the user's settings say if None.
-        revision: branch; `"main"` if None, made if need be.
+        repo_id: name of the repository, `"user/name"`. It is created if it does not exist.
+        token: token of a user who may write to the repository. Default: the user who is logged in.
+        private: whether a new repository is private. Default: as the user's settings say.
+        revision: branch to push to. It is created if it does not exist. Default: `"main"`.
         commit_message: title of the commit.
         create_pr: open a pull request instead.
         picture: add a picture of the selection to the card, if matplotlib is installed.
         options: arguments of `save_pretrained`, `selected_adapters` for instance.
 
     Returns:
-        The commit; `commit.oid` is a `revision` to load.
+        The commit. Its `oid` is a `revision` to load.
 
     Raises:
-        HfHubHTTPError: the Hub refuses; nothing was changed then but for a new repository or branch.
+        HfHubHTTPError: the Hub refuses. Then at most a new repository or branch has been created.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

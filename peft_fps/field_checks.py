@@ -4,20 +4,6 @@ import re
 from typing import Any
 
 
-FORMAT_VERSION = 1
-
-
-def check_version(version: Any) -> None:
-    """Raise ValueError unless this package can read an adapter of that format version."""
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"format_version is {version!r}, expected an integer of at least 1.")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version is {version}, expected at most {FORMAT_VERSION}: the adapter was written by a newer "
-            "peft_fps. Upgrade with `pip install -U peft-fps`."
-        )
-
-
 def check_number(name: str, value: Any, upper: float | None = None, optional: bool = True) -> None:
     """Raise TypeError or ValueError unless the value is a finite number from 0 to `upper`, or None where optional."""
     allowed = f"between 0 and {upper:g}" if upper is not None else "of at least 0"
@@ -55,29 +41,3 @@ def check_regex(name: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:  # the last two: a huge count, a deep nesting
         raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
-
-
-def check_unreached(name: str, record: dict[str, Any]) -> None:
-    """Raise ValueError unless what a calibration's record says of modules without input is a list of names."""
-    unreached = record.get("unreached", [])
-    if not isinstance(unreached, list) or not all(isinstance(path, str) for path in unreached):
-        raise ValueError(f"{name} has unreached={unreached!r}, expected a list of module names.")
-
-
-def check_allocation(allocation: Any) -> None:
-    """Raise unless the value is None or an allocation: neurons, inputs and entries by module."""
-    if allocation is None:
-        return
-    check_type("allocation", allocation, dict, "None or what an adapter_config.json holds")
-    for module, sizes in allocation.items():
-        where = f"allocation[{module!r}]"
-        if (
-            not isinstance(module, str)
-            or not isinstance(sizes, dict)
-            or set(sizes) != {"neurons", "inputs", "entries"}
-        ):
-            raise ValueError(f"{where} is {sizes!r}, expected the integers 'neurons', 'inputs' and 'entries'.")
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes.values()):
-            raise ValueError(f"{where} is {sizes!r}, expected integers of at least 0.")
-        if sizes["entries"] > sizes["neurons"] * sizes["inputs"]:
-            raise ValueError(f"{where} is {sizes!r}, expected at most neurons times inputs entries.")

@@ -1,21 +1,18 @@
 """The part of an FPS layer that derives where entries lie, and notices when the tensors that say so have changed.
 
-Checking the tensors reads their values, which no tracer can follow. So `torch.compile` is told to call the methods
-that read as they are, while it traces, and to trace what reads the outcome: a model need not have run before.
+`torch.compile` traces what reads the outcome, and calls what derives it as it is: a model need not have run before.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from peft_fps.latest import version
 from peft_fps.selection import LayerShape
-from peft_fps.sharded import is_sharded
-from peft_fps.sparse import Structure, build_structure, is_jit_tracing, unite_structures
+from peft_fps.sparse import Structure, build_structure, unite_structures
+from peft_fps.tensor_checks import CheckedLayer
 
 
 @dataclass(frozen=True)
@@ -35,34 +32,22 @@ class Derived:
     known: _Known | None = None
 
 
-class DerivingLayer:
-    """The structures of a layer's adapters.
+class StructuredLayer(CheckedLayer):
+    """The part of a layer with entries that derives where they lie.
 
     Attributes:
-        module_path: path of the layer in the base model, for messages.
-        shape: neurons and fan-in.
+        shape: of the weight.
         transposed: whether the weight is stored as `(inputs, neurons)`.
         fps_columns: per adapter `(nnz,)`.
         fps_row_counts: per adapter `(neurons,)`.
-        active_adapters: names of the active ones.
     """
 
-    module_path: str
     shape: LayerShape
-    transposed: bool
+    transposed: bool = False
     fps_columns: BufferDict
     fps_row_counts: BufferDict
-    active_adapters: list[str]
     _derived: dict[str, Derived]
     _united: dict[tuple[str, ...], tuple[list[Structure], Structure, Tensor]]
-
-    def check_tensors(self, adapter_name: str) -> None:
-        """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
-        raise NotImplementedError
-
-    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """The adapter's trained tensors."""
-        raise NotImplementedError
 
     def structure(self, adapter_name: str) -> Structure:
         """Return where the adapter's entries lie, checking its tensors whenever they are not the ones last checked.
@@ -75,8 +60,7 @@ class DerivingLayer:
         """
         if not torch.compiler.is_compiling():
             return self._derive(adapter_name)
-        if message := self._derive_while_tracing(adapter_name):
-            raise ValueError(message)
+        self.prepare(adapter_name)
         known = self._derived[adapter_name].known
         assert known is not None
         return known.structure
@@ -105,29 +89,26 @@ class DerivingLayer:
         known, columns, row_counts = derived.known, self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
         if known is not None and (_is_up_to_date(known, columns, row_counts) or isinstance(columns, FakeTensor)):
             return known.structure
-        if isinstance(columns, FakeTensor) or is_jit_tracing():
-            raise ValueError(
-                f"{self.module_path}: adapter {adapter_name!r} is traced before its tensors were checked, which reads "
-                "their values, expected a model that has run. Run it once on any input before you trace or export "
-                "it, or merge it first with model.merge_and_unload()."
-            )
+        self._refuse_tracing(adapter_name, columns)
         self.check_tensors(adapter_name)
         with torch.inference_mode(False):  # what is derived during inference must serve training later
             structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
-        derived.known = _Known(structure, columns, row_counts, (version(columns), version(row_counts)))
+        derived.known = _Known(structure, columns, row_counts, (tensor_version(columns), tensor_version(row_counts)))
         return structure
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _derive_while_tracing(self, adapter_name: str) -> str:
-        """Derive, and return what is wrong: raised from here, it would reach the user as an error of the compiler."""
-        try:
-            self._derive(adapter_name)
-        except ValueError as error:
-            return str(error)
-        return ""
+    def _prepare(self, adapter_name: str) -> None:
+        self._derive(adapter_name)
+
+    def is_prepared(self, adapter_name: str) -> bool:
+        """Whether the adapter's structure is known."""
+        return self._derived[adapter_name].known is not None
+
+    def forget(self, adapter_name: str) -> None:
+        """Let the next use check the adapter's tensors, and derive its structure anew."""
+        self._derived.setdefault(adapter_name, Derived()).known = None
 
     def _unite(self, names: list[str], structures: list[Structure]) -> tuple[Structure, Tensor]:
         known = self._united.get(tuple(names))
@@ -142,15 +123,11 @@ class DerivingLayer:
         self._unite(names, [self._derive(name) for name in names])
 
 
-def renew_after_loading(layer: DerivingLayer, incompatible_keys: Any) -> None:
-    """Hook on `load_state_dict`: the new tensors of active adapters are checked, and serve compiled forwards too."""
-    for name, derived in layer._derived.items():
-        if any(is_sharded(parameter) for parameter in layer.adapter_parameters(name)):
-            derived.known = None  # to look at it now might wait for processes that load nothing
-        elif derived.known is not None or name in layer.active_adapters:
-            layer.renew(name)
-
-
 def _is_up_to_date(known: _Known, columns: Tensor, row_counts: Tensor) -> bool:
     same = known.columns is columns and known.row_counts is row_counts
-    return same and known.versions == (version(columns), version(row_counts))
+    return same and known.versions == (tensor_version(columns), tensor_version(row_counts))
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """Return the number of in-place changes of a tensor so far; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from peft_fps.checkpoint import recover_adapter, save_adapter, saving
-from tests.helpers import adapted, bits, fill, layers_of, tiny_mlp
+from peft_fps.checkpoint import folder_replacement, recover_adapter, save_adapter
+from tests.helpers import adapted, bits, fill, layers_of, tiny_mlp, with_fields
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +30,7 @@ def model() -> PeftModel:
 @pytest.fixture(params=["one step", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two renames":
-        monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(folder_replacement, "_exchange", lambda first, second: False)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_a_failure_leaves_the_old_adapter_bit_for_bit(
 def test_a_rename_that_fails_leaves_the_old_adapter(
     failing: int, model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folder_replacement, "_exchange", lambda first, second: False)
     folder, calls = tmp_path / "adapter", []
     save_adapter(model, folder)
     before, rename = values(model), os.rename
@@ -158,5 +158,5 @@ def test_weights_of_one_save_and_config_of_another_are_refused(model: PeftModel,
     with pytest.raises(ValueError, match=r"with the digest \w{12}, expected \w{12} as adapter_config.json says"):
         loaded(tmp_path / "old")
     content = json.loads((tmp_path / "old" / CONFIG).read_text())
-    (tmp_path / "old" / CONFIG).write_text(json.dumps(content | {"tensors_sha256": None}))
+    (tmp_path / "old" / CONFIG).write_text(json.dumps(with_fields(content, tensors_sha256=None)))
     assert loaded(tmp_path / "old") == values(model)

@@ -1,15 +1,15 @@
-"""Save over an old adapter so that the folder holds either the old one or the new one, wherever a process is killed.
+"""Replace a saved adapter so that its folder holds the old one or the new one, wherever the process is killed.
 
 PEFT's `save_pretrained` writes `adapter_model.safetensors` and `adapter_config.json` in place, one after the other. A
-process that is killed meanwhile leaves files that are refused on loading, but the old adapter is gone. Here everything
-is written into a folder beside, and the two folders change places:
+process that is killed between the two leaves files that loading refuses, and the old adapter is lost. This module
+writes everything into a folder beside the old one, and then lets the two folders change places:
 
     .adapter.saving    old adapter's other files, new adapter      (while writing)
     adapter            old adapter
 
-On Linux that is one step of the kernel. Elsewhere, and on file systems without that step, it takes two renames; a
-process that is killed between them leaves the old adapter as `.adapter.previous`, which the next `save_adapter` and
-`recover_adapter` put back. Nothing is promised for a machine that loses power: nothing is forced onto the disk.
+On Linux that is one step of the kernel. Elsewhere, and on file systems without that step, it takes two renames. A
+process that is killed between them leaves the old adapter as `.adapter.previous`; the next `save_adapter`, or
+`recover_adapter`, puts it back. A machine that loses power may lose both, since nothing is forced onto the disk.
 """
 
 import ctypes
@@ -32,17 +32,17 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], **options: Any) -> None:
-    """Save adapters as `model.save_pretrained` does, but replace an old adapter only when all is written.
+    """Save adapters as `model.save_pretrained` does, but replace an old adapter only when all files are written.
 
-    Other files of the folder stay. One process at a time may save to a folder.
+    Other files in the folder stay. Only one process at a time may save to a folder.
 
     Args:
-        model: a `PeftModel`, or anything else with `save_pretrained`.
-        folder: is made if need be; a link to a folder stays one.
-        options: arguments of `save_pretrained`, `selected_adapters` for instance.
+        model: a `PeftModel`, or any other object with `save_pretrained`.
+        folder: where to save; it is created if missing, and a link to a folder stays a link.
+        options: arguments of `save_pretrained`, for instance `selected_adapters`.
 
     Raises:
-        ValueError: there is a file of that name, or the folder is the working directory or holds it.
+        ValueError: `folder` is a file, is the working directory, or contains it.
     """
     if not options.get("is_main_process", True):  # writes nothing, but may have to take part in gathering
         with TemporaryDirectory() as nowhere:
@@ -70,9 +70,15 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **options: Any) -> 
 
 
 def recover_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Put back an adapter that `save_adapter` was killed over, between two renames; returns whether there was one.
+    """Put back the old adapter if a process was killed while `save_adapter` replaced it.
 
-    Only file systems that cannot exchange two folders in one step ever need it.
+    Only file systems that cannot exchange two folders in one step need it.
+
+    Args:
+        folder: of the adapter, as given to `save_adapter`.
+
+    Returns:
+        Whether there was an adapter to put back.
     """
     target = Path(os.path.realpath(folder))
     previous = _beside(target, "previous")
@@ -86,7 +92,7 @@ def recover_adapter(folder: str | os.PathLike[str]) -> bool:
 
 
 def _replace(target: Path, written: Path) -> None:
-    """Put the folder `written` in the place of `target`; an old one is `written` afterwards, or gone."""
+    """Put the folder `written` in the place of `target`; an old `target` is at `written` afterwards, or deleted."""
     if not target.exists():
         os.rename(written, target)
     elif not _exchange(target, written):
@@ -101,7 +107,11 @@ def _replace(target: Path, written: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step; False where the system cannot."""
+    """Let two folders change places in one step.
+
+    Returns:
+        False where the system cannot do that, and nothing has changed.
+    """
     if sys.platform != "linux":
         return False
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -114,7 +124,7 @@ def _beside(target: Path, role: str) -> Path:
 
 
 def _link(source: str, destination: str) -> None:
-    """Give a file a second name if it is not about to be written to, else copy it."""
+    """Link a file if PEFT will not write to it, and copy it otherwise."""
     if Path(source).name not in REWRITTEN:
         try:
             os.link(source, destination)

@@ -1,4 +1,4 @@
-"""Find the checkpoint of a Trainer from which training can go on after its process was killed."""
+"""The checkpoint of a Trainer from which training can go on after its process was killed."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_fps.checkpoint.folder import WEIGHTS
+from peft_fps.checkpoint.safetensors_file import open_safetensors
 
 
 TRAINER_STATE = "trainer_state.json"
@@ -18,16 +18,19 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the latest checkpoint of a transformers `Trainer` that was written to its end; None if there is none.
+    """Return the latest checkpoint of a transformers `Trainer` that was written to its end.
 
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
 
-    `resume_from_checkpoint=True` takes the latest folder, complete or not, and a Trainer that is given half a
-    checkpoint raises. Resume with this function, or start into an empty folder: what a new run leaves in a folder
-    with checkpoints of another run is not told apart.
+    `resume_from_checkpoint=True` takes the latest folder, complete or not, and the Trainer raises if it is not.
+    Checkpoints of an earlier run in the same folder are not told apart from those of the present one, so start a new
+    run in an empty folder.
 
     Args:
         output_dir: of the Trainer; need not exist.
+
+    Returns:
+        The folder of the checkpoint, None if there is none that is complete.
     """
     steps = {}
     folder = Path(output_dir)
@@ -39,13 +42,13 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(folder: Path, step: int) -> bool:
-    """Whether the Trainer's state was written for that step, and every adapter beside it can be opened."""
+    """Return whether the Trainer's state was written for that step, and every adapter beside it can be opened."""
     try:
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         for weights in folder.rglob(WEIGHTS):
             json.loads((weights.parent / CONFIG_NAME).read_text())
-            with safe_open(weights, framework="pt"):
+            with open_safetensors(weights):
                 pass
-    except (OSError, ValueError, TypeError, SafetensorError):
+    except (OSError, ValueError, TypeError):
         return False
     return state.global_step == step

@@ -1,0 +1,40 @@
+"""The one place where this package opens a safetensors file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
+"""What to do about a file that fails a check."""
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading.
+
+    safetensors checks the header and the length of the file when it opens it. It reads a tensor when it is asked for.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        The reader of safetensors, with `keys()`, `metadata()`, `get_tensor(key)` and `get_slice(key)`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: safetensors cannot read the file, at its opening or within the block.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: found {str(error) or type(error).__name__}, expected an "
+            f"intact one. {REMEDY}"
+        ) from error

@@ -1,0 +1,23 @@
+"""Find the config of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
+
+from torch import nn
+
+from peft_fps.config import FPSConfig
+from peft_fps.lookup import fps_layers
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
+    """Return the config of an FPS adapter, which any wrapper of the model may hold.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
+            return configs[adapter_name]
+    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
+    raise ValueError(
+        f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
+        "add_adapter first."
+    )

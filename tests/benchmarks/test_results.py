@@ -1,0 +1,113 @@
+"""The tables in the committed results' README are those of the data beside it."""
+
+import json
+import re
+import shlex
+import shutil
+from itertools import product
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from peft_fps.benchmarks.transfer.campaign import table_rows
+from peft_fps.benchmarks.transfer.cells import Setting
+from peft_fps.benchmarks.transfer.plan import pending, trials
+from peft_fps.benchmarks.transfer.store import read
+from peft_fps.cli.app import app
+from tests.documents import RESULTS, blocks, commands
+
+
+README = (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_cost_table_is_the_measured_one() -> None:
+    assert (RESULTS / "cost.md").read_text(encoding="utf-8").strip() in README
+    assert (RESULTS / "cost.png").stat().st_size > 0
+    measured = json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))
+    assert measured["evidence"]
+    assert measured["date"] in README
+
+
+def test_the_ratios_with_the_systems_malloc_are_measured() -> None:
+    measured = json.loads((RESULTS / "step_system_malloc.json").read_text(encoding="utf-8"))
+    seconds = {name: raw["median"] for name, raw in measured["rows"]["step"]["raw"]["seconds"].items()}
+    installed, alone = (seconds[name] / seconds["lora"] for name in ("fps", "fps-pytorch"))
+    assert measured["evidence"]
+    assert measured["workload"]["system_malloc"]
+    assert f"{installed:.2f} of LoRA's as installed and {alone:.2f} with PyTorch alone" in README
+
+
+def test_the_language_models_table_is_the_measured_one() -> None:
+    rows = json.loads((RESULTS / "decoder.json").read_text(encoding="utf-8"))["rows"]
+    methods = ("full", "supertuning", "lora", "fps", "floor")
+    seconds = [f"{rows['step']['raw']['seconds'][name]['median']:.3f}" for name in methods]
+    mebibytes = [f"{rows['memory']['raw']['bytes'][name]['peak'] / 2**20:,.0f}" for name in methods]
+    assert f"| step, s | {' | '.join(seconds)} |" in README
+    assert f"MiB | {' | '.join(mebibytes)} |" in README
+
+
+def test_the_tables_of_accuracies_are_those_of_the_kept_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer"
+    shutil.copy(kept / "cells.jsonl", tmp_path)
+    command = next(command for command in commands(README) if "benchmark transfer" in command)
+    options = re.search(r"benchmark transfer (.*)", command)[1].split()
+    model = json.loads((kept / "cells.jsonl").read_text().split("\n")[0])["setting"]["model"]
+    given = dict(zip(options[::2], options[1::2], strict=True)) | {"--model": model, "--output": str(tmp_path)}
+    arguments = [part for option in given.items() for part in option]
+    ended = CliRunner().invoke(app, ["benchmark", "transfer", "--report", *arguments])
+    assert ended.exit_code == 0, ended.output
+    tables = (tmp_path / "transfer.md").read_text()
+    assert tables == (kept / "transfer.md").read_text()
+    section = README[README.index("### The tables") : README.index("## How firm a selection is")]
+    printed = re.findall(r"^\*\*[^\n]+\*\*\n\n\|.*?(?=\n\n)", section, re.DOTALL | re.MULTILINE)
+    assert len(printed) > 5
+    for table in printed:
+        assert table in tables
+
+
+def test_the_printed_commands_run_the_kept_cells_and_no_others() -> None:
+    header, records = read(RESULTS / "transfer" / "cells.jsonl")
+    setting = Setting(tasks="", **header["setting"])
+    kept, asked = {record.cell for record in records}, set()
+    for command in re.findall(r"benchmark transfer (--.*)", "\n".join(commands(README))):
+        words = shlex.split(command)
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        tasks, seeds = options["--only"].split(","), int(options["--seeds"])
+        rows = table_rows(options["--methods"].split(","), options["--budgets"].split(","))
+        assert pending(tasks, rows, seeds, setting, records) == []
+        asked |= {cell for row, task in product(rows, tasks) for cell in trials(row[0], task, setting)}
+        asked |= {cell for cell in kept if cell.row in rows and cell.task in tasks and cell.seed < seeds}
+    assert kept == asked
+
+
+def test_the_table_of_files_counts_the_kept_cells() -> None:
+    _, records = read(RESULTS / "transfer" / "cells.jsonl")
+    methods = {record.cell.method for record in records}
+    tasks = {record.cell.task for record in records}
+    assert len(tasks) == 8
+    assert f"accuracy of {len(methods)} methods and variants on eight image tasks" in README
+    assert f", {len(records)} finished cells" in README
+
+
+def test_the_table_of_overlaps_is_the_measured_one() -> None:
+    folder = RESULTS / "overlap"
+    assert (folder / "overlap.md").read_text(encoding="utf-8").strip() in README
+    measured = json.loads((folder / "overlap.json").read_text(encoding="utf-8"))
+    command = next(block for block in blocks(README, "bash") if "benchmark overlap" in block)
+    assert f"--only {','.join(measured['tasks'])} " in command
+    assert f"--seeds {measured['seeds']} " in command
+    found = [agreement["method"] for agreement in measured["agreements"]]
+    methods = re.search(r"--methods (\S+)", command)[1].split(",")
+    reference = re.search(r"--reference (\S+)", command)[1]
+    assert found[0] == reference
+    assert sorted(found) == sorted([reference, *methods])
+
+
+def test_the_importances_table_is_the_measured_one() -> None:
+    measured = json.loads((RESULTS / "importance.json").read_text(encoding="utf-8"))
+    raw = measured["rows"]["importance"]["raw"]
+    assert measured["evidence"]
+    forward = raw["seconds"]["forward"]["median"]
+    for name, peak in raw["peak_bytes"].items():
+        time = raw["seconds"][name]["median"] / forward
+        assert f"| {name} | {time:.1f} | {peak / 2**20:,.0f} |" in README

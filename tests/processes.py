@@ -1,0 +1,72 @@
+"""Python processes that form a group and train together.
+
+They are forked from one process that has imported the libraries, so that a process costs no import of its own.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+TIMEOUT = 300
+"""Seconds."""
+
+
+def variables_of_a_group(count: int) -> dict[str, str]:
+    """What torch reads from the environment of every process of a group, its rank aside."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_together(target: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """Call a function of a module in `count` processes, each of which finds its rank in its environment.
+
+    Raises:
+        AssertionError: a process has failed; the message has the tracebacks of all that have.
+    """
+    context = multiprocessing.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload(["tests.helpers", "tests.training.ddp_program"])
+    variables = variables_of_a_group(count)
+    with TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_take_part, args=(rank, variables, folder, target, arguments))
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(TIMEOUT)
+        running = [process for process in processes if process.is_alive()]
+        for process in running:
+            process.kill()
+        errors = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    assert not running, f"still running after {TIMEOUT} s; {errors}"
+    assert [process.exitcode for process in processes] == [0] * count, errors
+
+
+def _take_part(
+    rank: int, variables: dict[str, str], folder: str, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        target(*arguments)
+    except BaseException:
+        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
+        raise
