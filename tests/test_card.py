@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, __version__, get_peft_model
 
 from peft_fps import FPSConfig, save_adapter
-from peft_fps.adapters import AdapterState, Evaluation
+from peft_fps.adapter_state import AdapterState, Evaluation
 from peft_fps.card import evaluation_at
 from peft_fps.card.facts import Facts
 from peft_fps.card.markdown import BEGIN, END, code, loading_snippet, plain, put, render

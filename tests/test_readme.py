@@ -16,7 +16,7 @@ from peft import get_peft_model
 
 import peft_fps
 from peft_fps import FPSConfig
-from peft_fps.benchmarks.cost.cost_tables import Table, markdown_table
+from peft_fps.benchmarks.tables import TextTable, markdown_table
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results, accuracy_table, difference_table
@@ -126,7 +126,7 @@ def test_the_table_of_results_is_taken_from_the_kept_cells() -> None:
         for line in accuracies.lines
     )
     names = ("method", "trained, %", "seeds", "accuracy, %", "difference to the default", "")
-    assert markdown_table(Table("", names, lines)) in README
+    assert markdown_table(TextTable("", names, lines)) in README
 
 
 def test_the_table_of_costs_is_the_measured_one() -> None:
