@@ -47,7 +47,7 @@ REQUIRED = {"torch", "peft", "transformers", "accelerate", "huggingface_hub", "s
 
 
 class Import(NamedTuple):
-    """An import in a module of the package: of what, on which line, and whether it waits for a function to be called."""
+    """An import in a module of the package: of what, on which line, whether it waits for a call of a function."""
 
     target: str
     line: int
