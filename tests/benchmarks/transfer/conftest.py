@@ -1,6 +1,5 @@
 """Two tiny tasks and a tiny ViT with its image processor; nothing here comes from the code under test."""
 
-import gc
 import json
 from pathlib import Path
 
@@ -30,15 +29,6 @@ def cache(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", str(folder))
         yield
-
-
-@pytest.fixture(scope="package", autouse=True)
-def frozen_heap():
-    """Every measurement of bytes collects garbage, which is slow over all that has been imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def picture(task: str, label: int, number: int) -> np.ndarray:
