@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.config import FPSConfig
-from peft_fps.hotswap import hotswap_adapter
 from peft_fps.hub import push_adapter
+from peft_fps.layers.scale import rescale_adapter_scale
+from peft_fps.lifecycle.calibrate import calibrate, selection_report
+from peft_fps.lifecycle.hotswap import hotswap_adapter
 from peft_fps.model import FPSModel
 from peft_fps.registration import register
-from peft_fps.scaling import rescale_adapter_scale
-from peft_fps.selecting import calibrate, selection_report
+from peft_fps.saved_selection import Selection
 from peft_fps.selection import LayerSelection, SelectionReport
-from peft_fps.selections import Selection
 from peft_fps.training import FPSCallback
 
 

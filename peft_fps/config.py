@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from peft_fps.card import SavedAdapter, complete_card
 from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
+from peft_fps.checkpoint.field_checks import check_choice
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
 from peft_fps.config_fields import (
     CHOICES,
@@ -20,8 +21,7 @@ from peft_fps.config_fields import (
     put_names_in_form,
     read_empty_values,
 )
-from peft_fps.field_checks import check_choice
-from peft_fps.importances import IMPORTANCES
+from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type
 

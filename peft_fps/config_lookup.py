@@ -3,7 +3,7 @@
 from torch import nn
 
 from peft_fps.config import FPSConfig
-from peft_fps.lookup import fps_layers
+from peft_fps.layers.lookup import fps_layers
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:

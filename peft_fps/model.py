@@ -11,37 +11,37 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.adapter_state import AdapterState, Before
-from peft_fps.adapters import FPSLayer
-from peft_fps.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.base.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
+from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint import PREFIX
-from peft_fps.compiled import compiled_in_place, plain_name, unwrapped
-from peft_fps.composition import Combination
 from peft_fps.config import FPSConfig
-from peft_fps.inputs import unwatch_producers, watch_producers
-from peft_fps.kinds import layer_class
-from peft_fps.layer_merge import check_distinct
-from peft_fps.loading import load_state
-from peft_fps.lookup import fps_layers
-from peft_fps.mixed_batch import mixed_batch, pass_names
-from peft_fps.planning import check_task, plan, take_targets_from_record
-from peft_fps.reference import config_of_copy, copy_adapter, reference_of
-from peft_fps.renames import current_names
-from peft_fps.saved_state import saved_state
-from peft_fps.scaling import set_scale
-from peft_fps.selecting import calibrate, select_without_data, selection_report
+from peft_fps.layers.adapter_state import AdapterState, Before
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.layer_merge import check_distinct
+from peft_fps.layers.layer_types import layer_class
+from peft_fps.layers.lookup import fps_layers
+from peft_fps.layers.mixed_batch import mixed_batch, pass_names
+from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
+from peft_fps.layers.scale import set_scale
+from peft_fps.lifecycle.calibrate import calibrate, select_without_data, selection_report
+from peft_fps.lifecycle.combination import Combination
+from peft_fps.lifecycle.loading import load_state
+from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
+from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
+from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
+from peft_fps.lifecycle.saved_state import saved_state
+from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
-from peft_fps.targets import (
+from peft_fps.targets.default_targets import (
     base_parameters,
     biased_norms,
     check_adapter_name,
     default_targets,
     in_wanted_block,
 )
-from peft_fps.weighted import add_weighted_adapter
-from peft_fps.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.whole_merge import merge_whole, unmerge_whole
-from peft_fps.whole_modules import (
+from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
+from peft_fps.targets.whole_modules import (
     trained_head,
     warn_of_untrained_head,
     whole_modules,

@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from peft_fps.importances import IMPORTANCES
+from peft_fps.importance import IMPORTANCES
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import check_peft_version
 
 from peft_fps import FPSConfig
-from peft_fps.adapters import FPSLayer
-from peft_fps.entry_layer import EntryLayer
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.fps_layer import FPSLayer
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
-from peft_fps.quantised import stored_weight
+from peft_fps.base.quantisation import stored_weight
 from tests.helpers import normal
 
 

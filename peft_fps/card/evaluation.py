@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from peft_fps.adapter_state import Evaluation
+from peft_fps.layers.adapter_state import Evaluation
 
 
 PREFIX = "eval_"

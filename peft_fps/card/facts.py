@@ -7,10 +7,10 @@ from typing import Any, Literal, Protocol, cast
 
 from transformers.modelcard import TASK_MAPPING
 
-from peft_fps.adapter_state import AdapterState, Evaluation
+from peft_fps.card.selection_method import DescribedSettings, describe
 from peft_fps.checkpoint import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS, open_safetensors
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord
-from peft_fps.describing import DescribedSettings, describe
+from peft_fps.layers.adapter_state import AdapterState, Evaluation
 
 
 TASKS = {

@@ -20,7 +20,7 @@ from peft_fps.card.facts import CardSettings, Facts, SavedAdapter, read_facts
 from peft_fps.card.markdown import BEGIN, END, put, render
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS
 from peft_fps.checkpoint.record import read_record
-from peft_fps.lookup import target_layers
+from peft_fps.layers.lookup import target_layers
 from peft_fps.registration import fps_type
 
 

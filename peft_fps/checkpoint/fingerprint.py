@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peft_fps.quantised import BaseWeight
+from peft_fps.base.quantisation import BaseWeight
 
 
 SAMPLES_PER_WEIGHT = 256

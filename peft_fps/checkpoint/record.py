@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from peft_fps.field_checks import check_names, check_type
+from peft_fps.checkpoint.field_checks import check_names, check_type
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.module_sizes import ModuleSizes
 
@@ -159,7 +159,7 @@ def record_from(record: Any, flat: Mapping[str, Any]) -> AdapterRecord | None:
         TypeError, ValueError: as `AdapterRecord.from_json`, or both forms were given.
     """
     given = {name: value for name, value in flat.items() if value is not None}
-    if record is not None and "allocation" in given:
+    if record is not None and given:
         raise ValueError(f"record was given beside {', '.join(given)}, expected one of the two. {REMEDY}")
     if record is not None:
         return record if isinstance(record, AdapterRecord) else AdapterRecord.from_json(record)

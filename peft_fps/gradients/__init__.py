@@ -1,11 +1,11 @@
 """What backward passes and short training say about each weight."""
 
 from peft_fps.gradients.accumulate import Accumulator, Exact, Streaming
-from peft_fps.gradients.backward import BatchLoss, Weight, accumulate_gradients
-from peft_fps.gradients.l0 import accumulate_gated_changes
+from peft_fps.gradients.backward_pass import BatchLoss, Weight, accumulate_gradients
+from peft_fps.gradients.gated_training import accumulate_gated_changes
 from peft_fps.gradients.losses import Loss, contrastive_step, task_loss
-from peft_fps.gradients.movement import accumulate_movement
 from peft_fps.gradients.views import TwoViews
+from peft_fps.gradients.weight_training import accumulate_movement
 
 
 __all__ = [

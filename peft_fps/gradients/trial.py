@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.gradients.accumulate import Accumulator
-from peft_fps.gradients.backward import Weight
+from peft_fps.gradients.backward_pass import Weight
 
 
 class Trial:

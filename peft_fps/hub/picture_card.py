@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from peft_fps.card import adapter_folders, write_cards
 from peft_fps.card.writing import PICTURE
-from peft_fps.selections import Selection
+from peft_fps.saved_selection import Selection
 
 
 def write_card(

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from peft_fps.plots.grid import arrange
 from peft_fps.plots.heat_map import LEVEL_CHARACTER, draw_grid, draw_heat_map, heat_map_size
 from peft_fps.plots.looks import NORMAL, new_figure
-from peft_fps.selections import Selection
+from peft_fps.saved_selection import Selection
 
 
 UNIT = "Jaccard index of the entries"

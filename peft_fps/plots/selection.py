@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from torch import Tensor, nn
 
-from peft_fps.lookup import active_adapter, adapter_layers
+from peft_fps.layers.lookup import active_adapter, adapter_layers
 from peft_fps.plots.grid import Grid, arrange, shortened
 from peft_fps.plots.heat_map import CELL_HEIGHT, draw_grid, heat_map_size
 from peft_fps.plots.looks import COLOURS, LINES, REFERENCE, SMALL, finish, new_figure
 from peft_fps.plots.reading import chance_concentration, concentration, input_counts
+from peft_fps.saved_selection import Selection
 from peft_fps.selection.entries import ModuleEntries
-from peft_fps.selections import Selection
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from peft_fps.calibration import fits, run_model
-from peft_fps.lookup import base_model
+from peft_fps.layers.lookup import base_model
 
 
 if TYPE_CHECKING:

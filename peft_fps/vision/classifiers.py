@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from peft_fps.heads import output_head
+from peft_fps.base.head import output_head
 from peft_fps.vision.timm_models import build_timm, record_size, resized_processor, timm_processor
 from peft_fps.vision.timm_names import timm_name
 from peft_fps.vision.upstream_noise import no_head_report

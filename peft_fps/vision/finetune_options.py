@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft_fps.config import DEFAULT_BUDGET, FPSConfig
-from peft_fps.importances import IMPORTANCES
+from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import PRESETS
 from peft_fps.vision.option_types import (
     DATA,

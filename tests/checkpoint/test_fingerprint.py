@@ -19,8 +19,8 @@ from transformers import ElectraForSequenceClassification, LlamaConfig, LlamaFor
 from transformers.models.mistral import MistralConfig
 
 from peft_fps import FPSConfig
+from peft_fps.base.quantisation import BaseWeight
 from peft_fps.checkpoint import check_fingerprint, fingerprint
-from peft_fps.quantised import BaseWeight
 from tests.helpers import adapted, layers_of, normal, unchanged
 from tests.quantised_bases import KINDS, plain_bert, quantised
 

@@ -66,6 +66,10 @@ def test_either_version_gives_a_record_or_none() -> None:
     assert record_from(PLAIN, nothing) == record_from(RECORD, nothing) == record_from(None, PLAIN) == RECORD
     with pytest.raises(ValueError, match="record was given beside allocation"):
         record_from(PLAIN, PLAIN)
+    with pytest.raises(
+        ValueError, match=r"record was given beside tensors_sha256, .* fetch or save the adapter again"
+    ):
+        record_from(RECORD, nothing | {"tensors_sha256": "1" * 64})
 
 
 @pytest.mark.parametrize(

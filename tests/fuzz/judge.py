@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_fps import Selection, hotswap_adapter
-from peft_fps.entry_layer import EntryLayer
+from peft_fps.layers.entry_layer import EntryLayer
 from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns, with_fields
 
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from peft_fps import checkpoint, loading
+from peft_fps import checkpoint
+from peft_fps.lifecycle import loading
 from tests.fuzz import judge as judging
 from tests.fuzz.files import judge_file, judge_files
 from tests.fuzz.judge import (

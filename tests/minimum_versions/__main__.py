@@ -8,23 +8,8 @@ import sys
 import pytest
 
 
-FOLDERS = ("sparse", "selection", "calibration", "gradients", "checkpoint", "training")
-MODULES = (
-    "composition",
-    "config",
-    "evidence",
-    "hotswap",
-    "language_models",
-    "layers",
-    "lifecycle",
-    "loading",
-    "merging",
-    "mixed_batch",
-    "norms",
-    "registration",
-    "selecting",
-    "selections",
-)
+FOLDERS = ("sparse", "selection", "layers", "calibration", "gradients", "checkpoint", "lifecycle", "training")
+MODULES = ("config", "language_models", "lifecycle", "registration", "saved_selection")
 
 if __name__ == "__main__":
     sys.exit(pytest.main([*(f"tests/{name}" for name in FOLDERS), *(f"tests/test_{name}.py" for name in MODULES)]))

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 STAY = {"torch", "numpy", "huggingface-hub"}
-CORE = ["tests/test_registration.py", "tests/test_loading.py", "tests/test_merging.py"]
+CORE = ["tests/test_registration.py", "tests/lifecycle/test_loading.py", "tests/layers/test_merge_record.py"]
 
 
 def lowest_versions() -> dict[str, str]:

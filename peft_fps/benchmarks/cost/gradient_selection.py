@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fps.base.head import output_head
 from peft_fps.benchmarks.cost.methods import PER_NEURON
 from peft_fps.benchmarks.cost.random_models import copy_model
 from peft_fps.gradients.losses import contrastive_step
-from peft_fps.heads import output_head
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from peft.tuners.supertuning import SupertuningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fps.base.head import find_head, output_head
 from peft_fps.benchmarks.cost.random_models import batches, copy_model
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.config import FPSConfig
-from peft_fps.heads import find_head, output_head
-from peft_fps.lookup import entry_layers, fps_layers
+from peft_fps.layers.lookup import entry_layers, fps_layers
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_fps.adapters import FPSLayer
-from peft_fps.lookup import base_model, fps_layers
-from peft_fps.selections import Selection
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import base_model, fps_layers
+from peft_fps.saved_selection import Selection
 
 
 @dataclass

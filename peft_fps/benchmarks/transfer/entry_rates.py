@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_fps.benchmarks.transfer.class_scores import gather_moments
-from peft_fps.lookup import base_model, entry_layers, fps_layers
+from peft_fps.layers.lookup import base_model, entry_layers, fps_layers
 
 
 class EntryRates(TrainerCallback):

@@ -16,7 +16,7 @@ from peft_fps.benchmarks.transfer.cell_run import select
 from peft_fps.benchmarks.transfer.cells import Cell, Setting
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.config import FPSConfig
-from peft_fps.selections import Selection
+from peft_fps.saved_selection import Selection
 from peft_fps.vision.classifiers import interpolates, load_model
 from peft_fps.vision.pixels import Collator
 from peft_fps.vision.upstream_noise import upstream_deprecations

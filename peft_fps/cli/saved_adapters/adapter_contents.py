@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_fps.adapter_state import AdapterState
+from peft_fps.card.selection_method import describe
 from peft_fps.checkpoint import decode
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
-from peft_fps.describing import describe
+from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.selection import LayerSelection, NormSelection
 from peft_fps.selection.entries import ModuleEntries
 

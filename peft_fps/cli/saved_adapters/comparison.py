@@ -10,9 +10,9 @@ from torch import Tensor
 
 from peft_fps.cli.saved_adapters.soundness import inspect_adapter
 from peft_fps.cli.saved_adapters.sources import adapter_folder
+from peft_fps.saved_selection import Selection
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
-from peft_fps.selections import Selection
 
 
 @dataclass(frozen=True)

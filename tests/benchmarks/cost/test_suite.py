@@ -12,7 +12,7 @@ from peft_fps.benchmarks.cost.methods import METHODS
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.cli import benchmark_cost
 from peft_fps.cli.app import app
-from peft_fps.importances import IMPORTANCES
+from peft_fps.importance import IMPORTANCES
 
 
 OPTIONS = (

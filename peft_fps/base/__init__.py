@@ -1,0 +1,12 @@
+"""The base model, looked at or called, whether or not it has adapters.
+
+| module | subject |
+|---|---|
+| `head` | which modules are the output head or the output embeddings |
+| `quantisation` | base layers whose weights are quantised |
+| `substitution` | calling a base layer with other tensors in place of its own |
+| `buffers` | running statistics and other buffers while an adapter trains |
+| `compiled` | models inside `torch.compile` |
+| `sharded` | models whose parameters are sharded between processes |
+| `renamed_modules` | names that modules have in other versions of transformers |
+"""

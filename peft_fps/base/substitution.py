@@ -1,0 +1,130 @@
+"""Run a base layer with other tensors in place of its parameters, whatever its forward makes of them."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from peft_fps.base.quantisation import quantisation
+
+
+KINDS = (nn.Linear, TransformersConv1D, nn.Conv2d)
+
+SIZES = (3, 2)
+"""Height and width of the images on which a convolution is tried, beyond its kernel."""
+
+
+def call_with(base: Any, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Call a layer, hooks included, with other tensors for some of its parameters; `base` stays untouched.
+
+    Args:
+        base: any layer.
+        tensors: by the names of its parameters, in their shapes.
+        args: of its forward, as are `kwargs`.
+    """
+    if torch.compiler.is_compiling():
+        return functional_call(base, tensors, args, kwargs)
+    return twin_with(base, tensors)(*args, **kwargs)
+
+
+def twin_with(base: Any, tensors: dict[str, Any]) -> Any:
+    """Return a layer that shares everything with `base`, hooks included, except for some of its parameters.
+
+    Unlike `functional_call` it is safe while another thread runs the layer. A forward that someone put over the
+    layer's own, as accelerate's hooks do, is rebound to the twin if it is a method bound to the layer, or a
+    `functools.partial` whose first argument is the layer. A closure still reads the layer itself.
+
+    Args:
+        base: any layer; stays untouched.
+        tensors: by the names of its parameters.
+    """
+    twin = copy.copy(base)
+    twin.__dict__.update({name: _rebound(held, base, twin) for name, held in vars(twin).items()})
+    twin.__dict__["_parameters"] = base._parameters | tensors
+    return twin
+
+
+def overrides_forward(base: Any) -> bool:
+    """Whether the class of an unquantised layer has another forward than the kind of layer that it is."""
+    kind = next((kind for kind in KINDS if isinstance(base, kind)), None)
+    return kind is not None and type(base).forward is not kind.forward and quantisation(base) is None
+
+
+def follows_its_weight(base: Any) -> bool | None:
+    """Whether a layer's own forward with another weight in place is what it is with that weight written into it.
+
+    That is tried with small inputs. It does not hold for a forward that reads a copy of its weight made before, or
+    does not read its weight at all.
+
+    Returns:
+        None where the forward cannot be tried: it takes other arguments than an input, say.
+    """
+    with _undrawn(base), torch.no_grad():
+        try:
+            plain, written = (copy.deepcopy(_bare(base)).eval() for _ in range(2))
+            x = _ramp(base.weight.new_empty(_input_shape(base)))
+            before = plain(x)
+            for name in ("weight", "bias"):
+                if getattr(base, name, None) is None:
+                    continue
+                getattr(written, name).add_(_ramp(getattr(base, name)))
+                changed = {n: getattr(written, n) for n in ("weight", "bias") if getattr(base, n, None) is not None}
+                output = written(x)
+                if not torch.allclose(twin_with(plain, changed)(x), output, rtol=1e-3, atol=1e-5):
+                    return False
+                if name == "weight" and torch.equal(before, output):
+                    return False
+        except Exception:  # whatever a stranger's forward raises on these inputs
+            return None
+    return True
+
+
+def _bare(base: Any) -> Any:
+    """The layer without hooks and forwards put over its own, which are others' and may hold anything."""
+    bare = copy.copy(base)
+    for name in ("forward", "_hf_hook", "_old_forward"):
+        bare.__dict__.pop(name, None)
+    for name in [
+        name for name in vars(bare) if name.endswith("_hooks") and name.startswith(("_forward", "_backward"))
+    ]:
+        bare.__dict__[name] = type(vars(bare)[name])()
+    return bare
+
+
+def _ramp(like: Tensor) -> Tensor:
+    """Numbers between -1 and 1 of which no two neighbours are alike."""
+    steps = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
+    return torch.sin(steps * 0.7 + 0.3).to(like.dtype).view(like.shape)
+
+
+def _input_shape(base: Any) -> tuple[int, ...]:
+    if isinstance(base, nn.Conv2d):
+        extent = [(kernel - 1) * step + 1 for kernel, step in zip(base.kernel_size, base.dilation, strict=True)]
+        return (1, base.in_channels, *(size + more for size, more in zip(extent, SIZES, strict=True)))
+    return (3, base.weight.shape[0 if isinstance(base, TransformersConv1D) else 1])
+
+
+@contextmanager
+def _undrawn(base: Any) -> Iterator[None]:
+    """Leave the generators as they are, should the forward draw numbers."""
+    device = base.weight.device
+    kind = device.type if device.type != "cpu" else "cuda"
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield
+
+
+def _rebound(held: Any, base: Any, twin: Any) -> Any:
+    """Return a method or partial that is bound to `base` as one bound to `twin`, and anything else unchanged."""
+    if isinstance(held, MethodType) and held.__self__ is base:
+        return MethodType(held.__func__, twin)
+    if isinstance(held, partial) and held.args and held.args[0] is base:
+        return partial(held.func, twin, *held.args[1:], **held.keywords)
+    return held

@@ -1,0 +1,43 @@
+"""What a model with an adapter expects of the adapter's file."""
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_fps.base.compiled import plain_name
+from peft_fps.checkpoint import PEFT_PREFIX, Expected
+from peft_fps.layers.fps_layer import FPSLayer
+
+
+FSDP_PREFIX = "_fsdp_wrapped_module."
+"""What FSDP puts before the paths of modules, and leaves out of the keys of a full state dict."""
+
+
+def expected_module(layer: FPSLayer, adapter_name: str, entries: int) -> Expected:
+    """Return what a layer expects of its module's part of the file.
+
+    Args:
+        layer: has the adapter.
+        adapter_name: name of the adapter.
+        entries: number of entries that the file is to hold for this module.
+    """
+    sizes = layer.sizes(adapter_name)
+    return Expected(sizes.neurons, sizes.inputs, entries, adapter_name in layer.fps_bias)
+
+
+def whole_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the tensors of modules that an adapter trains whole (`modules_to_save`).
+
+    Args:
+        model: a `PeftModel` or a base model with adapters.
+        adapter_name: name of the adapter.
+
+    Returns:
+        Key in the model's state dict, by the tensor's name in the base model, under which a file holds it.
+    """
+    keys = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            place = path.removeprefix(FSDP_PREFIX)
+            for name, stored in module.adapter_state_dict_load_map(adapter_name).items():
+                keys[plain_name(f"{place}.{name}").removeprefix(PEFT_PREFIX)] = f"{place}.{stored}"
+    return keys

@@ -1,0 +1,27 @@
+"""The scores of weights. Each importance has a module of its own.
+
+The config, the command line, calibration, records and reports read the table `IMPORTANCES`. They know every importance
+that is in it. `backward` (one pass with gradients) and `short_training` hold what several importances share.
+"""
+
+from peft_fps.importance.activation import ACTIVATION
+from peft_fps.importance.fisher import FISHER
+from peft_fps.importance.gradient import GRADIENT
+from peft_fps.importance.importance import Evidence, Gathering, Importance, Request, Score
+from peft_fps.importance.l0 import L0
+from peft_fps.importance.magnitude import MAGNITUDE
+from peft_fps.importance.movement import MOVEMENT
+from peft_fps.importance.random import RANDOM
+from peft_fps.importance.sensitivity import SENSITIVITY
+from peft_fps.importance.settings import Settings
+
+
+IMPORTANCES: dict[str, Importance] = {
+    importance.name: importance
+    for importance in (ACTIVATION, MAGNITUDE, RANDOM, GRADIENT, FISHER, SENSITIVITY, MOVEMENT, L0)
+}
+
+WITHOUT_DATA = tuple(name for name, importance in IMPORTANCES.items() if importance.needs == "nothing")
+"""Names of importances that need no data."""
+
+__all__ = ["IMPORTANCES", "WITHOUT_DATA", "Evidence", "Gathering", "Importance", "Request", "Score", "Settings"]

@@ -1,0 +1,75 @@
+"""FPS: weight magnitude times the typical magnitude of its input (arXiv 2510.27359, eqs. 2-6)."""
+
+import torch
+from torch import Tensor, nn
+
+from peft_fps.base.substitution import overrides_forward
+from peft_fps.calibration import InputStatistics, Observed, observe
+from peft_fps.importance.importance import Evidence, Importance, Request, Score, nothing_reached
+from peft_fps.importance.settings import Settings
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.weight_rows import weight_rows
+from peft_fps.selection.calibration_record import CalibrationRecord
+
+
+def weight_times_activation(weight: Tensor, activation: Tensor) -> Tensor:
+    """Weight magnitude times the typical magnitude of its input (eqs. 2-4).
+
+    Args:
+        weight: `(rows, inputs)`.
+        activation: `(inputs,)` or `(rows, inputs)`, mean |a| (`norm="l1"`, eq. 3) or root mean square (`"l2"`, eq. 4).
+    """
+    return weight.float().abs() * activation.float()
+
+
+def activation_alone(weight: Tensor, activation: Tensor) -> Tensor:
+    """Without the weight (eqs. 5 and 6): every neuron of a layer ranks its inputs alike. Arguments as above."""
+    return activation.float().expand(weight.shape)
+
+
+def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
+    layers = {path: _observed(layer) for path, layer in request.layers.items()}
+    return observe(request.base, layers, request.config.norm, request.data, request.how.run)
+
+
+def _observed(layer: EntryLayer) -> Observed:
+    groups = getattr(layer.base_layer, "groups", 1)
+    assert isinstance(layer, nn.Module)
+    return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
+
+
+def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
+    activation = statistics.typical(config.norm)
+
+    def score(first: int, last: int) -> Tensor:
+        rows = weight_rows(layer, first, last)
+        groups = torch.arange(first, last, device=activation.device) // (layer.shape.neurons // activation.shape[0])
+        driven = (activation if activation.shape[0] == 1 else activation[groups]).to(rows.device)
+        formula = weight_times_activation if config.weight_magnitude else activation_alone
+        return formula(rows, driven)
+
+    return score
+
+
+def _as_driven_on_average(config: Settings, evidence: Evidence) -> float:
+    reached = [item.typical(config.norm) for item in evidence.values() if isinstance(item, InputStatistics)]
+    if not reached:
+        return nothing_reached(config, evidence)
+    return float(sum(typical.mean().cpu() for typical in reached) / len(reached))
+
+
+def _text(record: CalibrationRecord) -> str:
+    typical = "root mean square of the input" if record.norm == "l2" else "mean |input|"
+    return typical if record.weight_magnitude is False else f"weight magnitude x {typical}"
+
+
+ACTIVATION = Importance(
+    name="activation",
+    needs="forward",
+    help="its magnitude times the typical magnitude of its input (FPS)",
+    text=_text,
+    scorer=_scorer,
+    gather=_gather,
+    recorded=("norm", "weight_magnitude"),
+    stand_in=_as_driven_on_average,
+)

@@ -1,0 +1,18 @@
+"""First-order Taylor: |w · sum of gradients|, the change of the loss if the weight were removed."""
+
+from functools import partial
+
+from peft_fps.importance.gradient_sums import gather_gradients, loss_of, size_of_sums
+from peft_fps.importance.importance import Importance
+
+
+SENSITIVITY = Importance(
+    name="sensitivity",
+    needs="backward",
+    help="magnitude times gradient",
+    text=lambda record: f"|weight x sum of gradients|{loss_of(record)}",
+    scorer=size_of_sums,
+    # with its sign: what the weight gains in one batch it may lose in the next
+    gather=partial(gather_gradients, term=lambda weight, gradient: weight * gradient),
+    recorded=("loss",),
+)

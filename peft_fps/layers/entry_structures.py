@@ -1,0 +1,133 @@
+"""The part of an FPS layer that derives where entries lie, and notices when the tensors that say so have changed.
+
+`torch.compile` traces what reads the outcome, and calls what derives it as it is: a model need not have run before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from peft_fps.layers.tensor_checks import CheckedLayer
+from peft_fps.selection import LayerShape
+from peft_fps.sparse import Structure, build_structure, unite_structures
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A structure and the very tensors it was derived from, to notice when they are replaced or overwritten."""
+
+    structure: Structure
+    columns: Tensor
+    row_counts: Tensor
+    versions: tuple[int, int]
+
+
+@dataclass
+class Derived:
+    """What is known of one adapter; this object stays while that changes, since a tracer may hold it already."""
+
+    known: _Known | None = None
+
+
+class StructuredLayer(CheckedLayer):
+    """The part of a layer with entries that derives where they lie.
+
+    Attributes:
+        shape: of the weight.
+        transposed: whether the weight is stored as `(inputs, neurons)`.
+        fps_columns: per adapter `(nnz,)`.
+        fps_row_counts: per adapter `(neurons,)`.
+    """
+
+    shape: LayerShape
+    transposed: bool = False
+    fps_columns: BufferDict
+    fps_row_counts: BufferDict
+    _derived: dict[str, Derived]
+    _united: dict[tuple[str, ...], tuple[list[Structure], Structure, Tensor]]
+
+    def structure(self, adapter_name: str) -> Structure:
+        """Return where the adapter's entries lie, checking its tensors whenever they are not the ones last checked.
+
+        A compiled forward looks for changes when it is compiled; later it follows those of `set_selection`,
+        `load_state_dict` and `hotswap_adapter`.
+
+        Raises:
+            ValueError: the tensors do not form a valid adapter of this layer, or were never loaded.
+        """
+        if not torch.compiler.is_compiling():
+            return self._derive(adapter_name)
+        self.prepare(adapter_name)
+        known = self._derived[adapter_name].known
+        assert known is not None
+        return known.structure
+
+    def united_structure(self, names: list[str]) -> tuple[Structure, Tensor]:
+        """Return the union of several adapters' structures, and the places of their entries in it; raises alike."""
+        structures = [self.structure(name) for name in names]
+        if torch.compiler.is_compiling():
+            self._unite_while_tracing(names)
+            _, united, places = self._united[tuple(names)]
+            return united, places
+        return self._unite(names, structures)
+
+    def renew(self, adapter_name: str) -> None:
+        """Derive anew what compiled forwards read, after the tensors have changed; invalid ones are refused in use."""
+        derived = self._derived[adapter_name]
+        try:
+            self._derive(adapter_name)
+            for names in [names for names in self._united if adapter_name in names]:
+                self._unite(list(names), [self._derive(name) for name in names])
+        except ValueError:
+            derived.known = None
+
+    def _derive(self, adapter_name: str) -> Structure:
+        derived = self._derived[adapter_name]
+        known, columns, row_counts = derived.known, self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
+        if known is not None and (_is_up_to_date(known, columns, row_counts) or isinstance(columns, FakeTensor)):
+            return known.structure
+        self._refuse_tracing(adapter_name, columns)
+        self.check_tensors(adapter_name)
+        with torch.inference_mode(False):  # what is derived during inference must serve training later
+            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
+        if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
+            columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
+            self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts
+        derived.known = _Known(structure, columns, row_counts, (tensor_version(columns), tensor_version(row_counts)))
+        return structure
+
+    def _prepare(self, adapter_name: str) -> None:
+        self._derive(adapter_name)
+
+    def is_prepared(self, adapter_name: str) -> bool:
+        """Whether the adapter's structure is known."""
+        return self._derived[adapter_name].known is not None
+
+    def forget(self, adapter_name: str) -> None:
+        """Let the next use check the adapter's tensors, and derive its structure anew."""
+        self._derived.setdefault(adapter_name, Derived()).known = None
+
+    def _unite(self, names: list[str], structures: list[Structure]) -> tuple[Structure, Tensor]:
+        known = self._united.get(tuple(names))
+        if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
+            with torch.inference_mode(False):
+                known = (structures, *unite_structures(structures))
+            self._united[tuple(names)] = known
+        return known[1:]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _unite_while_tracing(self, names: list[str]) -> None:
+        self._unite(names, [self._derive(name) for name in names])
+
+
+def _is_up_to_date(known: _Known, columns: Tensor, row_counts: Tensor) -> bool:
+    same = known.columns is columns and known.row_counts is row_counts
+    return same and known.versions == (tensor_version(columns), tensor_version(row_counts))
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """Return the number of in-place changes of a tensor so far; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version

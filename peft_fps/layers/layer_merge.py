@@ -1,0 +1,125 @@
+"""Merging of one layer: add an adapter's changes to the base layer in place, and undo that bit for bit."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from peft_fps.layers.merge_record import MergeRecord, is_finite, restore_entries
+from peft_fps.layers.placement import PlacedLayer
+
+
+Undone = tuple[str, MergeRecord, MergeRecord]
+"""A merge that was undone: the adapter, its record, and what was overwritten."""
+
+
+class MergingLayer(PlacedLayer):
+    """The part of an FPS layer that merges.
+
+    Attributes:
+        merged_adapters: names in the order in which they were merged.
+        merge_records: by adapter, what its merge overwrote.
+    """
+
+    merge_records: dict[str, MergeRecord]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' changes to the base layer in place, and keep the originals of the entries they touch.
+
+        If anything is raised, nothing is changed.
+
+        Args:
+            safe_merge: refuse a merge that would write NaN or infinity.
+            adapter_names: adapters to merge, in order; the active ones if None.
+
+        Raises:
+            ValueError: a name is there twice, the weight is not at hand, or, with `safe_merge`, the merged weights
+                would not be finite.
+        """
+        if adapter_names is not None and not adapter_names:
+            return
+        check_distinct(adapter_names or ())
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_state]
+        if names:
+            self._check_at_hand("merge into")
+        for name in names if safe_merge else ():
+            self.check_finite(name)
+        before = len(self.merged_adapters)
+        try:
+            for name in names:
+                self.merge_records[name] = self._merge_into(self.base_layer, name)
+                self.merged_adapters.append(name)
+                if safe_merge and not is_finite(self.base_layer, self.merge_records[name]):
+                    raise self._not_finite(name)
+        except BaseException:
+            self.take_out(len(self.merged_adapters) - before)
+            raise
+
+    def _merge_into(self, base: Any, name: str) -> MergeRecord:
+        """Add the adapter's changes, times its scale, to a base layer in place."""
+        raise NotImplementedError
+
+    def check_finite(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter's values or bias deltas hold NaN or infinity."""
+        parameters = self.adapter_parameters(adapter_name)
+        if not all(bool(torch.isfinite(parameter.detach()).all()) for parameter in parameters):
+            raise self._not_finite(adapter_name)
+
+    def _not_finite(self, adapter_name: str) -> ValueError:
+        return ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {self.module_path} "
+            "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
+        )
+
+    def unmerge(self) -> None:
+        """Put the originals back, bit for bit, latest merge first. If anything is raised, nothing is changed."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self.take_out(len(self.merged_adapters))
+
+    def take_out(self, count: int) -> list[Undone]:
+        """Undo the latest `count` merges, all or none.
+
+        Returns:
+            The merges that were undone, in that order, for `put_back`.
+        """
+        undone: list[Undone] = []
+        try:
+            for name in self.merged_adapters[: -count - 1 : -1] if count else ():
+                self._check_at_hand("unmerge")
+                record = self.merge_records[name]
+                undone.append((name, record, restore_entries(self.base_layer, record)))
+                self.merged_adapters.pop()
+                del self.merge_records[name]
+        except BaseException:
+            self.put_back(undone)
+            raise
+        return undone
+
+    def put_back(self, undone: list[Undone]) -> None:
+        """Do again what `take_out` has undone, bit for bit. What the adapters hold by now does not matter."""
+        for name, record, merged in reversed(undone):
+            restore_entries(self.base_layer, merged)
+            self.merge_records[name] = record
+            self.merged_adapters.append(name)
+
+    def _check_at_hand(self, verb: str) -> None:
+        """Raise ValueError if the base weight is on the meta device, where nothing that is written stays."""
+        if self.weight_tensor.device.type == "meta":
+            raise ValueError(
+                f"{self.module_path}: its weight is on the meta device, expected a weight at hand to {verb}. Load the "
+                "base model's weights first, or let the whole model do it (model.merge_adapter() and "
+                "model.unmerge_adapter() bring weights that accelerate offloads). Nothing was changed."
+            )
+
+
+def check_distinct(names: str | Iterable[str]) -> None:
+    """Raise ValueError if a name is there twice."""
+    listed = [names] if isinstance(names, str) else list(names)
+    if twice := sorted({name for name in listed if listed.count(name) > 1}):
+        raise ValueError(
+            f"The adapters {listed} hold {', '.join(map(repr, twice))} more than once, expected each name once. To "
+            "let an adapter count more, scale it with model.set_scale. Nothing was changed."
+        )

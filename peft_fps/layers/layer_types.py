@@ -1,0 +1,32 @@
+"""Which FPS layer goes with which kind of base layer."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from peft_fps.base.quantisation import quantisation
+from peft_fps.layers.convolution import Conv2d
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.linear import Conv1DLinear, Linear
+from peft_fps.layers.norm import Norm, is_biased_norm
+from peft_fps.layers.quantised_linear import QuantisedLinear
+
+
+LAYERS: dict[type[nn.Module], type[EntryLayer]] = {
+    nn.Linear: Linear,
+    TransformersConv1D: Conv1DLinear,
+    nn.Conv2d: Conv2d,
+}
+"""FPS layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
+
+
+def entry_layer_class(module: nn.Module) -> type[EntryLayer] | None:
+    """Return the FPS layer with sparse entries for a base layer, None if its kind is not supported."""
+    if quantisation(module) is not None:  # before its base class, which is a linear layer's too
+        return QuantisedLinear
+    return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
+
+
+def layer_class(module: nn.Module) -> type[FPSLayer] | None:
+    """Return the FPS layer for a base layer, norms with a bias included, None if its kind is not supported."""
+    return Norm if is_biased_norm(module) else entry_layer_class(module)

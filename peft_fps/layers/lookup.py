@@ -1,0 +1,65 @@
+"""Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
+
+from collections.abc import Mapping
+
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_fps.base.compiled import unwrapped
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.fps_layer import FPSLayer
+
+
+def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
+    """Return all FPS layers of a model, by their full name in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FPSLayer)}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a `PeftModel` and wrappers of `torch.compile`, or the model itself."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
+    """Return the layers in which the adapter holds entries or a bias delta, by their path in the base model."""
+    return {path: layer for path, layer in target_layers(model, adapter_name).items() if layer.carries(adapter_name)}
+
+
+def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
+    """Return all layers that the adapter targets, by their path in the base model, also those that no data reached."""
+    layers = fps_layers(model).values()
+    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+
+
+def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:
+    """Return those of some layers that have sparse entries, norms left out, by the same names."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, EntryLayer)}
+
+
+def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of the modules that the adapter trains whole (`modules_to_save`), by name."""
+    wrappers = (
+        (name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    )
+    found = {
+        id(parameter): (f"{name}.{own}", parameter)
+        for name, wrapper in wrappers
+        for own, parameter in wrapper.named_parameters()
+        if f".{adapter_name}." in f".{own}"
+    }
+    return dict(found.values())  # a shared module's once
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Return the name of the one active FPS adapter.
+
+    Raises:
+        ValueError: none is active, or several are.
+    """
+    active = {name: None for layer in fps_layers(model).values() for name in layer.active_adapters}
+    if len(active) != 1:
+        found = f"the active adapters {sorted(active)}" if active else "no active FPS adapter"
+        raise ValueError(f"Found {found}, expected one. Say which one with adapter_name=...")
+    return next(iter(active))

@@ -1,0 +1,74 @@
+"""Where an adapter's tensors lie: with the weight, or where accelerate brings a weight that it offloads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_fps.layers.adapter_state import AdapterState
+
+
+class PlacedLayer(BaseTunerLayer):
+    """The part of an FPS layer that keeps adapters' tensors where the weight is.
+
+    Attributes:
+        base_layer: has the weight.
+        module_path: path of the layer in the base model, for messages.
+        adapter_layer_names: names of the attributes that hold trained tensors by adapter.
+        index_names: names of the attributes that hold integer tensors by adapter.
+        fps_state: what the layers of each adapter share, by the names of the adapters that this layer has.
+    """
+
+    base_layer: Any
+    module_path: str
+    index_names: tuple[str, ...] = ()
+    fps_state: dict[str, AdapterState]
+
+    @property
+    def weight_tensor(self) -> Tensor:
+        """The tensor that stores the base weight."""
+        tensor: Tensor = self.base_layer.weight
+        return tensor
+
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """Return what the adapter trains here: values, if the layer has entries, and its bias delta, if it has one."""
+        trained = (getattr(self, name) for name in self.adapter_layer_names)
+        return [held[adapter_name] for held in trained if adapter_name in held]
+
+    def index_tensors(self, adapter_name: str) -> list[Tensor]:
+        """Return the integer tensors that say where the adapter's entries lie."""
+        return [getattr(self, name)[adapter_name] for name in self.index_names]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts values to the base layer's dtype, which would lose digits that were just loaded
+        if adapter_name not in self.fps_state:
+            return
+        device = device or self._adapter_device()
+        for parameter in self.adapter_parameters(adapter_name):
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(device)
+        for name in self.index_names:
+            buffers: BufferDict = getattr(self, name)
+            if buffers[adapter_name].device.type != "meta":
+                buffers[adapter_name] = buffers[adapter_name].to(device)
+
+    def _adapter_device(self) -> torch.device:
+        """The weight's device, or where accelerate will bring a weight that it offloads."""
+        device = self.weight_tensor.device
+        if device.type != "meta":
+            return device
+        for hook in _single_hooks(getattr(self.base_layer, "_hf_hook", None)):
+            if getattr(hook, "offload", False):
+                return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+        return device
+
+
+def _single_hooks(hook: Any) -> Iterator[Any]:
+    """Yield an accelerate hook, or those that a `SequentialHook` (of others of its kind, perhaps) is made of."""
+    for part in getattr(hook, "hooks", ()):
+        yield from _single_hooks(part)
+    if not hasattr(hook, "hooks"):
+        yield hook

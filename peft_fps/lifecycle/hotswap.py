@@ -1,0 +1,219 @@
+"""Hot-swapping: a saved adapter replaces a loaded one in place, so that name, layers and parameters stay.
+
+`peft.utils.hotswap` does the same for LoRA alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.utils import infer_device, load_peft_weights
+from torch import Tensor, nn
+
+from peft_fps.base.compiled import unwrapped
+from peft_fps.base.renamed_modules import current_names
+from peft_fps.checkpoint import TRAINED, Contents, check_contents, decode
+from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
+from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import base_model, target_layers
+from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
+from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
+from peft_fps.targets.whole_modules import whole_modules
+
+
+ADVICE = "Load it under a name of its own with model.load_adapter instead. Nothing was changed."
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Replace what an adapter holds by a saved adapter, which may have other entries, and other numbers of them.
+
+    Everything is read and checked before anything changes. Modules of the adapter that the saved one leaves out keep
+    no changes. A saved adapter with a module that the adapter lacks is refused. The adapter gets the config of the
+    saved one, and the scale 1. A compiled model gives the new results, and compiles again where the number of entries
+    of a layer changes.
+
+    Args:
+        model: a model with the adapter, compiled or not.
+        model_name_or_path: folder of the saved adapter, or its name on the Hub.
+        adapter_name: name of the adapter to replace.
+        torch_device: device to which the file is read; PEFT's choice if None.
+        kwargs: `check_base` as in `FPSConfig`, `subfolder`, `revision`, and other options that PEFT passes to the Hub.
+
+    Raises:
+        ValueError: there is no such adapter, it is merged or not loaded; or the saved adapter is damaged, was made for
+            other base weights, or has other modules or bias deltas. The model is unchanged then.
+    """
+    with torch.inference_mode(False):  # what is written during inference must serve training later
+        _swap(unwrapped(model), model_name_or_path, adapter_name, torch_device, kwargs)
+
+
+def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, options: dict[str, Any]) -> None:
+    """Read and check the saved adapter, then write it into the layers."""
+    old, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
+    _check_present(layers, adapter_name)
+    config = _checked_config(FPSConfig.from_pretrained(path, **options), old, model, adapter_name, layers)
+    options = {key: value for key, value in options.items() if key != "check_base"}
+    # PEFT reads the file, as in every other way to load
+    state_dict = load_peft_weights(path, device=infer_device() if device is None else device, **options)
+    contents, present = _checked_contents(model, config, adapter_name, layers, state_dict)
+    # all conversions first, since they may fail for want of memory
+    tensors = {path: _as_held(layer, adapter_name, contents.modules.get(path, {})) for path, layer in layers.items()}
+    wholes = [(present[name], tensor.to(present[name])) for name, tensor in contents.wholes.items()]
+    _put(layers, adapter_name, tensors, wholes)
+    config.inference_mode = old.inference_mode
+    state = next(iter(layers.values())).fps_state[adapter_name]
+    record = _record_of(config)
+    state.selected, state.calibration, state.saved_inputs = True, record.calibration, config.saved_inputs
+    state.unreached.difference_update(record.allocation)
+    state.before = state.evaluation = None
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and adapter_name in configs:
+            configs[adapter_name] = config
+
+
+def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
+    """Raise ValueError if the adapter to replace is merged or not loaded."""
+    for path, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} is merged into the base weights, expected an unmerged adapter to "
+                "replace. Call model.unmerge_adapter() first. Nothing was changed."
+            )
+        if any(parameter.device.type == "meta" for parameter in layer.adapter_parameters(adapter_name)):
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors to replace. Load an "
+                "adapter file first. Nothing was changed."
+            )
+
+
+def _checked_config(
+    found: Any, old: FPSConfig, model: nn.Module, adapter_name: str, layers: Mapping[str, FPSLayer]
+) -> FPSConfig:
+    """Check the saved adapter's config against model and adapter, and return it with modules under present names."""
+    if not isinstance(found, FPSConfig) or found.record is None:
+        kind = type(found).__name__
+        raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
+    found.check_complete()
+    if found.bias != old.bias:
+        raise ValueError(
+            f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
+            f"{ADVICE}"
+        )
+    whole, present = set(found.record.whole_tensors or ()), set(whole_keys(model, adapter_name))
+    if whole != present:
+        raise ValueError(
+            f"The saved adapter trains {sorted(whole) or 'nothing'} whole (modules_to_save), expected "
+            f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
+        )
+    base = base_model(model)
+    check_task(base, found)
+    take_targets_from_record(found, found.record)
+    wholes = whole_modules(base, found)
+    names = current_names(base, found.record.allocation)
+    if unknown := [name for name in names if name not in layers]:
+        raise ValueError(
+            f"{unknown[0]}: the saved adapter changes this module ({len(unknown)} like it), expected modules of the "
+            f"adapter that it replaces alone. {ADVICE}"
+        )
+    saved_names = dict(zip(names, found.record.allocation, strict=True))
+    found.record = found.record.renamed(names)
+    check_whole_modules_apart(base, found, wholes, list(names))
+    plan(base, found, list(names), saved_names)
+    check_whole_tensors(base, found, wholes)
+    return found
+
+
+def _record_of(config: FPSConfig) -> AdapterRecord:
+    """Return the record of a config that `_checked_config` has checked."""
+    assert config.record is not None
+    return config.record
+
+
+def _checked_contents(
+    model: nn.Module,
+    config: FPSConfig,
+    adapter_name: str,
+    layers: Mapping[str, FPSLayer],
+    state_dict: Mapping[str, Tensor],
+) -> tuple[Contents, dict[str, Tensor]]:
+    """Check the tensors of the file.
+
+    Returns:
+        The tensors, and those of modules trained whole that they will replace, by name in the base model.
+    """
+    contents = Contents.of(state_dict.items())
+    contents = replace(contents, modules=current_names(base_model(model), contents.modules))
+    expected = {
+        path: expected_module(layers[path], adapter_name, sizes.entries)
+        for path, sizes in _record_of(config).allocation.items()
+    }
+    held = model.state_dict(keep_vars=True)
+    present = {name: held[key] for name, key in whole_keys(model, adapter_name).items()}
+    check_contents(contents, expected, present)
+    return contents, present
+
+
+def _as_held(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a module's tensors as its layer will hold them.
+
+    They are on the layer's device. Their dtype loses no digit of the file's, nor is it narrower than before. If
+    `tensors` is empty, there are no entries, and bias deltas are 0.
+    """
+    result = {}
+    for name in layer.tensor_names():
+        if adapter_name not in getattr(layer, name):
+            continue
+        present = getattr(layer, name)[adapter_name].detach()
+        if tensors:
+            result[name] = decode(name, tensors[name]).to(present.device)
+        else:
+            result[name] = present[:0] if name in ("fps_values", "fps_columns") else torch.zeros_like(present)
+        if name in TRAINED:
+            result[name] = result[name].to(torch.promote_types(present.dtype, result[name].dtype))
+    return result
+
+
+@torch.no_grad()
+def _put(
+    layers: Mapping[str, FPSLayer],
+    adapter_name: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    wholes: list[tuple[Tensor, Tensor]],
+) -> None:
+    """Write the new adapter into the layers.
+
+    Args:
+        layers: of the adapter, by path.
+        adapter_name: name of the adapter.
+        tensors: what each layer is to hold, by path and name.
+        wholes: tensors of modules that are trained whole, each with what it is to hold.
+    """
+    for path, layer in layers.items():
+        for name, tensor in tensors[path].items():
+            held = getattr(layer, name)
+            old = held[adapter_name]
+            if old.shape == tensor.shape and old.dtype == tensor.dtype and not old.is_inference():
+                old.copy_(tensor)  # in the same memory, which compiled graphs may have noted
+            elif name in TRAINED:
+                old.data = tensor
+            else:
+                held[adapter_name] = tensor
+        for parameter in layer.adapter_parameters(adapter_name):
+            parameter.grad = None
+        layer.scaling[adapter_name] = 1.0
+    for target, tensor in wholes:
+        target.copy_(tensor)
+    for layer in layers.values():
+        # a compiled forward reads what is derived here and does not look whether it is up to date
+        layer.prepare(adapter_name)
+        names = [name for name in layer.active_adapters if name in layer.fps_state]
+        if len(names) > 1 and isinstance(layer, EntryLayer):
+            layer.united_structure(names)

@@ -1,0 +1,131 @@
+"""Loading an adapter's file into a model through PEFT: everything is checked, then PEFT copies the tensors."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from peft_fps.base.renamed_modules import current_names
+from peft_fps.checkpoint import REMEDY, TRAINED, Contents, Expected, check_contents, decode
+from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
+from peft_fps.config import FPSConfig
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import base_model, fps_layers, target_layers
+from peft_fps.lifecycle.withdrawal import withdraw_adapter
+
+
+def load_state(
+    model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check the tensors of an adapter file, make room for them in the layers, and return them for PEFT to copy.
+
+    Args:
+        model: has the adapter.
+        config: of the adapter.
+        adapter_name: name of the adapter.
+        state_dict: tensors of the file by key, those of modules that are trained whole already by model key.
+
+    Returns:
+        The tensors by model key.
+
+    Raises:
+        ValueError: names module and tensor, what was found, what was expected and what to do. An adapter that was
+            added to the model only for this file is taken out again.
+    """
+    full_names = {layer.module_path: name for name, layer in fps_layers(model).items()}
+    layers = target_layers(model, adapter_name)
+    wholes = whole_keys(model, adapter_name)
+    names = {key: name for name, key in wholes.items()}
+    try:
+        contents = Contents.of((names.get(key, key), tensor) for key, tensor in state_dict.items())
+        contents = replace(contents, modules=current_names(base_model(model), contents.modules))
+        expected = _expected(config, adapter_name, layers, contents)
+        present = model.state_dict()
+        check_contents(
+            contents,
+            expected,
+            {name: present[key] for name, key in wholes.items()},
+            total_only=_split_is_free(config, adapter_name, layers),
+        )
+    except ValueError:
+        withdraw_adapter(model, adapter_name)
+        raise
+    _leave_out([layer for path, layer in layers.items() if path not in expected], adapter_name, len(layers))
+    result = {wholes[name]: tensor for name, tensor in contents.wholes.items()}
+    for path, tensors in contents.modules.items():
+        _make_room(layers[path], adapter_name, tensors)
+        for name in layers[path].tensor_names():
+            if name in tensors:
+                result[f"{full_names[path]}.{name}.{adapter_name}"] = decode(name, tensors[name])
+    return result
+
+
+def _split_is_free(config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer]) -> bool:
+    """Return whether the file says how the entries are split over modules.
+
+    The config that came with the file says it of an adapter that awaits its first file. An adapter that has tensors
+    already may load a file of another selection. Granularities other than `"neuron"` and `"layer"` fix only the total.
+    """
+    awaiting = any(layer.awaits_loading(adapter_name) for layer in layers.values())
+    return config.granularity not in ("neuron", "layer") and not awaiting
+
+
+def _expected(
+    config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer], contents: Contents
+) -> dict[str, Expected]:
+    """Return what is expected of a file, by module path.
+
+    These are the modules that the adapter has, with their numbers of entries. An adapter that was not built from a
+    saved config may also load a file whose calibration has reached other modules, with other numbers of entries, if
+    it has no more entries and bias deltas in total.
+
+    Raises:
+        ValueError: the file has more entries and bias deltas than the adapter.
+    """
+    carrying = {path: layer for path, layer in layers.items() if layer.carries(adapter_name)}
+    modules = contents.modules
+    others_reached = modules and modules.keys() != carrying.keys() and modules.keys() <= layers.keys()
+    if config.record is not None or not others_reached:
+        return {
+            path: expected_module(layer, adapter_name, layer.sizes(adapter_name).entries)
+            for path, layer in carrying.items()
+        }
+    planned = sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters(adapter_name))
+    trained = sum(tensors[name].numel() for tensors in modules.values() for name in TRAINED if name in tensors)
+    if trained > planned:
+        raise ValueError(
+            f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
+            f"expected at most the {planned:,} that this adapter has. {REMEDY}"
+        )
+    entries = {path: tensors["fps_columns"].numel() for path, tensors in modules.items() if "fps_columns" in tensors}
+    return {path: expected_module(layers[path], adapter_name, entries.get(path, 0)) for path in modules}
+
+
+def _leave_out(layers: list[FPSLayer], adapter_name: str, targets: int) -> None:
+    """Let the adapter hold nothing in the layers for which the file holds nothing, and warn of those that are new."""
+    new = [layer.module_path for layer in layers if layer.carries(adapter_name)]
+    if new:
+        warnings.warn(
+            f"The adapter file holds nothing for {len(new)} of {targets} modules, as a calibration leaves it that did "
+            f"not reach them; they will not be trained: {', '.join(new)}.",
+            stacklevel=3,
+        )
+    for layer in layers:
+        layer.leave_out(adapter_name)
+
+
+def _make_room(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapter's tensors in a layer the sizes of the file's, and a dtype that loses no digit of them."""
+    if isinstance(layer, EntryLayer):
+        layer.resize(adapter_name, tensors["fps_columns"].numel())
+    layer.resize_bias(adapter_name, layer.neurons)
+    state = layer.fps_state[adapter_name]
+    state.unreached.discard(layer.module_path)
+    state.selected, state.before = True, None
+    for name in layer.adapter_layer_names:
+        if name in tensors:
+            parameter = getattr(layer, name)[adapter_name]
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))

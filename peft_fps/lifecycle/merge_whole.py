@@ -1,0 +1,136 @@
+"""Merging adapters in all layers of a model, or in none."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from peft.tuners.tuners_utils import onload_layer
+from torch import Tensor, nn
+
+from peft_fps.base.sharded import check_whole
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.layer_merge import Undone, check_distinct
+from peft_fps.layers.quantised_linear import QuantisedLinear, check_writable
+
+
+Result = TypeVar("Result")
+
+NEGLIGIBLE_LOSS = 0.01
+"""Share of the changes that a merge may lose to rounding without a warning."""
+
+
+def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> None:
+    """Merge adapters in all layers, and warn if rounding loses many of the changes.
+
+    The tensors of all adapters are checked before the first layer is merged. A layer may still fail: memory runs out,
+    or with `safe_merge` a sum overflows. Then the layers before it are unmerged, bit for bit.
+
+    Args:
+        model: has the adapters.
+        adapter_names: adapters to merge, in order.
+        safe_merge: refuse a merge that would write NaN or infinity into a layer.
+
+    Raises:
+        TypeError, ValueError: the names are not a list of known and distinct adapters, or a layer cannot be merged.
+            Nothing was changed then.
+    """
+    check_whole(
+        model, "merge", "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
+    )
+    layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
+    _check(model, layers, adapter_names, safe_merge)
+    before = [len(layer.merged_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            _at_hand(layer, partial(layer.merge, safe_merge=safe_merge, adapter_names=list(adapter_names)))
+        _warn_of_losses(layers, before)
+    except BaseException:
+        for layer, count in zip(layers, before, strict=True):
+            _at_hand(layer, partial(layer.take_out, len(layer.merged_adapters) - count))
+        raise
+
+
+def unmerge_whole(model: nn.Module) -> None:
+    """Put the originals back in all layers. If one fails, those before it are merged again, bit for bit."""
+    merged: list[FPSLayer] = [module for module in model.modules() if isinstance(module, FPSLayer) and module.merged]
+    undone: list[tuple[FPSLayer, list[Undone]]] = []
+    try:
+        for layer in merged:
+            undone.append((layer, _at_hand(layer, partial(layer.take_out, len(layer.merged_adapters)))))
+    except BaseException:
+        for layer, taken in undone:
+            _at_hand(layer, partial(layer.put_back, taken))
+        raise
+
+
+def _check(model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str], safe_merge: bool) -> None:
+    """Raise unless the names are those of adapters whose tensors are valid, in layers that can be written to."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
+    check_distinct(adapter_names)
+    known = {name for layer in layers for name in layer.fps_state}
+    if unknown := [name for name in adapter_names if name not in known]:
+        raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
+    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_state]
+    check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
+    for layer, name in pairs if safe_merge else ():
+        layer.check_finite(name)
+    for layer, name in pairs:
+        layer.prepare(name)  # checks the tensors, unless they are the ones last checked
+    if not _sums_are_finite([parameter for layer, name in pairs for parameter in layer.adapter_parameters(name)]):
+        for layer, name in pairs:
+            layer.check_tensors(name)  # a sum may also overflow
+
+
+def _at_hand(layer: FPSLayer, act: Callable[[], Result]) -> Result:
+    """Run `act` while the weight of the layer is at hand if accelerate offloads it.
+
+    What `act` raises is raised when the weight has been put away again.
+    """
+    if not (hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")):
+        return act()
+    found: list[Result] = []
+    failure: BaseException | None = None
+    with onload_layer(layer):
+        try:
+            found.append(act())
+        except BaseException as error:  # PEFT would leave the weight where it has brought it
+            failure = error
+    if failure is not None:
+        raise failure
+    return found[0]
+
+
+def _warn_of_losses(layers: Sequence[FPSLayer], before: Sequence[int]) -> None:
+    """Warn if rounding lost many changes in merges after the first `before` of each layer."""
+    records = [
+        layer.merge_records[name]
+        for layer, count in zip(layers, before, strict=True)
+        for name in layer.merged_adapters[count:]
+    ]
+    changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
+    if lost > NEGLIGIBLE_LOSS * changes:
+        kinds = sorted({_kind_of_weight(layer) for layer in layers})
+        warnings.warn(
+            f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
+            f"last place of the {', '.join(kinds)} weights. Load the base model in float32 to merge all of them, or "
+            "keep the adapter unmerged.",
+            stacklevel=4,
+        )
+
+
+def _kind_of_weight(layer: FPSLayer) -> str:
+    """Return the dtype of a layer's weight, or how it is quantised, for a message."""
+    if isinstance(layer, QuantisedLinear):
+        return f"quantised ({layer.quantization_backend.backend_name})"
+    return str(layer.base_layer.weight.dtype)
+
+
+def _sums_are_finite(parameters: list[nn.Parameter]) -> bool:
+    """Return whether the sums of all parameters are finite, in a few operations for a whole model."""
+    alike: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter.detach())
+    return all(bool(torch.cat(tensors).sum().isfinite()) for tensors in alike.values())

@@ -1,0 +1,206 @@
+"""Before a model is changed: which modules an adapter will have, how many entries each, and whether all of it fits."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from peft_fps.base.quantisation import BaseWeight, base_weight
+from peft_fps.base.sharded import is_sharded
+from peft_fps.checkpoint import check_fingerprint, fingerprint
+from peft_fps.checkpoint.record import AdapterRecord, Allocation
+from peft_fps.config import FPSConfig
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.layer_types import entry_layer_class, layer_class
+from peft_fps.layers.merge_record import unmerged_copy
+from peft_fps.selection import LayerShape, allocate, check_granularity
+from peft_fps.selection.allocation import matches
+from peft_fps.targets.default_targets import (
+    base_parameters,
+    check_target,
+    check_untied,
+    count_base_parameters,
+    named_base_modules,
+)
+from peft_fps.targets.obstacle import remedy
+
+
+DUMMY = DUMMY_TARGET_MODULES.lower()
+"""PEFT's word for no target at all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What injecting an adapter needs to know of the model.
+
+    Attributes:
+        entries: number of entries of each targeted module, by path.
+        base_fingerprint: fingerprint of the base weights; None if they cannot be read.
+        base_parameters: number of parameters of the base model without its output head.
+    """
+
+    entries: dict[str, int]
+    base_fingerprint: dict[str, str] | None
+    base_parameters: int
+
+
+def plan(model: nn.Module, config: FPSConfig, names: list[str], saved_names: Mapping[str, str]) -> Plan:
+    """Check the targeted modules, and return what injecting the adapter needs to know of them.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: config of the new adapter. A record in it is compared with the model.
+        names: paths of the modules to adapt.
+        saved_names: names of these modules in the record, where they differ.
+
+    Raises:
+        ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
+    """
+    if config.record is None:
+        _check_named_modules(model, config)
+    norms = config.bias == "with_norms"
+    chosen = config.filled_in.target_modules or ()
+    bases = {name: check_target(model, name, norms, chosen=name in chosen) for name in names}
+    check_untied(model, names)
+    shapes = {name: kind.shape_of(base) for name, base in bases.items() if (kind := entry_layer_class(base))}
+    weights = {name: _base_weight(model, name) for name in names}
+    found = fingerprint(weights)
+    parameters = count_base_parameters(model)
+    if config.record is not None:
+        found_sizes = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
+        _check_allocation(config.record.allocation, found_sizes)
+        renamed = {saved_names.get(name, name): weight for name, weight in weights.items()}
+        as_saved = found if renamed == weights else fingerprint(renamed)
+        check_fingerprint(config.record.base_fingerprint, as_saved, config.check_base)
+        entries = {name: sizes.entries for name, sizes in config.record.allocation.items()}
+        return Plan(entries, found, parameters)
+    if not names:
+        return Plan({}, found, parameters)  # PEFT says which targets were not found
+    biases = sum(bias_count(base) for base in bases.values())
+    return Plan(allocate_entries(shapes, biases, config, parameters), found, parameters)
+
+
+def allocate_entries(
+    shapes: Mapping[str, LayerShape],
+    biases: int,
+    config: FPSConfig,
+    base_parameters: int,
+    *,
+    absent: Collection[str] = (),
+) -> dict[str, int]:
+    """Return the number of entries of each module, by path, as the config's budget or K says.
+
+    Args:
+        shapes: of the weights that are trained, by module path.
+        biases: number of elements of all biases of the modules that are trained, norms included; none of them counts
+            with `bias="none"`.
+        config: of the adapter.
+        base_parameters: of the base model without its head.
+        absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.
+
+    Raises:
+        ValueError: the budget does not fit.
+    """
+    biases = 0 if config.bias == "none" else biases
+    patterns = {
+        pattern: value
+        for pattern, value in config.budget_pattern.items()
+        if any(matches(pattern, name) for name in shapes) or not any(matches(pattern, name) for name in absent)
+    }
+    allocation = allocate(
+        shapes,
+        biases=biases,
+        base_parameters=base_parameters,
+        budget=config.budget,
+        per_neuron=config.per_neuron,
+        budget_pattern=patterns,
+    )
+    entries = sum(allocation.entries.values())
+    check_granularity(config.granularity, shapes, entries, biases=biases, base_parameters=base_parameters)
+    return allocation.entries
+
+
+def bias_count(base: Any) -> int:
+    """Return the number of elements of a base layer's bias, 0 if it has none."""
+    bias = getattr(base, "bias", None)
+    return 0 if bias is None else bias.numel()
+
+
+def take_targets_from_record(config: FPSConfig, record: AdapterRecord) -> None:
+    """Let the config target the modules of its record, if it leaves the targets to the model."""
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
+    if config.target_modules is None or shorthand:
+        config.target_modules = set(record.allocation)
+
+
+def check_task(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
+
+    PEFT finds that out when the adapter is in the model already.
+    """
+    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    needed = "prepare_inputs_for_generation" if generates else "config"
+    if config.task_type is not None and not hasattr(model, needed):
+        raise ValueError(
+            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
+            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
+        )
+
+
+def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if a name in `target_modules` is a parameter's, which PEFT would pass over silently."""
+    wanted = config.target_modules
+    if not isinstance(wanted, (list, set)) or wanted == config.filled_in.target_modules:
+        return
+    modules = dict(named_base_modules(model))
+    ends = {f".{target}" for target in wanted if not any(f".{name}".endswith(f".{target}") for name in modules)}
+    for name, _ in base_parameters(model) if ends else ():
+        owner, _, own = name.rpartition(".")
+        if owner in modules and f".{name}".endswith(tuple(ends)):
+            module = modules[owner]
+            advice = f"Name the module, {owner}." if layer_class(module) else remedy(module)
+            raise ValueError(
+                f"{name}, named in target_modules, is the parameter {own} of a {type(module).__name__}, expected the "
+                f"name of a module. {advice}"
+            )
+
+
+def _sizes(shape: LayerShape | None, base: Any) -> tuple[int, int]:
+    """Return a module's neurons and inputs as a saved config holds them; a norm, which has no shape, has 0 inputs."""
+    return (bias_count(base), 0) if shape is None else (shape.neurons, shape.inputs)
+
+
+def _check_allocation(allocation: Allocation, sizes_of: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError unless a saved allocation describes exactly these modules, given by neurons and inputs."""
+    advice = (
+        "The config was made for another model; load it onto that one, or start afresh from an FPSConfig without "
+        "a record."
+    )
+    for name, sizes in allocation.items():
+        if name not in sizes_of:
+            raise ValueError(f"{name}: named in the adapter's config, but the model has no such target. {advice}")
+        found = sizes_of[name]
+        if found != (sizes.neurons, sizes.inputs):
+            raise ValueError(
+                f"{name}: found {found[0]} neurons with {found[1]} inputs, expected {sizes.neurons} with "
+                f"{sizes.inputs} as in the adapter's config. {advice}"
+            )
+
+
+def fingerprint_of(model: nn.Module, names: Iterable[str]) -> dict[str, str] | None:
+    """Return the fingerprint of the base model's weights at `names`; None where they are not at hand as a whole."""
+    weights = {name: _base_weight(model, name) for name in names}
+    sharded = any(is_sharded(parameter) for _, parameter in base_parameters(model))
+    return None if sharded else fingerprint(weights)
+
+
+def _base_weight(model: nn.Module, name: str) -> BaseWeight:
+    """How to read a module's weight without what is merged into it; a quantised one is dequantised only then."""
+    layer: Any = model.get_submodule(name)
+    base = layer
+    if isinstance(layer, FPSLayer):
+        records = [layer.merge_records[adapter] for adapter in reversed(layer.merged_adapters)]
+        base = unmerged_copy(layer.base_layer, records) if records else layer.base_layer
+    return base_weight(base)

@@ -1,0 +1,113 @@
+"""What PEFT saves of an adapter: its tensors as they are on disk, and the record of them in the config."""
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from peft_fps.base.buffers import buffer_digests
+from peft_fps.base.compiled import plain_name
+from peft_fps.base.sharded import is_sharded
+from peft_fps.card import SavedAdapter
+from peft_fps.checkpoint import TENSORS, encode, no_entries, tensors_digest
+from peft_fps.checkpoint.expected_contents import FSDP_PREFIX, whole_keys
+from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.config import FPSConfig
+from peft_fps.layers.adapter_state import AdapterState
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import base_model, fps_layers
+from peft_fps.layers.norm import Norm
+from peft_fps.lifecycle.plan import fingerprint_of
+from peft_fps.selection.module_sizes import ModuleSizes
+from peft_fps.sparse import StructureError, check_entries
+
+
+def saved_state(
+    model: nn.Module, config: FPSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors as they are on disk, and hand the record of them to its config.
+
+    The config's `save_pretrained`, which PEFT calls next, writes the record.
+
+    Args:
+        model: has the adapter.
+        config: of the adapter; gets the record.
+        adapter_name: name of the adapter.
+        state_dict: of the model, or the full one that was gathered from a sharded model.
+
+    Returns:
+        The sparse tensors by their keys in the model, which hold the adapter's name.
+
+    Raises:
+        ValueError: the adapter's tensors are not valid. Nothing is written then.
+    """
+    result: dict[str, Tensor] = {}
+    allocation: dict[str, ModuleSizes] = {}
+    state = AdapterState()
+    for full_name, layer in fps_layers(model).items():
+        if not layer.carries(adapter_name):
+            continue
+        keys = {name: f"{full_name.removeprefix(FSDP_PREFIX)}.{name}.{adapter_name}" for name in TENSORS}
+        tensors = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if isinstance(layer, Norm):
+            tensors |= no_entries(tensors["fps_bias"])
+        _check_tensors(layer, adapter_name, tensors)
+        state = layer.fps_state[adapter_name]
+        sizes = allocation[layer.module_path] = layer.sizes(adapter_name)
+        result |= {keys[name]: encode(name, tensor, sizes.inputs) for name, tensor in tensors.items()}
+    _warn_of_changed_buffers(model, adapter_name, state)
+    record = AdapterRecord(
+        allocation=allocation,
+        calibration=state.calibration,
+        # that of all targets was taken when the adapter was added
+        base_fingerprint=(
+            fingerprint_of(base_model(model), allocation) if state.unreached else state.base_fingerprint
+        ),
+        whole_tensors=tuple(sorted(whole_keys(model, adapter_name))),
+        tensors_sha256=tensors_digest(
+            {plain_name(key.removesuffix(f".{adapter_name}")): tensor for key, tensor in result.items()}
+        ),
+    )
+    # several adapters may share one config object, so each hands over its own record just before it is saved
+    config.to_save = SavedAdapter(record, state.base_parameters, state.evaluation)
+    return result
+
+
+def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: AdapterState) -> None:
+    """Warn of buffers of the base model that are no longer what they were when the adapter was added."""
+    now = buffer_digests(base_model(model))
+    changed = [name for name, digest in state.buffers.items() if now.get(name, digest) != digest]
+    if changed:
+        owner = changed[0].rpartition(".")[0]
+        warnings.warn(
+            f"{', '.join(changed)}: buffers of the base model have changed since adapter {adapter_name!r} was added, "
+            "and are not saved with it, so that a reloaded model will compute something else. Train their modules "
+            f"whole, with modules_to_save=[{owner!r}] for instance, or keep them in evaluation mode.",
+            stacklevel=2,
+        )
+
+
+def _check_tensors(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a layer's tensors are valid.
+
+    Args:
+        layer: has the adapter.
+        adapter_name: name of the adapter.
+        tensors: of the state dict, by name. Only those of a sharded layer are checked here; of other layers, the
+            tensors in the layer itself.
+    """
+    if not any(is_sharded(parameter) for parameter in layer.adapter_parameters(adapter_name)):
+        layer.check_tensors(adapter_name)
+        return
+    where = f"{layer.module_path}: adapter {adapter_name!r}"
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"{where} has its tensors sharded between processes (DTensors), expected whole ones to save. Gather a "
+            "full state dict (accelerator.get_state_dict does) and pass it as state_dict=. Nothing was changed."
+        )
+    values, columns, counts = (tensors[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))
+    try:
+        sizes = layer.sizes(adapter_name)
+        check_entries(columns, counts, sizes.neurons, sizes.inputs, values)
+    except StructureError as error:
+        raise ValueError(f"{where}: {error}. Its tensors are damaged; nothing was saved.") from error

@@ -1,0 +1,57 @@
+"""Modules that data does not reach: an adapter holds nothing there, and their budget goes to the others."""
+
+import warnings
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import base_model, entry_layers, target_layers
+from peft_fps.lifecycle.plan import allocate_entries, bias_count
+from peft_fps.targets.default_targets import count_base_parameters
+
+
+def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[str]) -> dict[str, int]:
+    """Return the number of entries of each module that data has reached, by path; norms have none.
+
+    Where these are the modules that the adapter has entries in, they keep their numbers; else the budget is allocated
+    anew, as if the adapter had been made for them alone.
+
+    Raises:
+        ValueError: no module was reached, or the budget does not fit those that were.
+    """
+    config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
+    if not reached:
+        raise ValueError(
+            f"{next(iter(layers))}: neither it nor any other of the {len(layers)} modules of adapter {adapter_name!r} "
+            "was reached during calibration, expected data that the model calls targeted modules with. Check the "
+            "data, and that the model calls these modules. Nothing was changed."
+        )
+    trained = {path: layer for path, layer in layers.items() if path in reached}
+    if all(layer.carries(adapter_name) == (path in reached) for path, layer in layers.items()):
+        return {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(trained).items()}
+    shapes = {path: layer.shape for path, layer in entry_layers(trained).items()}
+    biases = sum(bias_count(layer.base_layer) for layer in trained.values())
+    parameters = count_base_parameters(base_model(model))
+    return allocate_entries(shapes, biases, config, parameters, absent=layers.keys() - trained.keys())
+
+
+def warn_of_unreached(
+    unreached: Collection[str], layers: Mapping[str, FPSLayer], config: FPSConfig, found: str
+) -> None:
+    """Name the modules that will not be trained, and say what becomes of their budget.
+
+    Args:
+        unreached: their paths.
+        layers: all that the adapter targets.
+        config: of the adapter.
+        found: what calibration found of them.
+    """
+    rest = "Their part of the budget goes to the others" if config.per_neuron is None else "The others keep per_neuron"
+    warnings.warn(
+        f"{len(unreached)} of {len(layers)} modules {found} during calibration and will not be trained: "
+        f"{', '.join(unreached)}. {rest}.",
+        stacklevel=3,
+    )

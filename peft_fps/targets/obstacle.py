@@ -1,0 +1,87 @@
+"""What is said of modules and weights that cannot carry a sparse change."""
+
+from typing import Any
+
+from torch import nn
+
+from peft_fps.base.quantisation import SUPPORTED, quantisation
+from peft_fps.base.substitution import follows_its_weight, overrides_forward
+
+
+def remedy(module: nn.Module) -> str:
+    """Return what to do about a targeted module of an unsupported kind."""
+    if isinstance(module, nn.Embedding):
+        return "Train an embedding whole with modules_to_save, or leave it out of target_modules."
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "Its projections are one tensor that it reads without calling a layer. Leave it out of target_modules, or "
+            "use an implementation with linear layers for query, key and value."
+        )
+    if hasattr(module, "qweight") or "quant" in type(module).__name__.lower():
+        return f"Of quantised weights, those of {SUPPORTED} are supported. Load the base model so, or unquantised."
+    stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+    if stacked:
+        return (
+            f"Its tensors {', '.join(stacked)} hold the weights of many experts each, which FPS cannot adapt. Leave "
+            "it out of target_modules."
+        )
+    return "Leave it out of target_modules, or train it whole with modules_to_save."
+
+
+def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str | None:
+    """Return what about a layer of a supported kind keeps it from a sparse change, None if nothing does.
+
+    Args:
+        module: the layer.
+        own: the parameter that the change is added to.
+        certain: name a forward of its own too that cannot be tried.
+    """
+    if quantisation(module) is not None:
+        return None
+    if own not in module._parameters:
+        return (
+            f"its {own} is computed from other tensors (a parametrization), expected a parameter that a merge can "
+            "write to"
+        )
+    if not overrides_forward(module):
+        return None
+    if _is_offloaded(module):
+        return "it has a forward of its own and is offloaded by accelerate, expected its weight at hand"
+    if module.weight.device.type == "meta":
+        return None
+    follows = follows_its_weight(module)
+    if follows is None and certain:
+        return f"the forward of {type(module).__name__} fails on an input alone, so that it cannot be tried"
+    if follows is False:
+        return (
+            f"the forward of {type(module).__name__} does not follow its {own} (it may keep a copy made before), "
+            "expected one that computes with the changed weight"
+        )
+    return None
+
+
+def _is_offloaded(module: Any) -> bool:
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def check_weight(name: str, module: Any, dimensions: int) -> None:
+    """Raise ValueError unless a layer's weight is whole, floating and not empty.
+
+    Args:
+        name: module path of the layer.
+        module: the layer, whose weight is not quantised in a supported way.
+        dimensions: the least that the weight must have.
+    """
+    weight = module.weight
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{name}.weight is partitioned by DeepSpeed's ZeRO stage 3 (shape {tuple(weight.shape)}, whole "
+            f"{tuple(getattr(weight, 'ds_shape', ()))}), expected a whole weight to select entries of. Use "
+            "stage 1 or 2, which leave parameters whole."
+        )
+    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() < dimensions:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}, "
+            f"expected a floating weight, dense or quantised by {SUPPORTED}. Load the base model unquantised, or "
+            "quantised by one of these."
+        )

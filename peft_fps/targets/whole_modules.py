@@ -1,0 +1,136 @@
+"""Modules that an adapter trains whole and saves (`modules_to_save`): which, and PEFT's wrappers around just these."""
+
+import copy
+import warnings
+from typing import Any
+
+from peft import TaskType
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from peft_fps.base.head import LISTS, all_names, find_head, named_outside
+from peft_fps.config import FPSConfig
+from peft_fps.targets.whole_checks import check_trainable_whole, remedy_for
+
+
+NAMED_BY_PEFT = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+
+
+def trained_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
+    """Return the modules of the head that are trained whole by default; None if there are none."""
+    return find_head(model).modules or None
+
+
+def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
+    """Return the config's `modules_to_save`; where PEFT wrote them for the task, with the rest of the head.
+
+    Only that of which PEFT, which looks for ends of names, would not take other modules for it.
+    """
+    names = config.modules_to_save
+    if config.record is not None or not names or names != NAMED_BY_PEFT.get(config.task_type):  # type: ignore[call-overload]
+        return names
+    modules = [name for name, _ in named_outside(model)]
+    head = find_head(model).modules
+    rest = [name for name in head if not _inside(name, [found for found in modules if found.endswith(tuple(names))])]
+    return names + [name for name in rest if not any(m.endswith(name) and m not in head for m in modules)]
+
+
+def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
+    """Return the full names of the modules that `modules_to_save` names, the names of a shared module all together.
+
+    A name of the model's head means that module. Others mean every module whose path ends so, behind a dot; of a saved
+    adapter, those that it has tensors of. Lists of modules stand for their members.
+
+    Raises:
+        ValueError: a name is no module's, or is that of a module that cannot be trained whole.
+    """
+    modules = dict(named_outside(model))
+    names = list(config.modules_to_save or ())
+    saved = [] if config.record is None else list(config.record.whole_tensors or ())
+    head = [] if saved else find_head(model).modules
+    exact = [name for name in names if name in modules and (_holds(name, saved) if saved else name in head)]
+    others = [key for key in saved if not _inside(key, exact)]
+    found = list(exact)
+    for name in names:
+        ends = [path for path in modules if f".{path}".endswith(f".{name}")]
+        if not ends and name not in NAMED_BY_PEFT.get(config.task_type, ()):  # type: ignore[call-overload]
+            raise ValueError(
+                f"modules_to_save names {name!r}, expected the path, or the end of the path behind a dot, of a module "
+                f"of the {type(model).__name__}. {remedy_for(config)}"
+            )
+        kept = [path for path in ends if _holds(path, others)]
+        found += kept if kept or name in exact else ends
+    for path in found:
+        if outer := next((other for other in found if path.startswith(f"{other}.")), None):
+            raise ValueError(
+                f"{path} and {outer}, in which it lies, are both to be trained whole (modules_to_save="
+                f"{config.modules_to_save}), expected one of them. {remedy_for(config)}"
+            )
+    while lists := [name for name in found if isinstance(modules[name], LISTS)]:
+        members = [f"{name}.{key}" for name in lists for key, _ in modules[name].named_children()]
+        found = [name for name in found if name not in lists] + members
+    named = all_names(model, found)
+    for path in named:
+        check_trainable_whole(model, path, config)
+    return named
+
+
+def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:
+    """Warn of what of a new head is neither adapted nor trained whole, unless `modules_to_save` is `[]`."""
+    if config.record is not None or config.modules_to_save == []:
+        return
+    head = find_head(model)
+    frozen = [name for name in head.modules if not _inside(name, whole) and not _holds(name, adapted + whole)]
+    if frozen:
+        warnings.warn(
+            f"{_listed(frozen)}: part of the model's output head, which modules_to_save={config.modules_to_save} does "
+            "not name. It stays as it is, random if it is new. Train it with modules_to_save="
+            f"{[*(config.modules_to_save or []), *frozen]}.",
+            stacklevel=2,
+        )
+    if head.parameters:
+        warnings.warn(
+            f"{_listed(head.parameters)}: parameters of the model's output head that no layer holds, which "
+            "modules_to_save cannot train, and an adapter file does not keep. They stay as they are, random if they "
+            "are new. Load a model that has them trained, or move them into a module of their own.",
+            stacklevel=2,
+        )
+
+
+def wrap_whole(model: nn.Module, names: list[str], adapter_name: str, *, inference_mode: bool, activate: bool) -> None:
+    """Give these modules copies for the adapter, as PEFT does by ends of names; what they share, the copies share."""
+    originals: dict[str, nn.Module] = {}
+    wrappers: dict[str, Any] = {}
+    for name in names:
+        parent_name, _, own = name.rpartition(".")
+        wrapper = model.get_submodule(name)
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper.update(adapter_name)
+            wrapper.set_adapter(wrapper.active_adapter, inference_mode=inference_mode)
+        else:
+            wrapper = ModulesToSaveWrapper(wrapper, adapter_name)
+            wrapper.set_adapter([adapter_name] if activate else [], inference_mode=inference_mode)
+            setattr(model.get_submodule(parent_name), own, wrapper)
+        wrappers[name], originals[name] = wrapper, wrapper.original_module
+    held = [id(p) for module in {id(m): m for m in originals.values()}.values() for p in module.parameters()]
+    if len(set(held)) < len(held) or len({id(module) for module in originals.values()}) < len(originals):
+        copies = copy.deepcopy(originals)
+        for name, wrapper in wrappers.items():
+            trained = next(wrapper.modules_to_save[adapter_name].parameters()).requires_grad
+            wrapper.modules_to_save[adapter_name] = copies[name].requires_grad_(trained)
+
+
+def _inside(name: str, modules: list[str]) -> bool:
+    return name in modules or name.startswith(tuple(f"{module}." for module in modules))
+
+
+def _holds(name: str, modules: list[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for module in modules)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,685 @@
+"""Wrapped layers compute what a plain layer with W + ΔW and b + Δb computes, wherever they are put."""
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_fps.layers.layer_types import layer_class
+from tests.helpers import (
+    adapted,
+    base_bytes,
+    config,
+    dense_change,
+    dense_reference,
+    fill,
+    image_batches,
+    images,
+    layers_of,
+    normal,
+    tiny_bert,
+    tiny_conv,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mlp,
+    tiny_vit,
+    tokens,
+)
+
+
+class Single(nn.Module):
+    """One layer in a model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def single(layer: nn.Module) -> Single:
+    """With weights and biases of a common size, the same at every call."""
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed))
+    return Single(layer).eval()
+
+
+def reference(model: Any, *adapters: str) -> nn.Module:
+    """A plain model with the changes of the adapters (the default one if none is named)."""
+    base = copy.deepcopy(model).unload()
+    return dense_reference(base, model, list(adapters) or ["default"])
+
+
+def logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output
+
+
+def assert_like_reference(model: Any, *inputs: Tensor, adapters: tuple[str, ...] = ()) -> None:
+    """The same output, and the same gradient of the input where it takes one."""
+    plain = reference(model, *adapters)
+    ours = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    theirs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    result, expected = logits(model(*ours)), logits(plain(*theirs))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    if not any(x.requires_grad for x in ours):
+        return
+    grad = normal(*expected.shape, seed=8).to(expected.dtype)
+    result.backward(grad)
+    expected.backward(grad)
+    for one, other in zip(ours, theirs, strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+def assert_adapter_gradients(model: Any, x: Tensor) -> None:
+    """Gradients of values and bias deltas are those of the dense weight at the selected entries."""
+    plain = reference(model).double()
+    for parameter in plain.parameters():
+        parameter.requires_grad_()
+    grad = normal(*logits(plain(x.double())).shape, seed=8)
+    logits(plain(x.double())).backward(grad.double())
+    model.zero_grad()
+    logits(model(x)).backward(grad.to(x.dtype))
+    for path, layer in layers_of(model).items():
+        module = plain.get_submodule(path)
+        at_entries = module.weight.grad[dense_change(layer) != 0]
+        if isinstance(module, Conv1D):
+            at_entries = module.weight.grad.t()[dense_change(layer).t() != 0]
+        torch.testing.assert_close(layer.fps_values["default"].grad.double(), at_entries, rtol=1e-4, atol=1e-5)
+        if "default" in layer.fps_bias:
+            torch.testing.assert_close(layer.fps_bias["default"].grad.double(), module.bias.grad, rtol=1e-4, atol=1e-5)
+
+
+def conv(*args: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(*args, **options)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = (
+    {
+        "linear": (lambda: nn.Linear(6, 5), (3, 6)),
+        "linear-no-bias": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
+        "linear-1d": (lambda: nn.Linear(6, 5), (6,)),
+        "linear-3d": (lambda: nn.Linear(6, 5), (2, 3, 6)),
+        "linear-4d": (lambda: nn.Linear(6, 5), (2, 4, 3, 6)),
+        "conv1d": (lambda: Conv1D(5, 6), (2, 3, 6)),
+        "conv1d-2d": (lambda: Conv1D(5, 6), (3, 6)),
+        "conv": (conv(4, 6, 3), (2, 4, 7, 6)),
+        "conv-no-bias": (conv(4, 6, 3, bias=False), (2, 4, 7, 6)),
+        "conv-image": (conv(4, 6, 3), (4, 7, 6)),
+        "conv-stride": (conv(4, 6, (3, 2), stride=(2, 3), padding=(2, 1)), (2, 4, 7, 6)),
+        "conv-groups": (conv(4, 6, 3, groups=2, padding=1), (2, 4, 7, 6)),
+        "conv-depthwise": (conv(4, 8, 3, groups=4), (2, 4, 7, 6)),
+        "conv-dilation": (conv(4, 6, 2, dilation=(2, 3)), (2, 4, 7, 6)),
+        "conv-same": (conv(4, 6, 3, padding="same", dilation=2), (2, 4, 7, 6)),
+        "conv-same-even": (conv(4, 6, (2, 4), padding="same"), (2, 4, 7, 6)),
+        "conv-valid": (conv(4, 6, 3, padding="valid"), (2, 4, 7, 6)),
+    }
+    | {
+        f"conv-{mode}": (conv(4, 6, 3, padding=(1, 2), padding_mode=mode, stride=2), (2, 4, 7, 6))
+        for mode in ("reflect", "replicate", "circular")
+    }
+    | {"conv-circular-same": (conv(4, 6, (2, 3), padding="same", padding_mode="circular"), (2, 4, 7, 6))}
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@pytest.fixture(params=list(LAYERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def wrapped(kind: str, **options: Any) -> tuple[Any, Tensor]:
+    build, shape = LAYERS[kind]
+    options.setdefault("target_modules", ["layer"])
+    options.setdefault("per_neuron", 3)
+    return adapted(single(build()), **options), normal(*shape, seed=5)
+
+
+# --- the product ----------------------------------------------------------------------------------------------------
+
+
+def test_forward_and_backward_equal_those_of_a_dense_layer(kind: str):
+    model, x = wrapped(kind)
+    assert_like_reference(model, x)
+
+
+def test_gradients_of_values_and_bias_deltas(kind: str):
+    model, x = wrapped(kind)
+    assert_adapter_gradients(model, x)
+    base = layers_of(model)["layer"].base_layer
+    assert base.weight.grad is None
+    assert not base.weight.requires_grad
+
+
+def test_features_as_peft_expects_them():
+    for kind, expected in (("linear", (6, 5)), ("conv1d", (6, 5)), ("conv", (4, 6))):
+        layer = layers_of(wrapped(kind)[0])["layer"]
+        assert (layer.in_features, layer.out_features) == expected
+
+
+def test_a_base_layer_with_something_of_its_own(kind: str):
+    """Hooks make the base layer run as it is; its result is scaled by one of them."""
+    model, x = wrapped(kind)
+    expected = reference(model)(x) + reference(model).layer.forward(x) * 0
+    base_output = copy.deepcopy(model).unload()(x)
+    layer = layers_of(model)["layer"]
+    layer.base_layer.register_forward_hook(lambda module, args, output: 3 * output)
+    torch.testing.assert_close(model(x), expected + 2 * base_output, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_beside_a_base_layer_with_hooks(kind: str):
+    model, x = wrapped(kind)
+    layers_of(model)["layer"].base_layer.register_forward_pre_hook(lambda module, args: None)
+    assert_adapter_gradients(model, x)
+    assert_like_reference(model, x)
+
+
+@given(st.sampled_from(["linear", "conv1d", "conv-groups"]), st.integers(0, 80), st.sampled_from(["none", "all"]))
+def test_any_number_of_entries(kind: str, k: int, bias: str):
+    if k == 0 and bias == "none":
+        return
+    model, x = wrapped(kind, per_neuron=k, bias=bias, granularity="layer")
+    assert_like_reference(model, x)
+
+
+def test_bias_deltas():
+    model, x = wrapped("linear", per_neuron=0)
+    base = copy.deepcopy(model).unload()
+    delta = layers_of(model)["layer"].fps_bias["default"]
+    assert delta.shape == (5,)
+    torch.testing.assert_close(model(x), base(x) + delta)
+    for kind in ("linear-no-bias", "conv-no-bias"):
+        assert not layers_of(wrapped(kind)[0])["layer"].fps_bias
+    assert not layers_of(wrapped("linear", bias="none")[0])["layer"].fps_bias
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (tiny_vit, images()),
+        (tiny_conv, images()),
+        (tiny_gpt2, tokens()),
+        (tiny_bert, tokens()),
+        (tiny_llama, tokens()),
+    ],
+    ids=["vit", "conv", "gpt2", "bert", "llama"],
+)
+def test_whole_models(build: Callable[[], nn.Module], inputs: Tensor):
+    model = adapted(build(), modules_to_save=[])
+    assert_like_reference(model, inputs)
+    x = inputs
+    base = build()
+    expected = logits(dense_reference(base, model, ["default"])(x))
+    torch.testing.assert_close(logits(model(x)), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(base(x)), atol=1e-3)
+
+
+# --- several adapters -----------------------------------------------------------------------------------------------
+
+
+def with_three(build: Callable[[], nn.Module] = tiny_mlp) -> Any:
+    """Overlapping adapters, one of them on a part of the modules and without biases."""
+    model = adapted(build(), "a", per_neuron=4, modules_to_save=[])
+    model.add_adapter("b", config(per_neuron=6, modules_to_save=[]))
+    part = ["first"] if build is tiny_mlp else ["grouped"]
+    model.add_adapter("c", config(per_neuron=3, bias="none", target_modules=part, importance="random"))
+    for seed, name in enumerate("abc"):
+        fill(model, name, seed=seed)
+    return model.eval()
+
+
+def activate(model: Any, *names: str) -> None:
+    model.base_model.set_adapter(list(names))
+
+
+@pytest.mark.parametrize("names", [("a",), ("b",), ("c",), ("a", "b"), ("b", "c", "a"), ("c", "a")], ids="+".join)
+def test_active_adapters_are_summed(names: tuple[str, ...]):
+    model = with_three()
+    activate(model, *names)
+    assert_like_reference(model, normal(3, 10), adapters=names)
+
+
+def test_gradients_of_summed_adapters():
+    model, x = with_three(), normal(3, 10)
+    activate(model, "a", "b")
+    model(x).square().sum().backward()
+    plain = reference(model, "a", "b")
+    for parameter in plain.parameters():
+        parameter.requires_grad_()
+    plain(x).square().sum().backward()
+    for path, layer in layers_of(model).items():
+        for name in ("a", "b"):
+            expected = plain.get_submodule(path).weight.grad[dense_change(layer, name) != 0]
+            torch.testing.assert_close(layer.fps_values[name].grad, expected, rtol=1e-4, atol=1e-5)
+    assert layers_of(model)["first"].fps_values["c"].grad is None
+
+
+def test_switching_disabling_and_deleting():
+    model, x = with_three(), normal(3, 10)
+    base = tiny_mlp()(x)
+    expected = {names: reference(model, *names)(x) for names in ("a", "b", "ab")}
+    for names in ("a", "b", "ab", "b", "a"):
+        activate(model, *names)
+        torch.testing.assert_close(model(x), expected[names], rtol=1e-5, atol=1e-5)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+    activate(model, "a", "b")
+    model.delete_adapter("b")
+    torch.testing.assert_close(model(x), expected["a"], rtol=1e-5, atol=1e-5)
+    assert set(layers_of(model)["first"].fps_values) == {"a", "c"}
+    assert not [name for name, _ in model.named_parameters() if name.endswith(".b")]
+    assert not [name for name, _ in model.named_buffers() if name.endswith(".b")]
+
+
+def test_new_values_of_summed_adapters_are_seen_at_once():
+    model, x = with_three(), normal(3, 10)
+    activate(model, "a", "b")
+    for seed in (5, 6):
+        fill(model, "b", seed=seed)
+        torch.testing.assert_close(model(x), reference(model, "a", "b")(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_training_after_evaluation_in_inference_mode(names: tuple[str, ...], hooked: bool):
+    model, x = with_three(tiny_conv), images()
+    if hooked:
+        for layer in layers_of(model).values():
+            layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+    activate(model, *names)
+    with torch.inference_mode():
+        before = model(x)
+    after = model.train()(x)
+    after.sum().backward()
+    torch.testing.assert_close(after, before)
+
+
+def test_a_model_that_is_built_in_inference_mode():
+    expected = adapted(tiny_mlp())(normal(3, 10))
+    with torch.inference_mode():
+        # few tokens and no gradients: ΔW is multiplied beside W, which rounds in another order
+        torch.testing.assert_close(adapted(tiny_mlp())(normal(3, 10)), expected)
+
+
+def test_values_of_both_adapters_at_one_entry_are_added():
+    model = adapted(single(nn.Linear(2, 1, bias=False)), "a", target_modules=["layer"], per_neuron=2)
+    model.add_adapter("b", config(per_neuron=2, target_modules=["layer"]))
+    layer = layers_of(model)["layer"]
+    layer.fps_values["a"].data = torch.tensor([1.0, 10.0])
+    layer.fps_values["b"].data = torch.tensor([100.0, 1000.0])
+    activate(model, "a", "b")
+    base = layer.base_layer.weight[0]
+    assert model(torch.eye(2))[:, 0].tolist() == [float(base[0] + 101), float(base[1] + 1010)]
+
+
+# --- frozen bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [tiny_mlp, tiny_conv], ids=["mlp", "conv"])
+def test_base_weights_never_change(build: Callable[[], nn.Module]):
+    model = with_three(build) if build is tiny_mlp else adapted(build())
+    x = normal(3, 10) if build is tiny_mlp else images()
+    before = base_bytes(model)
+    names = list(model.peft_config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for training in (True, False):
+        model.train(training)
+        for name in names:
+            model.set_adapter(name)
+            model(x).sum().backward()
+            optimizer.step()
+            with model.disable_adapter():
+                model(x)
+    activate(model, *names)
+    model(x)
+    assert base_bytes(model) == before
+    assert all(not layer.base_layer.weight.requires_grad for layer in layers_of(model).values())
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv-groups", "linear-4d"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_autocast(kind: str, hooked: bool):
+    model, x = wrapped(kind)
+    layer = layers_of(model)["layer"]
+    if hooked:
+        layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+    expected = reference(model)(x)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.2)
+    result.float().square().sum().backward()
+    got = layer.fps_values["default"].grad.clone(), layer.fps_bias["default"].grad.clone(), x.grad.clone()
+    model.zero_grad()
+    x.grad = None
+    model(x).square().sum().backward()
+    for half, full in zip(
+        got, (layer.fps_values["default"].grad, layer.fps_bias["default"].grad, x.grad), strict=True
+    ):
+        assert half.dtype == torch.float32
+        assert float((half - full).norm() / full.norm()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_half_models_keep_float32_changes(kind: str, dtype: torch.dtype, hooked: bool):
+    build, shape = LAYERS[kind]
+    model = adapted(single(build()).to(dtype), target_modules=["layer"])
+    layer = layers_of(model)["layer"]
+    if hooked:
+        layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+    x = normal(*shape, seed=5).to(dtype)
+    plain = dense_reference(copy.deepcopy(model).unload().float(), model, ["default"])
+    result = model(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), plain(x.float()), rtol=0.05, atol=0.1)
+    result.sum().backward()
+    assert layer.fps_values["default"].dtype == layer.fps_values["default"].grad.dtype == torch.float32
+    assert layer.fps_columns["default"].dtype == torch.int32
+
+
+def test_double_precision_models():
+    model = adapted(tiny_mlp().double())
+    x = normal(3, 10, dtype=torch.float64)
+    torch.testing.assert_close(model(x), reference(model)(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients():
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = adapted(tiny_vit())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(**image_batches(1)[0]).logits.square().sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert set(plain) == set(checkpointed)
+    assert sum("fps_values" in name for name in plain) == 13
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad)
+
+
+def test_channels_last():
+    model, x = adapted(tiny_conv()), images()
+    expected = reference(model)(x)
+    model.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    stem = layers_of(model)["stem"].base_layer
+    assert stem.weight.is_contiguous(memory_format=torch.channels_last)
+    before = base_bytes(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model(x).sum().backward()
+    assert base_bytes(model) == before
+    assert stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- what else may be done to a base layer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["forward", "pre", "backward", "backward-pre"])
+@pytest.mark.parametrize("kind", ["linear", "linear-4d", "conv1d", "conv", "conv-image"])
+def test_hooks_of_base_layers_run(kind: str, hook: str):
+    model, x = wrapped(kind)
+    base, ran = layers_of(model)["layer"].base_layer, []
+    register = {
+        "forward": base.register_forward_hook,
+        "pre": base.register_forward_pre_hook,
+        "backward": base.register_full_backward_hook,
+        "backward-pre": base.register_full_backward_pre_hook,
+    }[hook]
+    register(lambda module, *tensors: ran.append(module))
+    expected = reference(model)(x)
+    ran.clear()
+    result = model(x.clone().requires_grad_())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    result.sum().backward()
+    assert ran == [base]
+
+
+@pytest.mark.parametrize("way", ["method", "closure", "accelerate"])
+def test_a_forward_put_over_the_base_layers_own(way: str):
+    model, x = wrapped("linear")
+    base, ran = layers_of(model)["layer"].base_layer, []
+    expected = reference(model)(x)
+    original = base.forward
+
+    def replaced(*args: Any) -> Tensor:
+        ran.append(way)
+        return original(args[-1])
+
+    class Noting(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            ran.append(way)
+            return args, kwargs
+
+    if way == "accelerate":
+        add_hook_to_module(base, Noting())
+    else:
+        base.forward = MethodType(replaced, base) if way == "method" else replaced
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert ran == [way]
+
+
+def test_hooks_of_the_wrapped_layer_run():
+    model, x = wrapped("linear")
+    layer, ran = layers_of(model)["layer"], []
+    layer.register_forward_hook(lambda module, args, output: ran.append(module))
+    model(x)
+    assert ran == [layer]
+
+
+# --- copies, compilation, threads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "bias"), [(tiny_mlp, "all"), (tiny_vit, "all"), (tiny_vit, "with_norms")], ids=["mlp", "vit", "norms"]
+)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch-save"])
+def test_copies_are_independent(build: Callable[[], nn.Module], bias: str, way: str):
+    model = adapted(build(), bias=bias)
+    x = normal(3, 10) if build is tiny_mlp else images()
+    expected = logits(model(x))
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        twin = torch.load(stream, weights_only=False)
+    assert torch.equal(logits(twin(x)), expected)
+    fill(twin, seed=9)
+    before = base_bytes(model)
+    twin.merge_adapter()
+    assert torch.equal(logits(model(x)), expected)
+    assert base_bytes(model) == before
+    twin.unmerge_adapter()
+    assert base_bytes(twin) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
+def test_compiled_models_compute_the_same(names: tuple[str, ...]):
+    model, x = with_three(), normal(3, 10)
+    activate(model, *names)
+    expected = model(x)
+    expected.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    result = compiled(x)
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+    fill(model, "a", seed=5)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+def test_a_whole_transformer_compiles_without_a_graph_break():
+    model, x = adapted(tiny_vit(), per_neuron=3).train(), images(2)
+    labels = torch.tensor([0, 1])
+    expected = model(pixel_values=x, labels=labels).loss
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(pixel_values=x, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
+def test_forwards_in_two_threads(names: tuple[str, ...]):
+    model = with_three()
+    activate(model, *names)
+    inputs = [normal(50, 10, seed=seed) for seed in range(2)]
+    expected = [copy.deepcopy(model)(x) for x in inputs]
+    before, wrong = base_bytes(model), []
+    start = threading.Barrier(2)
+
+    def run(x: Tensor, wanted: Tensor) -> None:
+        start.wait()
+        wrong.extend(i for i in range(50) if not torch.equal(model(x), wanted))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert base_bytes(model) == before
+
+
+# --- places that need care ------------------------------------------------------------------------------------------
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_fused_path_of_transformer_encoders_shows_the_adapter(gradients: bool):
+    model, x = adapted(encoder(), target_modules=["linear1", "linear2"]), normal(2, 3, 8)
+    plain = dense_reference(encoder(), model, ["default"])
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model(x), encoder()(x), atol=1e-2)
+
+
+def test_by_default_attention_that_is_not_called_is_left_alone():
+    model = adapted(encoder())
+    assert set(layers_of(model)) == {f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)}
+
+
+class Odd(nn.Module):
+    """All that cannot carry an adapter, and something that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fps_embedder = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.embedding = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.volume = nn.Conv3d(1, 1, 1)
+        self.tied = nn.Linear(4, 6, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.good = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.good(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("fps_embedder", "contains 'fps_'.*exclude_modules"),
+        ("attention.out_proj", "out_proj is read by torch.nn.MultiheadAttention without calling it"),
+        ("embedding", "is a Embedding, expected one of Linear, Conv1D, Conv2d"),
+        ("norm", "is a LayerNorm, expected one of"),
+        ("volume", "is a Conv3d, expected one of"),
+        ("tied", "same tensor as embedding.weight"),
+    ],
+)
+def test_what_cannot_carry_an_adapter_is_refused(target: str, message: str):
+    base = Odd()
+    before = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(ValueError, match=rf"{target}.*{message}|{message}"):
+        get_peft_model(base, config(target_modules=[target, "good"]))
+    assert {name: type(module) for name, module in base.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_weight_that_is_computed_from_others_is_refused():
+    base = Single(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="layer"):
+        adapted(base, target_modules=["layer"])
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.first(x))
+
+
+def test_a_module_under_two_names_is_refused():
+    with pytest.raises(ValueError, match="first"):
+        adapted(Shared())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's own remark
+def test_tied_output_embeddings_are_refused():
+    with pytest.raises(ValueError, match="tied weights"):
+        get_peft_model(tiny_gpt2(), config(target_modules=["lm_head"]))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_layers_of_another_method_are_refused():
+    base = get_peft_model(tiny_mlp(), peft.LoraConfig(target_modules=["first"])).base_model.model
+    with pytest.raises(ValueError, match="first already carries an adapter of another method"):
+        get_peft_model(base, config(target_modules=["first"]))
+
+
+def test_layer_class():
+    assert [layer_class(module) is None for module in (nn.Linear(1, 1), Conv1D(1, 1), nn.Conv2d(1, 1, 1))] == [
+        False
+    ] * 3
+    assert layer_class(type("Other", (nn.Linear,), {})(1, 1)) is layer_class(nn.Linear(1, 1))
+    assert layer_class(nn.Embedding(1, 1)) is None
