@@ -1,6 +1,7 @@
 """What a head is, over the classes of transformers' Auto models, against what each class adds to its backbone's."""
 
 import copy
+import gc
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import check_untied, default_targets
 from tests.helpers import config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_models() -> Iterator[None]:
+    """Leaves what was imported, most of transformers, out of the garbage collections of later tests."""
+    yield
+    backbone_parameters.cache_clear()
+    gc.collect()
+    gc.freeze()
 
 
 # --- models: on the meta device, two layers deep, as wide as by default ---------------------------------------------
