@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
 from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.layers.lookup import entry_layers
 from peft_fps.selection.module_sizes import ModuleSizes
 from tests.checkpoint.version_1.encoder import Encoder
 from tests.helpers import layers_of
@@ -148,7 +149,7 @@ def test_a_record_binds_the_sizes_in_every_wrapper() -> None:
         get_peft_model(encoder(), FPSConfig(**content("default"))),
         inject_adapter_in_model(FPSConfig(**content("default")), encoder()),
     ):
-        held = {path: layer.fps_values["default"].numel() for path, layer in layers_of(model).items()}
+        held = {path: layer.sizes("default").entries for path, layer in layers_of(model).items()}
         assert held == sizes
 
 
@@ -199,5 +200,5 @@ def test_a_selection_is_applied() -> None:
     assert report.unreached == ("pooler",)
     assert report.method == "weight magnitude x root mean square of the input over 12 examples, granularity neuron"
     expected = PeftModel.from_pretrained(encoder(), FILES)
-    for path, layer in layers_of(expected).items():
+    for path, layer in entry_layers(layers_of(expected)).items():
         assert torch.equal(layers_of(model)[path].fps_columns["default"], layer.fps_columns["default"])

@@ -15,7 +15,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from peft_fps import FPSConfig, Selection, quantised_layers
+from peft_fps import FPSConfig, Selection
+from peft_fps.layers import quantised_linear
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
 from peft_fps.targets.default_targets import count_base_parameters
@@ -101,7 +102,7 @@ def test_the_sparse_part_is_added_exactly_and_trained(kind: str) -> None:
 def test_no_forward_or_backward_forms_a_dense_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(quantised(kind, plain_bert())).train()
     for name in ("dense_weight", "dense_delta"):
-        monkeypatch.setattr(quantised_layers, name, None)  # a call would raise
+        monkeypatch.setattr(quantised_linear, name, None)  # a call would raise
     model(tokenised(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
     assert model.base_model.model.bert.pooler.dense.fps_values["default"].grad.abs().sum() > 0
 
@@ -229,7 +230,7 @@ def test_one_weight_is_dequantised_at_a_time_and_none_is_kept(monkeypatch: pytes
     """And once only, although rows are scored some at a time."""
     model = get_peft_model(quantised("4bit", plain_bert()), FPSConfig(per_neuron=3, modules_to_save=[]))
     alive: list[weakref.ref[Tensor]] = []
-    read = quantised_layers.dense_weight
+    read = quantised_linear.dense_weight
 
     def watched(base: Any, *args: Any) -> Tensor:
         gc.collect()
@@ -238,7 +239,7 @@ def test_one_weight_is_dequantised_at_a_time_and_none_is_kept(monkeypatch: pytes
         alive.append(weakref.ref(dense))
         return dense
 
-    monkeypatch.setattr(quantised_layers, "dense_weight", watched)
+    monkeypatch.setattr(quantised_linear, "dense_weight", watched)
     monkeypatch.setattr("peft_fps.selection.candidate.SCORED_ELEMENTS", 64 * 10)
     model.calibrate([{"input_ids": tokenised()}], progress=False)
     gc.collect()
@@ -293,7 +294,7 @@ def expected_merge(kind: str, layer: FPSLayer, names: tuple[str, ...]) -> Any:
     base = layer.base_layer
     for name in names:
         plain = nn.Linear(layer.shape.inputs, layer.shape.neurons).requires_grad_(False)
-        plain.weight.copy_(quantised_layers.dense_weight(base).float() + change(layer, (name,)))
+        plain.weight.copy_(quantised_linear.dense_weight(base).float() + change(layer, (name,)))
         plain.bias.copy_(base.bias + layer.fps_bias[name])
         base = quantised_layer(kind, plain).eval()
         if kind == "8bit":
@@ -312,7 +313,7 @@ def mergeable(kind: str, plain: nn.Module | None = None, names: str = "a") -> An
 
 def all_bytes(model: nn.Module) -> dict[str, dict[str, bytes]]:
     for layer in layers_of(model).values():
-        quantised_layers.dense_weight(layer.base_layer)  # 8-bit layers note their scales
+        quantised_linear.dense_weight(layer.base_layer)  # 8-bit layers note their scales
     return {path: stored_bytes(layer.base_layer) for path, layer in layers_of(model).items()}
 
 
@@ -329,7 +330,7 @@ def test_merging_quantises_the_sum_and_unmerging_restores_the_base_bit_for_bit(k
     expected = {path: expected_merge(kind, layer, ("a",)) for path, layer in layers_of(model).items()}
     model.merge_adapter(safe_merge=safe)
     for path, layer in layers_of(model).items():
-        found, wanted = (quantised_layers.dense_weight(base) for base in (layer.base_layer, expected[path]))
+        found, wanted = (quantised_linear.dense_weight(base) for base in (layer.base_layer, expected[path]))
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         torch.testing.assert_close(layer.base_layer.bias, expected[path].bias, rtol=0, atol=0)
         x = normal(3, layer.shape.inputs)
@@ -350,7 +351,7 @@ def test_any_adapters_in_any_order_are_unmerged_bit_for_bit(kind: str) -> None:
         expected = {path: expected_merge(kind, layer, order) for path, layer in layers_of(model).items()}
         model.merge_adapter(list(order))
         for path, layer in layers_of(model).items():
-            found, wanted = (quantised_layers.dense_weight(base) for base in (layer.base_layer, expected[path]))
+            found, wanted = (quantised_linear.dense_weight(base) for base in (layer.base_layer, expected[path]))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         model.unmerge_adapter()
         assert all_bytes(model) == before
