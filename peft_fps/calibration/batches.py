@@ -107,16 +107,16 @@ def single_examples(batch: Any) -> Iterator[Any]:
     size = count_examples(batch)
     paired = isinstance(batch, (tuple, list)) and bool(batch) and _are_columns(batch[0])
 
-    def whole(part: Any) -> bool:
+    def covers_batch(part: Any) -> bool:
         return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == size
 
     def sliced(part: Any, index: int, top: bool = False) -> Any:
         if isinstance(part, Tensor):
-            return part[index : index + 1] if whole(part) else part
+            return part[index : index + 1] if covers_batch(part) else part
         if isinstance(part, Mapping):
             return {name: sliced(value, index) for name, value in part.items()}
         if isinstance(part, (tuple, list)):
-            if len(part) == size and not top and not all(map(whole, part)):
+            if len(part) == size and not top and not all(map(covers_batch, part)):
                 return part[index : index + 1]
             return [sliced(value, index, top and paired and value is part[0]) for value in part]
         return part

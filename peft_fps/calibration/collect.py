@@ -168,7 +168,7 @@ class Collector:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             product = watched.pop()
             product.__exit__(None, None, None)
-            x, equivalent = product.found or (args[0] if args else next(iter(kwargs.values())), base)
+            x, equivalent = product.first or (args[0] if args else next(iter(kwargs.values())), base)
             self._add(path, equivalent, x)
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))

@@ -22,8 +22,8 @@ class WatchedProduct(TorchFunctionMode):
     """Context that records the first product with a weight of a layer's shape.
 
     Attributes:
-        found: input of the product, and a linear layer or convolution with the geometry of the product. None as long
-            as there was no product.
+        first: input of the first product, and a linear layer or convolution with the geometry of the product. None
+            before the first product.
 
     Args:
         base: layer whose weight has the shape.
@@ -31,15 +31,15 @@ class WatchedProduct(TorchFunctionMode):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.found: tuple[Tensor, nn.Module] | None = None
+        self.first: tuple[Tensor, nn.Module] | None = None
         self._base: Any = base
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         names = ARGUMENTS.get(func)
-        if names is not None and self.found is None:
+        if names is not None and self.first is None:
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             if given["weight"].shape == self._base.weight.shape:
-                self.found = given["input"], self._equivalent(given)
+                self.first = given["input"], self._equivalent(given)
         return func(*args, **(kwargs or {}))
 
     def _equivalent(self, given: dict[str, Any]) -> nn.Module:

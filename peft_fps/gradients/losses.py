@@ -286,8 +286,8 @@ def _features(inputs: Any, path: str) -> Tensor:
         return inputs[:, 0]
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         return inputs.mean((2, 3))
-    found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+    actual = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(
-        f"{path}: its input is {found}, expected features (batch, size), (batch, tokens, size) or "
+        f"{path}: its input is {actual}, expected features (batch, size), (batch, tokens, size) or "
         f"(batch, channels, height, width). {REMEDY}"
     )

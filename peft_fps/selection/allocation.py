@@ -169,9 +169,9 @@ def exact(number: float) -> Fraction:
     return Fraction(str(number))
 
 
-def round_up(part: int, whole: int) -> float:
-    """Return the smallest `share` of two significant digits with `floor(share * whole) >= part`."""
-    share = Fraction(part, whole)
+def round_up(part: int, total: int) -> float:
+    """Return the smallest `share` of two significant digits with `floor(share * total) >= part`."""
+    share = Fraction(part, total)
     unit = Fraction(1)
     while share < unit * 10:
         unit /= 10
