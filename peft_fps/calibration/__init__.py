@@ -1,4 +1,4 @@
-"""One forward pass over data: how strongly each input of each layer is driven."""
+"""Forward passes over data that measure the typical magnitude of each input of each layer."""
 
 from peft_fps.calibration.batches import batches, single_examples
 from peft_fps.calibration.calls import Run, feed, fits, run_model

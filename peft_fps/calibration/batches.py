@@ -1,4 +1,4 @@
-"""From whatever holds calibration data to batches, and what a batch is made of."""
+"""Batches of calibration data: from loaders, datasets and sequences, and what they consist of."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,13 +12,13 @@ def batches(data: Any, collator: Callable[..., Any] | None, batch_size: int) -> 
     """Return an iterable of batches.
 
     Args:
-        data: a `DataLoader` or any iterable of batches; or examples, read in order: a `datasets.Dataset`, a torch
-            `Dataset`, or with a collator any sequence.
-        collator: makes a batch of a list of examples; transformers' default for datasets if None.
-        batch_size: examples per batch, for examples.
+        data: a `DataLoader` or another iterable of batches. Or examples, which are read in order: a
+            `datasets.Dataset`, a torch `Dataset`, or, with a collator, any sequence.
+        collator: makes a batch of a list of examples. Default for datasets: transformers' `default_data_collator`.
+        batch_size: number of examples per batch. It does not apply to data that consists of batches.
 
     Raises:
-        TypeError: the data is a single batch, or cannot be iterated.
+        TypeError: the data is a single batch, or is not iterable.
     """
     if isinstance(data, (Mapping, Tensor, str, bytes)):
         raise TypeError(
@@ -36,17 +36,21 @@ def batches(data: Any, collator: Callable[..., Any] | None, batch_size: int) -> 
 
 
 def _is_dataset(data: Any) -> bool:
-    # datasets.Dataset is no torch Dataset, and datasets need not be installed
+    """Whether the data is a torch `Dataset` or comes from the package `datasets`."""
+    # by the name of the package, because datasets.Dataset is no torch Dataset and datasets may not be installed
     return isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets"
 
 
 def inputs_of(batch: Any) -> Tensor | Mapping[str, Any] | list[Mapping[str, Any]]:
-    """Return what of a batch goes to the model: of a tuple or list the first element, the rest being labels.
+    """Return the part of a batch that goes to the model.
 
-    Several mappings of the same names are inputs of a call each: sentence pairs, alone or first in a tuple.
+    Args:
+        batch: a mapping or a tensor, which is returned as it is. Or a tuple or list, of which the first element is
+            returned, because the rest are labels. Several mappings with the same names, such as sentence pairs, are
+            inputs of one call each. They may be the batch or the first element of the tuple.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: the batch is of another kind.
     """
     if _are_columns(batch):
         return list(batch)
@@ -62,18 +66,20 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any] | list[Mapping[str, Any]
 
 
 def _are_columns(parts: Any) -> bool:
+    """Whether a tuple or list consists of several mappings with the same names."""
     several = isinstance(parts, (tuple, list)) and len(parts) > 1
     return several and all(isinstance(part, Mapping) and part.keys() == parts[0].keys() for part in parts)
 
 
 def count_examples(batch: Any) -> int:
-    """Return the number of examples in a batch: the first dimension of the first tensor that has one.
+    """Return the number of examples in a batch.
 
-    Without such a tensor, the length of the first list; of a list of what is neither, its own.
+    It is the first dimension of the first input tensor that has one. Without such a tensor, it is the length of the
+    first list. For a list that holds neither mappings nor tensors, it is the length of that list.
     """
     try:
         inputs = inputs_of(batch)
-    except TypeError:  # for a `run` of the user's
+    except TypeError:  # a batch that only a `run` of the user understands
         return len(batch) if isinstance(batch, (tuple, list)) else 1
     if isinstance(inputs, list):
         tensors = any(isinstance(value, Tensor) for value in inputs[0].values())
@@ -87,24 +93,30 @@ def count_examples(batch: Any) -> int:
 
 
 def single_examples(batch: Any) -> Iterator[Any]:
-    """Yield batches of one example each.
+    """Split a batch into batches of one example each.
 
-    Tensors whose first dimension is the batch's are sliced, and so are lists and tuples of one item per example (of
-    texts, or of annotations). A list or tuple of tensors that hold the whole batch each is kept as it is built.
+    Tensors whose first dimension is the number of examples are sliced, and so are lists and tuples with one item per
+    example, such as texts or annotations. A list or tuple of tensors over all examples keeps its structure.
+
+    Args:
+        batch: as `inputs_of` takes it, or of any other kind with tensors, mappings, lists and tuples in it.
+
+    Yields:
+        A batch of the same structure with one example.
     """
     size = count_examples(batch)
     paired = isinstance(batch, (tuple, list)) and bool(batch) and _are_columns(batch[0])
 
-    def whole(part: Any) -> bool:
+    def covers_batch(part: Any) -> bool:
         return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == size
 
     def sliced(part: Any, index: int, top: bool = False) -> Any:
         if isinstance(part, Tensor):
-            return part[index : index + 1] if whole(part) else part
+            return part[index : index + 1] if covers_batch(part) else part
         if isinstance(part, Mapping):
             return {name: sliced(value, index) for name, value in part.items()}
         if isinstance(part, (tuple, list)):
-            if len(part) == size and not top and not all(map(whole, part)):
+            if len(part) == size and not top and not all(map(covers_batch, part)):
                 return part[index : index + 1]
             return [sliced(value, index, top and paired and value is part[0]) for value in part]
         return part

@@ -1,4 +1,4 @@
-"""From a batch to calls of the model: by name, as one mapping, or one call for each of several columns."""
+"""Calls of a model on a batch: with arguments by name, with one mapping, or one call for each of several columns."""
 
 import inspect
 import re
@@ -15,27 +15,27 @@ from peft_fps.calibration.batches import count_examples, inputs_of
 
 
 Run = Callable[[nn.Module, Any], Any]
-"""From the model and a batch on its device to the model's outputs."""
+"""Takes the model and a batch on its device. Returns the model's outputs."""
 
 LABELS = {"labels", "label", "return_loss"}
-"""Names that are no input by themselves."""
+"""Names that do not suffice as inputs of a call."""
 FEATURE = re.compile(
     r"^(|.+_)(input_ids|inputs_embeds|sentence_embedding|pixel_values|pixel_values_videos|input_features|input_values)$"
 )
-"""A name of an input, behind that of its column (`anchor_input_ids`) as sentence-transformers' collators have it."""
+"""Name of an input behind the name of its column, as sentence-transformers' collators write it: `anchor_input_ids`."""
 TENSOR = re.compile(r"(typing\.)?(Optional\[)?(torch\.)?\w*Tensor\b")
-"""An annotation of what cannot be a mapping."""
+"""Annotation of an argument that cannot be a mapping."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a model's forward takes.
+    """The arguments of a model's forward.
 
     Attributes:
-        names: of its arguments.
-        needed: of them, those without a default.
-        others: whether any other name is an input as well.
-        mapping: whether its one argument may be a mapping.
+        names: names of the arguments.
+        needed: names of the arguments without a default.
+        others: whether forward takes inputs by any other name as well.
+        mapping: whether forward may take all inputs as one mapping.
     """
 
     names: tuple[str, ...]
@@ -47,23 +47,35 @@ class Forward:
     def of(cls, model: nn.Module) -> "Forward":
         """Read the signature of a model's forward."""
         parameters = inspect.signature(model.forward).parameters.values()
-        own = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        needed = [p for p in own if p.default is p.empty]
-        first = needed or own
-        names = tuple(p.name for p in own)
+        listed = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needed = [p for p in listed if p.default is p.empty]
+        first = needed or listed
+        names = tuple(p.name for p in listed)
         # transformers passes further names on to parts of a model, which read no input from them
-        others = any(p.kind is p.VAR_KEYWORD for p in parameters) and not (isinstance(model, PreTrainedModel) and own)
+        passed_on = isinstance(model, PreTrainedModel) and listed
+        others = any(p.kind is p.VAR_KEYWORD for p in parameters) and not passed_on
         lone = len(first) == 1 and first[0].kind is not inspect.Parameter.KEYWORD_ONLY
         mapping = lone and not TENSOR.match(inspect.formatannotation(first[0].annotation).strip("'"))
         return cls(names, frozenset(p.name for p in needed), others, mapping)
 
     def named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is passed by name: nothing if no input is among it, or if more is needed."""
+        """Return the inputs that forward takes by name.
+
+        Args:
+            inputs: inputs and labels of a batch by name.
+
+        Returns:
+            Arguments by name. Empty if they include no input, or lack an argument without a default.
+        """
         passed = {name: value for name, value in inputs.items() if self.others or name in self.names}
         return passed if self.needed <= passed.keys() and passed.keys() - LABELS else {}
 
     def call(self, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return positional arguments and those by name, or None if it takes none of the inputs."""
+        """Return positional arguments and arguments by name, or None if forward takes none of the inputs.
+
+        Args:
+            inputs: inputs and labels of a batch by name.
+        """
         named = self.named(inputs)
         if named:
             return (), named
@@ -71,13 +83,16 @@ class Forward:
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device, run: Run | None = None) -> int:
-    """Run the model on one batch, moved to `device`, and return the number of examples in it.
+    """Run the model on one batch and return the number of examples in it.
 
     Args:
-        model: to be run.
-        batch: of data.
-        device: of the model.
-        run: how; `run_model` if None, which needs no labels.
+        model: model to run.
+        batch: batch on any device.
+        device: device that the batch is moved to.
+        run: runs the model on the batch. Default: `run_model`, which needs no labels.
+
+    Raises:
+        TypeError: the default cannot run the model on the batch.
     """
     inputs = send_to_device(inputs_of(batch) if run is None else batch, device)
     (run or run_model)(model, inputs)
@@ -85,15 +100,22 @@ def feed(model: nn.Module, batch: Any, device: torch.device, run: Run | None = N
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
-    """Return the model's outputs for a batch on its device: a list of them if it has several columns.
+    """Run the model on a batch.
 
-    Of a tuple or list the first element counts, the rest being labels; a tensor is passed as it is. A mapping is
-    passed by name (names that the model's forward does not take are left out), or, if none fits, to a forward that
-    takes one mapping, as in sentence-transformers. Several mappings of the same names are a call each, and so are
-    several columns in one mapping (`anchor_input_ids`, `positive_input_ids`).
+    A tensor is the first argument of forward. The items of a mapping are arguments by name, without those that forward
+    does not take. If none fits, the mapping is the one argument of forward, as in sentence-transformers.
+
+    Args:
+        model: model to run.
+        batch: batch on the model's device. In a tuple or list only the first element counts, because the rest are
+            labels. Several mappings with the same names are one call each. So are several columns in one mapping
+            (`anchor_input_ids`, `positive_input_ids`).
+
+    Returns:
+        The outputs of the model, in a list if there are several calls.
 
     Raises:
-        TypeError: the model's forward takes nothing of what the batch holds.
+        TypeError: the model's forward takes none of the batch's items, or the batch is of another kind.
     """
     inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
@@ -103,7 +125,7 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 
 
 def fits(model: nn.Module, batch: Any) -> bool:
-    """Whether `run_model` finds what the model's forward takes in a batch."""
+    """Whether `run_model` can run the model on a batch."""
     try:
         inputs = inputs_of(batch)
         return isinstance(inputs, Tensor) or bool(_calls(model, inputs))
@@ -114,10 +136,19 @@ def fits(model: nn.Module, batch: Any) -> bool:
 def _calls(
     model: nn.Module, inputs: Mapping[str, Any] | list[Mapping[str, Any]]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return positional arguments and arguments by name of each call that a batch needs.
+
+    Args:
+        model: model to call.
+        inputs: as `inputs_of` returns them.
+
+    Raises:
+        TypeError: the model's forward takes none of the inputs of a call.
+    """
     forward = Forward.of(model)
     columns = inputs if isinstance(inputs, list) else _columns(inputs, forward)
-    found = [(column, forward.call(column)) for column in columns]
-    for column, call in found:
+    calls = [(column, forward.call(column)) for column in columns]
+    for column, call in calls:
         if call is None:
             takes = ", ".join([*forward.names, *(["any name"] if forward.others else [])]) or "nothing"
             raise TypeError(
@@ -125,11 +156,20 @@ def _calls(
                 f"{type(model).__name__} takes {takes}. Name the inputs as forward does, or say how the model is "
                 "called: calibrate(data, run=lambda model, batch: ...). Nothing was changed."
             )
-    return [call for _, call in found if call is not None]
+    return [call for _, call in calls if call is not None]
 
 
 def _columns(inputs: Mapping[str, Any], forward: Forward) -> list[Mapping[str, Any]]:
-    """Mappings of the same names without their columns' prefixes, or the mapping itself if it has no columns."""
+    """Split a mapping into its columns.
+
+    Args:
+        inputs: inputs of all columns, such as `anchor_input_ids` and `positive_input_ids`.
+        forward: arguments of the model's forward.
+
+    Returns:
+        One mapping per column with names that lack the prefix of the column. The mapping itself if it has no columns,
+        or if forward takes its names.
+    """
     if forward.named(inputs):
         return [inputs]
     features = [match for match in map(FEATURE.match, inputs) if match]

@@ -19,19 +19,19 @@ from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_li
 
 DECODER = re.compile(r"(^|[._])decoder\.")
 CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
-"""Paths of the modules of a decoder, and of those among them that read the encoder's states."""
+"""Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A layer to observe: the module that is called, and the base layer that says how it reads its input.
+    """A layer to observe.
 
     Attributes:
-        module: called with the layer's input.
-        base: a linear layer, or a convolution.
-        groups: groups of neurons that read different inputs (grouped convolutions), else 1.
+        module: the module that the model calls with the layer's input.
+        base: the linear layer or convolution that multiplies this input with its weight.
+        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
         inputs: fan-in of a neuron.
-        own_forward: whether the base layer may make something else of its input before it multiplies.
+        own_forward: whether the base layer overrides forward and may change its input before it multiplies.
     """
 
     module: nn.Module
@@ -42,15 +42,19 @@ class Observed:
 
 
 class Collector:
-    """Context in which every call of the given layers within a batch adds to its input statistics.
+    """Context in which every call of the given layers within a batch adds to the layer's input statistics.
 
-    Layers that read one tensor (query, key and value projections) share its reduction. Calls between two batches do
-    not count: data may be made by the model itself.
+    Layers that read one tensor, such as query, key and value projections, share its reduction. Calls between two
+    batches do not count, because the model itself may generate the data.
+
+    Attributes:
+        statistics: input statistics of the layers that were called, by module path.
 
     Args:
-        layers: what to observe, by module path.
-        norm: `"l1"` or `"l2"`.
-        model: whose calls say which positions are padding; a batch may take several.
+        layers: layers to observe, by module path.
+        norm: `"l1"` for sums of |a|, `"l2"` for sums of a².
+        model: model whose calls show which positions are padding. A batch may take several calls. Default: only the
+            batch shows it.
     """
 
     def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
@@ -74,7 +78,7 @@ class Collector:
             hook = self._hook(path, layer.base)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         if self._model is not None:
-            # PEFT calls a base model's forward itself, which no hook of the module would notice
+            # not a hook, because PEFT calls the forward of the base model without its hooks
             self._forward = vars(self._model).get("forward")
             self._model.forward = self._watched(self._model, self._model.forward)
         return self
@@ -91,11 +95,12 @@ class Collector:
                 self._model.forward = self._forward
 
     def start_batch(self, batch: Any, model: nn.Module | None = None) -> None:
-        """Count from now on, and note which positions are padding in what is about to go to the model.
+        """Count the calls from now on, and find out which positions of the batch are padding.
 
         Args:
-            batch: of data; see `padding_of` for a mapping, which may stand first in a tuple.
-            model: as there.
+            batch: batch that goes to the model. A mapping, or a tuple or list that begins with one, shows padding; see
+                `padding_of`.
+            model: model that is called with it.
         """
         self._touched.clear()
         inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -104,11 +109,13 @@ class Collector:
         self._within = True
 
     def _start_call(self, inputs: Mapping[str, Any], model: nn.Module | None) -> None:
+        """Find out which positions are padding in a call of the model with `inputs` by name."""
         self._reduced.clear()
-        # a forward may leave out what its batch says of padding
+        # the batch too, because the call may leave out the batch's masks
         self._padding = padding_of({**self._batch, **inputs}, model)
 
     def _watched(self, model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward that finds out which positions are padding before it runs the given one."""
         names = list(inspect.signature(forward).parameters)
 
         @wraps(forward)
@@ -120,7 +127,14 @@ class Collector:
         return watched
 
     def check_batch(self, index: int) -> None:
-        """End a batch; raise ValueError if it brought an input that is not finite, naming the first module."""
+        """End a batch.
+
+        Args:
+            index: number of the batch, for the error.
+
+        Raises:
+            ValueError: an input of a module is not finite. The error names the first such module.
+        """
         self._within = False
         for path in self._touched:
             if not bool(torch.isfinite(self.statistics[path].sums).all()):
@@ -130,6 +144,8 @@ class Collector:
                 )
 
     def _hook(self, path: str, base: nn.Module) -> Any:
+        """Return a hook that adds the input of a call to the statistics of the layer at `path`."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._within:
                 self._add(path, base, args[0] if args else next(iter(kwargs.values())))
@@ -137,7 +153,12 @@ class Collector:
         return hook
 
     def _watch(self, path: str, base: nn.Module) -> None:
-        """Let every call of a layer with a forward of its own add what it multiplies with its weight."""
+        """Observe a layer that overrides forward by the tensor that it multiplies with its weight.
+
+        Args:
+            path: module path of the layer.
+            base: its base layer.
+        """
         watched: list[WatchedProduct] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,14 +168,21 @@ class Collector:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             product = watched.pop()
             product.__exit__(None, None, None)
-            x, alike = product.found or (args[0] if args else next(iter(kwargs.values())), base)
-            self._add(path, alike, x)
+            x, equivalent = product.first or (args[0] if args else next(iter(kwargs.values())), base)
+            self._add(path, equivalent, x)
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
-        if x.numel() == 0:  # an expert that no token was routed to
+        """Add an input to the statistics of a layer.
+
+        Args:
+            path: module path of the layer.
+            base: linear layer or convolution that multiplies the input with its weight.
+            x: the input; `(..., inputs)` of a linear layer.
+        """
+        if x.numel() == 0:  # an expert to which no token was routed
             return
         sums, positions = self._reduce(path, base, x)
         if path not in self.statistics:
@@ -164,6 +192,13 @@ class Collector:
         self._touched[path] = None
 
     def _reduce(self, path: str, base: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        """Return the sums of an input, `(groups, inputs)`, and the number of its positions that are no padding.
+
+        Args:
+            path: module path of the layer.
+            base: linear layer or convolution that multiplies the input with its weight.
+            x: the input.
+        """
         if isinstance(base, nn.Conv2d):
             batched = x if x.dim() == 4 else x[None]
             return patch_sums(pad_like(batched.detach(), base), base, self._norm)
@@ -174,15 +209,22 @@ class Collector:
         if known is not None and known[0]() is x and known[1] == version:
             return known[2]
         sums, positions = column_sums(x.detach(), self._norm, mask)
-        # a weak reference: a tensor that is gone may have left its id to another one
+        # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions
 
     def _mask(self, path: str, x: Tensor) -> Tensor | None:
-        """The mask whose positions are those of `x`; a decoder's own comes first where it reads its own states."""
-        own = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
+        """Return the padding mask that fits an input, or None if all its positions count.
+
+        The mask of the decoder comes first for modules that read the decoder's states, else the mask of the inputs.
+
+        Args:
+            path: module path of the layer that reads the input.
+            x: the input, `(..., inputs)`.
+        """
+        reads_decoder = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
         masks = [self._padding.decoder, self._padding.inputs]
-        if not own:
+        if not reads_decoder:
             masks.reverse()
         for mask in masks[:1] if self._padding.separate else masks:
             if mask is not None and _fits(mask, x):
@@ -191,5 +233,5 @@ class Collector:
 
 
 def _fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether the positions of `x`, in a batch or in a row, are those of the mask."""
+    """Whether a mask `(batch, positions)` has the positions of `x`, `(batch, positions, inputs)` or flattened."""
     return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)

@@ -1,4 +1,4 @@
-"""The forward pass over data: gather input statistics batch by batch."""
+"""The forward pass over data that gathers input statistics, batch by batch."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -18,23 +18,23 @@ from peft_fps.calibration.together import is_distributed
 def observe(
     model: nn.Module, layers: Mapping[str, Observed], norm: str, data: Pass, run: Run | None = None
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
-    """Run the model on data and return the input statistics of the layers that were reached.
+    """Run the model on data and return the input statistics of the layers that the data reaches.
 
-    Under torch.distributed each process brings its own data, some or none, and all return the sums over all processes.
+    Under torch.distributed each process has its own data, which may be empty. All processes return the sums over all.
 
     Args:
-        model: called with every batch; left as it was, whatever happens.
-        layers: what to observe, by module path.
-        norm: `"l1"` or `"l2"`.
+        model: model that runs on every batch. It is unchanged afterwards, after an error too.
+        layers: layers to observe, by module path.
+        norm: `"l1"` for sums of |a|, `"l2"` for sums of a².
         data: the batches.
-        run: how the model is run on a batch; see `feed`.
+        run: runs the model on a batch. Default: `run_model`.
 
     Returns:
         Statistics by module path, and the numbers of `batches` and `examples`.
 
     Raises:
-        ValueError: no data, or an input that is not finite.
-        TypeError: data of an unknown kind.
+        ValueError: there is no data, or an input is not finite.
+        TypeError: the data is of an unknown kind.
     """
     device = device_of(model)
     with undisturbed(model), Collector(layers, norm, model) as collector:
@@ -55,13 +55,21 @@ def _sum_over_processes(
     layers: Mapping[str, Observed],
     device: torch.device,
 ) -> dict[str, InputStatistics]:
-    """Add up what all processes saw; a module that one process did not reach may have been reached by another."""
+    """Add up the statistics of all processes.
+
+    All layers take part, because each process may have reached other ones.
+
+    Args:
+        statistics: statistics of this process by module path.
+        layers: all observed layers, the same in every process.
+        device: device of collective operations.
+    """
     total = {}
     for path, layer in layers.items():
-        own = statistics.get(path)
+        local = statistics.get(path)
         packed = torch.zeros(layer.groups * layer.inputs + 1, dtype=wide_dtype(device), device=device)
-        if own is not None:
-            packed[:-1], packed[-1] = own.sums.reshape(-1), own.positions
+        if local is not None:
+            packed[:-1], packed[-1] = local.sums.reshape(-1), local.positions
         dist.all_reduce(packed)
         if packed[-1] > 0:
             total[path] = InputStatistics(packed[:-1].view(layer.groups, layer.inputs), int(packed[-1]))

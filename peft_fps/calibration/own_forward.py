@@ -1,6 +1,7 @@
-"""What a layer with a forward of its own multiplies with its weight, which need not be what it was called with.
+"""The tensor that a layer with an overridden forward multiplies with its weight.
 
-It may pad or normalise its input first. So the call of PyTorch's product is what is looked at.
+Such a layer may pad or normalise its input first. So the call of PyTorch's product shows the tensor, not the call of
+the layer.
 """
 
 from typing import Any
@@ -18,26 +19,31 @@ ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 
 class WatchedProduct(TorchFunctionMode):
-    """Context that notes the first product with a weight of a layer's shape.
+    """Context that records the first product with a weight of a layer's shape.
 
     Attributes:
-        found: the product's input, and a layer that does to it what the product did; None before.
+        first: input of the first product, and a linear layer or convolution with the geometry of the product. None
+            before the first product.
+
+    Args:
+        base: layer whose weight has the shape.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.found: tuple[Tensor, nn.Module] | None = None
+        self.first: tuple[Tensor, nn.Module] | None = None
         self._base: Any = base
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         names = ARGUMENTS.get(func)
-        if names is not None and self.found is None:
+        if names is not None and self.first is None:
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             if given["weight"].shape == self._base.weight.shape:
-                self.found = given["input"], self._alike(given)
+                self.first = given["input"], self._equivalent(given)
         return func(*args, **(kwargs or {}))
 
-    def _alike(self, given: dict[str, Any]) -> nn.Module:
+    def _equivalent(self, given: dict[str, Any]) -> nn.Module:
+        """Return a layer without memory that has the geometry of a product, from the arguments of the product."""
         base = self._base
         if not isinstance(base, nn.Conv2d):
             return nn.Linear(base.in_features, base.out_features, device="meta")

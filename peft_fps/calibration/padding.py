@@ -1,4 +1,4 @@
-"""Which positions of a batch of token sequences are padding."""
+"""Masks of the positions that are padding in a batch of token sequences."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 
 IGNORED = -100
-"""The label that losses leave out, by which collators pad labels."""
+"""The label that losses leave out. Collators pad labels with it."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Masks `(batch, positions)`, zero where a position is padding; None where every position counts.
+    """Masks `(batch, positions)` that are zero at padding. A mask is None if every position counts.
 
     Attributes:
-        inputs: of what the model reads; in an encoder-decoder, of the encoder's positions.
-        decoder: of the decoder's own positions.
-        separate: whether the model is known to be an encoder-decoder, so that neither mask may stand in for the other.
+        inputs: mask of the model's inputs. In an encoder-decoder, mask of the encoder's positions.
+        decoder: mask of the decoder's positions.
+        separate: whether the model is an encoder-decoder, so that one mask does not replace the other.
     """
 
     inputs: Tensor | None = None
@@ -29,13 +29,14 @@ class Padding:
 def padding_of(batch: Any, model: nn.Module | None) -> Padding:
     """Return the masks of a batch.
 
-    An encoder-decoder needs no `decoder_attention_mask`: where it builds its decoder inputs from the labels, those end
-    with the last label that is not -100; given decoder inputs end before their closing padding tokens; built from the
-    encoder's input, they are padded where that is.
+    An encoder-decoder needs no `decoder_attention_mask`. If the model builds its decoder inputs from labels, they end
+    with the last label that is not -100. If the batch has decoder inputs, they end before the padding tokens at their
+    end. If the model builds them from the encoder's inputs, both have the same padding.
 
     Args:
-        batch: what goes to the model; anything but a mapping has no masks.
-        model: called with it; a transformers model says whether it is an encoder-decoder.
+        batch: inputs of the model. Only a mapping has masks.
+        model: model that is called with the batch. The config of a transformers model says whether it is an
+            encoder-decoder.
     """
     if not isinstance(batch, Mapping):
         return Padding()
@@ -49,6 +50,13 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
 
 
 def _of_decoder_inputs(batch: Mapping[str, Any], inputs: Tensor | None, pad_token: int | None) -> Tensor | None:
+    """Derive the mask of an encoder-decoder's decoder positions, or return None if every position counts.
+
+    Args:
+        batch: inputs of the model without a `decoder_attention_mask`.
+        inputs: mask of the encoder's positions.
+        pad_token: id of the padding token, if known.
+    """
     labels, given = _matrix(batch, "labels"), _matrix(batch, "decoder_input_ids")
     if labels is not None and not labels.is_floating_point() and (given is None or given.shape == labels.shape):
         return _until_last(labels != IGNORED)
@@ -61,11 +69,18 @@ def _of_decoder_inputs(batch: Mapping[str, Any], inputs: Tensor | None, pad_toke
     return inputs if batch.get("decoder_inputs_embeds") is None else None
 
 
-def _until_last(found: Tensor) -> Tensor:
-    """Mask of all positions of a row up to the last one found: what is skipped within a text is no padding."""
-    return found.flip(1).cumsum(1).flip(1) > 0
+def _until_last(counts: Tensor) -> Tensor:
+    """Return a mask of all positions of a row up to the last one that counts.
+
+    Positions before it that do not count, such as ignored labels within a text, are no padding.
+
+    Args:
+        counts: whether a position counts, `(batch, positions)` bool.
+    """
+    return counts.flip(1).cumsum(1).flip(1) > 0
 
 
 def _matrix(batch: Mapping[str, Any], key: str) -> Tensor | None:
-    found = batch.get(key)
-    return found if isinstance(found, Tensor) and found.dim() == 2 else None
+    """Return an item of a batch if it is a tensor of two dimensions, else None."""
+    value = batch.get(key)
+    return value if isinstance(value, Tensor) and value.dim() == 2 else None

@@ -20,17 +20,22 @@ NO_BATCH = "The calibration data holds no batch, expected at least one. Nothing 
 
 @dataclass
 class Pass:
-    """Where the batches come from; see `peft_fps.calibrate` for the first five. Iterating gives index and batch.
+    """One or several passes over data. Iterating yields the index of a batch and the batch.
 
     Attributes:
-        data: batches or examples.
-        num_batches: at most so many, in each of
-        epochs: passes over the data.
-        batch_size: of examples.
-        collator: of examples.
+        data: batches or examples; see `peft_fps.calibration.batches.batches`.
+        num_batches: largest number of batches in each pass. Default: all.
+        batch_size: number of examples per batch, for data that consists of examples. Default: 32.
+        collator: makes a batch of a list of examples.
         progress: show a progress bar.
-        purpose: who needs the data, for errors.
-        counts: the numbers of `batches` and `examples` so far; whoever runs the model adds the examples.
+        epochs: number of passes over the data. Default: 1.
+        purpose: what the data is for, in errors.
+        counts: numbers of `batches` and `examples` so far. The code that runs the model adds the examples.
+
+    Raises:
+        ValueError: `num_batches` is no positive integer, there is no data, or several passes need more than an
+            iterator. While iterating: there is no batch.
+        TypeError: the data is of an unknown kind.
     """
 
     data: Any
@@ -65,7 +70,7 @@ class Pass:
                 for batch in source:
                     try:
                         yield self.counts["batches"], batch
-                    except GeneratorExit:  # whoever runs the model has failed
+                    except GeneratorExit:  # the code that runs the model has failed
                         self._keep_in_step(source)
                         raise
                     self.counts["batches"] += 1
@@ -74,14 +79,24 @@ class Pass:
             raise ValueError(NO_BATCH)
 
     def start(self, device: torch.device) -> None:
-        """Wait until all processes of a distributed run are about to read their data."""
+        """Wait until all processes of a distributed run are ready to read their data.
+
+        Args:
+            device: device of collective operations.
+
+        Raises:
+            FailedTogetherError: a process has failed.
+        """
         agree(device)
 
     def finish(self, device: torch.device) -> dict[str, int]:
-        """Wait until all processes of a distributed run have seen their data, and return the counts of all.
+        """Wait until all processes of a distributed run have read their data, and return the sums of their counts.
+
+        Args:
+            device: device of collective operations.
 
         Raises:
-            ValueError: none of them has seen a batch, or one has failed.
+            ValueError: no process has read a batch, or a process has failed.
         """
         if not is_distributed():
             return dict(self.counts)
@@ -94,18 +109,24 @@ class Pass:
         return counts
 
     def _keep_in_step(self, source: Iterable[Any]) -> None:
-        """Read what is left where one process reads the data of all, so that the others get theirs."""
+        """Read the rest of the data if one process reads for all, so that the other processes get their batches."""
         if is_distributed() and isinstance(self._source, DataLoaderDispatcher):
             for _ in source:
                 pass
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that a model's inputs go to."""
+    """Return the device of a model's inputs: that of its first parameter that is not on meta, else the CPU."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _length(source: Iterable[Any], num_batches: int | None) -> int | None:
+    """Return the number of batches in a pass, None if it is unknown.
+
+    Args:
+        source: the batches.
+        num_batches: largest number of batches.
+    """
     try:
         length = len(source)  # type: ignore[arg-type]
     except TypeError:  # a stream

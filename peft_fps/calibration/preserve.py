@@ -1,4 +1,4 @@
-"""Run a model for its activations or gradients and leave everything else as it was."""
+"""Runs of a model for its activations or gradients that change nothing."""
 
 import random
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 @contextmanager
 def undisturbed(model: nn.Module, *, gradients: bool = False, training: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradients, unless asked otherwise; all that changes is restored whatever happens.
+    """Put a model into evaluation mode without gradients for the block, and restore all state afterwards.
 
-    Restored: every module's training flag and buffers (running statistics), and the generators of Python, NumPy and
-    torch (CPU and the model's accelerators), so that training that follows draws what it would have drawn. Autocast,
-    where it is on, caches no narrow copies of weights within the block: they would live on behind it, and be out of
-    date as soon as a weight changes.
+    The function restores the training flag and the buffers (running statistics) of every module. It restores the
+    generators of Python, NumPy and torch (CPU and the model's accelerators), so that later training draws the same
+    numbers as without the block. It does so after an error too. Autocast caches no narrow copies of weights within the
+    block, because they would stay in memory behind it and be out of date once a weight changes.
 
     Args:
-        model: to be run within the block.
-        gradients: record operations for backward.
-        training: training mode instead of evaluation mode.
+        model: model to run within the block.
+        gradients: record operations for backward. Default: False.
+        training: training mode instead of evaluation mode. Default: False.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # evaluation mode writes to no buffer
+    # only training mode writes to buffers
     buffers = _buffers(model) if training else []
     caching = torch.is_autocast_cache_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -51,7 +51,7 @@ def undisturbed(model: nn.Module, *, gradients: bool = False, training: bool = F
 
 
 def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Every buffer with the module and the name that hold it, and a copy."""
+    """Return every buffer that is not on meta: its module, its name, the buffer, and a copy of it."""
     return [
         (module, name, buffer, buffer.clone())
         for module in model.modules()

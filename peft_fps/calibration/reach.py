@@ -1,4 +1,4 @@
-"""Which modules a model calls while data runs through it."""
+"""The modules that a model calls while it runs on data."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +14,13 @@ from peft_fps.calibration.together import is_distributed
 
 @contextmanager
 def calls_noted(modules: Mapping[str, Any]) -> Iterator[set[str]]:
-    """Fill the set with the names of the modules that are called, within the block, with an input that is not empty.
+    """Collect the names of the modules that are called within the block with an input that is not empty.
 
     Args:
-        modules: to be watched, by any name.
+        modules: modules to watch, by any name.
+
+    Yields:
+        The set of names, which grows while the block runs.
     """
     called: set[str] = set()
 
@@ -38,12 +41,12 @@ def calls_noted(modules: Mapping[str, Any]) -> Iterator[set[str]]:
 
 
 def called_anywhere(called: set[str], names: list[str], model: nn.Module) -> set[str]:
-    """Return what any process of a distributed run has called.
+    """Return the names of the modules that any process of a distributed run has called.
 
     Args:
-        called: in this process.
-        names: all that were watched, in the same order everywhere.
-        model: on whose device processes talk to each other.
+        called: names of the modules that this process has called.
+        names: names of all watched modules, in the same order in every process.
+        model: its device is the device of collective operations.
     """
     if not is_distributed():
         return called

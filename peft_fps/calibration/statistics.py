@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 RUN_ELEMENTS = 1 << 18
-"""Elements that are reduced in one go: few enough for float32 sums and for the cache, many enough to be fast."""
+"""Elements of one float32 sum: few enough for its precision and for the cache, many enough for speed."""
 
 
 @dataclass
@@ -16,36 +16,40 @@ class InputStatistics:
     """Running sums over the positions (tokens, patches) of a layer's input.
 
     Attributes:
-        sums: `(groups, inputs)` float64, sum of |a| (`norm="l1"`) or of a² (`"l2"`); one group but for grouped
-            convolutions, whose neurons read different channels.
-        positions: number of positions summed.
+        sums: sum of |a| (`norm="l1"`) or of a² (`"l2"`) of each input, `(groups, inputs)` float64 (float32 on Apple's
+            GPUs). Only grouped convolutions, whose neurons read different channels, have several groups.
+        positions: number of summed positions.
     """
 
     sums: Tensor
     positions: int = 0
 
     def typical(self, norm: str) -> Tensor:
-        """Return mean |a| (`"l1"`, eq. 3) or root mean square (`"l2"`, eq. 4), `(groups, inputs)` float64."""
+        """Return the typical magnitude of each input, `(groups, inputs)` in the dtype of `sums`.
+
+        Args:
+            norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4).
+        """
         mean = self.sums / max(self.positions, 1)
         return mean.sqrt() if norm == "l2" else mean
 
 
 def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every column over all positions, without a copy of the activations.
+    """Sum |a| or a² of every input over all positions, without a copy of the activations.
 
     Args:
-        x: `(..., inputs)`.
-        norm: `"l1"` or `"l2"`.
-        mask: `(...)`, zero at positions to leave out (padding).
+        x: activations, `(..., inputs)`.
+        norm: `"l1"` for |a|, `"l2"` for a².
+        mask: `(...)`, zero at padding, which does not count. Default: all positions count.
 
     Returns:
-        `(inputs,)` float64, and the number of positions that counted.
+        Sums `(inputs,)` in the dtype of `wide_dtype`, and the number of positions that count.
     """
     x = x.reshape(-1, x.shape[-1])
     total = x.new_zeros(x.shape[-1], dtype=wide_dtype(x.device))
     kept = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
     count = x.shape[0] if kept is None else kept.numel()
-    # short runs, each in float32, added up in float64: long float32 sums drift
+    # float64 sums of short float32 sums, because long float32 sums lose precision
     length = max(RUN_ELEMENTS // max(x.shape[1], 1), 1)
     for first in range(0, count, length):
         run = x[first : first + length] if kept is None else x[kept[first : first + length]]
@@ -55,19 +59,19 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
 
 
 def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every column of a convolution's input patches over all output positions.
+    """Sum |a| or a² of every input of a convolution over all output positions.
 
-    A column is a channel within the group and a place in the kernel. Each is summed over a strided view, so that no
-    patch is copied out.
+    An input is a channel within a group together with a position in the kernel. Its sum is that of a strided view, so
+    that no patch is copied.
 
     Args:
-        x: padded input, `(batch, channels, height, width)`.
+        x: padded activations, `(batch, channels, height, width)`.
         convolution: gives kernel size, stride, dilation and groups.
-        norm: `"l1"` or `"l2"`.
+        norm: `"l1"` for |a|, `"l2"` for a².
 
     Returns:
-        `(groups, inputs)` float64 with inputs = channels / groups · kernel height · kernel width, and the number of
-        output positions.
+        Sums `(groups, inputs)` in the dtype of `wide_dtype`, with inputs = channels / groups · kernel height · kernel
+        width, and the number of output positions.
     """
     (kernel_h, kernel_w), (stride_h, stride_w) = convolution.kernel_size, convolution.stride
     dilation_h, dilation_w = convolution.dilation
@@ -82,17 +86,17 @@ def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, in
 
 
 def pad_like(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Pad `(batch, channels, height, width)` as the convolution does, in its padding mode."""
+    """Return `x` `(batch, channels, height, width)` with the padding of a convolution, in its padding mode."""
     mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
     return F.pad(x, convolution._reversed_padding_repeated_twice, mode=mode)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of running sums: float64 but for Apple's GPUs, which have none."""
+    """Return the dtype of running sums: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _power_sum(x: Tensor, norm: str) -> Tensor:
-    """Sum of |x| or x² of `(batch, channels, height, width)` per channel, in a wide dtype."""
+    """Sum |x| or x² of `(batch, channels, height, width)` per channel, `(channels,)` in the dtype of `wide_dtype`."""
     power = x.abs() if norm == "l1" else x.to(torch.promote_types(x.dtype, torch.float32)).square()
     return power.sum((0, 2, 3), dtype=wide_dtype(x.device))

@@ -1,7 +1,7 @@
-"""Processes that calibrate together end together: all with a selection, or all with the error of one of them.
+"""Processes that calibrate together end together: all with a selection, or all with the error of one process.
 
-A process that failed alone would leave the others waiting for it in a collective operation. So before each of these
-the processes agree: whoever has failed says so there, and all raise.
+If one process alone raised an error, the others would wait for it in a collective operation. So the processes
+exchange errors before each collective operation, and raise all or none.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,30 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 TEXT_BYTES = 2000
-"""Bytes of a message that reach the other processes."""
+"""Bytes of an error message that the other processes get."""
 
 
 class FailedTogetherError(ValueError):
-    """One of the processes has failed, and all know."""
+    """A process of a distributed run has failed. All processes raise this error."""
 
 
 def is_distributed() -> bool:
-    """Whether several processes bring data."""
+    """Whether the run has several processes of torch.distributed."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def agree(device: torch.device, error: Exception | None = None) -> None:
-    """Go on when all processes are here and none has failed; all must call this the same number of times.
+    """Wait for all processes, and raise an error in all of them if one has failed.
+
+    All processes call this function the same number of times.
 
     Args:
-        device: that collective operations work on.
-        error: what this process has failed with.
+        device: device of collective operations.
+        error: error of this process. Default: this process has not failed.
 
     Raises:
-        FailedTogetherError: a process has failed; the same message in all of them, with its rank and what it says.
+        FailedTogetherError: a process has failed. The message is the same in all processes, with the rank of the
+            failed process and its error.
     """
     if not is_distributed():
         return
@@ -49,20 +52,20 @@ def agree(device: torch.device, error: Exception | None = None) -> None:
     text = f"{type(error).__name__}: {error}".encode()[:TEXT_BYTES] if rank == dist.get_rank() else b""
     sent = torch.tensor([*text.ljust(TEXT_BYTES)], dtype=torch.uint8, device=device)
     dist.broadcast(sent, rank)
-    found = bytes(sent.tolist()).decode(errors="ignore").rstrip()
+    message = bytes(sent.tolist()).decode(errors="ignore").rstrip()
     raise FailedTogetherError(
-        f"Calibration has failed in process {rank} of {world}, and in all others with it: {found}"
+        f"Calibration has failed in process {rank} of {world}, and in all others with it: {message}"
     ) from error
 
 
 def failing_together(
     collective: Callable[..., torch.device | None],
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Let a function raise in all processes if it raises in one.
+    """Decorate a function so that it raises an error in all processes if it raises one in a process.
 
     Args:
-        collective: from the arguments to the device that collective operations work on; None for a call that has none,
-            which one process may make alone.
+        collective: takes the arguments of the function. Returns the device of its collective operations. None means
+            that the call has none, so that one process may make it alone.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

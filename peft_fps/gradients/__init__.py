@@ -1,4 +1,4 @@
-"""What backward passes and short training say about each weight."""
+"""Sums of gradients, and changes in a short training, of each weight."""
 
 from peft_fps.gradients.accumulate import Accumulator, Exact, Streaming
 from peft_fps.gradients.backward_pass import BatchLoss, Weight, accumulate_gradients

@@ -1,4 +1,4 @@
-"""Backward passes over data: sum up what the score of each weight needs, with one gradient in memory at a time."""
+"""Backward passes over data that sum up functions of gradients, with one gradient in memory at a time."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -18,18 +18,24 @@ from peft_fps.gradients.losses import check_loss
 
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
-"""From the model and a batch on its device to a scalar."""
+"""Takes the model and a batch on its device. Returns a scalar."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to be scored, and whether it is stored as `(inputs, neurons)`."""
+    """A weight to score.
+
+    Attributes:
+        parameter: the stored weight: `(neurons, inputs)`, `(inputs, neurons)` if `transposed`, or a convolution's
+            `(neurons, channels / groups, kernel height, kernel width)`.
+        transposed: whether the weight is stored as `(inputs, neurons)`. Default: False.
+    """
 
     parameter: nn.Parameter
     transposed: bool = False
 
     def as_matrix(self, stored: Tensor) -> Tensor:
-        """Return a tensor of the stored shape as `(neurons, inputs)` float32."""
+        """Return a tensor of the weight's stored shape as a matrix, `(neurons, inputs)` float32."""
         return (stored.t() if self.transposed else stored.flatten(1)).float()
 
 
@@ -44,26 +50,26 @@ def accumulate_gradients(
     per_example: bool = False,
     training: bool = False,
 ) -> dict[str, int]:
-    """Add a term of the gradients of every batch to the accumulators.
+    """Add a function of the gradients of every batch to the accumulators.
 
-    Under torch.distributed each process brings its own data, some or none, and all end with the sums over all.
+    Under torch.distributed each process has its own data, which may be empty. All processes get the sums over all.
 
     Args:
-        model: run on every batch; left as it was, whatever happens.
-        weights: by module path; no other parameter gets a gradient.
+        model: model that runs on every batch. It is unchanged afterwards, after an error too.
+        weights: weights to score by module path. No other parameter gets a gradient.
         data: the batches.
-        loss: a mean over a batch, as usual.
-        accumulators: by module path.
-        term: from module path and gradient `(neurons, inputs)` float32 to what is summed.
-        per_example: run each example of a batch by itself.
-        training: training mode (dropout active) instead of evaluation mode.
+        loss: mean loss of a batch.
+        accumulators: sums by module path.
+        term: takes a module path and a gradient `(neurons, inputs)` float32. Returns the term to add, of this shape.
+        per_example: run a pass for each example of a batch instead of one for the batch. Default: False.
+        training: training mode (dropout active) instead of evaluation mode. Default: False.
 
     Returns:
         The numbers of `batches` and `examples`.
 
     Raises:
-        ValueError: no data, or a loss or gradient that is not finite.
-        TypeError: data or loss of an unknown kind.
+        ValueError: there is no data, or a loss or a gradient is not finite.
+        TypeError: the data or the loss is of an unknown kind.
     """
 
     def receive(path: str, gradient: Tensor) -> None:
@@ -100,14 +106,14 @@ def run_backward(
     """Run a forward and a backward pass for every batch, and count the examples in `data.counts`.
 
     Args:
-        model: run on every batch.
+        model: model that runs on every batch.
         data: the batches.
-        loss: of a batch.
-        per_example: run each example of a batch by itself.
+        loss: mean loss of a batch.
+        per_example: run a pass for each example of a batch instead of one for the batch. Default: False.
         prepare: called before every batch.
 
     Raises:
-        ValueError, TypeError: see `check_loss`.
+        ValueError, TypeError: a loss is not fit for a backward pass; see `check_loss`.
     """
     device = device_of(model)
     with closing(iter(data)) as passing:
@@ -120,7 +126,14 @@ def run_backward(
 
 
 def _sum_over_processes(weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]) -> None:
-    """Add up what all processes saw; a weight that one process did not reach may have been reached by another."""
+    """Add up the sums of all processes.
+
+    All weights take part, because each process may have reached other ones.
+
+    Args:
+        weights: all weights to score, the same in every process.
+        accumulators: sums of this process by module path. They become the sums of all processes.
+    """
     for path, accumulator in accumulators.items():
         assert isinstance(accumulator, Exact)
         parameter = weights[path].parameter

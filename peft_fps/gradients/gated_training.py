@@ -1,4 +1,4 @@
-"""Which changes survive an L0 penalty on their number (DiffPruning, Guo et al. 2021, arXiv 2012.07463)."""
+"""Training of changes of weights under an L0 penalty (DiffPruning, Guo et al. 2021, arXiv 2012.07463)."""
 
 from collections.abc import Mapping
 
@@ -14,18 +14,23 @@ from peft_fps.gradients.trial import distinct, hand_in, on_trial
 
 
 GATE_LEARNING_RATE = 0.1
-"""Of the gates' logits, constant, as in DiffPruning's code."""
+"""Learning rate of the logits of gates. It is constant, as in DiffPruning's code."""
 SHUT = 1e-6
-"""What a shut gate counts, times its probability to be open; see `GatedChange.size`."""
+"""Value of a shut gate with probability 1 to be open; see `GatedChange.size`."""
 
 
 class GatedChange:
-    """A change of one weight, gated entry by entry and as a whole: δ = change · gate · gate of the weight.
+    """A trained change of one weight with a gate per element and a gate for all: δ = change · gate · common gate.
+
+    Attributes:
+        change: the change, in the weight's shape and float32.
+        logit: logit α of each element's gate, in the weight's shape and float32.
+        whole_logit: logit α of the common gate, a scalar.
 
     Args:
-        weight: sets shape and device.
-        learning_rate: of the change.
-        penalty: weight λ of the expected number of open gates.
+        weight: gives shape and device.
+        learning_rate: learning rate of the change in AdamW.
+        penalty: weight λ of the expected number of open gates in the loss.
     """
 
     def __init__(self, weight: Tensor, learning_rate: float, penalty: float) -> None:
@@ -45,13 +50,17 @@ class GatedChange:
 
     @torch.no_grad()
     def sample(self) -> Tensor:
-        """Draw gates and return δ, in the weight's shape."""
-        # the graph is built in `step`, one weight at a time, since it takes several times the weight's memory
+        """Draw gates and return δ, in the weight's shape and float32."""
+        # without a graph, which takes several times the weight's memory; `step` builds it for one weight at a time
         self._noise = torch.rand_like(self.change), torch.rand_like(self.whole_logit)
         return self._gated(*self._noise)
 
     def step(self, gradient: Tensor) -> None:
-        """Take one step along the gradient of the loss with respect to the δ last sampled, and of the penalty."""
+        """Take one step of AdamW on the loss and the penalty.
+
+        Args:
+            gradient: gradient of the loss with respect to the δ that `sample` returned last, in the weight's shape.
+        """
         assert self._noise is not None
         with torch.enable_grad():
             torch.autograd.backward(self._gated(*self._noise), gradient.float())
@@ -61,14 +70,16 @@ class GatedChange:
         self._optimizer.zero_grad()
 
     def _gated(self, noise: Tensor, whole_noise: Tensor) -> Tensor:
+        """Return δ for uniform noise of each element's gate and of the common gate."""
         return self.change * sample_gate(self.logit, noise) * sample_gate(self.whole_logit, whole_noise)
 
     @torch.no_grad()
     def size(self) -> Tensor:
-        """Return |δ| with typical gates, in the weight's shape.
+        """Return |δ| with gates without noise, in the weight's shape and float32.
 
-        Changes behind shut gates, all 0 in the source, come after all others and keep an order: where fewer gates are
-        open than entries are to be selected, the remaining ones would be the first of the weight.
+        A shut gate counts `SHUT` times its probability to be open, where it counts 0 in the source. So changes behind
+        shut gates rank after all others and differ among themselves. With 0, the first elements of a weight would fill
+        up a selection that has more entries than gates are open.
         """
         gates = [torch.maximum(typical_gate(a), SHUT * open_probability(a)) for a in (self.logit, self.whole_logit)]
         return self.change.abs() * gates[0] * gates[1]
@@ -85,26 +96,27 @@ def accumulate_gated_changes(
     learning_rate: float,
     penalty: float,
 ) -> dict[str, int]:
-    """Learn gated changes over the data, add |δ| to the accumulators, and undo everything.
+    """Train gated changes over the data, add |δ| to the accumulators, and undo the training.
 
-    As DiffPruning's first phase, but |δ| is taken with typical gates where its code takes the last sampled ones, and
-    gradients are not clipped, since none is held until all are there.
+    This is DiffPruning's first phase with two differences. |δ| has gates without noise, where DiffPruning's code takes
+    the gates that it sampled last. Gradients are not clipped, because memory holds one gradient at a time.
 
     Args:
-        model: left as it was, bit for bit, whatever happens.
-        weights: to be scored, by module path.
-        others: trained along without gates (biases, the head).
+        model: model to train. It is unchanged afterwards, bit for bit, after an error too.
+        weights: weights to score by module path.
+        others: parameters to train too, without gates (biases, the head).
         data: the batches.
-        loss: of a batch.
-        accumulators: by module path.
-        learning_rate: of the changes and of the others.
-        penalty: weight λ of the expected number of open gates.
+        loss: mean loss of a batch.
+        accumulators: sums by module path.
+        learning_rate: learning rate of the changes and of the other parameters in AdamW.
+        penalty: weight λ of the expected number of open gates in the loss.
 
     Returns:
         The numbers of `batches` and `examples`.
 
     Raises:
-        ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
+        ValueError: there is no data, or a loss or a change is not finite.
+        TypeError: the data or the loss is of an unknown kind.
     """
     parameters = {path: weight.parameter for path, weight in weights.items()}
     others = distinct(others)

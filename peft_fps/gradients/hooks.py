@@ -1,4 +1,4 @@
-"""Gradients of chosen weights, handed over one by one as backward forms them, and never held together."""
+"""Hooks that hand over the gradients of chosen weights one by one, so that memory holds one gradient at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +16,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def gradients_handed_over(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], receive: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Give every gradient to `receive` when it is complete, and free it before the next one is formed.
+    """Pass every gradient to `receive` when it is complete, and free it before the next one is formed.
 
-    Within the block no other parameter of the model gets a gradient. What required grad before, and gradients that
-    were there before, are put back whatever happens.
+    Within the block no other parameter of the model gets a gradient. Afterwards, after an error too, every parameter
+    has the `requires_grad` and the gradient that it had before.
 
     Args:
-        model: holds all parameters.
-        parameters: the wanted ones, by any name.
-        receive: called with the name and the gradient, in the parameter's shape and dtype, once per backward pass.
+        model: model with all parameters.
+        parameters: parameters that need gradients, by any name.
+        receive: takes the name of a parameter and its gradient, in the parameter's shape and dtype. It is called once
+            per parameter and backward pass.
     """
     everything = {id(p): p for p in model.parameters()} | {id(p): p for p in parameters.values()}
     before = [(p, p.requires_grad, p.grad) for p in everything.values()]
@@ -47,9 +48,10 @@ def gradients_handed_over(
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Let gradient checkpointing that is switched on work in evaluation mode too, where transformers leaves it off.
+    """Apply gradient checkpointing, if the model has it switched on, in evaluation mode too.
 
-    Always without reentrance, which would give no gradient behind frozen embeddings.
+    transformers applies it in training mode only. The block uses the variant without reentrance, because the other one
+    gives no gradients behind frozen embeddings.
     """
     layers = [
         module
@@ -71,8 +73,15 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputed(forward: Callable[..., Any], with_cache: bool) -> Callable[..., Any]:
+    """Return a forward with gradient checkpointing.
+
+    Args:
+        forward: forward of a layer.
+        with_cache: whether the layer gets caches of keys and values. It may if it only reads them.
+    """
+
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not with_cache:  # as transformers does: a cache must not be filled a second time
+        if not with_cache:  # as in transformers, because recomputation would fill a cache a second time
             args = tuple(None if isinstance(value, Cache) else value for value in args)
             kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
@@ -81,6 +90,8 @@ def _recomputed(forward: Callable[..., Any], with_cache: bool) -> Callable[..., 
 
 
 def _handing_over(name: str, receive: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a hook that frees the gradient of a parameter and passes it to `receive` with the name."""
+
     @torch.no_grad()
     def hook(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

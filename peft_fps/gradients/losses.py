@@ -1,4 +1,4 @@
-"""Losses whose gradients select: the task's own, and the supervised contrastive loss of GPS."""
+"""Losses for gradients that score weights: the loss of the task, and the supervised contrastive loss of GPS."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,25 +11,27 @@ from peft_fps.calibration.batches import inputs_of
 
 
 Loss = Callable[[Any, Any], Tensor]
-"""From a model's outputs and the batch to a scalar."""
+"""Takes a model's outputs and the batch. Returns a scalar."""
 
 TEMPERATURE = 0.07
 IGNORED = -100
-"""Label of a position that does not count, in transformers and torch."""
+"""The label that losses of transformers and torch leave out."""
 REMEDY = "For another kind of task, pass loss=callable to calibrate."
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Return the supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, eq. 2).
 
-    Every view is an anchor; views of the same label are its positives. An anchor without a positive is left out of the
-    mean, but remains a negative of the others. GPS selects by this loss. Computed in float32 at least, under autocast
-    too.
+    Every view is an anchor, and the other views with its label are its positives. An anchor without a positive does
+    not count in the mean, but is a negative of the other anchors. GPS (arXiv 2312.10136) selects by this loss.
 
     Args:
-        features: `(views, size)`, scaled to length 1 here.
-        labels: `(views,)`.
-        temperature: divides the cosines.
+        features: one vector per view, `(views, size)`. The function scales them to length 1.
+        labels: class of each view, `(views,)`.
+        temperature: number that divides the cosines. Default: 0.07.
+
+    Returns:
+        A scalar in float32, or in float64 for float64 features, under autocast too.
 
     Raises:
         ValueError: shapes do not fit, the temperature is not positive, or no label occurs twice.
@@ -52,7 +54,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
         similar = (unit @ unit.t() / temperature).masked_fill(itself, -torch.inf)
-        # filled, since times zero the diagonal's -inf would be NaN
+        # masked_fill, because a product with zero would turn the diagonal's -inf into NaN
         log_shares = similar.log_softmax(1).masked_fill(~positive, 0.0).sum(1)
         return -(log_shares[anchors] / positive.sum(1)[anchors]).mean()
 
@@ -64,21 +66,20 @@ def contrastive_step(
     views: Callable[[Tensor], Tensor],
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """Run the model on two views of a batch, and return the supervised contrastive loss of the head's input.
+    """Run the model on two views of every image, and return the supervised contrastive loss of the head's input.
 
-    The model gets the images alone: as `pixel_values` if they come from a mapping, else as its first argument.
-    Features are what the head's first call takes as its first input: `(views, size)` as they are; of
-    `(views, tokens, size)` the first token, as of heads that pool a ViT's states themselves; of
-    `(views, channels, height, width)` the mean over space.
+    The model gets only the images, as `pixel_values` if they come from a mapping, else as its first argument. The
+    features are the first input of the head's first call. Of `(views, tokens, size)` the first token counts, because
+    some heads pool the states of a ViT themselves. Of `(views, channels, height, width)` the mean over space counts.
 
     Args:
-        model: in the mode that is wanted; the hook on its head is removed whatever happens.
+        model: model in training or evaluation mode. The function does not change the mode.
         head: path of the module that turns features into classes.
-        batch: on the model's device; a mapping with `pixel_values` and `labels` (or `label`), or a tuple that begins
-            with the images (or such a mapping) and the labels `(batch,)`.
-        views: makes `(2 * batch, ...)` of `(batch, ...)`, the first views of all images before the second ones; see
-            `TwoViews`.
-        temperature: of the loss.
+        batch: on the model's device. A mapping with `pixel_values` and `labels` (or `label`), or a tuple of the images
+            (or such a mapping) and the labels `(batch,)`.
+        views: takes images `(batch, ...)`. Returns `(2 * batch, ...)`, the first views of all images and then the
+            second views; see `TwoViews`.
+        temperature: number that divides the cosines. Default: 0.07.
 
     Raises:
         TypeError: images or labels are no tensors.
@@ -99,7 +100,7 @@ def contrastive_step(
     if len(both) != 2 * len(images):
         raise ValueError(f"views made {len(both)} images of {len(images)}, expected two of each.")
     inputs: Any = both
-    if named:  # switches such as interpolate_pos_encoding go along
+    if named:  # the model needs switches of the batch too, such as interpolate_pos_encoding
         given: Any = inputs_of(batch)
         inputs = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
         inputs["pixel_values"] = both
@@ -110,25 +111,25 @@ def contrastive_step(
 def task_loss(outputs: Any, batch: Any) -> Tensor:
     """Return the loss that the model computed, or else the cross-entropy between its logits and the batch's labels.
 
-    Each label stands where it is predicted; labels that a model has to shift (language models) must be passed to the
-    model, whose outputs then hold its loss.
+    The cross-entropy compares each label with the logits of the same position. Language models shift labels. They get
+    the labels as an input, and their outputs hold a loss.
 
     Args:
-        outputs: with an entry or attribute `loss`, or `logits`; or the logits, alone or first in a tuple.
-            Logits are `(batch, classes)` or `(batch, tokens, classes)`.
-        batch: a mapping with `labels` (or `label`), or a tuple whose second element they are: class indices,
-            `(batch,)` or `(batch, tokens)`, with -100 where they do not count.
+        outputs: outputs with an item or attribute `loss` or `logits`. Or the logits, alone or first in a tuple,
+            `(batch, classes)` or `(batch, tokens, classes)`.
+        batch: a mapping with `labels` (or `label`), or a tuple whose second element is the labels. They are class
+            indices, `(batch,)` or `(batch, tokens)`, with -100 where they do not count.
 
     Raises:
         TypeError: logits or labels are no tensors.
-        ValueError: no labels, or labels that do not fit the logits.
+        ValueError: there are no labels, or they do not fit the logits.
     """
-    own: Tensor | None = _entry(outputs, "loss")
-    if own is not None:
-        return own
+    computed: Tensor | None = _entry(outputs, "loss")
+    if computed is not None:
+        return computed
     logits, labels = _logits(outputs), _labels(batch)
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    if logits.dim() not in (2, 3) or labels.shape != logits.shape[:-1] or not whole:
+    integers = not labels.is_floating_point() and not labels.is_complex()
+    if logits.dim() not in (2, 3) or labels.shape != logits.shape[:-1] or not integers:
         raise ValueError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}), expected class "
             "indices of shape (batch,) for logits (batch, classes), or (batch, tokens) for (batch, tokens, classes). "
@@ -144,15 +145,15 @@ def task_loss(outputs: Any, batch: Any) -> Tensor:
 
 
 def check_loss(value: Any, index: int) -> Tensor:
-    """Return a loss that is fit for a backward pass.
+    """Check that a loss is fit for a backward pass, and return it.
 
     Args:
         value: what a `Loss` returned.
         index: number of the batch, for errors.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: not a scalar, not finite, or without a gradient.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a scalar, is not finite, or does not require grad.
     """
     where = f"The loss of calibration batch {index}"
     if not isinstance(value, Tensor):
@@ -173,57 +174,84 @@ def check_loss(value: Any, index: int) -> Tensor:
 
 
 def _entry(holder: Any, name: str) -> Any:
+    """Return an item of a mapping, or an attribute of anything else. None if it does not exist."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = _entry(outputs, "logits")
-    if found is None:
-        found = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-    if not isinstance(found, Tensor):
+    """Return the logits of a model's outputs.
+
+    Raises:
+        TypeError: the outputs have no logits that are a tensor.
+    """
+    logits = _entry(outputs, "logits")
+    if logits is None:
+        logits = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model's outputs are of type {type(outputs).__name__} without loss or logits, expected one of them, "
             f"or a tensor. {REMEDY}"
         )
-    return found
+    return logits
 
 
 def _labels(batch: Any) -> Tensor:
-    found = None
+    """Return the labels of a batch.
+
+    Raises:
+        TypeError: the labels are no tensor.
+        ValueError: there are no labels.
+    """
+    labels = None
     if isinstance(batch, Mapping):
-        found = batch["labels"] if "labels" in batch else batch.get("label")
+        labels = batch["labels"] if "labels" in batch else batch.get("label")
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    if found is None:
+        labels = batch[1]
+    if labels is None:
         raise ValueError(
             f"the batch {_contents(batch)} and no labels, expected an entry 'labels' or 'label', or a tuple whose "
             f"second element they are. {REMEDY}"
         )
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the batch's labels are of type {type(found).__name__}, expected a tensor. {REMEDY}")
-    return found
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"the batch's labels are of type {type(labels).__name__}, expected a tensor. {REMEDY}")
+    return labels
 
 
 def _images(batch: Any) -> tuple[Tensor, bool]:
-    """The batch's images, and whether they have a name."""
+    """Return the images of a batch, and whether they are an item of a mapping.
+
+    Raises:
+        TypeError: the images are no tensor.
+        ValueError: there are no images.
+    """
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     named = isinstance(inputs, Mapping)
-    found = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
-    if found is None:
+    images = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
+    if images is None:
         raise ValueError(f"the batch {_contents(inputs)}, expected images as 'pixel_values'. {REMEDY}")
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the batch's images are of type {type(found).__name__}, expected a tensor. {REMEDY}")
-    return found, named
+    if not isinstance(images, Tensor):
+        raise TypeError(f"the batch's images are of type {type(images).__name__}, expected a tensor. {REMEDY}")
+    return images, named
 
 
 def _contents(batch: Any) -> str:
+    """Return words for an error on what a batch consists of."""
     if isinstance(batch, Mapping):
         return f"holds {', '.join(map(repr, batch)) or 'nothing'}"
     return f"is a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
 
 
 def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Any]) -> Any:
-    """What the module at `path` was first called with when the model ran."""
+    """Run the model, and return the first argument of the first call of one of its modules.
+
+    Args:
+        model: model to run.
+        path: path of the module.
+        inputs: first argument of the model, or its arguments by name.
+
+    Raises:
+        ValueError: the model does not call the module.
+    """
     seen: list[Any] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,14 +270,24 @@ def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Any]) -
 
 
 def _features(inputs: Any, path: str) -> Tensor:
+    """Return one vector per view, `(views, size)`, from the input of a head.
+
+    Args:
+        inputs: `(views, size)`; `(views, tokens, size)`, of which the first token counts; or
+            `(views, channels, height, width)`, of which the mean over space counts.
+        path: path of the head, for the error.
+
+    Raises:
+        ValueError: the input is of another kind or shape.
+    """
     if isinstance(inputs, Tensor) and inputs.dim() == 2:
         return inputs
     if isinstance(inputs, Tensor) and inputs.dim() == 3:
         return inputs[:, 0]
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         return inputs.mean((2, 3))
-    found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+    actual = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(
-        f"{path}: its input is {found}, expected features (batch, size), (batch, tokens, size) or "
+        f"{path}: its input is {actual}, expected features (batch, size), (batch, tokens, size) or "
         f"(batch, channels, height, width). {REMEDY}"
     )

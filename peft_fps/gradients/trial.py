@@ -1,4 +1,4 @@
-"""Train weights for a while and take everything back."""
+"""Short training of parameters that is undone."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +11,16 @@ from peft_fps.gradients.backward_pass import Weight
 
 
 class Trial:
-    """A parameter on trial: it computes with a copy, which is trained, while its own numbers stay untouched.
+    """A parameter that computes with a trained copy. The training does not write to the parameter's own memory.
+
+    Attributes:
+        parameter: the parameter.
+        original: its data before the training.
+        trained: the trained copy, in float32 or float64, so that rounding does not lose small steps.
 
     Args:
-        parameter: of any floating dtype; trained in float32 at least, so that small steps are not rounded away.
-        learning_rate: of AdamW, without weight decay.
+        parameter: parameter of any floating dtype.
+        learning_rate: learning rate of AdamW, which has no weight decay here.
     """
 
     def __init__(self, parameter: nn.Parameter, learning_rate: float) -> None:
@@ -27,28 +32,31 @@ class Trial:
         self.show()
 
     def step(self, gradient: Tensor) -> None:
-        """Take one step along the gradient of the parameter."""
+        """Take one step of AdamW. `gradient` has the shape of the parameter."""
         self.trained.grad = gradient.to(self.trained.dtype)
         self._optimizer.step()
         self.trained.grad = None
         self.show()
 
     def show(self) -> None:
-        """Let the parameter compute with the trained numbers."""
+        """Set the parameter's data to the trained copy, in the parameter's dtype."""
         self.parameter.data = self.trained.detach().to(self.original.dtype)
 
     def change(self) -> Tensor:
-        """Return the absolute change so far, in the parameter's shape and float32 at least."""
+        """Return the absolute change since the start, in the parameter's shape and float32 or float64."""
         return (self.trained.detach() - self.original.to(self.trained.dtype)).abs()
 
 
 @contextmanager
 def on_trial(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> Iterator[dict[str, Trial]]:
-    """Put parameters on trial for the block; afterwards each holds the very memory it held before, never written to.
+    """Make trials of parameters for the block. Afterwards each parameter has its original memory, bit for bit.
 
     Args:
-        parameters: by any name.
-        learning_rate: see `Trial`.
+        parameters: parameters by any name.
+        learning_rate: learning rate of AdamW.
+
+    Yields:
+        Trials by the names of the parameters.
     """
     originals = [(parameter, parameter.data) for parameter in parameters.values()]
     try:
@@ -59,7 +67,7 @@ def on_trial(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> It
 
 
 def distinct(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return each parameter under the first of its names: modules may share one, which must be trained once."""
+    """Return each parameter once, under the first of its names, because modules that share one must train it once."""
     names: dict[int, str] = {}
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), name)
@@ -69,16 +77,16 @@ def distinct(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 def hand_in(
     changes: Iterable[tuple[str, Tensor]], weights: Mapping[str, Weight], accumulators: Mapping[str, Accumulator]
 ) -> None:
-    """Add what a short training changed to the accumulators.
+    """Add the changes of a short training to the accumulators.
 
     Args:
-        changes: module path and change in the shape of the parameter; formed one by one, so that they need not be in
-            memory together.
-        weights: by module path.
-        accumulators: by module path.
+        changes: module path and absolute change in the shape of the parameter, of each weight. An iterator avoids
+            having all changes in memory at once.
+        weights: weights to score by module path.
+        accumulators: sums by module path.
 
     Raises:
-        ValueError: a change is NaN or infinite. No loss shows that if it comes with the last step.
+        ValueError: a change is NaN or infinite. If the last step causes it, no loss shows it.
     """
     for path, change in changes:
         accumulators[path].add(weights[path].as_matrix(change))

@@ -12,21 +12,21 @@ SCALE = (0.08, 1.0)
 JITTER = (0.4, 0.4, 0.4, 0.1)
 """Brightness, contrast, saturation, hue."""
 TOLERANCE = 0.25
-"""How far pixels may lie outside [0, 1]: bicubic resizing of floats overshoots at edges."""
+"""Largest distance of pixels from [0, 1]. Bicubic resizing of floats overshoots at edges."""
 
 
 class TwoViews:
-    """Makes two views of every image of a normalised batch, augmented as GPS augments to select.
+    """Makes two views of every image of a normalised batch, with the augmentations of GPS (arXiv 2312.10136).
 
-    Random resized crop (8 % to 100 % of the area), horizontal flip (p = 0.5), colour jitter (p = 0.8; brightness,
-    contrast and saturation 0.4, hue 0.1) and grayscale (p = 0.2), drawn for every view of every image; the order of
-    the four jitters is one for the batch. Images that do not have 3 channels are cropped and flipped only. Torch's
-    global CPU generator seeds it, on every device.
+    The augmentations are random resized crop (8 % to 100 % of the area), horizontal flip (p = 0.5), colour jitter
+    (p = 0.8; brightness, contrast and saturation 0.4, hue 0.1) and grayscale (p = 0.2). They are drawn for every view
+    of every image. The order of the four jitters is drawn once per batch. Images without 3 channels are only cropped
+    and flipped. Torch's global CPU generator seeds the draws on every device.
 
     Args:
-        mean: what the image processor subtracted (`image_mean`), one number or one per channel.
-        std: what it divided by (`image_std`).
-        size: of the views, one number or height and width; the images' own if None.
+        mean: mean that the image processor subtracted (`image_mean`), one number or one per channel. Default: 0.5.
+        std: standard deviation that it divided by (`image_std`), one number or one per channel. Default: 0.5.
+        size: size of the views in pixels, one number or height and width. Default: size of the images.
 
     Raises:
         ImportError: kornia is not installed.
@@ -48,16 +48,16 @@ class TwoViews:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the first views of all images, then the second ones.
+        """Return the first views of all images, and then the second views.
 
         Args:
-            images: `(batch, channels, height, width)`, normalised.
+            images: normalised images, `(batch, channels, height, width)`.
 
         Returns:
-            `(2 * batch, channels, *size)`, normalised, of the images' dtype.
+            Normalised views, `(2 * batch, channels, *size)` in the dtype of the images.
 
         Raises:
-            ValueError: images of another shape, or normalised in another way.
+            ValueError: the images have another shape, or another normalisation.
         """
         if images.dim() != 4 or not images.numel() or not images.is_floating_point():
             raise ValueError(
@@ -80,6 +80,11 @@ class TwoViews:
 
 
 def _unit_range(pixels: Tensor) -> Tensor:
+    """Return pixels clamped to [0, 1].
+
+    Raises:
+        ValueError: a pixel lies farther outside than `TOLERANCE`, so the normalisation is another one.
+    """
     low, high = pixels.aminmax()
     if not (float(low) >= -TOLERANCE and float(high) <= 1 + TOLERANCE):
         raise ValueError(
@@ -90,6 +95,12 @@ def _unit_range(pixels: Tensor) -> Tensor:
 
 
 def _pipeline(size: tuple[int, int], colour: bool) -> nn.Module:
+    """Return the augmentations of images with pixels in [0, 1].
+
+    Args:
+        size: height and width of the views in pixels.
+        colour: whether the images have 3 channels, so that jitter and grayscale apply.
+    """
     library = _augmentations()
     steps = [
         # half-pixel centres, as in torchvision
@@ -102,6 +113,11 @@ def _pipeline(size: tuple[int, int], colour: bool) -> nn.Module:
 
 
 def _augmentations() -> Any:
+    """Return the module `kornia.augmentation`.
+
+    Raises:
+        ImportError: kornia is not installed.
+    """
     try:
         return import_module("kornia.augmentation")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How far each weight moves in a short full fine-tuning (FAR, Vucetic et al. 2022, arXiv 2205.01541)."""
+"""Changes of weights in a short full fine-tuning (FAR, Vucetic et al. 2022, arXiv 2205.01541)."""
 
 from collections.abc import Mapping
 
@@ -21,25 +21,26 @@ def accumulate_movement(
     *,
     learning_rate: float,
 ) -> dict[str, int]:
-    """Fine-tune the weights over the data, add |change| to the accumulators, and undo it.
+    """Fine-tune the weights over the data, add their absolute changes to the accumulators, and undo the training.
 
-    AdamW, whose steps are taken as soon as a gradient is there, in training mode. The source names neither optimizer
-    nor learning rate.
+    The model is in training mode. AdamW takes the step of a parameter as soon as its gradient is complete. The paper
+    names neither optimizer nor learning rate.
 
     Args:
-        model: left as it was, bit for bit, whatever happens.
-        weights: to be scored, by module path.
-        others: trained along (biases, the head).
+        model: model to train. It is unchanged afterwards, bit for bit, after an error too.
+        weights: weights to score by module path.
+        others: parameters to train too (biases, the head).
         data: the batches.
-        loss: of a batch.
-        accumulators: by module path.
-        learning_rate: of AdamW.
+        loss: mean loss of a batch.
+        accumulators: sums by module path.
+        learning_rate: learning rate of AdamW.
 
     Returns:
         The numbers of `batches` and `examples`.
 
     Raises:
-        ValueError, TypeError: as `accumulate_gradients`; ValueError too if a change is not finite.
+        ValueError: there is no data, or a loss or a change is not finite.
+        TypeError: the data or the loss is of an unknown kind.
     """
     parameters = {path: weight.parameter for path, weight in weights.items()} | distinct(others)
     moved: set[str] = set()

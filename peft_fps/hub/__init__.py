@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: pushing, and model cards with a picture of the selection."""
+"""Adapters on the Hugging Face Hub: pushes, and model cards with a picture of the selection."""
 
 from peft_fps.hub.picture_card import write_card
 from peft_fps.hub.pushing import push_adapter

@@ -13,16 +13,17 @@ from peft_fps.saved_selection import Selection
 def write_card(
     model: PeftModel, folder: str | os.PathLike[str], *, location: str | None = None, picture: bool = True
 ) -> None:
-    """Write the cards of a model's adapters anew, with a picture of the selection.
+    """Write the cards of a model's adapters again, with a picture of the selection.
 
     `save_pretrained` writes the same cards without the picture, because drawing takes longer than saving.
 
     Args:
         model: the model that was saved.
-        folder: where `save_pretrained` has saved it. Each adapter that is not named `"default"` has a card of its own
-            in a folder of its own.
-        location: where the card says to load the adapter from, the name of a repository for instance.
-        picture: draw the selection as `selection.png` beside the card, if matplotlib is installed.
+        folder: folder that `save_pretrained` has saved it to. An adapter that is not named `"default"` has its card in
+            a subfolder.
+        location: where the card says to load the adapter from, such as the name of a repository. Default: a
+            placeholder.
+        picture: draw the selection as `selection.png` beside the card, if matplotlib is installed. Default: True.
     """
     folders = adapter_folders(model, folder) if picture else {}
     pictured = [name for name, path in folders.items() if draw_picture(path)]
@@ -30,10 +31,14 @@ def write_card(
 
 
 def draw_picture(folder: Path) -> bool:
-    """Draw the selection of a saved adapter as `selection.png` beside it.
+    """Draw the selection of a saved adapter as `selection.png` in its folder.
+
+    Args:
+        folder: folder of the adapter.
 
     Returns:
-        Whether there is a picture. There is none without matplotlib, of a pickled adapter, or of biases alone.
+        Whether there is a picture. There is none without matplotlib, for a pickled adapter, or for an adapter of only
+        biases.
     """
     try:
         from peft_fps.plots import plot_selection
@@ -41,7 +46,7 @@ def draw_picture(folder: Path) -> bool:
         return False
     try:
         figure = plot_selection(Selection.from_adapter(folder))
-    except ValueError:  # pickled, or biases alone
+    except ValueError:  # the adapter is pickled, or has only biases
         return False
     figure.savefig(folder / PICTURE)
     return True

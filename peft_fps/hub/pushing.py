@@ -1,4 +1,4 @@
-"""Push adapters to the Hub together with their model card."""
+"""Push adapters to the Hub together with their model cards."""
 
 import shutil
 from contextlib import suppress
@@ -28,25 +28,25 @@ def push_adapter(
 ) -> CommitInfo:
     """Push the adapters of a model to the Hub, together with their model cards.
 
-    `model.push_to_hub` saves our card and then writes a general one over it. This function updates the card that the
-    repository has: what others wrote in it stays.
+    `model.push_to_hub` saves our card and then overwrites it by a general one. This function updates the card of the
+    repository and keeps the text that others wrote in it.
 
     Args:
-        model: a `PeftModel`.
-        repo_id: name of the repository, `"user/name"`. It is created if it does not exist.
+        model: model with the adapters.
+        repo_id: name of the repository, `"user/name"`. The function creates it if it does not exist.
         token: token of a user who may write to the repository. Default: the user who is logged in.
         private: whether a new repository is private. Default: as the user's settings say.
-        revision: branch to push to. It is created if it does not exist. Default: `"main"`.
-        commit_message: title of the commit.
-        create_pr: open a pull request instead.
-        picture: add a picture of the selection to the card, if matplotlib is installed.
-        options: arguments of `save_pretrained`, `selected_adapters` for instance.
+        revision: branch to push to. The function creates it if it does not exist. Default: `"main"`.
+        commit_message: title of the commit. Default: `"Upload adapter"`.
+        create_pr: open a pull request instead. Default: False.
+        picture: add a picture of the selection to the card, if matplotlib is installed. Default: True.
+        options: arguments of `save_pretrained`, such as `selected_adapters`.
 
     Returns:
         The commit. Its `oid` is a `revision` to load.
 
     Raises:
-        HfHubHTTPError: the Hub refuses. Then at most a new repository or branch has been created.
+        HfHubHTTPError: the Hub refuses the push. Then there is at most a new empty repository or a new branch.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

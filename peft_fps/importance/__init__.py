@@ -1,7 +1,7 @@
-"""The scores of weights. Each importance has a module of its own.
+"""The scores of weights, one module for each importance.
 
-The config, the command line, calibration, records and reports read the table `IMPORTANCES`. They know every importance
-that is in it. `backward` (one pass with gradients) and `short_training` hold what several importances share.
+The config, the command line, calibration, records and reports read the table `IMPORTANCES`. `gradient_sums` (backward
+passes) and `short_training` hold the code that several importances share.
 """
 
 from peft_fps.importance.activation import ACTIVATION

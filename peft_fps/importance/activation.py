@@ -13,45 +13,61 @@ from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 def weight_times_activation(weight: Tensor, activation: Tensor) -> Tensor:
-    """Weight magnitude times the typical magnitude of its input (eqs. 2-4).
+    """Return the magnitude of each weight times the typical magnitude of its input (arXiv 2510.27359, eqs. 2-4).
 
     Args:
         weight: `(rows, inputs)`.
-        activation: `(inputs,)` or `(rows, inputs)`, mean |a| (`norm="l1"`, eq. 3) or root mean square (`"l2"`, eq. 4).
+        activation: typical magnitude of each input: mean |a| (`norm="l1"`, eq. 3) or root mean square (`"l2"`, eq. 4).
+            `(inputs,)`, or `(rows, inputs)` if the rows read different inputs.
+
+    Returns:
+        `(rows, inputs)` float32.
     """
     return weight.float().abs() * activation.float()
 
 
 def activation_alone(weight: Tensor, activation: Tensor) -> Tensor:
-    """Without the weight (eqs. 5 and 6): every neuron of a layer ranks its inputs alike. Arguments as above."""
+    """Return the typical magnitude of each weight's input (eqs. 5 and 6), so that all neurons have the same ranking.
+
+    Args:
+        weight: `(rows, inputs)`. Only its shape counts.
+        activation: as in `weight_times_activation`.
+
+    Returns:
+        `(rows, inputs)` float32.
+    """
     return activation.float().expand(weight.shape)
 
 
 def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
+    """Gather input statistics in one forward pass over the data."""
     layers = {path: _observed(layer) for path, layer in request.layers.items()}
     return observe(request.base, layers, request.config.norm, request.data, request.how.run)
 
 
 def _observed(layer: EntryLayer) -> Observed:
+    """Return what the forward pass has to know of a layer to observe it."""
     groups = getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
     return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
 
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
+    """Return the scores of a layer from its input statistics; see `Importance.scorer`."""
     activation = statistics.typical(config.norm)
 
     def score(first: int, last: int) -> Tensor:
         rows = weight_rows(layer, first, last)
         groups = torch.arange(first, last, device=activation.device) // (layer.shape.neurons // activation.shape[0])
-        driven = (activation if activation.shape[0] == 1 else activation[groups]).to(rows.device)
+        typical = (activation if activation.shape[0] == 1 else activation[groups]).to(rows.device)
         formula = weight_times_activation if config.weight_magnitude else activation_alone
-        return formula(rows, driven)
+        return formula(rows, typical)
 
     return score
 
 
-def _as_driven_on_average(config: Settings, evidence: Evidence) -> float:
+def _mean_activation(config: Settings, evidence: Evidence) -> float:
+    """Return the mean typical magnitude of all observed inputs, which stands in for inputs of unreached modules."""
     reached = [item.typical(config.norm) for item in evidence.values() if isinstance(item, InputStatistics)]
     if not reached:
         return nothing_reached(config, evidence)
@@ -59,6 +75,7 @@ def _as_driven_on_average(config: Settings, evidence: Evidence) -> float:
 
 
 def _text(record: CalibrationRecord) -> str:
+    """Return the description of the score for reports."""
     typical = "root mean square of the input" if record.norm == "l2" else "mean |input|"
     return typical if record.weight_magnitude is False else f"weight magnitude x {typical}"
 
@@ -71,5 +88,5 @@ ACTIVATION = Importance(
     scorer=_scorer,
     gather=_gather,
     recorded=("norm", "weight_magnitude"),
-    stand_in=_as_driven_on_average,
+    stand_in=_mean_activation,
 )

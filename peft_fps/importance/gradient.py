@@ -1,4 +1,4 @@
-"""GPS: the size of the gradients' sum over batches (arXiv 2312.10136)."""
+"""GPS: the absolute value of the sum of gradients over batches (arXiv 2312.10136)."""
 
 from functools import partial
 

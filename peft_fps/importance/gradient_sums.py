@@ -1,4 +1,4 @@
-"""Evidence from one backward pass over data, for the importances that sum up gradients."""
+"""Evidence from backward passes over data, for the importances that sum up gradients."""
 
 from collections.abc import Callable, Mapping
 
@@ -31,15 +31,15 @@ MEMORIES = ("device", "cpu", "streaming")
 def gather_gradients(
     request: Request, *, term: Callable[[Tensor, Tensor], Tensor], per_example: bool = False
 ) -> tuple[Evidence, dict[str, int]]:
-    """Run the base model over data forward and backward, and sum up a term of the gradients.
+    """Run forward and backward passes of the base model over data, and sum up a function of the gradients.
 
     Args:
-        request: what to gather from.
-        term: returns what is summed over batches, from a weight and its gradient, both `(neurons, inputs)` float32.
-        per_example: run each example of a batch by itself.
+        request: model, layers, settings and data.
+        term: takes a weight and its gradient, both `(neurons, inputs)` float32. Returns the term to add.
+        per_example: run a pass for each example of a batch instead of one for the batch. Default: False.
 
     Returns:
-        The sums by module path, and the numbers of batches and examples.
+        The sums by module path, and the numbers of `batches` and `examples`.
 
     Raises:
         ValueError, TypeError: as `peft_fps.calibrate`. The model is unchanged then.
@@ -60,40 +60,40 @@ def gather_gradients(
 
 
 def size_of_sums(layer: EntryLayer, path: str, config: Settings, sums: Accumulator) -> Score:
-    """Return the scorer of a layer by the absolute values of its sums."""
+    """Return the absolute values of a layer's sums as its scores; see `Importance.scorer`."""
     return lambda first, last: sums.rows(first, last).float().abs()
 
 
 def loss_of(record: CalibrationRecord) -> str:
-    """Return the words that a report adds if the gradients were not of the task's loss."""
+    """Return the words that a report adds if the gradients are those of the contrastive loss."""
     return ", contrastive loss" if record.loss == "contrastive" else ""
 
 
 def reached(sums: Mapping[str, Accumulator], per_example: bool = False) -> dict[str, Accumulator]:
-    """Return the sums of those modules that got a gradient.
+    """Return the sums of the modules that got a gradient.
 
     Args:
         sums: sums by module path.
-        per_example: whether each example was run by itself. The error says so.
+        per_example: whether each example had a pass of its own. The error then advises `fisher="batch"`.
 
     Raises:
         ValueError: all sums are zero, so that they cannot rank entries.
     """
-    found = {path: held for path, held in sums.items() if held.reached}
-    if found and all(held.is_zero() for held in found.values()):
+    with_gradient = {path: accumulator for path, accumulator in sums.items() if accumulator.reached}
+    if with_gradient and all(accumulator.is_zero() for accumulator in with_gradient.values()):
         alone = " A loss that compares the examples of a batch needs fisher='batch'." if per_example else ""
         raise ValueError(
-            f"the gradients of all {len(found)} modules are zero, expected some to choose entries by. Check what the "
-            f"loss depends on: labels that count, rewards that differ.{alone} Nothing was changed."
+            f"the gradients of all {len(with_gradient)} modules are zero, expected some to choose entries by. Check "
+            f"what the loss depends on: labels that count, rewards that differ.{alone} Nothing was changed."
         )
-    return found
+    return with_gradient
 
 
 def weights_of(request: Request) -> dict[str, Weight]:
-    """Return the weights that need gradients, by module path.
+    """Return the weights of the layers to score, by module path.
 
     Raises:
-        ValueError: a weight cannot get a gradient.
+        ValueError: a weight cannot get a gradient, because it is quantised, offloaded, or made in inference mode.
     """
     name = request.config.importance
     check_gradients(request.layers, name)
@@ -116,11 +116,11 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
     """Return empty sums for every layer, in the memory that `calibrate(accumulators=...)` names.
 
     Args:
-        request: what to gather from.
-        streamable: whether the importance can do with a shortlist of the first batch's largest entries.
+        request: model, layers and settings.
+        streamable: whether a shortlist of the first batch's largest elements suffices for the importance.
 
     Raises:
-        ValueError: the memory is unknown, or a shortlist is asked for and does not suffice.
+        ValueError: the memory is unknown, or is `"streaming"` where a shortlist does not suffice.
     """
     layers, config, where = request.layers, request.config, request.how.accumulators
     if where not in MEMORIES:
@@ -130,13 +130,13 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
         return {path: Exact(device) for path in layers}
     unfit = [
         text
-        for text, found in (
+        for text, applies in (
             (f"importance={config.importance!r}", not streamable),
             (f"granularity={config.granularity!r}", config.granularity in ("row", "column")),
             ("order='bottom'", config.order == "bottom"),
             ("several processes", is_distributed()),
         )
-        if found
+        if applies
     ]
     if unfit:
         raise ValueError(
@@ -145,23 +145,29 @@ def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator
         )
     by_neuron = config.granularity in ("neuron", "block")
     name = request.adapter_name
-    # a module that an earlier calibration did not reach has none, and may get some now
+    # a module that an earlier calibration did not reach has no entries, and may get one per neuron now
     entries = {
         path: layer.fps_values[name].numel() if layer.carries(name) else layer.shape.neurons
         for path, layer in layers.items()
     }
     if config.granularity in ("model", "block"):
-        # only their sum counts; how an earlier calibration has spread them must not bind this one
+        # spread evenly, because only the sum counts and an earlier calibration may have spread it unevenly
         total, neurons = sum(entries.values()), sum(layer.shape.neurons for layer in layers.values())
         entries = {path: -(-total * layer.shape.neurons // neurons) for path, layer in layers.items()}
     return {path: Streaming(number, by_neuron) for path, number in entries.items()}
 
 
 def batch_loss(base: nn.Module, config: Settings, how: Gathering) -> BatchLoss:
-    """Return the loss that the settings or the call ask for.
+    """Return the loss of a batch that the config or the arguments of `calibrate` name.
+
+    Args:
+        base: base model.
+        config: settings of the adapter.
+        how: arguments of `calibrate`. Default loss: `task_loss`.
 
     Raises:
-        ValueError: both ask for a loss, or the contrastive loss finds no head.
+        ValueError: the config names the contrastive loss, and the arguments name a loss or a run too. Or the model has
+            no known head.
     """
     if config.loss == "contrastive":
         if how.loss is not None:

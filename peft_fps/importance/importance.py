@@ -1,4 +1,4 @@
-"""What an importance is: what it needs, how its evidence is gathered, and how that becomes scores."""
+"""The type of importances: what they need from data, how they gather evidence, and how they score by it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from peft_fps.selection.calibration_record import CalibrationRecord
 
 
 Evidence = Mapping[str, InputStatistics | Accumulator]
-"""What the data said, by module path: statistics of inputs, or sums of gradients or changes."""
+"""Results of a run over data by module path: statistics of inputs, or sums of gradients or changes."""
 
 Score = Callable[[int, int], Tensor]
-"""From `first, last` to the scores of these rows of a weight, `(last - first, inputs)` float32, never negative."""
+"""Takes `first` and `last`. Returns the scores of these neurons, `(last - first, inputs)` float32, not negative."""
 
 UNREACHED = 1e-30
-"""Factor by which modules without evidence come last where modules are compared."""
+"""Factor that ranks modules without evidence last where modules compete."""
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """The arguments of `peft_fps.calibrate` that say how evidence is gathered; it explains each of them."""
+    """Arguments of `peft_fps.calibrate` that say how to gather evidence. Its docstring explains them."""
 
     loss: Loss | None = None
     views: Callable[[Tensor], Tensor] | None = None
@@ -36,11 +36,11 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Request:
-    """What an importance gathers its evidence from.
+    """Model, layers, settings and data that an importance gathers its evidence from.
 
     Attributes:
-        base: the base model with its FPS layers, whose adapters are switched off.
-        layers: the layers to score, by module path.
+        base: the base model with its FPS layers. All adapters are switched off.
+        layers: layers to score by module path.
         config: settings of the adapter.
         adapter_name: name of the adapter. A short training trains its head and biases too.
         data: the batches.
@@ -56,7 +56,7 @@ class Request:
 
 
 def nothing_reached(config: Settings, evidence: Evidence) -> float:
-    """Return the factor by which modules without evidence come last, if any module has evidence; else 1."""
+    """Return the factor that ranks modules without evidence last: `UNREACHED`, or 1 if no module has evidence."""
     return UNREACHED if evidence else 1.0
 
 
@@ -69,14 +69,14 @@ class Importance:
         needs: what the importance needs from data: `"nothing"`, a `"forward"` pass, a `"backward"` pass, or a short
             `"training"`.
         help: description in the help of the command.
-        text: returns the description in reports, from the record of a calibration.
-        scorer: returns the scores of a layer, from the layer, its module path, the settings and the layer's evidence
-            (None if the importance needs no data).
-        gather: runs the base model over data. Returns the evidence by module path, without modules that the data did
-            not reach, and the numbers of batches and examples. None if the importance needs no data.
-        recorded: settings that the importance depends on, which the record of a calibration keeps.
-        stand_in: returns the factor that makes weight magnitude comparable with these scores, for modules that the
-            data did not reach.
+        text: takes the record of a calibration. Returns the description for reports.
+        scorer: takes a layer, its module path, the settings, and the layer's evidence (None if the importance needs no
+            data). Returns the scores of the layer.
+        gather: runs the base model over data. Returns the evidence by module path, without modules that the data does
+            not reach, and the numbers of `batches` and `examples`. None if the importance needs no data.
+        recorded: names of the settings that the importance depends on. The record of a calibration holds them.
+        stand_in: takes the settings and the evidence. Returns the factor of weight magnitude that makes it comparable
+            with these scores, for modules that the data does not reach.
     """
 
     name: str

@@ -9,6 +9,7 @@ from peft_fps.importance.short_training import gather_changes
 
 
 def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
+    """Train gated changes with the penalty of the config. The default learning rate is 1e-3."""
     train = partial(accumulate_gated_changes, penalty=request.config.l0_penalty)
     return gather_changes(request, train=train, default_rate=1e-3)
 

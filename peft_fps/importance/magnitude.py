@@ -11,11 +11,12 @@ from peft_fps.layers.weight_rows import weight_rows
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """Return |w| of the rows of a weight, `(rows, inputs)` float32."""
+    """Return |w| of a weight `(rows, inputs)`, in float32."""
     return weight.float().abs()
 
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, evidence: Any) -> Score:
+    """Return the weight magnitudes of a layer as its scores; see `Importance.scorer`."""
     return lambda first, last: magnitude(weight_rows(layer, first, last))
 
 

@@ -1,4 +1,4 @@
-"""FAR: how far a weight moves in a short fine-tuning (arXiv 2205.01541)."""
+"""FAR: the absolute change of a weight in a short fine-tuning (arXiv 2205.01541)."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Scores of one layer's weights as an adapter's config asks for them."""
+"""Scores of one layer's weights by the importance of an adapter's config."""
 
 from peft_fps.importance import IMPORTANCES, Evidence, Score
 from peft_fps.importance.magnitude import magnitude
@@ -8,18 +8,23 @@ from peft_fps.layers.weight_rows import weight_rows
 
 
 def scorer(layer: EntryLayer, path: str, config: Settings, evidence: Evidence) -> Score:
-    """Return a function that scores the rows `first:last` of the layer's weight, `(last - first, inputs)` float32.
+    """Return the scores of a layer.
 
-    Where data is due but missing (not calibrated, or a module that no batch reached), magnitude stands in.
+    Weight magnitude, times `Importance.stand_in`, is the score if the importance needs data and the layer has no
+    evidence. This is so before calibration, and for a module that no batch reaches.
 
     Args:
-        layer: gives the weight.
-        path: its module path.
-        config: says which importance.
-        evidence: from the data; may be empty.
+        layer: layer to score.
+        path: module path of the layer.
+        config: settings that name the importance.
+        evidence: evidence of all layers by module path. It may be empty.
+
+    Returns:
+        A function that takes `first` and `last` and returns the scores of these neurons, `(last - first, inputs)`
+        float32.
     """
-    importance, found = IMPORTANCES[config.importance], evidence.get(path)
-    if found is not None or importance.needs == "nothing":
-        return importance.scorer(layer, path, config, found)
-    equal = importance.stand_in(config, evidence)
-    return lambda first, last: magnitude(weight_rows(layer, first, last)) * equal
+    importance, layer_evidence = IMPORTANCES[config.importance], evidence.get(path)
+    if layer_evidence is not None or importance.needs == "nothing":
+        return importance.scorer(layer, path, config, layer_evidence)
+    factor = importance.stand_in(config, evidence)
+    return lambda first, last: magnitude(weight_rows(layer, first, last)) * factor

@@ -1,4 +1,4 @@
-"""First-order Taylor: |w · sum of gradients|, the change of the loss if the weight were removed."""
+"""|w · sum of gradients|: the first-order Taylor estimate of the change of the loss when the weight is removed."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ SENSITIVITY = Importance(
     help="magnitude times gradient",
     text=lambda record: f"|weight x sum of gradients|{loss_of(record)}",
     scorer=size_of_sums,
-    # with its sign: what the weight gains in one batch it may lose in the next
+    # with its sign, because effects of opposite sign in two batches cancel out
     gather=partial(gather_gradients, term=lambda weight, gradient: weight * gradient),
     recorded=("loss",),
 )

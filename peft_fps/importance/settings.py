@@ -1,10 +1,10 @@
-"""The settings of an adapter that importances read; `FPSConfig` has them."""
+"""The settings of an adapter that importances read."""
 
 from typing import Literal, Protocol
 
 
 class Settings(Protocol):
-    """Fields of `FPSConfig`, which explains them."""
+    """The fields of `FPSConfig` that importances read. Its docstring explains them."""
 
     importance: str
     order: Literal["top", "bottom"]

@@ -1,4 +1,4 @@
-"""Evidence from a short full fine-tuning that is undone, for the importances that follow how far weights move."""
+"""Evidence from a short training that is undone, for the importances that sum up changes of weights."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,21 @@ from peft_fps.layers.lookup import adapter_layers, whole_parameters
 def gather_changes(
     request: Request, *, train: Callable[..., dict[str, int]], default_rate: float
 ) -> tuple[Evidence, dict[str, int]]:
-    """Train copies of the weights for a while, and sum up their changes.
+    """Run a short training, and sum up the changes of the weights.
 
     Args:
-        request: what to gather from.
-        train: runs the training. Takes the base model, the weights, further parameters to train, the data, the loss,
-            the sums to add the changes to, and `learning_rate`. Returns the numbers of batches and examples.
-        default_rate: learning rate if the settings leave it open.
+        request: model, layers, settings and data.
+        train: runs the training and undoes it. Takes the base model, the weights, further parameters to train, the
+            data, the loss, the sums to add the changes to, and `learning_rate`. Returns the numbers of `batches` and
+            `examples`.
+        default_rate: learning rate if the settings do not name one.
 
     Returns:
-        The sums by module path, and the numbers of batches and examples.
+        The sums by module path, and the numbers of `batches` and `examples`.
 
     Raises:
-        ValueError, TypeError: as `peft_fps.calibrate`. The model is unchanged then.
+        ValueError, TypeError: as `peft_fps.calibrate`. ValueError too in a distributed run. The model is unchanged
+            then.
     """
     config, rate = request.config, request.config.selection_learning_rate
     weights = weights_of(request)
@@ -43,7 +45,10 @@ def gather_changes(
 
 
 def _trained_along(base: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Biases that the adapter changes, and modules that it trains whole, by names that no weight has."""
+    """Return the biases that the adapter changes, and the parameters of modules that it trains completely.
+
+    Their names differ from all module paths, which are the names of weights.
+    """
     biased = {
         path: layer for path, layer in adapter_layers(base, adapter_name).items() if adapter_name in layer.fps_bias
     }

@@ -1,11 +1,11 @@
-"""Pictures of selections and of training, as matplotlib figures; they need the extra `plots`.
+"""Pictures of selections and of training, as matplotlib figures. They need the extra `plots`.
 
-Figures are made without pyplot: no display is needed and no global state is touched. Save one with
-`figure.savefig("selection.png")`; a notebook shows a figure that ends a cell.
+The functions do not use pyplot. So they need no display and change no global state. `figure.savefig("selection.png")`
+saves a figure. A notebook shows a figure that ends a cell.
 """
 
 try:
-    import matplotlib  # noqa: F401 - looked for here, so that what follows need not
+    import matplotlib  # noqa: F401 - the one check for all modules of this package
 except ModuleNotFoundError as error:
     if error.name != "matplotlib":
         raise

@@ -1,4 +1,4 @@
-"""Where a module stands in a picture: transformer blocks from left to right, types of modules from top to bottom."""
+"""The position of modules in a picture: transformer blocks from left to right, types of modules from top to bottom."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from peft_fps.selection.blocks import block_of
 
 
 OUTSIDE = "none"
-"""Label of the column of modules that belong to no block."""
+"""Label of the column of modules outside any block."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Grid:
     """Modules by type and block.
 
     Attributes:
-        types: of modules, from top to bottom: those outside any block first.
-        blocks: from left to right; None, if there, is first and stands for modules outside any block.
-        cells: the modules of a type in a block. Several, where a block holds a list: experts, stages of layers.
+        types: types of modules from top to bottom. Types outside any block come first.
+        blocks: paths of blocks from left to right. None stands for modules outside any block, and comes first.
+        cells: paths of the modules of a type in a block. There are several if the block holds a list, such as experts.
     """
 
     types: list[str]
@@ -29,7 +29,11 @@ class Grid:
     cells: Mapping[tuple[str, str | None], list[str]]
 
     def matrix(self, value: Callable[[list[str]], float]) -> NDArray[np.float64]:
-        """Return a value of each cell's modules, `(types, blocks)`; NaN where there are none."""
+        """Return a number for each cell, `(types, blocks)` float64, with NaN in cells without modules.
+
+        Args:
+            value: takes the paths of a cell's modules. Returns their number.
+        """
         rows = [
             [value(self.cells[kind, block]) if (kind, block) in self.cells else np.nan for block in self.blocks]
             for kind in self.types
@@ -37,12 +41,12 @@ class Grid:
         return np.array(rows, dtype=np.float64)
 
     def of_type(self, kind: str) -> list[str]:
-        """Return all modules of a type."""
-        return [path for (found, _), paths in self.cells.items() if found == kind for path in paths]
+        """Return the paths of all modules of a type."""
+        return [path for (of_cell, _), paths in self.cells.items() if of_cell == kind for path in paths]
 
     @property
     def block_labels(self) -> list[str]:
-        """The blocks' numbers; with the part of the path that tells lists apart, where there are several."""
+        """Labels of the columns: the numbers of the blocks, behind the part of the path that differs between lists."""
         names = [block for block in self.blocks if block is not None]
         lists = {name.rpartition(".")[0] for name in names}
         if len(lists) == 1:
@@ -54,20 +58,20 @@ class Grid:
 
     @property
     def block_axis(self) -> str:
-        """What the horizontal axis shows."""
+        """Label of the horizontal axis, with the path of the list of blocks if there is only one."""
         lists = {block.rpartition(".")[0] for block in self.blocks if block is not None}
         return f"block ({next(iter(lists))})" if len(lists) == 1 and lists != {""} else "block"
 
 
 def arrange(paths: Iterable[str]) -> Grid:
-    """Arrange modules by their paths alone.
+    """Arrange modules by their paths.
 
-    A block is what `block_of` says: the path up to its first number. The type is what follows, with `*` for every
-    further number: `self_attn.q_proj`, `experts.*.w1`. A module that is itself an element of a list (of a plain
-    `nn.Sequential`, say) is of the type `(element)`; one outside any block is a type of its own.
+    The block is the path up to its first number; see `block_of`. The type is the rest of the path with `*` for every
+    further number, such as `self_attn.q_proj` or `experts.*.w1`. A module that is an element of a list, such as a
+    plain `nn.Sequential`, has the type `(element)`. For a module outside any block the type is the path.
 
     Args:
-        paths: module paths, in any order; a file may have sorted them as text.
+        paths: module paths in any order, because a file may have sorted them as text.
     """
     cells: dict[tuple[str, str | None], list[str]] = {}
     for path in paths:
@@ -88,7 +92,12 @@ def arrange(paths: Iterable[str]) -> Grid:
 
 
 def shortened(label: str, length: int = 34) -> str:
-    """Return the end of a label that is too long, cut between the parts of a path where that is possible."""
+    """Return a label of at most `length` characters: the end of a longer one, cut between parts of a path if possible.
+
+    Args:
+        label: a module path, or any other text.
+        length: largest number of characters. Default: 34.
+    """
     if len(label) <= length:
         return label
     parts = label.split(".")
@@ -98,11 +107,12 @@ def shortened(label: str, length: int = 34) -> str:
 
 
 def _generic(path: str) -> str:
+    """Return a path with `*` for every part that is a number."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def _shared_parts(paths: Iterable[str]) -> int:
-    """Number of leading parts that all paths share."""
+    """Return the number of leading parts that all paths share."""
     split = [path.split(".") for path in paths]
     count = 0
     while all(len(parts) > count for parts in split) and len({parts[count] for parts in split}) == 1:

@@ -1,4 +1,4 @@
-"""A matrix as coloured cells."""
+"""Heat maps: matrices as coloured cells."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from peft_fps.plots.looks import COLOUR_MAP, NORMAL, SMALL
 
 
 CELL_WIDTH, CELL_HEIGHT = 0.42, 0.32
-"""Inches."""
+"""Size of a cell in inches."""
 WIDEST = 15.0
-"""Inches of a picture."""
+"""Largest width of a picture in inches."""
 MARGINS = 4.2
-"""Inches beside the cells: labels and colour bar."""
+"""Width of labels and colour bar beside the cells in inches."""
 LEVEL_CHARACTER = 0.07
-"""Inches of a label's character."""
+"""Width of a character of a horizontal label in inches."""
 MOST_LABELS = 40
-"""Columns that can be labelled side by side."""
+"""Largest number of labels of columns."""
 NARROWEST_WRITTEN = 0.38
-"""Inches of a cell that has room for its number."""
+"""Smallest width in inches of a cell with its number in it."""
 BAR_WIDTH = 0.2
-"""Inches."""
+"""Width of the colour bar in inches."""
 
 
 def heat_map_size(grid: Grid) -> tuple[float, float]:
-    """Return width and height in inches that a heat map of the grid needs, labels and colour bar included."""
+    """Return width and height of a heat map of the grid in inches, labels and colour bar included."""
     width = MARGINS + CELL_WIDTH * len(grid.blocks)
     return min(max(width, 7.0), WIDEST), 1.3 + CELL_HEIGHT * len(grid.types)
 
@@ -41,16 +41,16 @@ def draw_heat_map(
     highest: float,
     cell: tuple[float, float],
 ) -> None:
-    """Draw a matrix with a colour bar; cells show their numbers where there is room.
+    """Draw a matrix with a colour bar. Cells show their numbers if they are wide enough.
 
     Args:
-        axes: to draw in.
-        matrix: `(rows, columns)`, not negative; NaN leaves a cell empty.
-        columns: labels; every so-manieth is written where there are too many.
-        rows: labels; of a long one the end is written.
-        unit: what the colour bar says.
-        highest: end of the colours, the largest value or more.
-        cell: width and height of a cell in inches, about.
+        axes: axes to draw in.
+        matrix: `(rows, columns)`, not negative. NaN leaves a cell empty.
+        columns: labels of columns. With more than `MOST_LABELS` columns, some have no label.
+        rows: labels of rows. Only the end of a long label is shown.
+        unit: label of the colour bar.
+        highest: value at the end of the colours, at least the largest value.
+        cell: approximate width and height of a cell in inches.
     """
     axes.set_facecolor("#EEEEEE")
     image = axes.imshow(matrix, cmap=COLOUR_MAP, vmin=0.0, vmax=highest, aspect="auto", interpolation="nearest")
@@ -70,11 +70,18 @@ def draw_heat_map(
 
 
 def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str], width: float) -> None:
-    """Write the labels, those of columns upright where they are too long, and part the cells by white lines."""
+    """Draw the labels, and white lines between the cells. Long labels of columns are vertical.
+
+    Args:
+        axes: axes with the heat map.
+        columns: labels of columns.
+        rows: labels of rows.
+        width: width of a cell in inches.
+    """
     step = -(-len(columns) // MOST_LABELS)
-    places = range(0, len(columns), step)
-    written = [shortened(columns[place], 24) for place in places]
-    axes.set_xticks(places, written, fontsize=SMALL)
+    ticks = range(0, len(columns), step)
+    written = [shortened(columns[tick], 24) for tick in ticks]
+    axes.set_xticks(ticks, written, fontsize=SMALL)
     if max(map(len, written)) * LEVEL_CHARACTER > step * width:
         axes.tick_params(axis="x", labelrotation=90)
     axes.set_yticks(range(len(rows)), [shortened(row) for row in rows], fontsize=SMALL)
@@ -88,15 +95,15 @@ def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str], width: float
 
 
 def draw_grid(axes: Axes, grid: Grid, matrix: NDArray[np.float64], unit: str, title: str, highest: float) -> None:
-    """Draw one value for each cell of a grid; see `draw_heat_map`.
+    """Draw a number for each cell of a grid as a heat map.
 
     Args:
-        axes: to draw in.
-        grid: what the cells are.
-        matrix: as `grid.matrix` gives it.
-        unit: what the colour bar says.
-        title: of the panel.
-        highest: end of the colours.
+        axes: axes to draw in.
+        grid: types and blocks, which label the cells.
+        matrix: `(types, blocks)`, as `grid.matrix` returns it.
+        unit: label of the colour bar.
+        title: title of the panel.
+        highest: value at the end of the colours, at least the largest value.
     """
     width = (heat_map_size(grid)[0] - MARGINS) / len(grid.blocks) + 0.02
     draw_heat_map(axes, matrix, grid.block_labels, grid.types, unit, highest, (width, CELL_HEIGHT))

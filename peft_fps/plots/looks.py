@@ -1,4 +1,4 @@
-"""Colours that all kinds of colour vision tell apart, and what all pictures share."""
+"""Colours that differ for all kinds of colour vision, and the style of all pictures."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, without black, which is for references, and yellow, which is faint on white."""
+"""The colours of Okabe and Ito without black, which references have, and yellow, which is faint on white."""
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)))
 LINES = tuple((colour, dash) for dash in DASHES for colour in COLOURS)
 """Colour and line style of up to 12 curves."""
@@ -17,12 +17,24 @@ SMALL, NORMAL = 8, 9
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches, whose parts keep clear of each other."""
+    """Return an empty figure with a layout without overlaps.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+    """
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
-    """Label a panel that shows curves or points."""
+    """Add title, labels and grid to a panel with curves or points.
+
+    Args:
+        axes: axes of the panel.
+        title: title of the panel.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+    """
     axes.set_title(title, fontsize=NORMAL, loc="left")
     axes.set_xlabel(x, fontsize=NORMAL)
     axes.set_ylabel(y, fontsize=NORMAL)

@@ -1,4 +1,4 @@
-"""How far selections agree, as pictures."""
+"""Pictures of the agreement of selections."""
 
 from collections.abc import Mapping
 
@@ -13,17 +13,17 @@ from peft_fps.saved_selection import Selection
 
 UNIT = "Jaccard index of the entries"
 CELL = 0.6
-"""Inches."""
+"""Width and height of a cell in inches."""
 
 
 def plot_overlap(selections: Mapping[str, Selection]) -> Figure:
-    """Draw the overlap of every two selections: Jaccard index |A ∩ B| / |A ∪ B| of all their entries.
+    """Draw the overlap of every two selections: the Jaccard index |A ∩ B| / |A ∪ B| of all their entries.
 
     Args:
-        selections: of the same modules, by the names that the picture shows; two at least.
+        selections: two or more selections of the same modules, by the names that the picture shows.
 
     Raises:
-        ValueError: there are fewer than two, or they are of different modules; names one of these.
+        ValueError: there are fewer than two selections, or they are of different modules.
     """
     names = list(selections)
     if len(names) < 2:
@@ -45,12 +45,12 @@ def plot_overlap(selections: Mapping[str, Selection]) -> Figure:
 
 
 def plot_module_overlap(counts: Mapping[str, tuple[int, int]], title: str) -> Figure:
-    """Draw where two selections agree: the Jaccard index, in %, by transformer block and type of module.
+    """Draw the Jaccard index of two selections in %, by transformer block and type of module.
 
     Args:
-        counts: by module path, the entries that both have and those that either has. Where neither has any, they
-            agree.
-        title: of the picture.
+        counts: number of entries in both selections, and number of entries in at least one, by module path. The index
+            of modules without entries is 100 %.
+        title: title of the picture.
 
     Raises:
         ValueError: there are no modules.

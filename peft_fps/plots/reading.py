@@ -1,4 +1,4 @@
-"""How unevenly the inputs of modules are read: what share of the entries the most-read inputs hold."""
+"""The uneven use of the inputs of modules: the share of entries that read the most-read inputs."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,35 +11,39 @@ from peft_fps.selection.entries import ModuleEntries
 
 
 POINTS = 400
-"""Points of a curve that a picture can show."""
+"""Number of points of a curve, as many as a picture can show."""
 
 
 def input_counts(module: ModuleEntries) -> Tensor:
-    """Return how many neurons read each input, `(inputs,)` int64."""
+    """Return the number of neurons that read each input, `(inputs,)` int64."""
     return torch.bincount(module.columns.long(), minlength=module.inputs)
 
 
 def concentration(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a curve from (0, 0) to (1, 1): share of the inputs, the most-read first, and share of the entries.
+    """Return a curve from (0, 0) to (1, 1) of the share of entries that read the most-read inputs.
 
     Args:
-        counts: readers of each input, `(inputs,)`, of one module or several; one of them at least is not 0.
+        counts: number of readers of each input of one module or several, `(inputs,)`. At least one is not 0.
 
     Returns:
-        Both shares, float64, of at most `POINTS` + 1 points.
+        Share of the inputs, the most-read first, and share of the entries that read them. Both are float64 with at
+        most `POINTS` + 1 points.
     """
-    held = torch.cat([counts.new_zeros(1), counts.sort(descending=True).values]).cumsum(0).double()
-    places = torch.linspace(0, len(counts), min(POINTS, len(counts)) + 1, dtype=torch.float64).round().long()
-    return places / len(counts), held[places] / held[-1]
+    entries = torch.cat([counts.new_zeros(1), counts.sort(descending=True).values]).cumsum(0).double()
+    points = torch.linspace(0, len(counts), min(POINTS, len(counts)) + 1, dtype=torch.float64).round().long()
+    return points / len(counts), entries[points] / entries[-1]
 
 
 def chance_concentration(modules: Iterable[ModuleEntries]) -> tuple[Tensor, Tensor]:
-    """Return the same curve as it is to be expected if the entries of every module lay at random places.
+    """Return the curve of `concentration` that is expected for entries at random positions in every module.
 
-    An input's readers are then binomially distributed, closely, with the module's neurons as trials.
+    The number of readers of an input has then approximately a binomial distribution with a trial per neuron.
 
     Args:
-        modules: with one entry at least among them.
+        modules: modules that give sizes and numbers of entries. At least one has an entry.
+
+    Returns:
+        Share of the inputs and share of the entries, float64.
     """
     sizes = Counter((module.neurons, module.inputs, module.entries) for module in modules)
     inputs: dict[int, float] = {}
@@ -52,5 +56,5 @@ def chance_concentration(modules: Iterable[ModuleEntries]) -> tuple[Tensor, Tens
             inputs[count] = inputs.get(count, 0.0) + number
     order = sorted(inputs, reverse=True)
     numbers = torch.tensor([0.0, *(inputs[count] for count in order)], dtype=torch.float64).cumsum(0)
-    held = torch.tensor([0.0, *(count * inputs[count] for count in order)], dtype=torch.float64).cumsum(0)
-    return numbers / numbers[-1], held / held[-1]
+    read = torch.tensor([0.0, *(count * inputs[count] for count in order)], dtype=torch.float64).cumsum(0)
+    return numbers / numbers[-1], read / read[-1]

@@ -1,4 +1,4 @@
-"""A selection as a picture: where its entries lie, which inputs they read, and how far biases have moved."""
+"""Pictures of a selection: positions of its entries, the inputs that they read, and the sizes of bias deltas."""
 
 from collections.abc import Mapping
 
@@ -22,22 +22,21 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def plot_selection(model_or_selection: nn.Module | Selection, adapter_name: str | None = None) -> Figure:
-    """Draw a selection; in up to three panels.
+    """Draw a selection in up to three panels.
 
-    - The share of the weights that is selected, in %, by transformer block and type of module. Types are read off
-      module paths: what follows the block's number.
-    - How unevenly inputs are read: the share of the entries that the most-read inputs hold, by type of module, beside
-      what as many entries at random places would give. Left out if nothing is selected, the first panel too if biases
-      have moved.
-    - After training, of a model: how far biases have moved, by type of module. Left out if none has.
+    - The selected share of the weights in %, by transformer block and type of module. The type is the part of the
+      module path behind the number of the block. A selection without entries lacks this panel if biases have moved.
+    - The share of the entries that read the most-read inputs, by type of module, beside the same curve for as many
+      entries at random positions. A selection without entries lacks this panel.
+    - The sizes of bias deltas by type of module. Only a trained model has this panel.
 
     Args:
         model_or_selection: a model with an FPS adapter (a `PeftModel`, or a transformers model after `add_adapter`),
-            or a `Selection`, which knows no biases.
-        adapter_name: of a model's adapters, the active one if None.
+            or a `Selection`, which has no biases.
+        adapter_name: name of the model's adapter to draw. Default: the active adapter.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `model_or_selection` is of another type.
         ValueError: there is no such adapter, its tensors are not loaded, or no module has weights to select from.
     """
     if isinstance(model_or_selection, Selection):
@@ -55,11 +54,11 @@ def plot_selection(model_or_selection: nn.Module | Selection, adapter_name: str 
 
 
 def draw_selection(modules: Mapping[str, ModuleEntries], biases: Mapping[str, Tensor]) -> Figure:
-    """Draw entries and bias deltas by module path; see `plot_selection`.
+    """Draw entries and bias deltas in the panels of `plot_selection`.
 
     Args:
-        modules: the selected entries.
-        biases: bias deltas `(neurons,)`, of these modules and perhaps of norms.
+        modules: selected entries by module path.
+        biases: bias deltas `(neurons,)` by module path, of these modules and of normalisations.
 
     Raises:
         ValueError: there are no modules.
@@ -95,14 +94,20 @@ def draw_selection(modules: Mapping[str, ModuleEntries], biases: Mapping[str, Te
 
 
 def _share(modules: list[ModuleEntries]) -> float:
-    """Selected share of the modules' weights."""
+    """Return the selected share of the weights of some modules."""
     return sum(module.entries for module in modules) / sum(module.neurons * module.inputs for module in modules)
 
 
 def _draw_reading(axes: Axes, grid: Grid, modules: Mapping[str, ModuleEntries]) -> None:
-    """One curve for each type of module; of many, for those with the most entries."""
+    """Draw the curve of `concentration` for each type of module, at most `LINES` types, those with the most entries.
+
+    Args:
+        axes: axes to draw in.
+        grid: types of the modules.
+        modules: selected entries by module path.
+    """
     by_type = {kind: [modules[path] for path in grid.of_type(kind)] for kind in grid.types}
-    totals = {kind: sum(module.entries for module in held) for kind, held in by_type.items()}
+    totals = {kind: sum(module.entries for module in of_kind) for kind, of_kind in by_type.items()}
     largest = sorted((kind for kind in totals if totals[kind]), key=lambda kind: -totals[kind])[: len(LINES)]
     shown = [kind for kind in grid.types if kind in largest]
     axes.plot([], [], color=REFERENCE, linestyle="dotted", label="the same at random places")
@@ -122,7 +127,12 @@ def _draw_reading(axes: Axes, grid: Grid, modules: Mapping[str, ModuleEntries]) 
 
 
 def _draw_biases(axes: Axes, moved: Mapping[str, Tensor]) -> None:
-    """Median, quartiles, and 5th to 95th percentile of each type's |bias delta|, those that are 0 left out."""
+    """Draw median, quartiles, and 5th to 95th percentile of |bias delta| for each type of module, without zeros.
+
+    Args:
+        axes: axes to draw in.
+        moved: absolute bias deltas `(neurons,)` by module path. Each tensor has one that is not 0.
+    """
     grid = arrange(moved)
     levels = torch.tensor(QUANTILES)
     for row, kind in enumerate(grid.types):
@@ -136,7 +146,7 @@ def _draw_biases(axes: Axes, moved: Mapping[str, Tensor]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     smallest, largest = axes.get_xlim()
-    if largest < 30 * smallest:  # so few decades that powers of ten alone would hardly label it
+    if largest < 30 * smallest:  # over so few decades, powers of ten alone give hardly any label
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     finish(axes, "How far biases have moved", "|bias delta|: median, 25–75 %, 5–95 %", "")

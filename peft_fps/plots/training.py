@@ -1,4 +1,4 @@
-"""A training run as a picture."""
+"""Pictures of a training run."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,20 +13,21 @@ LOSSES = {"loss": "training", "eval_loss": "validation"}
 
 
 def plot_training(log_history: Iterable[Mapping[str, Any]]) -> Figure:
-    """Draw losses, and accuracies on validation data if there are any, over epochs.
+    """Draw losses over epochs, and accuracies on validation data if the log has any.
 
     Args:
-        log_history: what a transformers `Trainer` keeps as `trainer.state.log_history`: records with `epoch` and
-            `loss`, `eval_loss` or `eval_accuracy` (any name from `eval_` to `accuracy`, a share), others are left out.
+        log_history: `trainer.state.log_history` of a transformers `Trainer`. The picture shows records with `epoch`
+            and one of `loss`, `eval_loss`, and accuracies from 0 to 1, whose names begin with `eval_` and end with
+            `accuracy`. Other records do not count.
 
     Raises:
-        ValueError: no record tells a loss or an accuracy.
+        ValueError: no record has a loss or an accuracy.
     """
     records = [record for record in log_history if "epoch" in record]
     names = dict.fromkeys(key for record in records for key in record)
     accuracies = [name for name in names if name.startswith("eval_") and name.endswith("accuracy")]
     losses = [name for name in LOSSES if name in names]
-    panels = [panel for panel, held in (("loss", losses), ("accuracy", accuracies)) if held]
+    panels = [panel for panel, drawn in (("loss", losses), ("accuracy", accuracies)) if drawn]
     if not panels:
         raise ValueError(
             "log_history has no record with an epoch and a loss or an eval_accuracy, expected what "
@@ -34,8 +35,8 @@ def plot_training(log_history: Iterable[Mapping[str, Any]]) -> Figure:
         )
     figure = new_figure(4.2 * len(panels) + 0.8, 3.4)
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
-    for panel, held in (("loss", losses), ("accuracy", accuracies)):
-        for name, colour in zip(held, COLOURS, strict=False):
+    for panel, drawn in (("loss", losses), ("accuracy", accuracies)):
+        for name, colour in zip(drawn, COLOURS, strict=False):
             points = [(record["epoch"], record[name]) for record in records if name in record]
             label = LOSSES.get(name, name.removeprefix("eval_").replace("_", " "))
             axes[panel].plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=label)

@@ -1,4 +1,4 @@
-"""From scores and a budget to selected entries; pure functions that know nothing of PEFT or transformers."""
+"""Choose entries by scores and a budget. The functions are pure and know nothing of PEFT or transformers."""
 
 from peft_fps.selection.allocation import Allocation, LayerShape, allocate
 from peft_fps.selection.blocks import block_of

@@ -1,4 +1,4 @@
-"""From a budget to the number of entries of every layer, exact to the entry."""
+"""Turn a budget into the number of entries of every layer, exact to the entry."""
 
 import re
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of a layer's weight seen as a matrix.
+    """Shape of a layer's weight seen as a matrix `(neurons, inputs)`.
 
     Attributes:
         neurons: rows, the outputs of the layer.
-        inputs: columns, the fan-in of a neuron, at least 1.
+        inputs: columns, the fan-in of a neuron. At least 1.
     """
 
     neurons: int
@@ -20,18 +20,18 @@ class LayerShape:
 
     @property
     def weights(self) -> int:
-        """Elements of the weight."""
+        """Number of elements of the weight."""
         return self.neurons * self.inputs
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Result of `allocate`.
+    """How many parameters each layer may train; `allocate` returns it.
 
     Attributes:
-        entries: number of entries of each layer, in the order given.
-        biases: bias deltas, as they were given.
-        limit: most parameters to train; None without a budget.
+        entries: number of entries of each layer by module path, in the order of the layers.
+        biases: number of bias deltas.
+        limit: largest number of parameters to train. None without a budget.
     """
 
     entries: dict[str, int]
@@ -40,7 +40,7 @@ class Allocation:
 
     @property
     def trained(self) -> int:
-        """Selected entries and bias deltas together."""
+        """Number of selected entries and bias deltas together."""
         return sum(self.entries.values()) + self.biases
 
 
@@ -56,22 +56,23 @@ def allocate(
     """Distribute a budget over layers so that every neuron gets the same number of entries, K.
 
     With `budget`, K is the largest number for which the entries of all layers and the bias deltas stay within
-    `floor(budget * base_parameters)`. A neuron with a fan-in below K gets its fan-in, and the others share the rest.
-    Every layer gets `floor(K * neurons)`, so the budget is used up to less than one entry per layer. `budget=0` is
-    BitFit: no entries, and the biases do not count.
+    `floor(budget * base_parameters)`. A neuron with a fan-in below K gets its fan-in, and the other neurons share the
+    rest. Every layer gets `floor(K * neurons)` entries, so that less than one entry per layer is left of the budget.
+    `budget=0` is BitFit: there are no entries, and biases do not count.
 
     Args:
         layers: shapes of the targeted weights by module path.
         biases: number of bias deltas that are trained beside the entries, those of normalisations included.
-        base_parameters: parameters of the base model without the output head.
-        budget: largest share of `base_parameters` to train; exactly one of `budget` and `per_neuron` is given.
-        per_neuron: K itself, not necessarily whole; above a fan-in it means the fan-in.
-        budget_pattern: module path or regular expression (as PEFT's `rank_pattern`) to that layer's own value: its K
-            with `per_neuron`, the share of its weights with `budget`. The other layers share what is left.
+        base_parameters: number of parameters of the base model without the output head.
+        budget: largest share of `base_parameters` to train. Exactly one of `budget` and `per_neuron` is given.
+        per_neuron: K. It may be a fraction. Above a fan-in it means the fan-in.
+        budget_pattern: values of single layers, by module path or regular expression as in PEFT's `rank_pattern`. A
+            value is the layer's K with `per_neuron`, and the share of its weights with `budget`. The other layers
+            share the rest of the budget.
 
     Raises:
-        ValueError: the biases or the pattern's layers alone exceed the budget, a pattern matches no layer, or nothing
-            would be trained.
+        ValueError: the biases or the pattern's layers alone exceed the budget, a pattern matches no layer, or there is
+            neither an entry nor a bias to train.
     """
     assert (budget is None) != (per_neuron is None)
     fixed = _match_patterns(layers, budget_pattern or {})
@@ -111,8 +112,13 @@ def allocate(
 
 
 def _match_patterns(layers: Mapping[str, LayerShape], patterns: Mapping[str, float]) -> dict[str, float]:
+    """Return the value of each layer that a key of `budget_pattern` matches; the longest key wins.
+
+    Raises:
+        ValueError: a key matches no layer.
+    """
     fixed: dict[str, float] = {}
-    # the longest first, then by name: files do not keep the order of keys
+    # sorted by length and then by name, because files do not keep the order of keys
     for pattern, value in sorted(patterns.items(), key=lambda item: (-len(item[0]), item[0])):
         matched = [name for name in layers if matches(pattern, name)]
         if not matched:
@@ -125,33 +131,47 @@ def _match_patterns(layers: Mapping[str, LayerShape], patterns: Mapping[str, flo
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a key of `budget_pattern`, a module path, its end or a regular expression, is about a module."""
+    """Whether a key of `budget_pattern` matches a module.
+
+    Args:
+        pattern: a module path, the end of one, or a regular expression for either.
+        name: module path.
+    """
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _common_k(layers: Mapping[str, LayerShape], available: int) -> Fraction:
-    """Largest K with `sum(neurons * min(K, inputs)) <= available`: fill the layers like connected vessels."""
+    """Return the largest K with `sum(neurons * min(K, inputs)) <= available`, by water-filling.
+
+    Args:
+        layers: shapes by name.
+        available: number of entries of all layers together.
+    """
     neurons = sum(layer.neurons for layer in layers.values())
     rest = Fraction(available)
     for layer in sorted(layers.values(), key=lambda layer: layer.inputs):
-        if rest >= neurons * layer.inputs:  # this fan-in is below the common level, so the layer is full
+        if rest >= neurons * layer.inputs:  # the fan-in is at most K, so every weight of the layer is selected
             rest -= layer.weights
             neurons -= layer.neurons
     return rest / neurons if neurons else Fraction(max((layer.inputs for layer in layers.values()), default=0))
 
 
 def _entries(layer: LayerShape, k: Fraction) -> int:
+    """Return the number of entries of a layer whose neurons get K entries on average, at most their fan-in."""
     return int(layer.neurons * min(k, Fraction(layer.inputs)))
 
 
 def exact(number: float) -> Fraction:
-    """The decimal number that the user wrote, not its nearest binary fraction: 0.29 of 100 parameters are 29."""
+    """Return the decimal number that the user wrote instead of its nearest binary fraction.
+
+    So 0.29 of 100 parameters are 29, where floating point gives 28.
+    """
     return Fraction(str(number))
 
 
-def round_up(part: int, whole: int) -> float:
-    """Smallest share with two significant digits whose floor still holds `part` of `whole`."""
-    share = Fraction(part, whole)
+def round_up(part: int, total: int) -> float:
+    """Return the smallest `share` of two significant digits with `floor(share * total) >= part`."""
+    share = Fraction(part, total)
     unit = Fraction(1)
     while share < unit * 10:
         unit /= 10

@@ -1,4 +1,4 @@
-"""Entries per neuron that differ from block to block with where the largest scores lie (TR-PTS, arXiv 2507.22872)."""
+"""Numbers of entries per neuron that follow from where the largest scores lie (TR-PTS, arXiv 2507.22872)."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -11,9 +11,9 @@ from peft_fps.selection.model_wide import best_of_all
 
 
 def block_of(path: str) -> str | None:
-    """Return the block that a module belongs to: its path up to the first number, None where there is none.
+    """Return the transformer block of a module: its path up to the first number, or None without a number.
 
-    `"vit.layers.3.attention.q_proj"` belongs to `"vit.layers.3"`, a patch embedding to no block.
+    `"vit.layers.3.attention.q_proj"` is in the block `"vit.layers.3"`. A patch embedding is in no block.
     """
     parts = path.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
@@ -21,16 +21,19 @@ def block_of(path: str) -> str | None:
 
 
 def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict[str, int]:
-    """Distribute the entries of all layers over their blocks by `block_top`, the best share M of all scored weights.
+    """Distribute the entries of all layers by the share of each block's weights among the best scores of the model.
 
-    The paper gives every neuron of layer l `C_l = max(1, w_l / min(w) * C_min)` entries, with w_l the layer's share in
-    the best M of all scores. Here w is the part of a block's weights that are among them (blocks of one size, which
-    the paper has, are compared alike by their number), and `c = C_min / min(w)` follows from the total, see
-    `entries_by_share`.
+    TR-PTS gives every neuron of layer l `C_l = max(1, w_l / min(w) * C_min)` entries, with w_l the layer's share in
+    the best M of all scores. This function takes for w the part of a block's weights that are among these best scores.
+    For blocks of one size, as in the paper, both rank blocks alike. `c = C_min / min(w)` follows from the total number
+    of entries; see `entries_by_share`.
 
     Args:
-        candidates: layers by module path. The sum of their entries is what is distributed.
-        block_top: of all weights, those outside any block too; it means at least one weight.
+        candidates: layers by module path. The function distributes the sum of their entries.
+        block_top: M, a share of all scored weights, those outside any block included. At least one weight counts.
+
+    Returns:
+        Number of entries of each layer by module path.
     """
     total = sum(candidate.entries for candidate in candidates.values())
     if not total:
@@ -49,16 +52,19 @@ def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict
 
 
 def entries_by_share(layers: Mapping[str, LayerShape], shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Give every neuron `K = max(1, c * share)` entries, at most its fan-in, with the one c that gives the total.
+    """Give every neuron `K = max(1, c * share)` entries, at most its fan-in, with the c that yields the total.
 
-    c is exact. A layer gets ⌊K * neurons⌋ entries, and what is left by that goes, one each, to the layers with the
-    largest fraction (the earlier, where equal), so that the total is met to the entry. A share of 0 means K = 1, and
-    more only when all other layers are full.
+    c is exact. A layer gets ⌊K * neurons⌋ entries. The rest goes to the layers with the largest fractions, one entry
+    each, the earlier layer first where fractions are equal. So the sum equals the total. A share of 0 means K = 1, and
+    more only if every weight of the other layers is selected.
 
     Args:
         layers: shapes by name.
         shares: not negative, by name.
-        total: between the number of all neurons and that of all weights.
+        total: number of entries to distribute, between the number of all neurons and the number of all weights.
+
+    Returns:
+        Number of entries of each layer by name.
     """
     some = {name: layer for name, layer in layers.items() if shares[name]}
     none = {name: layer for name, layer in layers.items() if not shares[name]}
@@ -76,7 +82,15 @@ def entries_by_share(layers: Mapping[str, LayerShape], shares: Mapping[str, Frac
 def _proportional(
     layers: Mapping[str, LayerShape], shares: Mapping[str, Fraction], available: Fraction | int
 ) -> dict[str, Fraction]:
-    """Largest `K = min(max(1, c * share), inputs)` of every layer with `sum(neurons * K) <= available`."""
+    """Return `K = min(max(1, c * share), inputs)` of every layer.
+
+    c is the largest number with `sum(neurons * K) <= available`.
+
+    Args:
+        layers: shapes by name.
+        shares: positive, by name.
+        available: number of entries of all layers together, at least the number of their neurons.
+    """
 
     def per_neuron(c: Fraction) -> dict[str, Fraction]:
         return {n: min(max(Fraction(1), c * shares[n]), Fraction(layer.inputs)) for n, layer in layers.items()}
@@ -84,7 +98,7 @@ def _proportional(
     def used(c: Fraction) -> Fraction:
         return sum((layers[name].neurons * k for name, k in per_neuron(c).items()), Fraction(0))
 
-    # between two corners the sum is linear in c
+    # the sum is linear in c between two corners, so interpolation gives c exactly
     corners = sorted({bound / shares[name] for name, layer in layers.items() for bound in (1, layer.inputs)})
     if not corners:
         return {}

@@ -1,4 +1,4 @@
-"""How an adapter's entries were chosen, as `calibrate`, `Selection.apply` and `add_weighted_adapter` note it."""
+"""The record of how an adapter's entries were chosen, which `calibrate` and `add_weighted_adapter` write."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,26 +13,29 @@ LISTS = ("unreached", "adapters", "weights")
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """How the entries of an adapter were chosen. A field that does not apply, or is not known, is None or empty.
+    """How the entries of an adapter were chosen.
 
-    A record without any field says that nothing is known. That is not the same as no record: an adapter without one
-    was chosen without data, as its config says.
+    A field that does not apply, or is not known, is None or empty. A record without any field says that nothing is
+    known. An adapter without a record has entries that were chosen without data, by the settings of its config.
 
     Attributes:
-        importance: name of the score; of a score of the user's own the name that the user gave it.
+        importance: name of the score. For scores of the user, the name that the user gave them.
         order: `"top"` or `"bottom"`.
-        granularity: how the entries were spread.
-        seed: of the `"random"` importance.
+        granularity: value of `FPSConfig.granularity`.
+        seed: seed of the `"random"` importance.
         norm, weight_magnitude, fisher, loss, selection_learning_rate, selection_epochs, l0_penalty: settings that the
-            importance depends on, see `FPSConfig`.
+            importance depends on; see `FPSConfig`.
         batches: number of batches of data.
         examples: number of examples of data.
-        unreached: paths of the targeted modules that the data did not reach, and that hold no entries.
-        combination: the `combination_type` of `add_weighted_adapter`.
-        adapters: names of the adapters that were combined.
+        unreached: paths of the targeted modules that the data did not reach, and that have no entries.
+        combination: `combination_type` of `add_weighted_adapter`.
+        adapters: names of the combined adapters.
         weights: their weights.
         density: share of the entries that pruning kept.
         majority_sign_method: how signs were elected.
+
+    Raises:
+        ValueError: a field is not of its type.
     """
 
     importance: str | None = None
@@ -77,25 +80,25 @@ class CalibrationRecord:
         return self != CalibrationRecord()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that are known as plain data, lists for tuples."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the known fields as plain data, with lists for tuples."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in held.items()
+            for name, value in values.items()
             if value not in (None, ())
         }
 
     @classmethod
     def from_json(cls, value: Any, where: str = "calibration") -> "CalibrationRecord":
-        """Return the record that plain data holds. Keys that this version does not know are left out.
+        """Make a record of plain data. Keys that this version does not know are left out.
 
         Args:
-            value: as `to_json` returns it; lists may be tuples.
-            where: what the error calls it.
+            value: a dict as `to_json` returns it. Lists may be tuples.
+            where: what errors call the value.
 
         Raises:
             TypeError: the value is no dict.
-            ValueError: a field is not of its type; names it.
+            ValueError: a field is not of its type.
         """
         if not isinstance(value, dict):
             raise TypeError(f"{where} is {value!r} of type {type(value).__name__}, expected a dict or none.")
@@ -111,6 +114,17 @@ class CalibrationRecord:
 
 
 def _check_members(name: str, members: Any, kind: Any, description: str) -> None:
+    """Check that a field is a tuple of one type.
+
+    Args:
+        name: name of the field.
+        members: its value.
+        kind: type of the members, or a tuple of types. A bool is never one of them.
+        description: what the error expects a list of.
+
+    Raises:
+        ValueError: the value is no such tuple.
+    """
     if not isinstance(members, tuple) or any(isinstance(m, bool) or not isinstance(m, kind) for m in members):
         shown = list(members) if isinstance(members, tuple) else members
         raise ValueError(f"{name} is {shown!r}, expected a list of {description}.")

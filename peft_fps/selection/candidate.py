@@ -1,4 +1,4 @@
-"""What is selected from: a layer's size, its number of entries, and a function that scores its weights."""
+"""A layer to select entries from: its shape, its number of entries, and a function that scores its weights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from peft_fps.selection.allocation import LayerShape
 
 
-# Scores are formed for at most this many weights at once (16 MiB in float32) where rows can be ranked on their own.
+# At most this many weights are scored at once (16 MiB in float32) where rows can be ranked independently.
 SCORED_ELEMENTS = 1 << 22
 
 Selected = tuple[Tensor, Tensor]
@@ -21,11 +21,11 @@ class Candidate:
     """One layer to select from.
 
     Attributes:
-        shape: of its weight, `(neurons, inputs)`.
-        entries: how many to select (under granularity "model" and "block" only the sum over all layers counts; under
-            "row" and "column" what fills no whole neuron or input goes to another layer).
-        score: returns the scores of the rows `first:last` as non-negative float32 `(last - first, inputs)`; the same
-            rows give the same scores at every call.
+        shape: shape of its weight, `(neurons, inputs)`.
+        entries: number of entries to select. Under granularity `"model"` and `"block"` only the sum over all layers
+            counts. Under `"row"` and `"column"` entries that fill no complete neuron or input go to another layer.
+        score: returns the scores of the neurons `first:last`, `(last - first, inputs)` float32, not negative. The same
+            neurons have the same scores at every call.
     """
 
     shape: LayerShape
@@ -33,12 +33,16 @@ class Candidate:
     score: Callable[[int, int], Tensor]
 
     def chunks(self) -> Iterator[Tensor]:
-        """Score all rows, some at a time: yields `(rows, inputs)`."""
+        """Score all neurons, a run of them at a time.
+
+        Yields:
+            Scores of the next run of neurons, `(rows, inputs)` float32.
+        """
         step = max(SCORED_ELEMENTS // self.shape.inputs, 1)
         for first in range(0, self.shape.neurons, step):
             yield self.score(first, min(first + step, self.shape.neurons))
 
     def nothing(self) -> Selected:
-        """The selection of no entry; the layer is not scored for it."""
+        """Return a selection without entries. It takes no scores."""
         counts = torch.zeros(self.shape.neurons, dtype=torch.int64, device="cpu")
         return counts[:0], counts

@@ -1,4 +1,4 @@
-"""The selected entries of one module, checked once and for all."""
+"""The selected entries of one module, checked when they are made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ from peft_fps.sparse import StructureError, check_entries
 class ModuleEntries:
     """The selected entries of one module, whose weight is seen as `(neurons, inputs)`.
 
+    The tensors may be given in any integer dtype and on any device. They are stored as int32 on the CPU.
+
     Attributes:
-        columns: `(nnz,)` int32, strictly increasing within a neuron. Integers of any dtype and device are taken and
-            copied, like the row counts.
-        row_counts: `(neurons,)` int32, entries of each neuron.
-        inputs: fan-in.
+        columns: input of each entry, strictly increasing within a neuron, `(nnz,)` int32.
+        row_counts: entries of each neuron, `(neurons,)` int32.
+        inputs: fan-in of a neuron, from 1 to 2³¹.
 
     Raises:
         TypeError: the fan-in is no integer.
@@ -40,31 +41,37 @@ class ModuleEntries:
 
     @classmethod
     def of_size(cls, columns: Tensor, row_counts: Tensor, neurons: int, inputs: int) -> "ModuleEntries":
-        """Build entries from tensors of whatever origin, which must be of so many neurons.
+        """Make entries of untrusted tensors for a module of known size.
+
+        Args:
+            columns: input of each entry, `(nnz,)` integers.
+            row_counts: entries of each neuron, `(neurons,)` integers.
+            neurons: number of neurons of the module.
+            inputs: fan-in of the module.
 
         Raises:
-            StructureError: they are not, or do not form a selection.
+            StructureError: the tensors do not form a selection of a module of this size.
         """
         check_entries(columns, row_counts, neurons, inputs)
         return cls(columns, row_counts, inputs)
 
     @property
     def neurons(self) -> int:
-        """Rows of the weight."""
+        """Number of neurons, the rows of the weight."""
         return self.row_counts.numel()
 
     @property
     def shape(self) -> LayerShape:
-        """Of the weight."""
+        """Shape of the weight, `(neurons, inputs)`."""
         return LayerShape(self.neurons, self.inputs)
 
     @property
     def entries(self) -> int:
-        """Selected entries."""
+        """Number of selected entries."""
         return self.columns.numel()
 
     def positions(self) -> Tensor:
-        """Return where the entries lie in the flattened `(neurons, inputs)`: `(nnz,)` int64, increasing."""
+        """Return the positions of the entries in the flattened `(neurons, inputs)`, `(nnz,)` int64, increasing."""
         return torch.repeat_interleave(self.row_counts.long()) * self.inputs + self.columns
 
     def __eq__(self, other: object) -> bool:
@@ -77,14 +84,17 @@ class ModuleEntries:
 def check_same_modules(
     found: Mapping[str, LayerShape], expected: Mapping[str, LayerShape], given: str, whose: str, remedy: str
 ) -> None:
-    """Raise ValueError unless both have the same modules, neurons and fan-ins.
+    """Check that two selections have the same modules with the same shapes.
 
     Args:
-        found: shapes by module path.
-        expected: likewise.
-        given: what messages call the first.
-        whose: what messages call the second.
-        remedy: the end of messages.
+        found: shapes of the one, by module path.
+        expected: shapes of the other, by module path.
+        given: what messages call the one.
+        whose: what messages call the other.
+        remedy: last sentence of messages.
+
+    Raises:
+        ValueError: a module is missing on one side, or has another number of neurons or another fan-in.
     """
     for path in [*expected, *found]:
         if path not in found:

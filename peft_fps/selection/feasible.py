@@ -1,4 +1,4 @@
-"""Whether a number of entries is enough for a granularity, known from sizes alone."""
+"""Check by sizes alone whether a number of entries suffices for a granularity."""
 
 from collections.abc import Mapping
 
@@ -13,17 +13,20 @@ def check_granularity(
     biases: int = 0,
     base_parameters: int | None = None,
 ) -> None:
-    """Raise ValueError if the entries of all layers together are too few for the granularity, but not none.
+    """Check that the entries of all layers together suffice for a granularity.
 
-    `"block"` needs one per neuron, `"row"` and `"column"` enough for one whole neuron or input of some layer; no entry
-    at all is BitFit under every granularity.
+    `"block"` needs one entry per neuron. `"row"` and `"column"` need the entries of one complete neuron or input of
+    some layer. The other granularities need none. No entry at all is BitFit and suffices for every granularity.
 
     Args:
-        granularity: any; the others need nothing.
+        granularity: value of `FPSConfig.granularity`.
         layers: shapes by module path.
-        entries: of all layers together.
-        biases: bias deltas that are trained beside them, and
-        base_parameters: what the budget is a share of; for the advice to raise it.
+        entries: number of entries of all layers together.
+        biases: number of bias deltas that are trained beside the entries.
+        base_parameters: number of parameters that the budget is a share of. With it the error advises a budget.
+
+    Raises:
+        ValueError: there are too few entries.
     """
     if granularity not in ("block", "row", "column") or not entries:
         return
@@ -34,7 +37,7 @@ def check_granularity(
     else:
         sizes = {name: layer.inputs if granularity == "row" else layer.neurons for name, layer in layers.items()}
         smallest = min(sizes, key=lambda name: sizes[name])
-        # a budget is used up to less than one entry per module
+        # rounding leaves up to one entry per module of a budget
         needed, margin = sizes[smallest], len(layers)
         unit = "neuron" if granularity == "row" else "input"
         expected = f"at least the {needed:,} of one whole {unit} of {smallest}, the module where it is smallest"

@@ -9,10 +9,15 @@ from peft_fps.selection.candidate import Candidate
 
 
 def best_of_all(candidates: Mapping[str, Candidate], total: int) -> Iterator[tuple[str, Tensor]]:
-    """Find the `total` best weights of all layers; ties go to the earlier layer, then to the lowest index.
+    """Find the `total` best weights of all layers. Ties go to the earlier layer, then to the lowest position.
+
+    Args:
+        candidates: layers by name. Their numbers of entries do not count.
+        total: number of weights to find.
 
     Yields:
-        In the given order each layer's name and the sorted flat positions of what it has among them, `(count,)` int64.
+        Name of each layer in the given order, and the positions of those best weights that lie in it, in the flattened
+        `(neurons, inputs)`, `(count,)` int64, increasing.
     """
     cut, ties = _cut(candidates.values(), total)
     for name, candidate in candidates.items():
@@ -25,10 +30,14 @@ def best_of_all(candidates: Mapping[str, Candidate], total: int) -> Iterator[tup
 
 
 def _cut(candidates: Iterable[Candidate], total: int) -> tuple[int, int]:
-    """Bit pattern of the last score that is selected, and how many scores equal to it are.
+    """Return the bit pattern of the lowest selected score, and how many scores equal to it are selected.
 
-    One pass counts scores by their leading 16 bits, and another those in the bin that holds the last score by the
-    remaining 15, so that no more than a histogram is kept however many scores are tied.
+    One pass counts scores by their leading 16 bits. Another pass counts the scores of the bin with the lowest selected
+    score by the remaining 15 bits. So memory holds only a histogram, however many scores are tied.
+
+    Args:
+        candidates: layers to score. The function iterates over them twice.
+        total: number of scores to select.
     """
     if not total:
         return _ABOVE_ALL, 0
@@ -47,7 +56,12 @@ _ABOVE_ALL = (1 << 31) - 1
 
 
 def _last_bin(histograms: Iterable[Tensor], count: int) -> tuple[int, int]:
-    """Bin of the last of the `count` largest, and how many of them it holds."""
+    """Return the bin with the lowest of the `count` largest scores, and how many of these scores are in it.
+
+    Args:
+        histograms: number of scores per bin, `(bins,)`, of each layer.
+        count: number of scores, at least 1.
+    """
     histogram = sum(counts.cpu() for counts in histograms)
     assert isinstance(histogram, Tensor)
     at_least = histogram.flip(0).cumsum(0).flip(0)
@@ -56,5 +70,8 @@ def _last_bin(histograms: Iterable[Tensor], count: int) -> tuple[int, int]:
 
 
 def _bits(candidate: Candidate) -> Tensor:
-    """Bit patterns of a layer's scores, flat int32: those of non-negative floats are ordered like the floats."""
+    """Return the bit patterns of a layer's scores, `(neurons * inputs,)` int32.
+
+    Bit patterns of floats that are not negative have the order of the floats.
+    """
     return candidate.score(0, candidate.shape.neurons).reshape(-1).view(torch.int32)

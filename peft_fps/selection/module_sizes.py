@@ -1,4 +1,4 @@
-"""How large an adapter's part of one module is."""
+"""The sizes of an adapter's part of one module, as a record in a file holds them."""
 
 from dataclasses import asdict, dataclass
 
@@ -9,8 +9,11 @@ class ModuleSizes:
 
     Attributes:
         neurons: rows of the weight.
-        inputs: columns of the weight; 0 where the adapter changes a bias alone.
-        entries: selected entries, at most neurons times inputs.
+        inputs: columns of the weight. 0 if the adapter changes only a bias.
+        entries: number of selected entries, at most neurons times inputs.
+
+    Raises:
+        ValueError: a size is no integer, is negative, or there are more entries than weights.
     """
 
     neurons: int
@@ -26,5 +29,5 @@ class ModuleSizes:
 
     @property
     def is_norm(self) -> bool:
-        """Whether the module is a norm, whose bias alone is trained; files say so by 0 inputs."""
+        """Whether the module is a normalisation, of which only the bias is trained. Files mark it by 0 inputs."""
         return self.inputs == 0

@@ -1,4 +1,4 @@
-"""How far two selections of the same modules agree, by the Jaccard index that TR-PTS (arXiv 2507.22872) uses."""
+"""Agreement of two selections of the same modules, by the Jaccard index of TR-PTS (arXiv 2507.22872)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from peft_fps.selection.blocks import block_of
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two selections agree: Jaccard index |A ∩ B| / |A ∪ B| of their entries; `str()` gives a table.
+    """Jaccard index |A ∩ B| / |A ∪ B| of the entries of two selections, from 0 to 1; `str()` gives a table.
 
-    Two empty sets agree: their index is 1. TR-PTS compares tasks by it.
+    The index of two empty sets is 1. TR-PTS (arXiv 2507.22872) compares the selections of two tasks by it.
 
     Attributes:
-        total: of all entries.
-        modules: of each module's entries, by module path.
-        blocks: of the entries of each transformer block, see `block_of`. Modules outside any block, such as a patch
-            embedding, are in none.
+        total: index of all entries.
+        modules: index of each module's entries, by module path.
+        blocks: index of the entries of each transformer block, by the path of the block. Modules outside any block,
+            such as a patch embedding, do not count.
     """
 
     total: float
@@ -45,8 +45,8 @@ def measure_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
     """Compare two selections of the same modules.
 
     Args:
-        first: by module path, where the entries lie in the flattened weight: `(nnz,)` int64, strictly increasing.
-        second: likewise, of the same modules; the numbers of entries may differ.
+        first: positions of the entries in the flattened weight, by module path: `(nnz,)` int64, strictly increasing.
+        second: positions of the other selection, by the same module paths. The numbers of entries may differ.
     """
     assert first.keys() == second.keys()
     common = {path: _common(positions, second[path]) for path, positions in first.items()}
@@ -69,5 +69,5 @@ def measure_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
 
 
 def _common(first: Tensor, second: Tensor) -> int:
-    """Number of elements that two strictly increasing tensors share."""
+    """Return the number of elements that two strictly increasing tensors share."""
     return int(torch.isin(first, second, assume_unique=True).sum())

@@ -1,4 +1,4 @@
-"""Scores that a user brings, checked before anything is ranked by them."""
+"""Checks of scores that a user computes, before they rank entries."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from peft_fps.selection.allocation import LayerShape
 
 
 def checked_scores(path: str, scores: Any, shape: LayerShape) -> Tensor:
-    """Return a module's scores as float32, ready to be ranked.
+    """Check a module's scores and return them as float32 without gradient, `(neurons, inputs)`.
 
     Args:
-        path: of the module, for messages.
-        scores: what was given, expected as `(neurons, inputs)`.
-        shape: of the module.
+        path: path of the module, for messages.
+        scores: what the user gave.
+        shape: shape of the module's weight.
 
     Raises:
-        TypeError: they are no floating tensor.
-        ValueError: they have another shape, are negative, or not finite in float32.
+        TypeError: the scores are no floating tensor.
+        ValueError: the scores have another shape, are negative, or are not finite in float32.
     """
     expected = f"a floating tensor of shape ({shape.neurons}, {shape.inputs})"
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -32,4 +32,4 @@ def checked_scores(path: str, scores: Any, shape: LayerShape) -> Tensor:
             f"{path}: found scores that are negative, NaN or infinite in float32, expected finite ones from 0 on. "
             "Take magnitudes, or shift and scale them."
         )
-    return ranked.abs()  # -0.0 has a sign that ranking would see
+    return ranked.abs()  # ranking compares bit patterns, and the sign of -0.0 is one

@@ -1,4 +1,4 @@
-"""What was selected, as numbers and as a table."""
+"""The report of a selection: numbers per module and in total, as data and as a table."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,7 +6,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """One targeted module: its neurons and fan-in, selected entries, bias deltas, and bytes in the adapter file."""
+    """The selection of one targeted module.
+
+    Attributes:
+        module: path of the module.
+        neurons: rows of its weight.
+        inputs: fan-in of a neuron.
+        entries: number of selected entries.
+        biases: number of bias deltas.
+        bytes: bytes of its tensors in the adapter file.
+    """
 
     module: str
     neurons: int
@@ -23,7 +32,7 @@ class LayerSelection:
 
 @dataclass(frozen=True)
 class NormSelection(LayerSelection):
-    """One normalisation, of which the bias alone is trained."""
+    """One normalisation. Only its bias is trained, so it has no inputs and no entries."""
 
     inputs: int = field(default=0, init=False)
     entries: int = field(default=0, init=False)
@@ -31,16 +40,16 @@ class NormSelection(LayerSelection):
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """Selection of a whole adapter; `str()` gives a table, `to_dict()` plain data.
+    """The selection of an adapter; `str()` gives a table, `to_dict()` plain data.
 
     Attributes:
-        layers: one row per targeted module, normalisations as `NormSelection`.
-        base_parameters: parameters of the base model without its output head.
-        head_parameters: parameters of the trained output head (and other `modules_to_save`).
-        head_bytes: their bytes in the adapter file.
-        budget: the configured limit as a share of `base_parameters`, None where `per_neuron` was given.
+        layers: one item per targeted module, normalisations as `NormSelection`.
+        base_parameters: number of parameters of the base model without its output head.
+        head_parameters: number of parameters of the trained output head and other `modules_to_save`.
+        head_bytes: bytes of these in the adapter file.
+        budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
-        unreached: modules that calibration did not reach, and that are not trained.
+        unreached: paths of modules that the calibration data did not reach, and that are not trained.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -53,36 +62,36 @@ class SelectionReport:
 
     @property
     def entries(self) -> int:
-        """Selected weights of all modules."""
+        """Number of selected entries of all modules."""
         return sum(layer.entries for layer in self.layers)
 
     @property
     def biases(self) -> int:
-        """Bias deltas of all modules."""
+        """Number of bias deltas of all modules."""
         return sum(layer.biases for layer in self.layers)
 
     @property
     def trained(self) -> int:
-        """Selected weights and bias deltas: what the budget counts."""
+        """Number of selected entries and bias deltas, which the budget limits."""
         return self.entries + self.biases
 
     @property
     def bytes(self) -> int:
-        """Tensor bytes of the adapter file, head included."""
+        """Bytes of all tensors in the adapter file, the head included."""
         return sum(layer.bytes for layer in self.layers) + self.head_bytes
 
     @property
     def share(self) -> float:
-        """Trained share of the base model, head left out on both sides: what the budget limits."""
+        """`trained` as a share of `base_parameters`, which the budget limits. The head counts on neither side."""
         return self.trained / self.base_parameters
 
     @property
     def share_with_head(self) -> float:
-        """The papers' "Params (%)" as a share: the head counts in the numerator and not in the denominator."""
+        """The papers' "Params (%)" as a share. The head counts in the numerator but not in the denominator."""
         return (self.trained + self.head_parameters) / self.base_parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, derived figures included."""
+        """Return all fields and properties as plain data."""
         derived = ("entries", "biases", "trained", "bytes", "share", "share_with_head")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 

@@ -1,4 +1,4 @@
-"""Whole neurons or whole inputs, the rows or columns of a weight (FAR, arXiv 2205.01541)."""
+"""Selection of complete neurons or complete inputs, the rows or columns of a weight (FAR, arXiv 2205.01541)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,15 +10,18 @@ from peft_fps.selection.topk import top_k_flat
 
 
 def select_whole(candidates: Mapping[str, Candidate], granularity: str, order: str) -> dict[str, Selected]:
-    """Select whole neurons by the sum of scores over their inputs, or whole inputs by the sum over neurons.
+    """Select complete neurons by the sum of scores over their inputs, or complete inputs by the sum over neurons.
 
-    With the scores |change of a weight|, that sum is FAR's score of a node. How many a layer gets says
-    `whole_numbers`. Ties go to the lowest index.
+    If scores are absolute changes of weights, this sum is FAR's score of a node (arXiv 2205.01541). `whole_numbers`
+    says how many neurons or inputs a layer gets. Ties go to the lowest index.
 
     Args:
         candidates: layers by module path.
-        granularity: `"row"`: neurons; `"column"`: inputs.
-        order: `"top"`: the largest sums; `"bottom"`: the smallest.
+        granularity: `"row"` for neurons, `"column"` for inputs.
+        order: `"top"` for the largest sums, `"bottom"` for the smallest.
+
+    Returns:
+        Columns `(nnz,)` and row counts `(neurons,)` of each layer, int64, by module path.
     """
     by_row = granularity == "row"
     shapes = [candidate.shape for candidate in candidates.values()]
@@ -42,15 +45,15 @@ def select_whole(candidates: Mapping[str, Candidate], granularity: str, order: s
 
 
 def whole_numbers(entries: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Return how many whole neurons (or inputs) every layer gets.
+    """Return how many complete neurons (or inputs) every layer gets.
 
-    A layer gets as many as fit into its entries and what earlier layers left over, and leaves the rest to the next.
-    What the last layer leaves is offered to all layers once more, from the first on. So the total is never exceeded,
-    and what is not used up would fill no further neuron of any layer.
+    A layer gets as many as its entries and the rest of the layers before it fill. Its own rest goes to the next layer.
+    A second round offers the rest of the last layer to all layers, from the first on. So the sum never exceeds the
+    entries, and the final rest fills no further neuron (or input) of any layer.
 
     Args:
-        entries: of every layer.
-        sizes: the entries of one neuron (or input) of every layer, and how many of them it has.
+        entries: number of entries of every layer.
+        sizes: for every layer, the entries of one neuron (or input), and the number of its neurons (or inputs).
     """
     numbers, left = [0] * len(sizes), 0
     for offered in (entries, [0] * len(sizes)):
@@ -63,10 +66,14 @@ def whole_numbers(entries: Sequence[int], sizes: Sequence[tuple[int, int]]) -> l
 
 
 def _sums(candidate: Candidate, by_row: bool) -> Tensor:
-    """Sums of scores over every row `(neurons,)` or column `(inputs,)`, in float64 where the device has it."""
+    """Return the sum of scores of each neuron `(neurons,)`, or else of each input `(inputs,)`.
+
+    The sums are float64, or float32 on Apple's GPUs.
+    """
     sums = [_sum(scores, 1 if by_row else 0) for scores in candidate.chunks()]
     return torch.cat(sums) if by_row else torch.stack(sums).sum(0)
 
 
 def _sum(scores: Tensor, dim: int) -> Tensor:
+    """Sum over a dimension in float64, or in float32 on Apple's GPUs, which have no float64."""
     return scores.sum(dim, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)

@@ -1,6 +1,6 @@
-"""The maths of a frozen weight plus a sparse change: structure, composition, products and their gradients.
+"""The maths of a frozen weight W plus a sparse change ΔW: structure, composition, products and their gradients.
 
-Nothing in here knows of PEFT, transformers or modules: tensors in, tensors out.
+The functions take tensors and return tensors. They know nothing of PEFT, transformers or modules.
 """
 
 from peft_fps.sparse.autograd import sparse_conv2d, sparse_delta_linear, sparse_linear

@@ -1,8 +1,8 @@
 """Products with W + ΔW whose backward keeps neither a dense W + ΔW nor a dense ∂L/∂W.
 
-Saved for backward: the weight itself (an alias), the values, and of the input only the columns that some selected
-entry reads (see `keeping`). The gradient of the values is a sampled dense-dense product, `(gᵀ x)` at the selected
-entries (see `products`).
+The forward saves the weight (an alias), the values, and those columns of the input that a selected entry reads (see
+`keeping`). The gradient of the values is a sampled dense-dense product: `gᵀ x` at the selected entries, with g the
+gradient of the output (see `products`).
 """
 
 from collections.abc import Callable
@@ -25,6 +25,8 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
 class _SparseLinear(torch.autograd.Function):
+    """`x (W + ΔW)ᵀ + bias` for `x` `(tokens, inputs)`; the arguments are those of `sparse_linear`."""
+
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
@@ -52,13 +54,20 @@ class _SparseLinear(torch.autograd.Function):
                 grad_values, grad_bias = _gradient_of_values(grad_output, values, ctx.columns, tensors, ctx.structure)
             if need_bias:
                 grad_bias = grad_output.sum(0) if grad_bias is None else grad_bias.to(grad_output.dtype)
-            if need_x:  # last: whoever comes next in the graph finds it in the cache
+            if need_x:  # last: the next node of the graph reads this gradient, which is still in the cache
                 grad_x = _input_gradient(grad_output, weight, values, ctx.structure)
         return grad_x, None, grad_values, grad_bias if need_bias else None, None, None
 
 
 def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
-    """Return `grad_output (W + ΔW)`."""
+    """Return `grad_output (W + ΔW)`, `(tokens, inputs)`.
+
+    Args:
+        grad_output: `(tokens, neurons)`; its dtype is the dtype of the product.
+        weight: stored weight, `(neurons, inputs)`, or `(inputs, neurons)` if `structure.transposed`.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+    """
     if is_differentiated_again():
         return grad_output @ dense_sum(weight, values, structure, grad_output.dtype)
     if adding_is_cheaper(grad_output, weight, values, structure):
@@ -71,7 +80,19 @@ def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structu
 def _gradient_of_values(
     grad_output: Tensor, values: Tensor, columns: Callable[..., Tensor], kept: list[Tensor], structure: Structure
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient of the values, and the sum of `grad_output`, None where it is to be differentiated."""
+    """Return the gradient of the values, and the gradient of the bias that comes with it.
+
+    Args:
+        grad_output: `(tokens, neurons)`.
+        values: `(nnz,)` ΔW at the selected entries.
+        columns: makes the needed columns of the input from the kept tensors; see `Kept`.
+        kept: tensors that the forward kept.
+        structure: where the selected entries lie.
+
+    Returns:
+        `(nnz,)` in the dtype of `values`, and `(neurons,)`, the sum of `grad_output` over the tokens. The sum is None
+        if the backward is differentiated again.
+    """
     if not is_differentiated_again():
         product, sums = sampled_product(grad_output, columns(*kept), structure)
         return product.to(values.dtype), sums
@@ -81,6 +102,8 @@ def _gradient_of_values(
 
 
 class _SparseDeltaLinear(torch.autograd.Function):
+    """`x ΔWᵀ` for `x` `(tokens, inputs)`; the arguments are those of `sparse_delta_linear`."""
+
     @staticmethod
     def forward(x: Tensor, values: Tensor, structure: Structure, kept: Kept | None) -> Tensor:
         return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
@@ -108,13 +131,22 @@ class _SparseDeltaLinear(torch.autograd.Function):
 
 
 def _kept(needed: bool, x: Tensor, structure: Structure, kept: Kept | None) -> Kept:
-    """What the caller wants to be kept of `x`, or else its needed columns; nothing if the values are not trained."""
+    """Return what the product keeps of its input for backward.
+
+    Args:
+        needed: whether the values need a gradient. Without one, nothing is kept.
+        x: `(tokens, inputs)`.
+        structure: where the selected entries lie.
+        kept: choice of the caller. Default: the needed columns of `x`.
+    """
     if not needed:
         return NOTHING
     return kept or keep_own_columns(x, structure)
 
 
 class _SparseConv2d(torch.autograd.Function):
+    """2-D convolution of `x` `(batch, channels, ...)` with W + ΔW; the arguments are those of `sparse_conv2d`."""
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -146,7 +178,7 @@ class _SparseConv2d(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 again = is_differentiated_again()
                 with torch.no_grad():
-                    # dense for the moment of this layer only: one patch embedding, not a network of matrices
+                    # a dense gradient is cheap here: a model has one patch embedding, and this gradient lives shortly
                     grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
                     grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
                 if again:
@@ -164,9 +196,10 @@ def sparse_linear(
     structure: Structure,
     kept: Kept | None = None,
 ) -> Tensor:
-    """Return `x (W + ΔW)ᵀ + bias`; gradients for `x`, `values` and `bias`, none for `weight`.
+    """Return `x (W + ΔW)ᵀ + bias`.
 
-    Gradients of `x` and `bias` can be differentiated again, that of `values` within torch.func alone.
+    `x`, `values` and `bias` get gradients, `weight` gets none. The gradients of `x` and `bias` can be differentiated
+    again. The gradient of `values` can be differentiated again only within torch.func.
 
     Args:
         x: `(..., inputs)`; its dtype is the dtype of the product.
@@ -174,7 +207,7 @@ def sparse_linear(
         values: `(nnz,)` ΔW at the selected entries.
         bias: `(neurons,)` in the dtype of `x`, or None.
         structure: where the selected entries lie.
-        kept: what to keep for backward of the input, its needed columns if None.
+        kept: what to keep of the input for backward. Default: its needed columns.
 
     Returns:
         `(..., neurons)` in the dtype of `x`.
@@ -190,7 +223,19 @@ def sparse_linear(
 
 
 def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure, kept: Kept | None = None) -> Tensor:
-    """Return `x ΔWᵀ` alone, for base layers whose own forward must run; shapes and gradients as `sparse_linear`."""
+    """Return `x ΔWᵀ`, for base layers whose own forward computes `x Wᵀ + bias`.
+
+    `x` and `values` get gradients, as in `sparse_linear`.
+
+    Args:
+        x: `(..., inputs)`; its dtype is the dtype of the product.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+        kept: what to keep of the input for backward. Default: its needed columns.
+
+    Returns:
+        `(..., neurons)` in the dtype of `x`.
+    """
     with torch.autocast(x.device.type, enabled=False):
         if needs_operators(x):
             return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
@@ -209,12 +254,16 @@ def sparse_conv2d(
     """Return the zero-padded 2-D convolution of `x` with W + ΔW, with the gradients of `sparse_linear`.
 
     Args:
-        x: `(batch, channels, height, width)`, or one image without the batch dimension.
+        x: `(batch, channels, height, width)`, or one image `(channels, height, width)`; its dtype is the dtype of the
+            product.
         weight: `(neurons, channels / groups, kernel height, kernel width)`.
-        values: `(nnz,)` ΔW at the selected entries, whose columns index the flattened last three dimensions.
+        values: `(nnz,)` ΔW at the selected entries.
         bias: `(neurons,)` in the dtype of `x`, or None.
-        structure: where the selected entries lie.
+        structure: where the selected entries lie. Its columns index the last three dimensions of `weight`, flattened.
         geometry: stride, padding, dilation and groups, as in `torch.nn.functional.conv2d`.
+
+    Returns:
+        `(batch, neurons, height, width)` in the dtype of `x`, or `(neurons, height, width)` for one image.
     """
     batched = x if x.dim() == 4 else x[None]
     with torch.autocast(x.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""W + ΔW, formed for the moment of a product or for good in a merge."""
+"""Dense tensors of W + ΔW, for one product or for a merge."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from peft_fps.sparse.structure import Structure
 def merged_entries(weight: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the selected entries of `weight` before and after adding `values`.
 
-    The sum is formed in float32 (float64 where either side is) and rounded once to the weight's dtype, so that a
-    half-precision weight loses as little of the change as its dtype allows.
+    The sum is formed in float32, or in float64 if either side is float64. It is rounded once to the weight's dtype, so
+    that a half-precision weight loses as little of the change as its dtype allows.
 
     Args:
         weight: stored weight of any shape.
-        values: `(nnz,)` change of the entries.
+        values: `(nnz,)` ΔW at the selected entries.
         positions: `(nnz,)` positions in the flattened weight, without repetition.
 
     Returns:
@@ -24,20 +24,23 @@ def merged_entries(weight: Tensor, values: Tensor, positions: Tensor) -> tuple[T
 
 
 def sums(before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `before`, and `before + change` in its dtype, formed in float32 or better and rounded once."""
+    """Return `before`, and `before + change` in the dtype of `before`.
+
+    The sum is formed in float32 or float64 and rounded once.
+    """
     exact = torch.promote_types(torch.promote_types(before.dtype, change.dtype), torch.float32)
     return before, (before.to(exact) + change.to(exact)).to(before.dtype)
 
 
 def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
-    """Return a new dense W + ΔW in `dtype` and the logical shape `(neurons, ...)`; the weight stays untouched.
+    """Return a new dense W + ΔW, `(neurons, ...)` in `dtype`. The function does not write to the weight.
 
     Args:
-        weight: stored weight, `(neurons, inputs)`, `(inputs, neurons)` if `structure.transposed`, or a convolution's
-            `(neurons, channels, height, width)`.
-        values: `(nnz,)` change of the entries.
-        structure: where they lie.
-        dtype: dtype of the product that will use the result.
+        weight: stored weight: `(neurons, inputs)`, `(inputs, neurons)` if `structure.transposed`, or a convolution's
+            `(neurons, channels / groups, kernel height, kernel width)`.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+        dtype: dtype of the product that uses the result.
     """
     composed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if weight.dtype == values.dtype == dtype == torch.float32:
@@ -53,7 +56,12 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
 def changed_weight(weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
     """Return a new dense W + ΔW in the stored shape and dtype of `weight`, with a gradient for `values`.
 
-    Entries are summed in float32 or better and rounded once, so that they are what a merge would write.
+    Entries are summed in float32 or float64 and rounded once. They equal what a merge writes.
+
+    Args:
+        weight: stored weight of any shape; it gets no gradient.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
     """
     positions = structure.positions.to(torch.int64)
     flat = weight.detach().reshape(-1)
@@ -63,12 +71,30 @@ def changed_weight(weight: Tensor, values: Tensor, structure: Structure) -> Tens
 
 
 def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tensor:
-    """Return ΔW as a dense tensor of the stored weight's `shape`, in the dtype of `values`."""
+    """Return ΔW as a dense tensor.
+
+    Args:
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+        shape: shape of the stored weight.
+
+    Returns:
+        A tensor of that shape in the dtype of `values`, zero at all other entries.
+    """
     return values.new_zeros(shape.numel()).index_add(0, structure.positions, values).view(shape)
 
 
 def compact_delta(values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
-    """Return ΔW over the columns that any entry reads, `(neurons, used)` in `dtype`."""
+    """Return ΔW over the needed columns.
+
+    Args:
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie; `structure.union` lists the needed columns.
+        dtype: dtype of the result.
+
+    Returns:
+        `(neurons, used)`, zero at all other entries.
+    """
     used = structure.union.numel()
     flat = values.new_zeros(structure.neurons * used, dtype=dtype)
     places = structure.rows.to(torch.int64) * used + structure.union_positions

@@ -1,7 +1,7 @@
-"""What a product keeps of its input for backward, and how the needed columns come back from it.
+"""What a product keeps of its input for backward, and how backward gets the needed columns from it.
 
-The gradient of the values reads the columns `structure.union` of the input, and nothing else of it. They are copied
-out, once for all readers of one tensor, or come from a tensor that the graph holds in any case.
+The gradient of the values reads the columns `structure.union` of the input, and no others. The product copies these
+columns, once for all layers that read one tensor. If the graph holds the input in any case, no copy is needed.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,12 @@ from peft_fps.sparse.structure import Structure
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors to keep for backward, and the function that makes columns of the input of them again.
+    """Tensors to keep for backward, and the function that returns columns of the input from them.
 
-    It returns the needed columns `(tokens, used)`, or all of them, `(tokens, inputs)`, if they are there anyway.
+    Attributes:
+        tensors: what autograd saves.
+        columns: takes these tensors. Returns the needed columns of the input, `(tokens, used)`, or all columns,
+            `(tokens, inputs)`, if all are kept.
     """
 
     tensors: tuple[Tensor, ...]
@@ -26,16 +29,16 @@ class Kept:
 
 
 NOTHING = Kept((), tuple)
-"""For values that are not trained."""
+"""Keeps nothing, for values that are not trained."""
 
 
 @dataclass
 class Reading:
-    """What the readers of one tensor have kept of it so far.
+    """Copies that the readers of one tensor, for instance query, key and value projections, share.
 
     Attributes:
-        pieces: `(tokens, columns)` each; no column is in two of them.
-        columns: `(columns,)` int64, the numbers of the columns of each piece.
+        pieces: copied columns, `(tokens, columns)` each. No column is in two pieces.
+        columns: indices of the columns of each piece, `(columns,)` int64.
     """
 
     pieces: list[Tensor] = field(default_factory=list)
@@ -49,17 +52,17 @@ def keep_columns(
     kept_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> Kept:
-    """Copy those needed columns of `x` that no reader has copied yet; a later reader adds only what it lacks.
+    """Copy those needed columns of `x` that no other reader of `x` has copied.
 
-    So what is kept depends on who reads a tensor before whom, and on nothing that is learned on the way: a forward
-    that is repeated (gradient checkpointing) keeps the same again.
+    The copies depend only on the order in which layers read the tensor. So a repeated forward (gradient checkpointing)
+    keeps the same columns.
 
     Args:
         x: `(tokens, inputs)`.
-        structure: says which columns are needed.
-        reading: what earlier readers of the same tensor have kept; gets the new columns.
-        kept_dtype: of the copies, that of `x` if None.
-        product_dtype: of the columns that are given back, that of `x` if None.
+        structure: which columns are needed.
+        reading: copies of earlier readers of `x`. The function adds the new columns to it. Backward empties it.
+        kept_dtype: dtype of the copies. Default: the dtype of `x`.
+        product_dtype: dtype of the columns that backward gets. Default: the dtype of `x`.
     """
     if not reading.pieces:
         missing, places = structure.union, None
@@ -71,7 +74,8 @@ def keep_columns(
     product_dtype = product_dtype or x.dtype
 
     def columns(*pieces: Tensor) -> Tensor:
-        reading.pieces.clear()  # who reads the tensor after backward has begun starts anew
+        # backward frees the pieces, so a reader that comes after it has to copy all its columns
+        reading.pieces.clear()
         reading.columns.clear()
         if places is None:
             return pieces[0].to(product_dtype)
@@ -81,27 +85,36 @@ def keep_columns(
 
 
 def keep_own_columns(x: Tensor, structure: Structure) -> Kept:
-    """Copy the needed columns of `x` `(tokens, inputs)` and share them with no one; `torch.compile` can trace it."""
+    """Copy the needed columns of `x` `(tokens, inputs)` for one reader. `torch.compile` can trace this function."""
     return Kept((x.index_select(1, structure.union),), lambda columns: columns)
 
 
 def keep_whole(x: Tensor) -> Kept:
-    """Keep `x` `(tokens, inputs)` itself, which costs nothing where the graph holds its memory in any case."""
+    """Keep `x` `(tokens, inputs)` itself. This costs nothing if the graph holds its memory in any case."""
     return Kept((x,), lambda x: x)
 
 
 def _missing_columns(structure: Structure, known: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the needed columns that are not known, and where each needed one lies in all pieces put side by side."""
+    """Find the needed columns that no piece has.
+
+    Args:
+        structure: which columns are needed. It caches the result.
+        known: indices of the columns of each piece.
+
+    Returns:
+        Indices of the missing columns, `(missing,)` int64. And for each needed column `(used,)` int64, where it lies
+        in the concatenation of all pieces, the missing columns last.
+    """
     key = tuple(id(columns) for columns in known)
-    found = structure.shared.get(key)
-    if found is None:
-        held = torch.cat(known)
-        place = torch.full((structure.inputs,), -1, device=held.device)
-        place[held] = torch.arange(held.numel(), device=held.device)
-        missing = structure.union[place[structure.union] < 0]
-        place[missing] = held.numel() + torch.arange(missing.numel(), device=held.device)
-        found = (list(known), missing, place[structure.union])
-        structure.shared.clear()  # one constellation of readers is what a model has
-        structure.shared[key] = found  # which another thread may take out again at once
-    _, missing, places = found
+    cached = structure.shared.get(key)
+    if cached is None:
+        kept = torch.cat(known)
+        location = torch.full((structure.inputs,), -1, device=kept.device)
+        location[kept] = torch.arange(kept.numel(), device=kept.device)
+        missing = structure.union[location[structure.union] < 0]
+        location[missing] = kept.numel() + torch.arange(missing.numel(), device=kept.device)
+        cached = (list(known), missing, location[structure.union])
+        structure.shared.clear()  # a model reads a tensor in one order of layers, so one cached result suffices
+        structure.shared[key] = cached  # not read back: another thread may clear the cache at once
+    _, missing, places = cached
     return missing, places

@@ -1,10 +1,10 @@
-"""Products with ΔW alone.
+"""Products with ΔW alone, and the sampled product that is the gradient of the values.
 
-The gradient of the values: the product `grad_outputᵀ @ inputs` at the selected entries only. With it comes that of
-the bias, the sum of `grad_output` over the tokens.
+The gradient of the values is `grad_outputᵀ @ inputs` at the selected entries. The gradient of the bias, the sum of
+`grad_output` over the tokens, comes with it.
 
-Several ways to the same numbers. In PyTorch alone: a dense product over the needed columns, of which the entries are
-taken, or one dot product per entry along the tokens. Compiled ones, where they are to be had: see `kernels`.
+Several algorithms give the same numbers. PyTorch alone computes a dense product over the needed columns and gathers
+the entries, or one dot product along the tokens per entry. `kernels` holds compiled ones.
 """
 
 import torch
@@ -16,15 +16,17 @@ from peft_fps.sparse.structure import Structure
 from peft_fps.sparse.transforms import needs_operators
 
 
-# Cost of one dot product, and of laying out one column along the tokens, in multiply-adds of a dense product, as
-# measured on the CPU with 200 to 6300 tokens. Only the choice between two ways to one result depends on them.
+# Cost of one dot product, and of making one column contiguous along the tokens, in multiply-adds of a dense product.
+# Both are measured on the CPU with 200 to 6300 tokens. They decide between algorithms, not about results.
 DOT_COST, COLUMN_COST = 5, 80
 TILE_TOKENS = 800
-"""Tokens that are laid out at once for dot products: few enough to stay in the cache."""
+"""Tokens that dot products take at once: few enough for the cache."""
 
 
 def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -> tuple[Tensor, Tensor]:
-    """Return `(grad_outputᵀ @ inputs)` at the selected entries, and the sums of `grad_output`, by the fastest way.
+    """Return `(grad_outputᵀ @ inputs)` at the selected entries, and the sums of `grad_output` over the tokens.
+
+    The function takes the fastest algorithm for the operands.
 
     Args:
         grad_output: `(tokens, neurons)`.
@@ -32,8 +34,8 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
         structure: where the selected entries lie.
 
     Returns:
-        `(nnz,)`, and `(neurons,)` sums over the tokens, the gradients of values and bias; in the dtype of
-        `grad_output`, or float32 from a compiled kernel.
+        `(nnz,)` and `(neurons,)`, the gradients of values and bias. Both are in the dtype of `grad_output`, or in
+        float32 if a compiled kernel computes them.
     """
     batched = needs_operators(grad_output)
     if grad_output.numel() and entries_are_few(structure) and not (batched or torch.compiler.is_compiling()):
@@ -52,23 +54,35 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
 
 
 def entries_are_few(structure: Structure) -> bool:
-    """Whether one dot product per entry costs less than a dense product, for a kernel that lays out at no cost."""
+    """Whether one dot product per entry costs less than a dense product, for a kernel that reads columns for free."""
     return DOT_COST * structure.positions.numel() < structure.neurons * structure.union.numel()
 
 
 def dots_are_cheaper(structure: Structure) -> bool:
-    """Whether one dot product per entry costs less than the dense product over the needed columns."""
+    """Whether one dot product per entry costs less than the dense product over the needed columns.
+
+    The cost of the dot products includes that of making columns contiguous along the tokens.
+    """
     used = structure.union.numel()
     dots = DOT_COST * structure.positions.numel() + COLUMN_COST * (structure.neurons + used)
     return structure.neurons * used > dots
 
 
 def product_by_columns(grad_output: Tensor, used_inputs: Tensor, structure: Structure) -> Tensor:
-    """Dense over the needed columns `(tokens, used)`, in row chunks, of which the entries are taken."""
+    """Return `(grad_outputᵀ @ inputs)` at the selected entries, gathered from a dense product in chunks of neurons.
+
+    Args:
+        grad_output: `(tokens, neurons)`.
+        used_inputs: needed columns of the input, `(tokens, used)`.
+        structure: where the selected entries lie.
+
+    Returns:
+        `(nnz,)` in the dtype of `grad_output`.
+    """
     parts = []
     for chunk in structure.chunks:
         entries = slice(chunk.first_entry, chunk.last_entry)
-        # not by [:, a:b], which is an alias where it takes all: gradients that are batched have no rule for that
+        # narrow, because [:, a:b] is an alias where it takes all columns, and batched gradients have no rule for that
         product = grad_output.narrow(1, chunk.first_row, chunk.last_row - chunk.first_row).t() @ used_inputs
         rows = structure.rows[entries].to(torch.int64) - chunk.first_row
         places = rows * structure.union.numel() + structure.union_positions[entries]
@@ -77,10 +91,18 @@ def product_by_columns(grad_output: Tensor, used_inputs: Tensor, structure: Stru
 
 
 def product_by_dots(grad_output: Tensor, used_inputs: Tensor, structure: Structure) -> Tensor:
-    """One dot product along the tokens per entry, of a neuron's gradient and a needed column `(tokens, used)`.
+    """Return `(grad_outputᵀ @ inputs)` at the selected entries, by one dot product along the tokens per entry.
 
-    PyTorch has this very loop as the gradient of an embedding bag with respect to its weights: an entry is a sample,
-    a neuron its bag, a column of the input its embedding.
+    PyTorch computes these dot products as the gradient of an embedding bag with respect to its per-sample weights. An
+    entry is a sample, its neuron is the bag, and its column of the input is the embedding.
+
+    Args:
+        grad_output: `(tokens, neurons)` float32 or float64 on the CPU.
+        used_inputs: needed columns of the input, `(tokens, used)`.
+        structure: where the selected entries lie.
+
+    Returns:
+        `(nnz,)` in the dtype of `grad_output`.
     """
     tiles = -(-grad_output.shape[0] // TILE_TOKENS)
     total = None
@@ -101,16 +123,28 @@ def product_by_dots(grad_output: Tensor, used_inputs: Tensor, structure: Structu
 def adding_is_cheaper(x: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> bool:
     """Whether a product with ΔW beside the base product costs less than copying W to form W + ΔW.
 
-    So it is for few tokens, on the CPU. `x` is the layer's input, or the gradient of its output.
+    It does for few tokens on the CPU.
+
+    Args:
+        x: the layer's input `(tokens, inputs)`, or the gradient of its output `(tokens, neurons)`.
+        weight: stored weight.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
     """
     plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not needs_operators(x)
     float32 = x.dtype == weight.dtype == values.dtype == torch.float32
-    laid_out = x.shape[0] * (structure.neurons + structure.union.numel())
-    return plain and float32 and 0 < laid_out < weight.numel() and structure.positions.numel() > 0
+    copied = x.shape[0] * (structure.neurons + structure.union.numel())
+    return plain and float32 and 0 < copied < weight.numel() and structure.positions.numel() > 0
 
 
 def added_product(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
-    """Return `x ΔWᵀ`, `(tokens, neurons)`, from `x` `(tokens, inputs)`: a neuron is a bag of weighted columns."""
+    """Return `x ΔWᵀ`, `(tokens, neurons)`, as an embedding bag: a neuron is a bag of weighted columns of `x`.
+
+    Args:
+        x: `(tokens, inputs)`.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+    """
     columns = x.t().index_select(0, structure.union)
     offsets = structure.row_starts[:-1]
     bags = F.embedding_bag(structure.union_positions, columns, offsets, mode="sum", per_sample_weights=values)
@@ -118,13 +152,13 @@ def added_product(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
 
 
 def add_input_gradient(grad_x: Tensor, grad_output: Tensor, values: Tensor, structure: Structure) -> None:
-    """Add `grad_output ΔW` to `grad_x` `(tokens, inputs)` in place: an input is a bag of weighted neurons.
+    """Add `grad_output ΔW` to `grad_x` in place, as an embedding bag: an input is a bag of weighted neurons.
 
     Args:
         grad_x: `(tokens, inputs)`.
         grad_output: `(tokens, neurons)`.
         values: `(nnz,)` ΔW at the selected entries.
-        structure: where they lie.
+        structure: where the selected entries lie.
     """
     order, neurons, starts = structure.by_column
     columns = grad_output.t().contiguous()

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 
-# A transient product of at most this many elements (16 MiB in float32) is formed at once in backward.
+# Backward forms a transient product of at most this many elements (16 MiB in float32) at once.
 PRODUCT_ELEMENTS = 1 << 22
 
 
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of trained tensors; the eight-bit ones lack the operators that checks and sums need."""
+"""Dtypes of trained tensors. Eight-bit dtypes lack the operators that checks and sums need."""
 
 
 class StructureError(ValueError):
@@ -28,7 +28,14 @@ class StructureError(ValueError):
 
 @dataclass(frozen=True)
 class RowChunk:
-    """A run of neurons whose product is formed at once, and the run of entries that belongs to it."""
+    """A run of neurons whose product backward forms at once, and the run of their entries.
+
+    Attributes:
+        first_row: first neuron.
+        last_row: neuron behind the last one.
+        first_entry: first entry of these neurons.
+        last_entry: entry behind their last one.
+    """
 
     first_row: int
     last_row: int
@@ -38,20 +45,22 @@ class RowChunk:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """Index tensors derived once from a selection and used by every forward, backward and merge.
+    """Index tensors of a selection, which every forward, backward and merge uses.
+
+    `positions`, `rows`, `row_starts` and `union_positions` are int32 if the weight has less than 2³¹ elements, else
+    int64.
 
     Attributes:
         neurons: rows of the weight seen as `(neurons, inputs)`.
-        inputs: its columns.
-        transposed: True where the weight is stored as `(inputs, neurons)` (transformers' `Conv1D`).
-        positions: `(nnz,)` where each entry lies in the flattened stored weight; int32 if that suffices, like all
-            index tensors of this length.
-        rows: `(nnz,)` the neuron of each entry.
-        row_starts: `(neurons + 1,)` the first entry of each neuron, and the number of entries.
-        union: `(used,)` int64, the sorted inputs that at least one entry reads.
-        union_positions: `(nnz,)` where the input of each entry lies in `union`.
-        chunks: row chunks, each with a product of at most `PRODUCT_ELEMENTS` elements (or a single row).
-        shared: index tensors derived for sharing kept columns with other readers of an input, see `keeping`.
+        inputs: columns of the weight seen so.
+        transposed: whether the weight is stored as `(inputs, neurons)`, as in transformers' `Conv1D`.
+        positions: position of each entry in the flattened stored weight, `(nnz,)`.
+        rows: neuron of each entry, `(nnz,)`.
+        row_starts: first entry of each neuron, and then the number of all entries, `(neurons + 1,)`.
+        union: needed columns, the inputs that at least one entry reads, sorted, `(used,)` int64.
+        union_positions: position of each entry's input in `union`, `(nnz,)`.
+        chunks: runs of neurons, each with a product of at most `PRODUCT_ELEMENTS` elements, or of a single neuron.
+        shared: cache of the index tensors for copies that several readers of an input share; see `keeping`.
     """
 
     neurons: int
@@ -70,10 +79,10 @@ class Structure:
         """The entries in the order of their inputs (CSC).
 
         Returns:
-            `(nnz,)` their places in the order of the neurons, `(nnz,)` their neurons, and `(inputs,)` the first entry
-            of each input.
+            Index of each entry in the order of the neurons, `(nnz,)`; neuron of each entry, `(nnz,)`; and first entry
+            of each input, `(inputs,)`.
         """
-        with torch.inference_mode(False):  # what is derived during inference must serve training later
+        with torch.inference_mode(False):  # training later uses the tensors that inference derives
             order = torch.argsort(self.union_positions, stable=True)
             columns = self.union.index_select(0, self.union_positions.index_select(0, order))
             starts = torch.searchsorted(columns, torch.arange(self.inputs, device=columns.device))
@@ -82,14 +91,26 @@ class Structure:
 
 
 def even_row_counts(entries: int, neurons: int) -> Tensor:
-    """Spread `entries` over `neurons` as evenly as possible, the surplus to the first ones; `(neurons,)` int32."""
+    """Return row counts that spread entries evenly over neurons, `(neurons,)` int32.
+
+    The first neurons get one more entry where the division leaves a remainder.
+    """
     counts = torch.full((neurons,), entries // neurons, dtype=torch.int32, device="cpu")
     counts[: entries % neurons] += 1
     return counts
 
 
 def check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raise StructureError unless a trained tensor has a fitting dtype and the given shape."""
+    """Check dtype and shape of a trained tensor.
+
+    Args:
+        name: what the error calls the tensor.
+        tensor: what is checked.
+        shape: expected shape.
+
+    Raises:
+        StructureError: the dtype is none of `VALUE_DTYPES`, or the shape differs.
+    """
     if tensor.dtype not in VALUE_DTYPES:
         raise StructureError(f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16 to 64 bits")
     if tensor.shape != shape:
@@ -97,8 +118,8 @@ def check_floating(name: str, tensor: Tensor, shape: torch.Size) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise StructureError if a trained tensor holds NaN or infinity."""
-    # detached: a check must leave nothing in the graph, or recomputation under checkpointing would differ
+    """Raise StructureError if a trained tensor holds NaN or infinity; the error calls it `name`."""
+    # detached, because a check that adds to the graph makes recomputation under checkpointing differ
     if not bool(torch.isfinite(tensor.detach()).all()):
         raise StructureError(f"{name} contains NaN or infinity, expected finite values")
 
@@ -106,20 +127,20 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def check_entries(
     columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Check that tensors from anywhere form a valid selection, before anything is indexed with them.
+    """Check that untrusted tensors form a valid selection, before any code indexes with them.
 
     Args:
-        columns: `(nnz,)` integers.
-        row_counts: `(neurons,)` integers.
-        neurons: number of neurons of the layer (from the model, never from a file).
-        inputs: fan-in of the layer (likewise).
-        values: `(nnz,)` floating, optional.
+        columns: input of each entry, `(nnz,)` integers, strictly increasing within a neuron.
+        row_counts: entries of each neuron, `(neurons,)` integers.
+        neurons: number of neurons of the layer. It comes from the model, never from a file.
+        inputs: fan-in of the layer. It comes from the model too.
+        values: ΔW at the selected entries, `(nnz,)` floating. Default: not checked.
 
     Returns:
-        `columns` and `row_counts` as int64, for use by the caller.
+        `columns` and `row_counts` as int64.
 
     Raises:
-        StructureError: wrong dtype, shape, range or order, or values that are not finite; says found and expected.
+        StructureError: a dtype, shape, range or order is wrong, or values are not finite.
     """
     for name, tensor in (("fps_columns", columns), ("fps_row_counts", row_counts)):
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -128,7 +149,7 @@ def check_entries(
             raise StructureError(f"{name} has shape {tuple(tensor.shape)}, expected one dimension")
     if row_counts.numel() != neurons:
         raise StructureError(f"fps_row_counts has {row_counts.numel()} elements, expected one per neuron, {neurons}")
-    # int64 before any comparison: torch's small unsigned types lack most operators, and narrowing casts wrap silently
+    # int64 before any comparison, because small unsigned dtypes lack most operators and narrowing casts wrap silently
     columns, row_counts = columns.to(torch.int64), row_counts.to(torch.int64)
     if neurons and (int(row_counts.min()) < 0 or int(row_counts.max()) > inputs):
         raise StructureError(
@@ -160,7 +181,14 @@ def check_entries(
 def build_structure(
     columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, transposed: bool = False
 ) -> Structure:
-    """Derive the index tensors of `Structure` from valid columns `(nnz,)` and row counts `(neurons,)`.
+    """Derive the index tensors of a selection.
+
+    Args:
+        columns: input of each entry, `(nnz,)` integers, strictly increasing within a neuron.
+        row_counts: entries of each neuron, `(neurons,)` integers.
+        neurons: number of neurons of the layer.
+        inputs: fan-in of the layer.
+        transposed: whether the weight is stored as `(inputs, neurons)`.
 
     Raises:
         StructureError: as `check_entries`.
@@ -193,11 +221,14 @@ def build_structure(
 
 
 def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
-    """Return the union of several structures of one layer, and where each of their entries went.
+    """Return the union of several selections of one layer.
+
+    Args:
+        structures: of the same `neurons`, `inputs` and `transposed`; one or more.
 
     Returns:
-        The united structure, and `(sum of all nnz,)` int64: for every entry of the given structures, in order, its
-        place among the united entries.
+        The structure of the union. And for every entry of the given structures, in order, its index among the entries
+        of the union, `(sum of all nnz,)` int64.
     """
     first = structures[0]
     stored = torch.cat([structure.positions for structure in structures]).to(torch.int64)

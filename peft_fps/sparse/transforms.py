@@ -1,7 +1,7 @@
-"""The products in operators alone, for what knows of operators and not of our autograd functions.
+"""Products as plain PyTorch operators, for transforms that do not support our autograd functions.
 
-Those are torch.func (`grad`, `jvp`, `vmap`, `hessian`, ...), forward-mode derivatives, `torch.jit.trace`, and second
-derivatives. W + ΔW is formed as a dense tensor of the graph, so a dense gradient of it is formed too.
+These are torch.func (`grad`, `jvp`, `vmap`, `hessian`, ...), forward-mode derivatives, `torch.jit.trace`, and second
+derivatives. W + ΔW is a dense tensor of the graph then, and so is its gradient.
 """
 
 from typing import Any
@@ -15,9 +15,13 @@ from peft_fps.sparse.structure import Structure
 
 
 def needs_operators(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func, a forward-mode derivative or `torch.jit.trace` is at work.
+    """Whether a product has to be made of plain operators.
 
-    Or a backward for many gradients at once (`is_grads_batched=True`), as told by the gradient of the output.
+    It has to within a transform of torch.func, a forward-mode derivative or `torch.jit.trace`, and in a backward pass
+    for many gradients at once (`is_grads_batched=True`). Never under `torch.compile`.
+
+    Args:
+        tensor: the input of the product, or in backward the gradient of its output.
     """
     if torch.compiler.is_compiling():
         return False
@@ -26,36 +30,43 @@ def needs_operators(tensor: Tensor) -> bool:
 
 
 def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` is at work."""
+    """Whether `torch.jit.trace` traces the code that calls this function."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_differentiated_again() -> bool:
-    """Whether a backward is to be differentiated in its turn (`create_graph=True`), as asked for within it."""
+    """Whether the backward pass that calls this function is to be differentiated again (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def dense_sum(weight: Tensor, values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
-    """Return what `compose_weight` returns, as a function of weight and values that can be differentiated anyhow."""
+    """Return what `compose_weight` returns, made of operators with derivatives of any order for weight and values.
+
+    Args:
+        weight: stored weight of any shape.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
+        dtype: dtype of the product that uses the result.
+    """
     exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
     composed = (weight.to(exact) + dense_delta(values.to(exact), structure, weight.shape)).to(dtype)
     return composed.t() if structure.transposed else composed
 
 
 class FirstDerivative(torch.autograd.Function):
-    """Passes on the gradient of the values as the graph's, and refuses to differentiate it again.
+    """The gradient of the values as a node of the graph that refuses a second derivative.
 
-    That would take the whole input, of which only the needed columns are kept, and outside the graph.
+    A second derivative needs the input as a tensor of the graph. Only its needed columns are kept, outside the graph.
     """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *of: Tensor) -> Tensor:
-        """Return the gradient, which then requires grad as those it is a function `of` do."""
+        """Return the gradient of the values, which requires grad if one of the tensors it is a function `of` does."""
         return gradient.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
-        """Raise ValueError."""
+        """Raise ValueError, which says how to get second derivatives."""
         raise ValueError(
             "A gradient with respect to fps_values is differentiated again, expected first derivatives of the "
             "values (second derivatives with respect to inputs work). Compute it with torch.func (hessian, or jvp of "

@@ -1,4 +1,4 @@
-"""Calibrate on the training data when training starts, and tell the model card what was measured."""
+"""A callback that calibrates when training starts, and writes evaluations into the model card."""
 
 import logging
 from contextlib import nullcontext
@@ -24,30 +24,30 @@ OPTIONS = ("loss", "views", "accumulators", "training_mode", "run")
 
 
 class FPSCallback(TrainerCallback):
-    """Calibrates the active adapter on the Trainer's own training data, unless it is calibrated or loaded already.
+    """Calibrates the active adapter on the Trainer's training data, unless it is calibrated or loaded.
 
-    Resuming from a checkpoint therefore keeps the checkpoint's selection. TRL's and sentence-transformers' trainers
-    call it likewise: `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
+    So resuming from a checkpoint keeps the checkpoint's selection. The callback works in the trainers of TRL and
+    sentence-transformers too: `SFTTrainer(model, ..., peft_config=FPSConfig(...), callbacks=[FPSCallback()])`.
 
-    An importance that needs gradients takes those of the trainer's own loss (`trainer.compute_loss`), unless `loss`,
-    `run` or the contrastive loss of the config says otherwise. One that needs inputs alone runs the model on the
-    trainer's batches; where these do not hold what the model takes, the trainer prepares them and computes its loss.
-    GRPO and RLOO generate and score completions for that, as in a step of training: give `num_batches`. The trainer is
-    found among the callers, since transformers does not hand it over; called by anything else, the callback passes
-    batches to the model as `calibrate` does.
+    An importance that needs gradients takes those of the trainer's loss (`trainer.compute_loss`), unless `loss`, `run`
+    or the contrastive loss of the config replaces it. An importance that needs only inputs runs the model on the
+    trainer's batches. If a batch lacks what the model takes, the trainer prepares the batch and computes its loss.
+    GRPO and RLOO generate and score completions for this, as in a training step, so give `num_batches` with them.
 
-    The newest evaluation goes into the adapter's model card when it is saved next: metrics that begin with `eval_`, as
-    the Trainer names them; that of the best checkpoint if `load_best_model_at_end` has put it back. When the Trainer
-    pushes to the Hub, the card that it writes keeps what this package says. (TRL's trainers write one without it.)
+    transformers does not pass the trainer to a callback, so the callback looks for it among its callers. Without a
+    trainer it runs the model as `calibrate` does.
+
+    The next saving of the adapter writes the newest evaluation into its model card: the metrics whose names begin with
+    `eval_`. If `load_best_model_at_end` restores the best checkpoint, it is the evaluation of that checkpoint. When
+    the Trainer pushes to the Hub, its card keeps our part. TRL's trainers write a card without it.
 
     Args:
-        num_batches: batches to use; the whole training set if None.
-        progress: show a progress bar; None follows the Trainer's `disable_tqdm`.
-        options: further arguments of `peft_fps.calibrate`, as there: `loss`, `views`, `accumulators`, `training_mode`,
-            `run`.
+        num_batches: number of batches to use. Default: the complete training set.
+        progress: show a progress bar. Default: as the Trainer's `disable_tqdm` says.
+        options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Raises:
-        TypeError: an option that is none of these.
+        TypeError: an option is none of these.
     """
 
     def __init__(self, num_batches: int | None = None, progress: bool | None = None, **options: Any) -> None:
@@ -61,7 +61,12 @@ class FPSCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Calibrate if need be; called by the Trainer."""
+        """Calibrate the active adapter unless its entries are selected. The Trainer calls this method.
+
+        Raises:
+            ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps. Or as
+                `peft_fps.calibrate`.
+        """
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
         if all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
@@ -92,33 +97,42 @@ class FPSCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what was measured; called by the Trainer."""
+        """Record the evaluation for the model card. The Trainer calls this method."""
         _note(kwargs["model"], state, state.global_step, kwargs.get("eval_dataloader"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what was measured on the checkpoint that was put back, if one was; called by the Trainer."""
-        put_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if put_back and state.best_global_step is not None:
+        """Record the evaluation of the best checkpoint, if it is restored. The Trainer calls this method."""
+        restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if restored and state.best_global_step is not None:
             _note(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the card that the Trainer is about to write keep our part; called by the Trainer."""
+        """Keep our part in the card that the Trainer is about to write. The Trainer calls this method."""
         if isinstance(kwargs["model"], PeftModel):
             keep_card(kwargs["model"], args.hub_model_id)
 
 
 def _sizes(model: nn.Module, adapter_name: str) -> dict[str, int]:
-    """Entries of each module by its path."""
+    """Return the number of entries of each module by its path."""
     layers = entry_layers(target_layers(model, adapter_name))
     return {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
 
 
 def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
-    """Give the one active adapter the evaluation of a step, for its card; that of several together is none's."""
+    """Record the evaluation of a step in the active adapter, for its model card.
+
+    With several active adapters there is no record, because their evaluation belongs to none of them alone.
+
+    Args:
+        model: the trained model.
+        state: state of the Trainer with the log.
+        step: global step of the evaluation.
+        data: loader of the evaluation data, or None.
+    """
     active = {name for layer in fps_layers(model).values() for name in layer.active_adapters}
     measured = evaluation_at(step, state.log_history, getattr(data, "dataset", None))
     if len(active) == 1 and measured is not None:

@@ -1,4 +1,4 @@
-"""Run a model on a batch as its trainer does: with the trainer's own preparation and loss."""
+"""Runs of a model on a batch with the preparation and the loss of its trainer."""
 
 import inspect
 from collections import defaultdict, deque
@@ -17,30 +17,32 @@ from peft_fps.layers.lookup import base_model
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer  # brings the whole of datasets, which takes seconds to import
+    from transformers import Trainer  # imports datasets, which takes seconds
 
 
 def calling_trainer(callback: TrainerCallback) -> "Trainer | None":
-    """Return the trainer that is calling a callback, which it does not tell; None if something else calls it."""
+    """Return the trainer that is calling a callback, or None if something else calls it.
+
+    Trainers do not pass themselves to callbacks, so the function searches the frames of the callers.
+    """
     frame = inspect.currentframe()
     while frame is not None:
-        found = frame.f_locals.get("self")
-        handler = vars(found).get("callback_handler") if hasattr(found, "__dict__") else None
+        caller = frame.f_locals.get("self")
+        handler = vars(caller).get("callback_handler") if hasattr(caller, "__dict__") else None
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            return found
+            return caller
         frame = frame.f_back
     return None
 
 
 class AsTrained:
-    """Batches of a trainer, and how it runs a model on them. Iterating prepares them as the trainer does.
+    """Batches of a trainer, and the trainer's way to run a model on them. Iterating prepares the batches.
 
     Args:
-        trainer: of transformers, or of a library that builds on it.
-        model: the trainer's.
-        data: its batches.
-        plainly: run the model itself on batches that hold what its forward takes, which is enough where no loss is
-            needed.
+        trainer: trainer of transformers, or of a library that builds on it.
+        model: model of the trainer.
+        data: batches of the trainer.
+        plainly: run the model itself on batches that hold what its forward takes. This suffices if no loss is needed.
     """
 
     def __init__(self, trainer: "Trainer", model: nn.Module, data: Any, plainly: bool) -> None:
@@ -58,7 +60,12 @@ class AsTrained:
         return len(self._data)
 
     def run(self, base: nn.Module, batch: Any) -> Any:
-        """Return outputs of the base model, or the trainer's loss."""
+        """Return the outputs of the base model, or the trainer's loss as `{"loss": ...}`.
+
+        Args:
+            base: base model.
+            batch: a batch that iterating has yielded.
+        """
         if self._plainly and fits(base, batch):
             return run_model(base, batch)
         with self._trainer.compute_loss_context_manager():
@@ -67,20 +74,25 @@ class AsTrained:
 
 @contextmanager
 def undisturbed_trainer(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
-    """Let a trainer compute losses of the base model, and be as it was afterwards.
+    """Let a trainer compute losses of the base model within the block, and restore its state afterwards.
 
-    What it counts and logs it writes to copies. It is told that it evaluates, so that nothing is kept for a next step.
-    Adapters cannot be switched, which trainers do for the outputs of a reference model: it is the base model here.
+    Within the block the trainer's counters and logs are copies. The model is marked as evaluating, so that the trainer
+    keeps nothing for a next step. Switching adapters has no effect. Trainers switch them for the outputs of a
+    reference model, which is the base model here.
+
+    Args:
+        trainer: trainer of transformers, or of a library that builds on it.
+        model: model of the trainer, whose adapters are switched off.
     """
     wrappers = [module for module in model.modules() if isinstance(module, PeftModel)]
     before, state = dict(vars(trainer)), dict(vars(trainer.state))
     modes = model.training
     try:
         for name, value in before.items():
-            if "dataset" not in name:  # may be a long list
+            if "dataset" not in name:  # a dataset may be a long list, and nothing writes to it
                 vars(trainer)[name] = _copied(value)
         vars(trainer).setdefault("current_gradient_accumulation_steps", 1)
-        if "num_generations_eval" in before:  # batches are those of training
+        if "num_generations_eval" in before:  # the batches come from training, although the model evaluates
             vars(trainer)["num_generations_eval"] = before["num_generations"]
         for wrapper in wrappers:
             vars(wrapper)["set_adapter"] = _nothing
@@ -98,24 +110,29 @@ def undisturbed_trainer(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed_order(data: Any) -> Iterator[None]:
-    """Let batches come once more as they would have come: samplers may draw from generators of their own."""
-    found = [(generator, generator.get_state()) for generator in _generators(data)]
+    """Restore the generators of a loader and its samplers after the block, so that the order of batches is the same.
+
+    Args:
+        data: loader of the batches that the block reads.
+    """
+    states = [(generator, generator.get_state()) for generator in _generators(data)]
     try:
         yield
     finally:
-        for generator, state in found:
+        for generator, state in states:
             generator.set_state(state)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    held = [getattr(loader, name, None) for name in ("generator", "synchronized_generator")]
+    """Return the generators of a loader or sampler, and of the samplers and loaders within it."""
+    direct = [getattr(loader, name, None) for name in ("generator", "synchronized_generator")]
     parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
-    found = [generator for part in parts if part is not None for generator in _generators(part)]
-    return [generator for generator in held if isinstance(generator, torch.Generator)] + found
+    nested = [generator for part in parts if part is not None for generator in _generators(part)]
+    return [generator for generator in direct if isinstance(generator, torch.Generator)] + nested
 
 
 def _copied(value: Any) -> Any:
-    """A copy of containers within containers, and of tensors in them."""
+    """Return a deep copy of dicts, lists, deques and tensors, and any other value itself."""
     if type(value) in (dict, defaultdict):
         result = copy(value)
         result.update({key: _copied(item) for key, item in value.items()})
@@ -129,4 +146,5 @@ def _copied(value: Any) -> Any:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take any arguments and do nothing, in place of `set_adapter`."""
     return None

@@ -1,4 +1,4 @@
-"""Compiled ways to the gradient of the values: optional, chosen automatically, each with a switch to turn it off.
+"""Compiled kernels for the gradient of the values; they are optional and chosen automatically.
 
-`PEFT_FPS_CPU_KERNEL=0` and `PEFT_FPS_TRITON=0` in the environment turn them off; both are read at every call.
+`PEFT_FPS_CPU_KERNEL=0` and `PEFT_FPS_TRITON=0` in the environment turn them off. Every call reads these variables.
 """

@@ -1,7 +1,7 @@
-"""The compiled CPU kernel: `sampled_product.cpp`, built with the machine's own C++ compiler on first use.
+"""The compiled CPU kernel: `sampled_product.cpp`, which the machine's C++ compiler builds on first use.
 
-Built anew in every process that trains (in well under a second, in a temporary folder): nothing is left behind, and
-nothing that was built for another processor is ever loaded. Without a compiler, PyTorch's own ways are taken.
+Every process that trains builds it in a temporary folder, in well under a second. So no file remains, and no process
+loads a kernel that was built for another processor. Without a compiler, PyTorch alone computes the product.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ ARGUMENTS = [*(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64) * 2, *(ctypes.c_
 
 
 def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
-    """Whether the kernel takes these operands, is switched on, and could be built."""
+    """Whether the kernel takes these operands, is switched on, and could be built; arguments as `sampled_product`."""
     return (
         grad_output.device.type == "cpu"
         and grad_output.dtype in FUNCTIONS
@@ -44,10 +44,16 @@ def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Build and load the kernel, once per process; None if that fails."""
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    """Build and load the kernel, once per process.
+
+    The compiler is `CXX` of the environment, or else the first of c++, g++ and clang++.
+
+    Returns:
+        The kernel, or None if it cannot be built. The log says why, at level DEBUG.
+    """
+    installed = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     try:
-        compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+        compiler = shlex.split(os.environ.get("CXX", "")) or ([installed] if installed else [])
         if not compiler:
             raise FileNotFoundError("no C++ compiler found")
         with tempfile.TemporaryDirectory(prefix="peft_fps_") as folder:
@@ -101,5 +107,5 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
-    """The matrix itself if its rows are contiguous, else a copy that is."""
+    """Return the matrix itself if the elements of a row are adjacent, else a contiguous copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

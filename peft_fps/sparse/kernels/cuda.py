@@ -1,9 +1,9 @@
-"""The Triton kernel for CUDA: one program per block of neurons and run of tokens, nothing dense, nothing transposed.
+"""The Triton kernel for CUDA: one program per block of neurons and run of tokens, without a dense or transposed copy.
 
-Triton is imported on first use, and tried on a tiny product there; without it, PyTorch's own ways are taken.
+The first use imports Triton and tries the kernel on a tiny product. If that fails, PyTorch alone computes products.
 """
 
-from __future__ import annotations  # those of the kernel name a module that is not there yet
+from __future__ import annotations  # the kernel's annotations name a module that is imported later
 
 import logging
 from functools import cache
@@ -26,13 +26,13 @@ SWITCH = "PEFT_FPS_TRITON"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_TOKENS, BLOCK_NEURONS = 32, 64  # powers of two: Triton requires it
 PROGRAMS = 512
-"""Where blocks of neurons are fewer than this, tokens too are divided among programs, up to about this many."""
+"""Programs to reach. With fewer blocks of neurons, several programs share the tokens of a block."""
 TOKENS_PER_PROGRAM = 256
-"""Up to this many are not divided: every share adds partial sums that have to be added up."""
+"""Up to this many tokens stay in one program, because every further share costs partial sums to add up."""
 
 
 def fits(grad_output: Tensor, inputs: Tensor, structure: Structure) -> bool:
-    """Whether the kernel takes these operands, is switched on, and has worked on a tiny product."""
+    """Whether the kernel takes these operands, is switched on, and works; arguments as `sampled_product`."""
     return (
         grad_output.device.type == "cuda"
         and inputs.device == grad_output.device
@@ -48,7 +48,11 @@ _trying = Lock()  # autograd has one thread per device
 
 
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Try the kernel once per device and dtype; after the first failure, not again anywhere in this process."""
+    """Whether the kernel works, found out by one tiny product per device and dtype.
+
+    After the first failure the process tries no further device or dtype, and the answer is False for all. The log says
+    why, at level DEBUG.
+    """
     with _trying:
         if all(_tried.values()) and (device, dtype) not in _tried:
             try:
@@ -61,8 +65,12 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _try(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise whatever goes wrong with a product of ones, the tokens counted."""
-    compiled()  # first: without Triton, nothing is allocated
+    """Compute a product of ones, whose every number must be the number of tokens.
+
+    Raises:
+        ArithmeticError: the numbers are wrong. Any other error of an import, a compiler or a driver passes through.
+    """
+    compiled()  # first, so that nothing is allocated without Triton
     columns, row_counts = torch.tensor([2, 0, 2], device=device), torch.tensor([1, 2], device=device)
     ones = torch.ones(BLOCK_TOKENS + 1, 3, device=device, dtype=dtype)
     values, sums = sampled_product(ones[:, :2], ones, build_structure(columns, row_counts, 2, 3))
@@ -72,8 +80,12 @@ def _try(device: torch.device, dtype: torch.dtype) -> None:
 
 @cache
 def compiled() -> Any:
-    """The kernel, which Triton compiles on its first launch; raises ImportError without Triton."""
-    global tl  # where a kernel looks it up
+    """Return the kernel, which Triton compiles on its first launch.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    global tl  # a kernel looks it up among the globals
     import triton
     import triton.language as tl
 
@@ -83,7 +95,7 @@ def compiled() -> Any:
 def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -> tuple[Tensor, Tensor]:
     """Return `(grad_outputᵀ @ inputs)` at the selected entries, and the sums of `grad_output` over the tokens.
 
-    The same operands give the same bits every time: no sum depends on the order in which programs run.
+    The same operands give the same bits every time, because no sum depends on the order in which programs run.
 
     Args:
         grad_output: `(tokens, neurons)` float32, bfloat16 or float16, with any strides.
@@ -119,12 +131,12 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
             ALL_COLUMNS=inputs.shape[1] != structure.union.numel(),
             BLOCK_TOKENS=BLOCK_TOKENS,
             BLOCK_NEURONS=BLOCK_NEURONS,
-            enable_fp_fusion=True,  # the default, of which Triton 3.9 warns unless it is said
+            enable_fp_fusion=True,  # the default, but Triton 3.9 warns if it is not given
         )
     return (values.sum(0), sums.sum(0)) if splits > 1 else (values[0], sums[0])
 
 
-def _kernel(  # type: ignore[no-untyped-def]  # Triton would take annotations for the types of its own
+def _kernel(  # type: ignore[no-untyped-def]  # Triton takes annotations for types of its own
     grad_output,
     inputs,
     row_starts,
@@ -144,8 +156,8 @@ def _kernel(  # type: ignore[no-untyped-def]  # Triton would take annotations fo
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
 ):
-    """One block of neurons, one share of the tokens: first the sums of `grad_output`, then entry by entry."""
-    split = tl.program_id(1).to(tl.int64)  # here and below: offsets may exceed 32 bits
+    """Compute one block of neurons over one share of the tokens: the sums of `grad_output`, then entry by entry."""
+    split = tl.program_id(1).to(tl.int64)  # here and below, because offsets may exceed 32 bits
     neuron = tl.program_id(0) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
     exists = neuron < neurons
     start = tl.load(row_starts + neuron, mask=exists, other=0)
