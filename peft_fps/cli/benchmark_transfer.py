@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.transfer_options import TransferOptions
 from peft_fps.cli.option_fields import options_of
 from peft_fps.cli.terminal import Verbose, errors_told, say, show_log, show_text_table
@@ -36,9 +37,7 @@ def transfer(
         $ peft-fps benchmark transfer --model MODEL --tasks TASKS --report
     """
     show_log()
-    # the imports take seconds, which --help need not wait for
-    from peft_fps.benchmarks.transfer.arms import ARMS
-    from peft_fps.benchmarks.transfer.campaign import run
+    from peft_fps.benchmarks.transfer.campaign import run  # takes seconds, which --help need not wait for
 
     console = Console()
     if list_methods:
