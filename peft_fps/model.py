@@ -33,13 +33,9 @@ from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, refe
 from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
-from peft_fps.targets.default_targets import (
-    base_parameters,
-    biased_norms,
-    check_adapter_name,
-    default_targets,
-    in_wanted_block,
-)
+from peft_fps.targets.base_parameters import base_parameters
+from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
+from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import (
     trained_head,

@@ -33,7 +33,7 @@ from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
 from peft_fps.selection.own_scores import checked_scores
 from peft_fps.sparse import StructureError
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -33,7 +33,7 @@ from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_unreached
 from peft_fps.selection import Candidate, LayerSelection, NormSelection, SelectionReport, select_entries
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.candidate import Selected
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 
 
 RECORDED = ("importance", "order", "granularity", "seed")

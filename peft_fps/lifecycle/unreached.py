@@ -10,7 +10,7 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, entry_layers, target_layers
 from peft_fps.lifecycle.plan import allocate_entries, bias_count
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 
 
 def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[str]) -> dict[str, int]:

@@ -8,7 +8,8 @@ from peft import TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_fps.base.head import LISTS, all_names, find_head, named_outside
+from peft_fps.base.head import find_head
+from peft_fps.base.module_names import LISTS, all_names, named_outside
 from peft_fps.config import FPSConfig
 from peft_fps.targets.whole_checks import check_trainable_whole, remedy_for
 
