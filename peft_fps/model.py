@@ -24,13 +24,15 @@ from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.mixed_batch import mixed_batch, pass_names
 from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
 from peft_fps.layers.scale import set_scale
-from peft_fps.lifecycle.calibrate import calibrate, select_without_data, selection_report
+from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.combination import Combination
+from peft_fps.lifecycle.initial_entries import select_without_data
 from peft_fps.lifecycle.loading import load_state
 from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
 from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
 from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
 from peft_fps.lifecycle.saved_state import saved_state
+from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
 from peft_fps.targets.base_parameters import base_parameters

@@ -25,9 +25,10 @@ from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, entry_layers, target_layers
 from peft_fps.layers.weight_rows import weight_rows
-from peft_fps.lifecycle.calibrate import check_selectable, rank, selection_report
+from peft_fps.lifecycle.entry_replacement import check_selectable, rank
+from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.selection import SelectionReport
-from peft_fps.selection.allocation import exact
+from peft_fps.selection.budget_allocation import exact
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap

@@ -16,7 +16,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import entry_layer_class, layer_class
 from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.selection import LayerShape, allocate, check_granularity
-from peft_fps.selection.allocation import matches
+from peft_fps.selection.budget_allocation import matches
 from peft_fps.targets.base_parameters import base_parameters, count_base_parameters, named_base_modules
 from peft_fps.targets.obstacle import remedy
 from peft_fps.targets.target_checks import check_target, check_untied
