@@ -1,25 +1,20 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
-from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
-from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_merge import check_distinct
-from peft_fps.layers.layer_types import layer_class
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.mixed_batch import mixed_batch, pass_names
 from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
@@ -27,55 +22,17 @@ from peft_fps.layers.scale import set_scale
 from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.combination import Combination
 from peft_fps.lifecycle.initial_entries import select_without_data
+from peft_fps.lifecycle.injection import Injection, adapted, config_withdrawn_on_failure, new_state, prepare_injection
 from peft_fps.lifecycle.loading import load_state
 from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
-from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
 from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
 from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
 from peft_fps.targets.base_parameters import base_parameters
-from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.target_checks import check_adapter_name
-from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.targets.whole_modules import (
-    trained_head,
-    warn_of_untrained_head,
-    whole_modules,
-    with_whole_head,
-    wrap_whole,
-)
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What was found in the model when an adapter was injected, for the hooks that PEFT calls afterwards.
-
-    Attributes:
-        whole: paths of the modules that the adapter trains whole.
-        norms: paths of the norms whose bias it trains on top of its targets.
-        entries: number of entries of each targeted module, by path.
-    """
-
-    whole: list[str] = field(default_factory=list)
-    norms: set[str] = field(default_factory=set)
-    entries: dict[str, int] = field(default_factory=dict)
-
-    def targets(self, config: FPSConfig, key: str) -> Any:
-        """Return whether the adapter targets the module at path `key`, in the form in which PEFT has it."""
-        if config.record is not None:  # it decides; to match a stranger's expression could take for ever
-            if key in config.record.allocation:
-                return True
-            return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
-        if key in self.whole or key.startswith(tuple(f"{name}." for name in self.whole)):
-            return _ExcludedModule()
-        by_names = copy.copy(config)
-        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
-        matched: Any = BaseTuner._check_target_module_exists(by_names, key)
-        if isinstance(matched, _ExcludedModule):
-            return matched
-        return matched or key in self.norms
+from peft_fps.targets.whole_modules import wrap_whole
 
 
 class FPSModel(BaseTuner):
@@ -127,10 +84,11 @@ class FPSModel(BaseTuner):
             self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
         self._modules_to_save = config.modules_to_save
         try:
-            check_adapter_name(unwrapped(model), adapter_name)
-            with compiled_in_place(self):
-                self._prepare_state(self.model, config)
-                self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
+            with config_withdrawn_on_failure(model, self.peft_config, adapter_name), compiled_in_place(self):
+                check_adapter_name(self.model, adapter_name)
+                config.to_save = None  # left by an earlier save
+                self._state = new_state(self.model, config)
+                self._stored = None if state_dict is None else {_module_of(key) for key in state_dict}
                 self._injected = adapter_name
                 if state_dict is None:
                     config.check_complete()
@@ -141,12 +99,6 @@ class FPSModel(BaseTuner):
                     low_cpu_mem_usage=low_cpu_mem_usage,
                     state_dict=state_dict,
                 )
-        except Exception:
-            # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
-            self.peft_config.pop(adapter_name, None)
-            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):  # noted by transformers
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
-            raise
         finally:
             config.modules_to_save = self._modules_to_save
         watch_producers(self.model)
@@ -158,58 +110,15 @@ class FPSModel(BaseTuner):
         elif config.record is None:
             select_without_data(self.model, config, adapter_name)
 
-    def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
-        config.to_save = None  # left by an earlier save
-        record = config.record
-        self._state = AdapterState(
-            selected=record is not None or not config.needs_calibration,
-            calibration=None if record is None else record.calibration,
-            saved_inputs=config.saved_inputs,
-            before=None if record is None else Before.of(model),
-        )
-
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        config: FPSConfig = peft_config
-        check_task(model, config)
-        saved_names: dict[str, str] = {}
-        if config.record is None:
-            _fill_in(config, model)
-        else:
-            take_targets_from_record(config, config.record)
-        config.modules_to_save = with_whole_head(model, config)
-        whole = whole_modules(model, config)
-        shorthand = str(config.target_modules).lower() == "all-linear"
-        _maybe_include_all_linear_layers(config, model)
-        if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
-            config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
-        if config.record is not None:
-            current = current_names(model, config.record.allocation)
-            saved_names = dict(zip(current, config.record.allocation, strict=True))
-            config.record = config.record.renamed(current)
-        found = Injection(whole)
-        # norms come on top of targets; without any, PEFT is to say which were not found
-        if config.bias == "with_norms" and config.record is None and self._matched(config, model, found):
-            found = Injection(whole, biased_norms(model, config))
-        names = self._matched(config, model, found)
-        check_whole_modules_apart(model, config, whole, names)
-        planned = plan(model, config, names, saved_names)
-        check_whole_tensors(model, config, whole)
-        warn_of_untrained_head(model, config, names, whole)
-        self._state.base_fingerprint = planned.base_fingerprint
-        self._state.base_parameters = planned.base_parameters
-        self._injections = self._injections | {self._injected: Injection(whole, found.norms, planned.entries)}
-        self._modules_to_save = config.modules_to_save
-
-    def _matched(self, config: FPSConfig, model: nn.Module, found: Injection) -> list[str]:
-        """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
-        adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
-        names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
-        if self._state_dict_modules is not None:
-            return [name for name in names if name in self._state_dict_modules]
-        return [name for name in names if found.targets(config, name)]
+        injection = prepare_injection(model, peft_config, self._stored)
+        self._state.base_fingerprint = injection.plan.base_fingerprint
+        self._state.base_parameters = injection.plan.base_parameters
+        self._injections = self._injections | {self._injected: injection}
+        self._modules_to_save = peft_config.modules_to_save
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         mine = (name for name, config in self.peft_config.items() if config is peft_config)
@@ -226,18 +135,9 @@ class FPSModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, FPSLayer):
-            kind = layer_class(target)
-            assert kind is not None, current_key
-            target = kind(target, current_key)
-            target.set_adapter(self.active_adapters, inference_mode=True)
-            setattr(parent, target_name, target)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # its fused path reads the weight without calling the layer; any hook makes it step aside
-                target.register_forward_pre_hook(_no_op)
-        target.update_layer(
+        adapted(parent, target_name, target, current_key, self.active_adapters).update_layer(
             adapter_name,
-            self._injections[adapter_name].entries.get(current_key, 0),
+            self._injections[adapter_name].plan.entries.get(current_key, 0),
             peft_config.bias != "none",
             self._state,
             inference_mode=peft_config.inference_mode,
@@ -422,26 +322,10 @@ class FPSModel(BaseTuner):
             yield
 
 
-def _fill_in(config: FPSConfig, model: nn.Module) -> None:
-    """Fill the fields of a config that the user has left open, also those that another model has filled in."""
-    filled = config.filled_in
-    if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
-        config.modules_to_save = trained_head(model, config)
-        filled = replace(filled, modules_to_save=config.modules_to_save)
-    if config.target_modules is None or config.target_modules == filled.target_modules:
-        targets = default_targets(model, config)
-        config.target_modules, filled = targets, replace(filled, target_modules=targets)
-    config.filled_in = filled
-
-
 def _release(model: nn.Module) -> None:
     """Take off all that was put on modules beside the adapted layers."""
     unwatch_producers(model)
     thaw_statistics(model)
-
-
-def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
-    return None
 
 
 def _module_of(key: str) -> str:

@@ -126,7 +126,7 @@ def calibrate(
         found = _gather(base_model(model), layers, config, adapter_name, batches, how)
     else:
         carrying = {path for path, layer in layers.items() if layer.carries(adapter_name)}
-        found = _Findings({}, carrying, _record(config, RECORDED))
+        found = _Findings({}, carrying, CalibrationRecord(**_settings(config, RECORDED)))
     weighted = entry_layers(layers)
     entries = entries_of_reached(model, adapter_name, found.reached)
     scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
@@ -171,13 +171,12 @@ def _gather(
     reached = called_anywhere(called, list(layers), base)
     if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
         reached = {path for path in reached if path in evidence or path not in weighted}
-    record = replace(_record(config, (*RECORDED, *importance.recorded)), **counts)
-    return _Findings(evidence, reached, record)
+    noted = _settings(config, (*RECORDED, *importance.recorded)) | counts
+    return _Findings(evidence, reached, CalibrationRecord(**noted))
 
 
-def _record(config: FPSConfig, fields: Iterable[str]) -> CalibrationRecord:
-    """Return a record of these fields of the config."""
-    return CalibrationRecord(**{name: getattr(config, name) for name in fields})
+def _settings(config: FPSConfig, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 @contextmanager
