@@ -50,29 +50,36 @@ class FPSConfig(SavedConfig):
     Args:
         budget: largest share of the base model's parameters to train, from 0 to 1. Entries and bias deltas count; the
             head and the output embeddings count on neither side. The adapter never exceeds the budget, and leaves less
-            than one entry per targeted module of it unused. 0 trains biases alone (BitFit). Default: 0.0077, or None
-            if `per_neuron` is given.
+            than one entry per targeted module of it unused. 0 trains biases alone (BitFit). The papers' "Params (%)"
+            counts the head as well; `selection_report()` prints both shares. Default: 0.0077, or None if
+            `per_neuron` is given.
         per_neuron: number of entries per output neuron, K in the papers, instead of a budget. It need not be whole.
-            Above a neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given.
+            Above a neuron's fan-in it means the fan-in. At most one of `budget` and `per_neuron` may be given. GPS's
+            scripts use 1 for VTAB-1k, and up to 20 for FGVC.
         budget_pattern: values of single modules, by module name or regular expression. With `per_neuron` a value is
-            the module's number of entries per neuron, else a share of the module's weights. Where several keys match,
-            the longest counts. The other modules share the rest of the budget.
+            the module's number of entries per neuron, else a share of the module's weights:
+            `{"mlp.fc2": 0.02}`. Where several keys match, the longest counts. The other modules share the rest of the
+            budget.
         granularity: how entries are spread. `"neuron"`: every neuron gets ⌊K⌋ or ⌈K⌉ (the FPS paper's final choice).
             `"layer"`: every module gets the same number, wherever its scores are best. `"model"`: the best entries of
             all modules together (FISH Mask). `"block"`: entries per neuron in proportion to the share of the best
             `block_top` of all scores that lies in the neuron's transformer block, at least one (TR-PTS). `"row"` and
-            `"column"`: whole neurons, or whole inputs, with the largest sums of scores (FAR).
-        bias: which biases get a trained delta. `"all"`: those of all targeted modules (as in GPS and FPS).
-            `"with_norms"`: those of all LayerNorms too (as in BitFit). `"none"`.
+            `"column"`: whole neurons, or whole inputs, with the largest sums of scores (FAR). Measured with FPS,
+            `"neuron"` and `"layer"` differ by no more than noise, and `"model"` costs 2.9 points of accuracy.
+        bias: which biases get a trained delta, which switches, merges and saves with the adapter. `"all"`: those of
+            all targeted modules (as in GPS and FPS), measured to be worth 2.8 points of accuracy over entries alone
+            at 0.77 %. `"with_norms"`: those of all LayerNorms too, embedding normalisations included; with `budget=0`
+            this is BitFit. `"none"`.
         importance: the score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data.
             `"activation"`: FPS, eqs. 2-6, from forward passes. `"magnitude"`: |w| alone (NeuroAda, Super-Tuning).
             `"random"`: a seeded control. From backward passes, with g the gradient of the loss: `"gradient"`: |sum of
             g over batches| (GPS); `"fisher"`: sum of g² (FISH Mask, SPT, TR-PTS); `"sensitivity"`: |w · sum of g|
             (first-order Taylor). From a short training that is undone: `"movement"`: |change of w| (FAR); `"l0"`:
-            |learned change| under hard-concrete gates with an L0 penalty (DiffPruning).
+            |learned change| under hard-concrete gates with an L0 penalty (DiffPruning). An adapter that is trained
+            without `calibrate` has its entries chosen by magnitude, and warns of that once.
         order: `"top"` selects the largest scores, `"bottom"` the smallest.
         norm: typical magnitude of an input a under `"activation"`. `"l1"`: mean |a| (eq. 3). `"l2"`: root mean square
-            (eq. 4).
+            (eq. 4). The choice makes no difference beyond noise, as in table A.1 of the FPS paper.
         weight_magnitude: multiply the activation by |w|. False gives eqs. 5 and 6.
         fisher: whose gradients `"fisher"` squares: those of each `"example"` (FISH Mask), or the mean of each
             `"batch"` (SPT).
@@ -90,23 +97,26 @@ class FPSConfig(SavedConfig):
             tests.
         target_modules: modules to adapt: names, ends of names, or a regular expression, as everywhere in PEFT; or
             `"all-linear"`. Default: all linear and convolutional layers, without the head and a language model's
-            output embeddings. The head is what stands beside the backbone, depends on the number of labels, or is the
-            classifier of timm and torchvision.
+            output embeddings, which stay frozen. The head of a transformers model is what stands beside the backbone
+            and what depends on the number of labels, that of a timm or torchvision model its classifier.
         exclude_modules: modules to leave out: names, ends of names, or a regular expression. Empty means none.
         layers_to_transform: index or indices of the blocks to adapt. Only with `target_modules` as names. Empty means
             all.
         layers_pattern: name or names of the list of blocks that the indices count. Empty means any.
         modules_to_save: modules to train and save whole, by path or by the end of a path behind a dot. The name of a
             module of the head means that module alone. The name of a list of modules means its members. `[]` means
-            none. Default: the head, because it is new; none for language models and for models whose head is unknown.
-        saved_inputs: what a layer keeps of its input for the backward pass. `"rebuild"`: nothing, where a
-            normalisation or an activation keeps a tensor from which the input can be computed again; elsewhere as
+            none. Default: the head, because it is new, whatever the task; none for language models, and for models
+            that are not of transformers, timm or torchvision. A warning names what of a head is neither adapted nor
+            trained whole.
+        saved_inputs: what a layer keeps of its input for the backward pass. `"rebuild"`: nothing, where a LayerNorm,
+            RMSNorm, GELU, SiLU or attention keeps a tensor from which the input can be computed again; elsewhere as
             `"columns"`. `"columns"`: a copy of the columns that a selected entry reads, shared by layers that read one
-            tensor. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in bfloat16, with gradients of
-            the values that are as exact as bfloat16.
+            tensor, such as query, key and value. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in
+            bfloat16, with gradients of the values that are as exact as bfloat16.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
-            `"warn"`. The side that loads chooses; files do not keep it.
+            `"warn"`. The side that loads chooses, with `PeftModel.from_pretrained(model, folder, check_base="warn")`;
+            files do not keep it.
         plugin: name of the package that has to be installed and imported before loading. Informative.
         format_version: version of the adapter file that the config comes from. Older versions are converted; newer
             ones are refused.

@@ -9,15 +9,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_fps.base.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
+from peft_fps.base.buffers import buffer_digests, evaluate_frozen
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_merge import check_distinct
 from peft_fps.layers.lookup import fps_layers
-from peft_fps.layers.mixed_batch import mixed_batch, pass_names
-from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
+from peft_fps.layers.mixed_batch import mixed_batch
 from peft_fps.layers.scale import set_scale
 from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.combination import Combination
@@ -25,6 +24,7 @@ from peft_fps.lifecycle.initial_entries import select_without_data
 from peft_fps.lifecycle.injection import Injection, adapted, config_withdrawn_on_failure, new_state, prepare_injection
 from peft_fps.lifecycle.loading import load_state
 from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
+from peft_fps.lifecycle.model_hooks import attach_hooks, release_hooks
 from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
 from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.selection_report import selection_report
@@ -101,9 +101,7 @@ class FPSModel(BaseTuner):
                 )
         finally:
             config.modules_to_save = self._modules_to_save
-        watch_producers(self.model)
-        pass_names(self.model)
-        freeze_statistics(self.model)
+        attach_hooks(self.model)
         self._state.buffers = buffer_digests(self.model)
         if source is not None:
             copy_adapter(self.model, source, adapter_name)
@@ -274,7 +272,7 @@ class FPSModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         else:
             unmerge_whole(self.model)
-        _release(self.model)
+        release_hooks(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -320,12 +318,6 @@ class FPSModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield
-
-
-def _release(model: nn.Module) -> None:
-    """Take off all that was put on modules beside the adapted layers."""
-    unwatch_producers(model)
-    thaw_statistics(model)
 
 
 def _module_of(key: str) -> str:

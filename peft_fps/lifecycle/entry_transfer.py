@@ -12,7 +12,6 @@ from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import adapter_layers, base_model, entry_layers, target_layers
-from peft_fps.layers.weight_rows import weight_rows
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.selection.budget_allocation import exact
 from peft_fps.selection.calibration_record import CalibrationRecord
@@ -119,7 +118,7 @@ def best_entries(
 
 @torch.no_grad()
 def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
-    weight = weight_rows(layer, 0, layer.shape.neurons)
+    weight = layer.weight_rows(0, layer.shape.neurons)
     return checked_scores(path, score(path, weight), layer.shape)
 
 
