@@ -21,12 +21,14 @@ TORCHVISION = ("fc", "classifier", "heads", "head", "aux_classifier", "AuxLogits
 
 @dataclass(frozen=True)
 class Head:
-    """Full names of a model's head; a module that has several names is there under each.
+    """The names of a model's head. A module that has several names is listed under each of them.
 
     Attributes:
-        modules: what is to be trained whole; lists of modules are there as their members.
-        output_embeddings: a language model's, and what else of it is as large as its vocabulary: pre-trained, frozen.
-        parameters: of the head, but held by the model itself or by a list, where no module can be trained whole.
+        modules: full names of the modules that are to be trained whole. A list of modules is given by its members.
+        output_embeddings: full names of a language model's output embeddings and of other layers as large as its
+            vocabulary. They are pre-trained and stay frozen.
+        parameters: full names of parameters of the head that the model or a list holds itself. No module can be
+            trained whole for them.
     """
 
     modules: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ def find_head(model: nn.Module) -> Head:
 
 
 def output_head(model: nn.Module) -> list[str]:
-    """Return the names of the modules that are left out of the targets: the head, new or a language model's."""
+    """Return the full names of the modules that are left out of the targets: a new head, or output embeddings."""
     head = find_head(model)
     return head.modules + head.output_embeddings
 
@@ -87,7 +89,7 @@ def _is_backbone(model: nn.Module, path: str) -> bool:
 
 
 def _classifier(model: Any) -> list[str]:
-    """Names of a timm model's classifiers; one or several, and none where there are no classes."""
+    """Return the names of a timm model's classifiers: one, several, or none if it has no classes."""
     held = model.get_classifier()
     wanted = {id(part) for part in (held if isinstance(held, (tuple, list)) else [held])}
     listed = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -113,7 +115,7 @@ def _torchvision_head(model: nn.Module) -> list[str]:
 
 
 def _last(module: nn.Module) -> str:
-    """Where the last layer with parameters stands, from a dot on; nothing if that is the module itself."""
+    """Return the path of a module's last layer with parameters, with a dot before it; empty if it is the module."""
     names = [
         name for name, part in named_outside(module) if next(bare(part).parameters(recurse=False), None) is not None
     ]

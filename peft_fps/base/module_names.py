@@ -12,12 +12,12 @@ LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def all_names(model: nn.Module, names: Iterable[str], shared: bool = True) -> list[str]:
-    """Return all names of the modules that have one of these, in the model's order, the outermost alone.
+    """Return all names of some modules, in the model's order. A module that lies within another one is left out.
 
     Args:
         model: with or without adapters.
-        names: full names of modules.
-        shared: add layers that share a weight with these, as detectors' decoders do, embeddings left out.
+        names: one full name of each module, at least.
+        shared: add layers that share a weight with these modules, as detectors' decoders do. Embeddings are left out.
     """
     modules = [bare(model.get_submodule(name)) for name in names]
     inner = [part for module in modules for part in module.modules() if shared and not isinstance(part, nn.Embedding)]
@@ -33,7 +33,7 @@ def all_names(model: nn.Module, names: Iterable[str], shared: bool = True) -> li
 
 
 def named_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every name of every module but those that adapters have added, or hold a copy or the original of."""
+    """Yield every name of every module, and the module. What lies inside tuner layers and wrappers is left out."""
     within: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(tuple(within)):

@@ -22,8 +22,9 @@ def has_task(model: PreTrainedModel) -> bool:
 
 
 def is_pretrained(model: PreTrainedModel) -> bool:
-    """Return whether all parts come from the checkpoint: the model puts out tokens as it takes them in, or pre-trains.
+    """Return whether all parts of a model come from its checkpoint.
 
+    They do if the model puts out the tokens that it takes in, or if its class is one for pre-training. A model with
     CTC over audio takes no tokens in.
     """
     name = type(model).__name__

@@ -1,4 +1,4 @@
-"""Before a model is changed: which modules an adapter will have, how many entries each, and whether all of it fits."""
+"""The plan of an adapter before the model is changed: how many entries each module gets, and whether they fit."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -89,8 +89,8 @@ def allocate_entries(
 
     Args:
         shapes: of the weights that are trained, by module path.
-        biases: number of elements of all biases of the modules that are trained, norms included; none of them counts
-            with `bias="none"`.
+        biases: number of elements of all biases of the modules that are trained, norms included. With `bias="none"`
+            none of them counts.
         config: of the adapter.
         base_parameters: of the base model without its head.
         absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.

@@ -12,7 +12,7 @@ from peft_fps.base.quantisation import quantisation, quantised_elements, stored_
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and parameter of everything that belongs to the base model, adapters left out, each once."""
+    """Yield name and parameter of the base model. Adapters are left out; a shared parameter comes once."""
     seen: set[int] = set()
     for name, parameter in _all_names_of_parameters(model):
         if id(parameter) not in seen:
@@ -33,7 +33,7 @@ def _all_names_of_parameters(module: Any, path: str = "") -> Iterator[tuple[str,
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module as in the model before any adapter: tuner layers stand for their base layers."""
+    """Yield name and module as in the model before any adapter. A tuner layer is replaced by its base layer."""
     within: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in within):
@@ -46,10 +46,14 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def count_base_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of the base model without its output head: what a budget is a share of.
+    """Return the number of parameters of which a budget is a share: those of the base model without its output head.
 
-    Of what the head shares with the rest (output embeddings that are tied to the input embeddings), the rest is the
-    owner. A packed weight counts as many as it stands for, so that a quantised model has as many parameters as before.
+    What the head shares with the rest of the model counts, such as output embeddings that are tied to the input
+    embeddings. A packed weight counts as many parameters as it stands for, so that a quantised model has as many as
+    before.
+
+    Args:
+        model: base model, with or without adapters.
     """
     head = find_head(model)
     left_out = tuple(f"{name}." for name in [*head.modules, *head.output_embeddings])

@@ -17,8 +17,13 @@ from peft_fps.targets.obstacle import obstacle
 def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     """Return the names of all linear and convolutional layers outside the output head that can be adapted.
 
-    With `layers_to_transform`, only of those blocks, as PEFT counts them: by the first number in a module's path, or
-    by the one behind `layers_pattern`. Warns of packed experts, which are left out.
+    `layers_to_transform` limits them to some blocks, as PEFT counts these: by the first number in a module's path, or
+    by the number behind `layers_pattern`. Packed experts, and layers that cannot be adapted, are left out with a
+    warning.
+
+    Args:
+        model: base model, with or without adapters.
+        config: gives `layers_to_transform` and `layers_pattern`.
     """
     _warn_of_packed_experts(model, config)
     heads = output_head(model)
@@ -46,15 +51,16 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
 
 
 def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:
-    """Return of the modules that share a reason the first one alone."""
+    """Return the first module for each reason, by name."""
     first = {reason: name for name, reason in reversed(reasons.items())}
     return {name: reason for name, reason in reasons.items() if first[reason] == name}
 
 
 def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Parameter]:
-    """Return the parameters that hold a weight of every expert in one tensor, by name; transformers keeps most so.
+    """Return the parameters that hold the weights of all experts in one tensor, by name.
 
-    They are told by their module's class (`MixtralExperts` and so on); `layers_to_transform` limits them.
+    transformers keeps most experts so. The class of the module tells (`MixtralExperts` and so on).
+    `layers_to_transform` limits them to some blocks.
     """
     return {
         f"{name}.{own}": parameter
@@ -81,7 +87,10 @@ def _warn_of_packed_experts(model: nn.Module, config: FPSConfig) -> None:
 
 
 def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
-    """Return the names of all LayerNorms with a bias outside the output head; `layers_to_transform` limits them."""
+    """Return the names of all LayerNorms with a bias outside the output head, embedding normalisations included.
+
+    `layers_to_transform` limits them to some blocks.
+    """
     heads = output_head(model)
     wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     inside = tuple(f"{head}." for head in [*heads, *wholes])
@@ -97,7 +106,7 @@ def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
 
 
 def in_wanted_block(name: str, config: FPSConfig) -> bool:
-    """Whether a module path lies in one of the blocks that `layers_to_transform` names, or none are named."""
+    """Return whether a module path lies in a block of `layers_to_transform`. All do if the config names no blocks."""
     wanted, patterns = config.layers_to_transform, config.layers_pattern
     if wanted is None:
         return True

@@ -21,7 +21,17 @@ PATH_PARTS |= {"_orig_mod", "_fsdp_wrapped_module"}
 
 
 def check_adapter_name(model: nn.Module, adapter_name: Any) -> None:
-    """Raise TypeError or ValueError for a name that torch refuses, or by which PEFT would confuse tensors."""
+    """Check the name of a new adapter.
+
+    Args:
+        model: base model, with or without adapters.
+        adapter_name: the name, of any type.
+
+    Raises:
+        TypeError: the name is no string.
+        ValueError: the name is empty, has a dot, is reserved, is one that torch refuses, or is part of a module's
+            path, by which PEFT would confuse tensors.
+    """
     if not isinstance(adapter_name, str):
         kind = type(adapter_name).__name__
         raise TypeError(f"The adapter's name is {adapter_name!r} of type {kind}, expected a string.")
@@ -56,8 +66,8 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
     Args:
         model: base model, with or without adapters.
         name: path of the module.
-        norms: whether a norm will do.
-        chosen: whether `default_targets` has chosen it, which looks at what costs time.
+        norms: accept a norm.
+        chosen: `default_targets` has chosen the module, and has made the checks that cost time.
 
     Raises:
         ValueError: says what stands there, what is expected, and what to do.
@@ -113,7 +123,12 @@ def _check_at_hand(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def check_untied(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError if a targeted module or its weight is used elsewhere too, which a merge would change along."""
+    """Raise ValueError if a targeted module or its weight is used elsewhere too. A merge would change both.
+
+    Args:
+        model: base model, with or without adapters.
+        names: paths of the targeted modules.
+    """
     wanted = set(names)
     base_layers: dict[str, Any] = {name: module for name, module in named_base_modules(model) if name in wanted}
     bases = {id(module): name for name, module in base_layers.items()}
