@@ -3,7 +3,8 @@
 | module | subject |
 |---|---|
 | `plan` | before a model is changed: numbers of entries, fingerprint, checks of the targets |
-| `injection`, `model_hooks` | what an adapter gets in a model: all of it found out and checked, then put in |
+| `injection`, `injection_hooks` | what a model gets, found out and checked; what PEFT calls to put it in |
+| `model_hooks` | hooks on modules beside the adapted layers |
 | `initial_entries` | the entries that a new adapter has before any data was seen |
 | `adapter_calibration`, `unreached` | choosing the entries from data |
 | `entry_replacement` | setting other entries in the layers |
