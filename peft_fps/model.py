@@ -33,15 +33,15 @@ class FPSModel(InjectionHooks):
     Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
     (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...).
 
-    BatchNorms, and other normalisations with running statistics, compute with these in training too and leave them as
-    they are, since they are not part of an adapter; those in modules that are trained whole go on tracking.
+    BatchNorms, and other normalisations with running statistics, compute with these statistics in training too and do
+    not update them, since they are not part of an adapter. Those in modules that are trained whole go on tracking.
 
     Args:
         model: the base model, changed in place.
         peft_config: an `FPSConfig`, or a dict of them by adapter name. Each adapter gets a copy of its own.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the values on the meta device, to be loaded next.
-        state_dict: of the adapter to be loaded next; only the modules that it names are adapted.
+        state_dict: tensors of the adapter to be loaded next. Only the modules that it names are adapted.
     """
 
     def disable_adapter_layers(self) -> None:
@@ -49,7 +49,11 @@ class FPSModel(InjectionHooks):
         self._enable_adapter_layers(enabled=False)
 
     def train(self, mode: bool = True) -> "FPSModel":
-        """Set the training mode, but for normalisations whose running statistics stay as they are."""
+        """Set the training mode of all modules but normalisations whose running statistics are frozen.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         super().train(mode)
         evaluate_frozen(self.model)
         return self
@@ -75,27 +79,28 @@ class FPSModel(InjectionHooks):
         *,
         modules_to_save_from: str | None = None,
     ) -> None:
-        """Combine adapters into a new one, which is not active yet and leaves the others as they are.
+        """Combine adapters into a new one. It is not active yet, and the others stay as they are.
 
-        The new adapter has every entry that one of the adapters has, and counts those that an adapter lacks as zero.
-        Changes count with their present scales (`set_scale`); the new adapter's scale is 1. Bias deltas are combined
-        as changes are, each module's and tensor's on its own.
+        The new adapter has every entry that one of the adapters has. An entry that an adapter lacks counts as zero in
+        it. Changes count with their present scales (`set_scale`), and the new adapter has the scale 1. Bias deltas are
+        combined as changes are. Each tensor of each module is combined on its own.
 
         Args:
             adapters: names of the adapters.
             weights: one per adapter, of any sign.
-            adapter_name: of the new adapter.
-            combination_type: `"linear"`: weighted sum; `"cat"`, which concatenates ranks under LoRA: the same sum
-                here, where adapters are sums of entries. `"magnitude_prune"`: weighted sum of each adapter's largest
-                changes. `"ties"`: of these, at every entry, those of the sign with the larger total; their weighted
-                mean (arXiv 2306.01708). `"dare_linear"`: weighted sum of changes that are each dropped at random,
-                and divided by `density` else (arXiv 2311.03099), drawn from torch's global generator; `"dare_ties"`:
-                the signs of these elected as under `"ties"`. All but `"cat"` compute as `peft.utils.merge_utils`.
-            density: share of an adapter's own entries that pruning keeps, above 0 and at most 1. (PEFT would count the
-                zeros between them, and so keep everything.) Not used by `"linear"` and `"cat"`.
+            adapter_name: name of the new adapter.
+            combination_type: `"linear"`: the weighted sum. `"cat"`: the same sum; it concatenates ranks under LoRA,
+                but adapters here are sums of entries. `"magnitude_prune"`: the weighted sum of each adapter's largest
+                changes. `"ties"`: of these changes the weighted mean, at every entry, of those that have the sign with
+                the larger total (arXiv 2306.01708). `"dare_linear"`: the weighted sum of changes of which some are
+                dropped at random and the others divided by `density` (arXiv 2311.03099), drawn from torch's global
+                generator. `"dare_ties"`: these changes, with signs elected as under `"ties"`. All but `"cat"` compute
+                as `peft.utils.merge_utils` does.
+            density: share of an adapter's own entries that pruning keeps, above 0 and at most 1. PEFT would count the
+                zeros between them too, and so keep everything. Not used by `"linear"` and `"cat"`.
             majority_sign_method: `"total"` elects the sign of the sum, `"frequency"` that of most adapters.
-            modules_to_save_from: which of the adapters gives its modules that are trained whole, the output head say;
-                they are not combined. Only to be given if several of the adapters train the same one.
+            modules_to_save_from: name of the adapter that gives its modules that are trained whole, such as the head.
+                They are not combined. Only to be given if several of the adapters train the same module.
 
         Raises:
             TypeError, ValueError: an argument is wrong, the name is taken, or adapters are merged. The model is
@@ -117,7 +122,16 @@ class FPSModel(InjectionHooks):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Scale an adapter's changes, entries and bias deltas alike; its scale is 1 before, and is not saved."""
+        """Set the scale of an adapter's changes, bias deltas included. It is 1 at first, and is not saved.
+
+        Args:
+            adapter_name: name of the adapter.
+            scale: factor of the changes, finite.
+
+        Raises:
+            TypeError, ValueError: the scale is no finite number, there is no such adapter, or it is merged. Nothing is
+                changed then.
+        """
         set_scale(self.model, adapter_name, scale)
 
     # --- merging ------------------------------------------------------------------------------------------------
@@ -126,14 +140,18 @@ class FPSModel(InjectionHooks):
         """Fold adapters into the base weights in place; `model.unmerge_adapter()` restores them bit for bit.
 
         Args:
-            adapter_names: adapters to merge, in order; the active ones if None.
-            safe_merge: refuse a merge that would write NaN or infinity; all modules are merged or none.
+            adapter_names: names of the adapters to merge, in order. Default: the active ones.
+            safe_merge: refuse a merge that would write NaN or infinity.
+
+        Raises:
+            TypeError, ValueError: the names are not those of known and distinct adapters, or a layer cannot be merged.
+                No module is changed then.
         """
         self._check_merge_allowed()
         merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the base weights back, bit for bit, in all layers; if one fails, all stay merged."""
+        """Put the base weights back, bit for bit, in all layers. If one fails, all stay merged."""
         if not any(layer.merged for layer in fps_layers(self.model).values()):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         unmerge_whole(self.model)

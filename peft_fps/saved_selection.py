@@ -79,19 +79,19 @@ class Selection:
     def apply(
         self, model: nn.Module, adapter_name: str | None = None, *, discard_values: bool = False
     ) -> SelectionReport:
-        """Give an adapter these entries with zero changes, instead of those it has; bias deltas are zero then too.
+        """Give an adapter these entries with zero changes, instead of those it has. Bias deltas become zero too.
 
-        The numbers of entries per module may be others than the adapter had, as long as its budget is kept; an
+        The numbers of entries per module may differ from those of the adapter, as long as its budget is kept. An
         adapter that was configured by `per_neuron` has no limit. Modules that transformers has renamed since are
         found under their present names. The base model may be another one than the selection was made on.
 
         Args:
             model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
             adapter_name: the active adapter if None.
-            discard_values: allow it although training has begun; the learned changes are lost.
+            discard_values: allow it although training has begun. The learned changes are lost.
 
         Returns:
-            What is selected now; prints as a table.
+            What is selected now. It prints as a table.
 
         Raises:
             ValueError: the adapter has other modules, a budget too small, trained changes, is merged or not loaded.
@@ -112,14 +112,15 @@ class Selection:
     ) -> "Selection":
         """Select by a score of one's own: as many entries as the adapter has, spread as its config says.
 
-        The config gives `budget`, `budget_pattern` and `per_neuron`, `granularity`, `block_top` and `order`; its
-        importance is not used. The model is not changed; `apply` gives the adapter the entries.
+        The config gives `budget`, `budget_pattern` and `per_neuron`, `granularity`, `block_top` and `order`. Its
+        importance is not used. The model is not changed. `apply` gives the adapter the entries.
 
         Args:
             model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
             score: from a module's path in the base model and its weight `(neurons, inputs)` to scores of that shape,
-                not negative; the larger is the better. A linear layer's weight is `(out_features, in_features)`, a
-                convolution's its filters, flattened. Called once for every module; all scores are held, in float32.
+                not negative. The largest are selected. A linear layer's weight is `(out_features, in_features)`, that
+                of a convolution its filters, flattened. It is called once for every module. All scores are held, in
+                float32.
             adapter_name: the active adapter if None.
             importance: name of the score, for reports and records.
 
@@ -162,18 +163,21 @@ class Selection:
         return cls(modules, _method(config, state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the selection to one safetensors file; another file of that name is replaced only when all is written.
+        """Write the selection to one safetensors file. A file of that name is replaced only when all is written.
 
         Equal selections with their modules in the same order give the same bytes.
 
         Args:
-            path: name of the file; missing folders are made.
+            path: name of the file. Missing folders are made.
         """
         write_selection(Path(path), self.modules, self.method)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Selection":
-        """Read a selection that `save` wrote; everything is checked.
+        """Read a selection that `save` wrote. Everything is checked.
+
+        Args:
+            path: name of the file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -189,7 +193,7 @@ class Selection:
         """Compare with a selection of the same modules, say for another task.
 
         Raises:
-            ValueError: the selections are of different modules; names one of them.
+            ValueError: the selections are of different modules. The error names one of them.
         """
         remedy = "Compare selections of one base model with the same target_modules."
         theirs, ours = ({path: module.shape for path, module in each.modules.items()} for each in (other, self))

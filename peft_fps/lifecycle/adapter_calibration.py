@@ -61,42 +61,46 @@ def calibrate(
 ) -> SelectionReport:
     """Choose the entries of an adapter as its config says, from passes over data.
 
-    The base model runs, adapters off, in evaluation mode and without gradients where the importance needs none. A
-    short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
-    modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens. Padded positions
-    are left out of input statistics where a batch has an `attention_mask` of two dimensions; a decoder's as its own
-    mask, the labels or the padding tokens say. In a distributed run every process brings its own share of the data,
-    which may be empty, and all get the same selection, or the error of the one that failed, with its rank. Modules
-    that no batch reached would not be trained either (unused poolers, experts without a token, layers whose weight
-    the model reads without calling them): they are named in a warning and hold nothing, and their part of the budget
-    goes to the others.
+    The base model runs with adapters off, in evaluation mode, and without gradients where the importance needs none.
+    A short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
+    modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens.
+
+    Input statistics leave out padded positions where a batch has an `attention_mask` of two dimensions. The padding of
+    a decoder is read off its own mask, the labels or the padding tokens.
+
+    In a distributed run every process brings its own share of the data, which may be empty. All processes get the same
+    selection, or the error of the one that failed, with its rank.
+
+    A module that no batch reaches holds nothing, and its part of the budget goes to the others. A warning names it.
+    Such modules would not be trained either: unused poolers, experts without a token, layers whose weight the model
+    reads without calling them.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
-            A batch is a mapping passed by name (or whole, where the model takes one mapping, as sentence-transformers
-            do), a tuple whose first element is the input, or a tensor. Columns of texts, several mappings or names
-            with a prefix (`anchor_input_ids`), go through the model one after the other. Labels stand under `labels`,
-            or second in a tuple. Not needed if the importance uses no data.
-        adapter_name: the active adapter if None.
-        num_batches: stop after so many batches; the whole pass if None.
+            A batch is a mapping, a tuple whose first element is the input, or a tensor. A mapping is passed by name,
+            or whole to a model that takes one mapping, as sentence-transformers do. Columns of texts (several
+            mappings, or names with a prefix such as `anchor_input_ids`) go through the model one after the other.
+            Labels stand under `labels`, or second in a tuple. Not needed if the importance uses no data.
+        adapter_name: name of the adapter. Default: the active one.
+        num_batches: number of batches after which to stop. Default: all.
         batch_size: examples per batch, if `data` holds examples.
-        collator: turns a list of examples into a batch; for datasets transformers' default collator if None.
+        collator: turns a list of examples into a batch. Default: transformers' default collator, for datasets.
         progress: show a progress bar.
-        discard_values: allow calibration although training has begun; the learned changes are lost.
-        loss: from the model's outputs and the batch to a scalar, a mean over the batch. If None, the `loss` among the
+        discard_values: allow calibration although training has begun. The learned changes are lost.
+        loss: from the model's outputs and the batch to a scalar, a mean over the batch. Default: the `loss` among the
             outputs, or else the cross-entropy of the logits with the labels.
-        views: makes two views of each image for `loss="contrastive"`, `(2 * batch, ...)` of `(batch, ...)`; if None
+        views: makes two views `(2 * batch, ...)` of images `(batch, ...)` for `loss="contrastive"`. Default:
             `TwoViews()`, which needs kornia and images normalised with mean and standard deviation 0.5.
         accumulators: where sums of gradients are held, one number per targeted weight: on the `"device"` of the
-            weights, or on the `"cpu"`. `"streaming"` holds a shortlist, eight times the entries that will be selected
-            and largest in the first batch, and misses entries that become large only later.
-        training_mode: backward passes in training mode, dropout active, as GPS's code has it.
-        run: called with the base model and a batch on its device, of any kind then; runs the model, and returns its
-            outputs, whose entry `loss` counts where a loss is needed. If None, batches are passed as said above.
+            weights, or on the `"cpu"`. `"streaming"` holds a shortlist: the entries that are largest in the first
+            batch, eight times as many as will be selected. It misses entries that become large only later.
+        training_mode: run backward passes in training mode, with dropout, as GPS's code does.
+        run: called with the base model and a batch of any kind on the model's device. It runs the model and returns
+            the outputs, whose entry `loss` counts where a loss is needed. Default: batches are passed as said above.
 
     Returns:
-        What was selected; prints as a table.
+        What was selected. It prints as a table.
 
     Raises:
         TypeError: the data is of an unknown kind, or the model takes nothing of what a batch holds.
@@ -181,9 +185,9 @@ def _settings(config: FPSConfig, names: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Let the layers compute as the base model does, and modules that the adapter trains whole as they are in it.
+    """Let the model compute as the base model does within the context, with modules that the adapter trains whole.
 
-    What is trainable is not touched.
+    What is trainable stays so.
     """
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     before = [layer._disable_adapters for layer in layers]

@@ -1,4 +1,4 @@
-"""Hot-swapping: a saved adapter replaces a loaded one in place, so that name, layers and parameters stay.
+"""The hot-swap: a saved adapter replaces a loaded one in place, so that name, layers and parameters stay.
 
 `peft.utils.hotswap` does the same for LoRA alone.
 """
@@ -41,7 +41,7 @@ def hotswap_adapter(
         model: a model with the adapter, compiled or not.
         model_name_or_path: folder of the saved adapter, or its name on the Hub.
         adapter_name: name of the adapter to replace.
-        torch_device: device to which the file is read; PEFT's choice if None.
+        torch_device: device to which the file is read. Default: PEFT's choice.
         kwargs: `check_base` as in `FPSConfig`, `subfolder`, `revision`, and other options that PEFT passes to the Hub.
 
     Raises:

@@ -13,13 +13,12 @@ from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.record import AdapterRecord, Allocation
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.layer_types import entry_layer_class, layer_class
+from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.selection.budget_allocation import matches
-from peft_fps.targets.base_parameters import base_parameters, count_base_parameters, named_base_modules
-from peft_fps.targets.obstacle import remedy
-from peft_fps.targets.target_checks import check_target, check_untied
+from peft_fps.targets.base_parameters import base_parameters, count_base_parameters
+from peft_fps.targets.target_checks import check_named_modules, check_target, check_untied
 
 
 DUMMY = DUMMY_TARGET_MODULES.lower()
@@ -54,7 +53,7 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str], saved_names: Map
         ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
     """
     if config.record is None:
-        _check_named_modules(model, config)
+        check_named_modules(model, config)
     norms = config.bias == "with_norms"
     chosen = config.filled_in.target_modules or ()
     bases = {name: check_target(model, name, norms, chosen=name in chosen) for name in names}
@@ -142,24 +141,6 @@ def check_task(model: nn.Module, config: FPSConfig) -> None:
             f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
             f"{type(model).__name__}. Leave task_type out, or load the model with its head."
         )
-
-
-def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if a name in `target_modules` is a parameter's, which PEFT would pass over silently."""
-    wanted = config.target_modules
-    if not isinstance(wanted, (list, set)) or wanted == config.filled_in.target_modules:
-        return
-    modules = dict(named_base_modules(model))
-    ends = {f".{target}" for target in wanted if not any(f".{name}".endswith(f".{target}") for name in modules)}
-    for name, _ in base_parameters(model) if ends else ():
-        owner, _, own = name.rpartition(".")
-        if owner in modules and f".{name}".endswith(tuple(ends)):
-            module = modules[owner]
-            advice = f"Name the module, {owner}." if layer_class(module) else remedy(module)
-            raise ValueError(
-                f"{name}, named in target_modules, is the parameter {own} of a {type(module).__name__}, expected the "
-                f"name of a module. {advice}"
-            )
 
 
 def _sizes(shape: LayerShape | None, base: Any) -> tuple[int, int]:

@@ -16,7 +16,10 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
 
     Args:
         model: a model with an FPS adapter.
-        adapter_name: the active adapter if None.
+        adapter_name: name of the adapter. Default: the active one.
+
+    Raises:
+        ValueError: there is no such adapter, or no single active one.
     """
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
@@ -33,9 +36,10 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
             rows.append(NormSelection(path, layer.neurons, biases=biases, bytes=size))
     head = whole_parameters(model, adapter_name).values()
     state = next(iter(layers.values())).fps_state[adapter_name]
+    counted = state.base_parameters
     return SelectionReport(
         layers=tuple(rows),
-        base_parameters=count_base_parameters(base_model(model)),
+        base_parameters=count_base_parameters(base_model(model)) if counted is None else counted,
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,

@@ -1,4 +1,4 @@
-"""Taking an adapter out of a model again whose file was refused."""
+"""The withdrawal of an adapter from a model, when its file was refused."""
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper

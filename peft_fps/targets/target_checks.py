@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.quantisation import check_quantised, quantisation, stored_weight
 from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
+from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.layers.norm import Norm, is_biased_norm
@@ -58,6 +59,24 @@ def check_adapter_name(model: nn.Module, adapter_name: Any) -> None:
             f"The adapter's name {adapter_name!r} is also part of a module's path, by which PEFT would confuse their "
             "tensors when saving. Choose another adapter name."
         )
+
+
+def check_named_modules(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if a name in `target_modules` is a parameter's, which PEFT would pass over silently."""
+    wanted = config.target_modules
+    if not isinstance(wanted, (list, set)) or wanted == config.filled_in.target_modules:
+        return
+    modules = dict(named_base_modules(model))
+    ends = {f".{target}" for target in wanted if not any(f".{name}".endswith(f".{target}") for name in modules)}
+    for name, _ in base_parameters(model) if ends else ():
+        owner, _, own = name.rpartition(".")
+        if owner in modules and f".{name}".endswith(tuple(ends)):
+            module = modules[owner]
+            advice = f"Name the module, {owner}." if layer_class(module) else remedy(module)
+            raise ValueError(
+                f"{name}, named in target_modules, is the parameter {own} of a {type(module).__name__}, expected the "
+                f"name of a module. {advice}"
+            )
 
 
 def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bool = False) -> Any:
