@@ -7,17 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.renamed_modules import current_names
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
-from peft_fps.lifecycle.plan import Plan, check_task, plan, take_targets_from_record
+from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import trained_head, warn_of_untrained_head, whole_modules, with_whole_head
+
+
+DUMMY = DUMMY_TARGET_MODULES.lower()
+"""PEFT's word for no target at all."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     Raises:
         ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
     """
-    check_task(model, config)
+    _check_task(model, config)
     _settle_targets(model, config)
     config.modules_to_save = with_whole_head(model, config)
     found = Injection(whole_modules(model, config))
@@ -86,10 +92,24 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     return replace(found, plan=planned)
 
 
+def _check_task(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
+
+    PEFT finds that out when the adapter is in the model already.
+    """
+    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    needed = "prepare_inputs_for_generation" if generates else "config"
+    if config.task_type is not None and not hasattr(model, needed):
+        raise ValueError(
+            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
+            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
+        )
+
+
 def _settle_targets(model: nn.Module, config: FPSConfig) -> None:
     """Fill the fields of a config that the user has left open, also those that another model has filled in."""
     if config.record is not None:
-        take_targets_from_record(config, config.record)
+        _take_targets_from_record(config, config.record)
         return
     filled = config.filled_in
     if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
@@ -99,6 +119,13 @@ def _settle_targets(model: nn.Module, config: FPSConfig) -> None:
         targets = default_targets(model, config)
         config.target_modules, filled = targets, replace(filled, target_modules=targets)
     config.filled_in = filled
+
+
+def _take_targets_from_record(config: FPSConfig, record: AdapterRecord) -> None:
+    """Let the config target the modules of its record, if it leaves the targets to the model."""
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
+    if config.target_modules is None or shorthand:
+        config.target_modules = set(record.allocation)
 
 
 def _name_linear_layers(model: nn.Module, config: FPSConfig) -> None:

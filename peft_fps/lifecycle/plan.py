@@ -4,13 +4,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
-from peft_fps.checkpoint.record import AdapterRecord, Allocation
+from peft_fps.checkpoint.record import Allocation
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import entry_layer_class
@@ -19,10 +18,6 @@ from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.selection.budget_allocation import matches
 from peft_fps.targets.base_parameters import base_parameters, count_base_parameters
 from peft_fps.targets.target_checks import check_named_modules, check_target, check_untied
-
-
-DUMMY = DUMMY_TARGET_MODULES.lower()
-"""PEFT's word for no target at all."""
 
 
 @dataclass(frozen=True)
@@ -120,27 +115,6 @@ def bias_count(base: Any) -> int:
     """Return the number of elements of a base layer's bias, 0 if it has none."""
     bias = getattr(base, "bias", None)
     return 0 if bias is None else bias.numel()
-
-
-def take_targets_from_record(config: FPSConfig, record: AdapterRecord) -> None:
-    """Let the config target the modules of its record, if it leaves the targets to the model."""
-    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
-    if config.target_modules is None or shorthand:
-        config.target_modules = set(record.allocation)
-
-
-def check_task(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
-
-    PEFT finds that out when the adapter is in the model already.
-    """
-    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-    needed = "prepare_inputs_for_generation" if generates else "config"
-    if config.task_type is not None and not hasattr(model, needed):
-        raise ValueError(
-            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
-            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
-        )
 
 
 def _sizes(shape: LayerShape | None, base: Any) -> tuple[int, int]:
