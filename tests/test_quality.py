@@ -1,5 +1,6 @@
-"""Linter, formatter and type checker find nothing; what runs on GitHub is pinned and may do little."""
+"""Linter, formatter and type checker find nothing; test modules stand alone; what runs on GitHub may do little."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -26,6 +27,15 @@ def test_clean(command: list[str]) -> None:
         pytest.skip(f"{command[0]} is not installed beside this Python")
     run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several share lies in modules that hold no tests, so that a module can be read and run alone."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                assert not [n for n in names if n.startswith("test_")], f"{path.relative_to(ROOT)}, line {node.lineno}"
 
 
 def workflows() -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_fps
-from peft_fps.importance import backward
+from peft_fps.importance import gradient_sums
 from tests.calibration.naive_fps import assert_same_selection, fresh, naive_selection, selection_of
 from tests.gradients.naive_sums import (
     BACKWARD,
@@ -138,7 +138,7 @@ def test_contrastive_without_views_makes_its_own(monkeypatch: pytest.MonkeyPatch
             made.append(images)
             return two_views(images)
 
-    monkeypatch.setattr(backward, "TwoViews", Views)
+    monkeypatch.setattr(gradient_sums, "TwoViews", Views)
     calibrated("vit", loss="contrastive")
     assert len(made) == 3
 

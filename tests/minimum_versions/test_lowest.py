@@ -1,8 +1,8 @@
-"""The lowest versions that pyproject.toml allows pass the tests of the life cycle, too.
+"""The lowest versions that pyproject.toml allows pass the tests of the life cycle, too, each in its first case.
 
 Only of those requirements that can be replaced alone: other packages are built for the torch and numpy that are
-installed, and an older huggingface-hub has requirements of its own. All of them, on the lowest Python, are run by a
-job of the workflow on GitHub.
+installed, and an older huggingface-hub has requirements of its own. All of them, on the lowest Python and with every
+case, are run by a job of the workflow on GitHub.
 """
 
 import os
@@ -51,6 +51,7 @@ def test_core_tests_pass(lowest: tuple[Path, dict[str, str]]) -> None:
         version == wanted or version.startswith(f"{wanted}.")
         for version, wanted in zip(found.stdout.split(), versions.values(), strict=True)
     ), found.stdout
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *CORE]
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.minimum_versions.first_cases"]
+    command = [sys.executable, "-m", "pytest", *options, *CORE]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -27,6 +27,13 @@ def standardised() -> nn.Module:
     return found
 
 
+def mixer() -> nn.Module:
+    from timm.models.mlp_mixer import MlpMixer
+
+    found: nn.Module = MlpMixer(num_classes=3, img_size=32, patch_size=8, num_blocks=2, embed_dim=24)
+    return found
+
+
 def square(size: int) -> Callable[[], Tensor]:
     return lambda: normal(2, 3, size, size)
 
@@ -38,7 +45,7 @@ MODELS: dict[str, Case] = {
     "deit-distilled": Case(architecture("deit_tiny_distilled_patch16_224", **SMALL), square(32)),
     "beit": Case(architecture("beit_base_patch16_224", **SMALL), square(32), idle=True),
     "eva02": Case(architecture("eva02_tiny_patch14_224", **SMALL), square(32), idle=True),
-    "mixer": Case(architecture("mixer_s32_224", img_size=64), square(64)),
+    "mixer": Case(mixer, square(32)),
     "swin": Case(
         architecture(
             "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2)

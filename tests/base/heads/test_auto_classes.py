@@ -1,6 +1,7 @@
 """What a head is, over the classes of transformers' Auto models, against what each class adds to its backbone's."""
 
 import copy
+import gc
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,15 @@ from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import default_targets
 from peft_fps.targets.target_checks import check_untied
 from tests.helpers import config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_models() -> Iterator[None]:
+    """Leaves what was imported, most of transformers, out of the garbage collections of later tests."""
+    yield
+    backbone_parameters.cache_clear()
+    gc.collect()
+    gc.freeze()
 
 
 # --- models: on the meta device, two layers deep, as wide as by default ---------------------------------------------

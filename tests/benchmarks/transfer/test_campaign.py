@@ -14,7 +14,7 @@ from peft_fps.benchmarks.transfer.campaign import CELLS, PICTURE, TABLES, chosen
 from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
-from tests.benchmarks.transfer.test_cell_run import SHARE, results
+from tests.benchmarks.transfer.records import SHARE, results
 
 
 RATES = (0.003, 0.01, 0.03)

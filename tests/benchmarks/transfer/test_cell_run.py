@@ -16,16 +16,17 @@ from peft_fps import FPSConfig, Selection
 from peft_fps.benchmarks.transfer import cell_run
 from peft_fps.benchmarks.transfer.arms import ARMS, Arm, selecting
 from peft_fps.benchmarks.transfer.cell_run import run_cell, select
-from peft_fps.benchmarks.transfer.cells import Cell, Record
+from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.vision.classifiers import interpolates, load_model
 from peft_fps.vision.pixels import Collator
 from peft_fps.vision.training_loop import DivergedError
 from tests.benchmarks.transfer.conftest import COUNTS, TASKS, picture
+from tests.benchmarks.transfer.records import SHARE, results
 from tests.helpers import bits
 
 
-WIDTH, HIDDEN, LAYERS, PATCH, SHARE = 32, 48, 2, 3 * 4 * 4, 0.05
+WIDTH, HIDDEN, LAYERS, PATCH = 32, 48, 2, 3 * 4 * 4
 MODULES = 1 + 6 * LAYERS
 BACKBONE = (
     (PATCH + 1) * WIDTH  # patches
@@ -89,11 +90,6 @@ def ran(setting):
             record = run_cell(cell(method, rate), setting)
             found[method] = record, models[method]
     return found
-
-
-def results(record: Record) -> Record:
-    """What must come out again; peaks of bytes depend a little on when memory of before is freed."""
-    return replace(record, seconds={}, bytes={"adapter": record.bytes["adapter"]})
 
 
 @pytest.mark.parametrize("method", KINDS)
