@@ -15,8 +15,9 @@ from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.hub import push_adapter
 from peft_fps.layers.scale import rescale_adapter_scale
-from peft_fps.lifecycle.calibrate import calibrate, selection_report
+from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.hotswap import hotswap_adapter
+from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.model import FPSModel
 from peft_fps.registration import register
 from peft_fps.saved_selection import Selection

@@ -1,19 +1,10 @@
 """What a user may ask for. `FPSConfig` refuses every wrong value when it is built."""
 
-from dataclasses import InitVar, dataclass, field, replace
-from pathlib import Path
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig
-
-from peft_fps.card import SavedAdapter, complete_card
-from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
-from peft_fps.checkpoint.field_checks import check_choice
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
 from peft_fps.config_fields import (
-    CHOICES,
     check_budget,
     check_information,
     check_modules,
@@ -21,6 +12,7 @@ from peft_fps.config_fields import (
     put_names_in_form,
     read_empty_values,
 )
+from peft_fps.config_file import SavedConfig
 from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type
@@ -45,7 +37,7 @@ class FilledIn:
 
 
 @dataclass
-class FPSConfig(PeftConfig):
+class FPSConfig(SavedConfig):
     """Settings of an FPS adapter: how many weights it trains, which ones, and how they are chosen.
 
     `FPSConfig()` trains 0.77 % of the base model's parameters, biases included. It chooses them by weight magnitude
@@ -117,8 +109,8 @@ class FPSConfig(PeftConfig):
         saved_inputs: what a layer keeps of its input for the backward pass. `"rebuild"`: nothing, where LayerNorm,
             RMSNorm, GELU, SiLU or attention keeps a tensor from which the input can be computed again; elsewhere as
             `"columns"`. `"columns"`: a copy of the columns that a selected entry reads, shared by layers that read one
-            tensor. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in bfloat16, with gradients of
-            the values that are as exact as bfloat16.
+            tensor, such as query, key and value. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in
+            bfloat16, with gradients of the values that are as exact as bfloat16.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
             `"warn"`. It is an argument of loading and not part of files:
@@ -187,8 +179,8 @@ class FPSConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = fps_type()
         self.filled_in = FilledIn()
-        self.to_save: SavedAdapter | None = None  # as a model hands it over just before it saves its config
-        self.missing_weights: str | None = None  # the folder that this config came from, if it holds no adapter file
+        self.to_save = None
+        self.missing_weights = None
         check_version(self.format_version)
         self.format_version = FORMAT_VERSION
         read_empty_values(self)
@@ -233,86 +225,6 @@ class FPSConfig(PeftConfig):
             TypeError, ValueError: there is no such preset, or as for `FPSConfig`.
         """
         return cls(**preset_settings(name, overrides))
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> "FPSConfig":
-        """Load a config from a folder or the Hub, and check the adapter file beside it.
-
-        So PEFT's loading calls refuse a pickled, unreadable or incomplete file before they touch a model.
-
-        Args:
-            pretrained_model_name_or_path: folder, or name on the Hub.
-            subfolder: folder in it that holds the adapter.
-            kwargs: `check_base`, and arguments of `hf_hub_download`.
-
-        Raises:
-            ValueError: there is no config, it is not valid, or the adapter file beside it is not.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, cls):  # PEFT returns the class that the file names, whichever was asked
-            return config
-        # whatever a file says, what to do about another base is the caller's choice
-        config.check_base = kwargs.get("check_base", "error")
-        check_choice("check_base", config.check_base, CHOICES["check_base"])
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        if not folder.is_dir():
-            downloads, _, _ = cls._split_kwargs(kwargs)
-            try:  # the loading call that follows finds it in the cache
-                folder = Path(
-                    hf_hub_download(str(pretrained_model_name_or_path), WEIGHTS, subfolder=subfolder, **downloads)
-                ).parent
-            except EntryNotFoundError:  # LocalEntryNotFoundError, offline, is one of them
-                return config
-        record, present = config.record, is_pickled(folder) or (folder / WEIGHTS).exists()
-        if record is not None:
-            check_folder(folder, record.whole_tensors or (), record.pickled, record.tensors_sha256)
-            config.missing_weights = None if present else str(folder)
-        elif present:
-            check_folder(folder, (), pickled=False)
-            raise ValueError(
-                f"{folder}: record is None beside the adapter's tensors, expected the record of their sizes that "
-                "saving writes. The config is incomplete; fetch or save the adapter again."
-            )
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config to a folder in which PEFT has just written the adapter's tensors. Complete its card.
-
-        Args:
-            save_directory: the folder.
-            kwargs: as PEFT passes them.
-        """
-        folder, given = Path(save_directory), self.to_save
-        if self.record_to_save is not None:
-            record = replace(self.record_to_save, pickled=is_pickled(folder))
-            self.to_save = SavedAdapter(record) if given is None else replace(given, record=record)
-        super().save_pretrained(save_directory, **kwargs)
-        # PeftModel.save_pretrained passes a mapping; other callers may yet write the tensors
-        if "auto_mapping_dict" in kwargs and self.to_save is not None:
-            complete_card(folder, self, self.to_save, kwargs["auto_mapping_dict"])
-
-    def check_complete(self) -> None:
-        """Raise ValueError if the config came from a folder without an adapter file."""
-        if self.missing_weights is not None:
-            raise ValueError(
-                f"{self.missing_weights} holds a config and no {WEIGHTS}, expected both to load an adapter. Save or "
-                "fetch the adapter again, or start from an FPSConfig without a record. Nothing was changed."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain data in a fixed order, without `check_base`, which the loading side chooses."""
-        data = super().to_dict()
-        del data["check_base"]
-        record = self.record_to_save
-        data["record"] = None if record is None else record.to_json()
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
-
-    @property
-    def record_to_save(self) -> AdapterRecord | None:
-        """The record that saving writes: of the adapter as a model has handed it over, else as the config came."""
-        return self.record if self.to_save is None else self.to_save.record
 
     @property
     def needs_calibration(self) -> bool:

@@ -1,4 +1,4 @@
-"""Find the config of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
+"""Lookup of an adapter's config in a model, which PEFT, `torch.compile` or a trainer may have wrapped."""
 
 from torch import nn
 
@@ -7,7 +7,11 @@ from peft_fps.layers.lookup import fps_layers
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
-    """Return the config of an FPS adapter, which any wrapper of the model may hold.
+    """Return the config of an FPS adapter.
+
+    Args:
+        model: has the adapter. Any of its wrappers may hold the config.
+        adapter_name: name of the adapter.
 
     Raises:
         ValueError: there is no such adapter.

@@ -1,281 +1,59 @@
 """The tuner: how PEFT's life cycle of an adapter applies to sparse changes."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from peft_fps.base.buffers import buffer_digests, evaluate_frozen, freeze_statistics, thaw_statistics
-from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
-from peft_fps.base.renamed_modules import current_names
-from peft_fps.checkpoint import PREFIX
+from peft_fps.base.buffers import evaluate_frozen
+from peft_fps.base.compiled import plain_name
 from peft_fps.config import FPSConfig
-from peft_fps.layers.adapter_state import AdapterState, Before
-from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_merge import check_distinct
-from peft_fps.layers.layer_types import layer_class
 from peft_fps.layers.lookup import fps_layers
-from peft_fps.layers.mixed_batch import mixed_batch, pass_names
-from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
+from peft_fps.layers.mixed_batch import mixed_batch
 from peft_fps.layers.scale import set_scale
-from peft_fps.lifecycle.calibrate import calibrate, select_without_data, selection_report
+from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.combination import Combination
+from peft_fps.lifecycle.injection_hooks import InjectionHooks
 from peft_fps.lifecycle.loading import load_state
 from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
-from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
-from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
+from peft_fps.lifecycle.model_hooks import release_hooks
 from peft_fps.lifecycle.saved_state import saved_state
+from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
-from peft_fps.targets.default_targets import (
-    base_parameters,
-    biased_norms,
-    check_adapter_name,
-    default_targets,
-    in_wanted_block,
-)
-from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.targets.whole_modules import (
-    trained_head,
-    warn_of_untrained_head,
-    whole_modules,
-    with_whole_head,
-    wrap_whole,
-)
 
 
-@dataclass(frozen=True)
-class Injection:
-    """What was found in the model when an adapter was injected, for the hooks that PEFT calls afterwards.
-
-    Attributes:
-        whole: paths of the modules that the adapter trains whole.
-        norms: paths of the norms whose bias it trains on top of its targets.
-        entries: number of entries of each targeted module, by path.
-    """
-
-    whole: list[str] = field(default_factory=list)
-    norms: set[str] = field(default_factory=set)
-    entries: dict[str, int] = field(default_factory=dict)
-
-    def targets(self, config: FPSConfig, key: str) -> Any:
-        """Return whether the adapter targets the module at path `key`, in the form in which PEFT has it."""
-        if config.record is not None:  # it decides; to match a stranger's expression could take for ever
-            if key in config.record.allocation:
-                return True
-            return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
-        if key in self.whole or key.startswith(tuple(f"{name}." for name in self.whole)):
-            return _ExcludedModule()
-        by_names = copy.copy(config)
-        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
-        matched: Any = BaseTuner._check_target_module_exists(by_names, key)
-        if isinstance(matched, _ExcludedModule):
-            return matched
-        return matched or key in self.norms
-
-
-class FPSModel(BaseTuner):
+class FPSModel(InjectionHooks):
     """A model with FPS adapters, made by `get_peft_model(model, FPSConfig(...))`.
 
     Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
     (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...).
 
-    BatchNorms, and other normalisations with running statistics, compute with these in training too and leave them as
-    they are, since they are not part of an adapter; those in modules that are trained whole go on tracking.
+    BatchNorms, and other normalisations with running statistics, compute with these statistics in training too and do
+    not update them, since they are not part of an adapter. Those in modules that are trained whole go on tracking.
 
     Args:
         model: the base model, changed in place.
         peft_config: an `FPSConfig`, or a dict of them by adapter name. Each adapter gets a copy of its own.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the values on the meta device, to be loaded next.
-        state_dict: of the adapter to be loaded next; only the modules that it names are adapted.
+        state_dict: tensors of the adapter to be loaded next. Only the modules that it names are adapted.
     """
-
-    prefix = PREFIX
-    tuner_layer_cls = FPSLayer
-    target_module_mapping: dict[str, list[str]] = {}
-    _injections: dict[str, Injection] = {}  # by adapter name; replaced as a whole, never changed in place
-
-    # --- injection ----------------------------------------------------------------------------------------------
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Add an adapter to the model; called by PEFT.
-
-        Everything is checked before the first module is replaced. One named `"ref"` that comes with the config object
-        of another adapter is a copy of that one, as TRL's trainers want it; give it a copy of the config to have it
-        fresh.
-
-        Raises:
-            ValueError: a target cannot be adapted, the budget does not fit, or a saved config is another model's.
-        """
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, FPSConfig)
-        to_be_loaded = low_cpu_mem_usage or state_dict is not None
-        source = None if to_be_loaded else reference_of(self.peft_config, adapter_name)
-        if source is not None:
-            self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
-        self._modules_to_save = config.modules_to_save
-        try:
-            check_adapter_name(unwrapped(model), adapter_name)
-            with compiled_in_place(self):
-                self._prepare_state(self.model, config)
-                self._state_dict_modules = None if state_dict is None else {_module_of(key) for key in state_dict}
-                self._injected = adapter_name
-                if state_dict is None:
-                    config.check_complete()
-                super().inject_adapter(
-                    self.model,
-                    adapter_name,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    state_dict=state_dict,
-                )
-        except Exception:
-            # PEFT enters the config before it injects; nothing was injected, so nothing of it may stay
-            self.peft_config.pop(adapter_name, None)
-            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):  # noted by transformers
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
-            raise
-        finally:
-            config.modules_to_save = self._modules_to_save
-        watch_producers(self.model)
-        pass_names(self.model)
-        freeze_statistics(self.model)
-        self._state.buffers = buffer_digests(self.model)
-        if source is not None:
-            copy_adapter(self.model, source, adapter_name)
-        elif config.record is None:
-            select_without_data(self.model, config, adapter_name)
-
-    def _prepare_state(self, model: nn.Module, config: FPSConfig) -> None:
-        config.to_save = None  # left by an earlier save
-        record = config.record
-        self._state = AdapterState(
-            selected=record is not None or not config.needs_calibration,
-            calibration=None if record is None else record.calibration,
-            saved_inputs=config.saved_inputs,
-            before=None if record is None else Before.of(model),
-        )
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config
-
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        config: FPSConfig = peft_config
-        check_task(model, config)
-        saved_names: dict[str, str] = {}
-        if config.record is None:
-            _fill_in(config, model)
-        else:
-            take_targets_from_record(config, config.record)
-        config.modules_to_save = with_whole_head(model, config)
-        whole = whole_modules(model, config)
-        shorthand = str(config.target_modules).lower() == "all-linear"
-        _maybe_include_all_linear_layers(config, model)
-        if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
-            config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
-        if config.record is not None:
-            current = current_names(model, config.record.allocation)
-            saved_names = dict(zip(current, config.record.allocation, strict=True))
-            config.record = config.record.renamed(current)
-        found = Injection(whole)
-        # norms come on top of targets; without any, PEFT is to say which were not found
-        if config.bias == "with_norms" and config.record is None and self._matched(config, model, found):
-            found = Injection(whole, biased_norms(model, config))
-        names = self._matched(config, model, found)
-        check_whole_modules_apart(model, config, whole, names)
-        planned = plan(model, config, names, saved_names)
-        check_whole_tensors(model, config, whole)
-        warn_of_untrained_head(model, config, names, whole)
-        self._state.base_fingerprint = planned.base_fingerprint
-        self._state.base_parameters = planned.base_parameters
-        self._injections = self._injections | {self._injected: Injection(whole, found.norms, planned.entries)}
-        self._modules_to_save = config.modules_to_save
-
-    def _matched(self, config: FPSConfig, model: nn.Module, found: Injection) -> list[str]:
-        """Names of the modules that PEFT's loop is about to hand to `_create_and_replace`."""
-        adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
-        names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
-        if self._state_dict_modules is not None:
-            return [name for name in names if name in self._state_dict_modules]
-        return [name for name in names if found.targets(config, name)]
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        mine = (name for name, config in self.peft_config.items() if config is peft_config)
-        found = next((self._injections[name] for name in mine if name in self._injections), Injection())
-        return found.targets(peft_config, key)
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if not isinstance(target, FPSLayer):
-            kind = layer_class(target)
-            assert kind is not None, current_key
-            target = kind(target, current_key)
-            target.set_adapter(self.active_adapters, inference_mode=True)
-            setattr(parent, target_name, target)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # its fused path reads the weight without calling the layer; any hook makes it step aside
-                target.register_forward_pre_hook(_no_op)
-        target.update_layer(
-            adapter_name,
-            self._injections[adapter_name].entries.get(current_key, 0),
-            peft_config.bias != "none",
-            self._state,
-            inference_mode=peft_config.inference_mode,
-        )
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # PEFT would also unfreeze the base model's biases for bias="all"; here bias deltas belong to the adapter
-        for _, parameter in base_parameters(model):
-            parameter.requires_grad = False
-        config: Any = self.peft_config[self._injected]
-        wrap_whole(
-            model,
-            self._injections[self._injected].whole,
-            self._injected,
-            inference_mode=config.inference_mode,
-            activate=self._injected in self.active_adapters,
-        )
-        # PEFT's turn is next, which would wrap every module whose path ends so
-        config.modules_to_save = None
-
-    def _get_module_names_tied_with_embedding(self) -> list[str]:
-        try:
-            return super()._get_module_names_tied_with_embedding()
-        except NotImplementedError:  # detectors tie their heads, and have no input embeddings that PEFT asks for
-            return []
-
-    def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        # PEFT allows one adapter with biases, since it trains the base model's; ours sum like all other values
-        pass
 
     def disable_adapter_layers(self) -> None:
         """Let the model compute as the base model does, biases included."""
         self._enable_adapter_layers(enabled=False)
 
     def train(self, mode: bool = True) -> "FPSModel":
-        """Set the training mode, but for normalisations whose running statistics stay as they are."""
+        """Set the training mode of all modules but normalisations whose running statistics are frozen.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         super().train(mode)
         evaluate_frozen(self.model)
         return self
@@ -301,27 +79,28 @@ class FPSModel(BaseTuner):
         *,
         modules_to_save_from: str | None = None,
     ) -> None:
-        """Combine adapters into a new one, which is not active yet and leaves the others as they are.
+        """Combine adapters into a new one. It is not active yet, and the others stay as they are.
 
-        The new adapter has every entry that one of the adapters has, and counts those that an adapter lacks as zero.
-        Changes count with their present scales (`set_scale`); the new adapter's scale is 1. Bias deltas are combined
-        as changes are, each module's and tensor's on its own.
+        The new adapter has every entry that one of the adapters has. An entry that an adapter lacks counts as zero in
+        it. Changes count with their present scales (`set_scale`), and the new adapter has the scale 1. Bias deltas are
+        combined as changes are. Each tensor of each module is combined on its own.
 
         Args:
             adapters: names of the adapters.
             weights: one per adapter, of any sign.
-            adapter_name: of the new adapter.
-            combination_type: `"linear"`: weighted sum; `"cat"`, which concatenates ranks under LoRA: the same sum
-                here, where adapters are sums of entries. `"magnitude_prune"`: weighted sum of each adapter's largest
-                changes. `"ties"`: of these, at every entry, those of the sign with the larger total; their weighted
-                mean (arXiv 2306.01708). `"dare_linear"`: weighted sum of changes that are each dropped at random,
-                and divided by `density` else (arXiv 2311.03099), drawn from torch's global generator; `"dare_ties"`:
-                the signs of these elected as under `"ties"`. All but `"cat"` compute as `peft.utils.merge_utils`.
-            density: share of an adapter's own entries that pruning keeps, above 0 and at most 1. (PEFT would count the
-                zeros between them, and so keep everything.) Not used by `"linear"` and `"cat"`.
+            adapter_name: name of the new adapter.
+            combination_type: `"linear"`: the weighted sum. `"cat"`: the same sum; it concatenates ranks under LoRA,
+                but adapters here are sums of entries. `"magnitude_prune"`: the weighted sum of each adapter's largest
+                changes. `"ties"`: of these changes the weighted mean, at every entry, of those that have the sign with
+                the larger total (arXiv 2306.01708). `"dare_linear"`: the weighted sum of changes of which some are
+                dropped at random and the others divided by `density` (arXiv 2311.03099), drawn from torch's global
+                generator. `"dare_ties"`: these changes, with signs elected as under `"ties"`. All but `"cat"` compute
+                as `peft.utils.merge_utils` does.
+            density: share of an adapter's own entries that pruning keeps, above 0 and at most 1. PEFT would count the
+                zeros between them too, and so keep everything. Not used by `"linear"` and `"cat"`.
             majority_sign_method: `"total"` elects the sign of the sum, `"frequency"` that of most adapters.
-            modules_to_save_from: which of the adapters gives its modules that are trained whole, the output head say;
-                they are not combined. Only to be given if several of the adapters train the same one.
+            modules_to_save_from: name of the adapter that gives its modules that are trained whole, such as the head.
+                They are not combined. Only to be given if several of the adapters train the same module.
 
         Raises:
             TypeError, ValueError: an argument is wrong, the name is taken, or adapters are merged. The model is
@@ -343,7 +122,16 @@ class FPSModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Scale an adapter's changes, entries and bias deltas alike; its scale is 1 before, and is not saved."""
+        """Set the scale of an adapter's changes, bias deltas included. It is 1 at first, and is not saved.
+
+        Args:
+            adapter_name: name of the adapter.
+            scale: factor of the changes, finite.
+
+        Raises:
+            TypeError, ValueError: the scale is no finite number, there is no such adapter, or it is merged. Nothing is
+                changed then.
+        """
         set_scale(self.model, adapter_name, scale)
 
     # --- merging ------------------------------------------------------------------------------------------------
@@ -352,14 +140,18 @@ class FPSModel(BaseTuner):
         """Fold adapters into the base weights in place; `model.unmerge_adapter()` restores them bit for bit.
 
         Args:
-            adapter_names: adapters to merge, in order; the active ones if None.
-            safe_merge: refuse a merge that would write NaN or infinity; all modules are merged or none.
+            adapter_names: names of the adapters to merge, in order. Default: the active ones.
+            safe_merge: refuse a merge that would write NaN or infinity.
+
+        Raises:
+            TypeError, ValueError: the names are not those of known and distinct adapters, or a layer cannot be merged.
+                No module is changed then.
         """
         self._check_merge_allowed()
         merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the base weights back, bit for bit, in all layers; if one fails, all stay merged."""
+        """Put the base weights back, bit for bit, in all layers. If one fails, all stay merged."""
         if not any(layer.merged for layer in fps_layers(self.model).values()):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         unmerge_whole(self.model)
@@ -376,7 +168,7 @@ class FPSModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         else:
             unmerge_whole(self.model)
-        _release(self.model)
+        release_hooks(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -422,29 +214,3 @@ class FPSModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield
-
-
-def _fill_in(config: FPSConfig, model: nn.Module) -> None:
-    """Fill the fields of a config that the user has left open, also those that another model has filled in."""
-    filled = config.filled_in
-    if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
-        config.modules_to_save = trained_head(model, config)
-        filled = replace(filled, modules_to_save=config.modules_to_save)
-    if config.target_modules is None or config.target_modules == filled.target_modules:
-        targets = default_targets(model, config)
-        config.target_modules, filled = targets, replace(filled, target_modules=targets)
-    config.filled_in = filled
-
-
-def _release(model: nn.Module) -> None:
-    """Take off all that was put on modules beside the adapted layers."""
-    unwatch_producers(model)
-    thaw_statistics(model)
-
-
-def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
-    return None
-
-
-def _module_of(key: str) -> str:
-    return plain_name(key.rsplit(f".{PREFIX}", 1)[0])

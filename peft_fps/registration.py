@@ -15,7 +15,7 @@ NAME = "FPS"
 
 
 def fps_type() -> PeftType:
-    """Return the `PeftType` member of this package, adding it on the first call.
+    """Return the `PeftType` member of this package. The first call adds it.
 
     Raises:
         ImportError: this Python's enum internals do not take a further member.
@@ -32,7 +32,11 @@ def fps_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter config, model and prefix in PEFT's tables; again after a reload, never over somebody else's FPS.
+    """Enter config, model and prefix in PEFT's tables. A second call, after a reload, replaces the first.
+
+    Args:
+        config_cls: `FPSConfig`.
+        model_cls: `FPSModel`.
 
     Raises:
         ImportError: another package has registered a method of this name.

@@ -9,31 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from peft_fps.base.renamed_modules import current_names
 from peft_fps.card.selection_method import CHOSEN, method_record, plain_method
 from peft_fps.checkpoint import REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
-from peft_fps.importance import Score
 from peft_fps.layers.adapter_state import AdapterState
-from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, entry_layers, target_layers
-from peft_fps.layers.weight_rows import weight_rows
-from peft_fps.lifecycle.calibrate import check_selectable, rank, selection_report
+from peft_fps.layers.lookup import active_adapter, adapter_layers
+from peft_fps.lifecycle.entry_transfer import best_entries, entries_of, give_entries
+from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.selection import SelectionReport
-from peft_fps.selection.allocation import exact
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap
-from peft_fps.selection.own_scores import checked_scores
-from peft_fps.sparse import StructureError
-from peft_fps.targets.default_targets import count_base_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,70 +73,32 @@ class Selection:
             ValueError: there is no such adapter, its tensors are not loaded, or they are damaged.
         """
         name = adapter_name or active_adapter(model)
-        config, layers, modules = adapter_config(model, name), adapter_layers(model, name), {}
-        for path, layer in layers.items():
-            if layer.awaits_loading(name):
-                raise ValueError(
-                    f"{path}: the tensors of adapter {name!r} are not loaded, expected selected entries. Load an "
-                    "adapter file, or select entries with model.calibrate(...), before taking the selection."
-                )
-        for path, layer in entry_layers(layers).items():
-            tensors, shape = (layer.fps_columns[name], layer.fps_row_counts[name]), layer.shape
-            try:
-                modules[path] = ModuleEntries.of_size(*tensors, shape.neurons, shape.inputs)
-            except StructureError as error:
-                raise ValueError(
-                    f"{path}: adapter {name!r}: {error}. Its tensors are damaged or incomplete; load an intact file."
-                ) from error
-        return cls(modules, _method(config, next(iter(layers.values())).fps_state[name]))
+        config, layers = adapter_config(model, name), adapter_layers(model, name)
+        return cls(entries_of(model, name), _method(config, next(iter(layers.values())).fps_state[name]))
 
     def apply(
         self, model: nn.Module, adapter_name: str | None = None, *, discard_values: bool = False
     ) -> SelectionReport:
-        """Give an adapter these entries with zero changes, instead of those it has; bias deltas are zero then too.
+        """Give an adapter these entries with zero changes, instead of those it has. Bias deltas become zero too.
 
-        The numbers of entries per module may be others than the adapter had, as long as its budget is kept; an
+        The numbers of entries per module may differ from those of the adapter, as long as its budget is kept. An
         adapter that was configured by `per_neuron` has no limit. Modules that transformers has renamed since are
         found under their present names. The base model may be another one than the selection was made on.
 
         Args:
             model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
             adapter_name: the active adapter if None.
-            discard_values: allow it although training has begun; the learned changes are lost.
+            discard_values: allow it although training has begun. The learned changes are lost.
 
         Returns:
-            What is selected now; prints as a table.
+            What is selected now. It prints as a table.
 
         Raises:
             ValueError: the adapter has other modules, a budget too small, trained changes, is merged or not loaded.
                 The model is unchanged then.
         """
         name = adapter_name or active_adapter(model)
-        config, layers = adapter_config(model, name), target_layers(model, name)
-        check_selectable(layers, name, discard_values)
-        method = plain_method(self.method)
-        modules = current_names(base_model(model), self.modules)
-        record = _record_of(method)
-        unreached = set(current_names(base_model(model), dict.fromkeys(record.unreached))) - modules.keys()
-        check_same_modules(
-            {path: module.shape for path, module in modules.items()},
-            {path: layer.shape for path, layer in entry_layers(layers).items() if path not in unreached},
-            "the selection",
-            f"adapter {name!r}",
-            "Apply the selection to an adapter with the target_modules and the base model that it was made with. "
-            "Nothing was changed.",
-        )
-        biased = [layer for path, layer in layers.items() if name in layer.fps_bias and path not in unreached]
-        _check_budget(self.entries, config, sum(layer.neurons for layer in biased), base_model(model), name)
-        for path, layer in layers.items():
-            if path in unreached:
-                layer.leave_out(name)
-            elif isinstance(layer, EntryLayer):
-                layer.set_selection(name, modules[path].columns, modules[path].row_counts)
-            else:
-                layer.start_from_zero(name)
-        state = next(iter(layers.values())).fps_state[name]
-        state.selected, state.calibration = True, record
+        give_entries(model, name, self.modules, _record_of(plain_method(self.method)), discard_values=discard_values)
         return selection_report(model, name)
 
     @classmethod
@@ -158,14 +112,15 @@ class Selection:
     ) -> "Selection":
         """Select by a score of one's own: as many entries as the adapter has, spread as its config says.
 
-        The config gives `budget`, `budget_pattern` and `per_neuron`, `granularity`, `block_top` and `order`; its
-        importance is not used. The model is not changed; `apply` gives the adapter the entries.
+        The config gives `budget`, `budget_pattern` and `per_neuron`, `granularity`, `block_top` and `order`. Its
+        importance is not used. The model is not changed. `apply` gives the adapter the entries.
 
         Args:
             model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
             score: from a module's path in the base model and its weight `(neurons, inputs)` to scores of that shape,
-                not negative; the larger is the better. A linear layer's weight is `(out_features, in_features)`, a
-                convolution's its filters, flattened. Called once for every module; all scores are held, in float32.
+                not negative. The largest are selected. A linear layer's weight is `(out_features, in_features)`, that
+                of a convolution its filters, flattened. It is called once for every module. All scores are held, in
+                float32.
             adapter_name: the active adapter if None.
             importance: name of the score, for reports and records.
 
@@ -176,17 +131,14 @@ class Selection:
         """
         name = adapter_name or active_adapter(model)
         config, layers = adapter_config(model, name), adapter_layers(model, name)
-        weighted = entry_layers(layers)
-        scorers = {path: _rows_of(_own_scores(path, layer, score)) for path, layer in weighted.items()}
-        entries = {path: layer.fps_values[name].numel() for path, layer in weighted.items()}
-        ranked = rank(weighted, config, entries, scorers)
+        modules = best_entries(layers, name, config, score)
         method = {
             "importance": importance,
             "order": config.order,
             "granularity": config.granularity,
             "base_fingerprint": next(iter(layers.values())).fps_state[name].base_fingerprint,
         }
-        return cls({path: ModuleEntries(*ranked[path], weighted[path].shape.inputs) for path in weighted}, method)
+        return cls(modules, method)
 
     @classmethod
     def from_adapter(cls, folder: str | os.PathLike[str]) -> "Selection":
@@ -211,18 +163,21 @@ class Selection:
         return cls(modules, _method(config, state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the selection to one safetensors file; another file of that name is replaced only when all is written.
+        """Write the selection to one safetensors file. A file of that name is replaced only when all is written.
 
         Equal selections with their modules in the same order give the same bytes.
 
         Args:
-            path: name of the file; missing folders are made.
+            path: name of the file. Missing folders are made.
         """
         write_selection(Path(path), self.modules, self.method)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Selection":
-        """Read a selection that `save` wrote; everything is checked.
+        """Read a selection that `save` wrote. Everything is checked.
+
+        Args:
+            path: name of the file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -238,7 +193,7 @@ class Selection:
         """Compare with a selection of the same modules, say for another task.
 
         Raises:
-            ValueError: the selections are of different modules; names one of them.
+            ValueError: the selections are of different modules. The error names one of them.
         """
         remedy = "Compare selections of one base model with the same target_modules."
         theirs, ours = ({path: module.shape for path, module in each.modules.items()} for each in (other, self))
@@ -247,18 +202,8 @@ class Selection:
         return measure_overlap(mine, others)
 
 
-@torch.no_grad()
-def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
-    weight = weight_rows(layer, 0, layer.shape.neurons)
-    return checked_scores(path, score(path, weight), layer.shape)
-
-
-def _rows_of(scores: Tensor) -> Score:
-    return lambda first, last: scores[first:last]
-
-
 def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
-    """How an adapter's entries were chosen, from what its config and state tell."""
+    """Return how an adapter's entries were chosen, as plain data, from its config and state."""
     record = method_record(config, state)
     chosen = {key: None if record is None else getattr(record, key) for key in CHOSEN}
     plain = None if record is None else record.to_json()
@@ -273,18 +218,3 @@ def _record_of(method: dict[str, Any]) -> CalibrationRecord:
     if method.get("calibration") is not None:
         return CalibrationRecord.from_json(method["calibration"], "method['calibration']")
     return CalibrationRecord.from_json({key: method.get(key) for key in CHOSEN}, "method")
-
-
-def _check_budget(entries: int, config: FPSConfig, biases: int, base: nn.Module, name: str) -> None:
-    """Raise ValueError if so many entries and bias deltas together exceed the adapter's budget."""
-    if config.budget is None:
-        return
-    parameters = count_base_parameters(base)
-    # a budget of 0 trains the biases, and they do not count
-    limit = int(exact(config.budget) * parameters) if config.budget else biases
-    if entries + biases > limit:
-        raise ValueError(
-            f"adapter {name!r}: the selection has {entries:,} entries, which with {biases:,} bias deltas train "
-            f"{entries + biases:,} parameters, expected at most {limit:,} by budget={config.budget} of "
-            f"{parameters:,}. Add the adapter with a larger budget. Nothing was changed."
-        )

@@ -23,6 +23,7 @@ LAYERS = (
     "card",
     "presets",
     "config_fields",
+    "config_file",
     "config",
     "config_lookup",
     "targets",

@@ -3,6 +3,8 @@
 | module | subject |
 |---|---|
 | `head` | which modules are the output head or the output embeddings |
+| `transformers_head` | what of a transformers model is new, and what comes from its checkpoint |
+| `module_names` | all names of a module, and members of lists |
 | `quantisation` | base layers whose weights are quantised |
 | `substitution` | calling a base layer with other tensors in place of its own |
 | `buffers` | running statistics and other buffers while an adapter trains |

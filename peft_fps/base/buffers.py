@@ -23,9 +23,13 @@ LARGEST = 1 << 22
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Let normalisations with running statistics compute with these in training too, and leave them as they are.
+    """Freeze the running statistics of normalisations, and let these compute with them in training too.
 
-    Those that are trained whole (`modules_to_save`) go on tracking: they are saved with their statistics.
+    Normalisations that are trained whole (`modules_to_save`) go on tracking, since they are saved with their
+    statistics.
+
+    Args:
+        model: with adapted layers.
     """
     whole = _trained_whole(model)
     for module in model.modules():
@@ -36,7 +40,7 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def thaw_statistics(model: nn.Module) -> None:
-    """Undo `freeze_statistics`; the training flag is back with the next call of `model.train()`."""
+    """Undo `freeze_statistics`. The training flag of the normalisations is back with the next `model.train()`."""
     for module in model.modules():
         _thaw(module)
 

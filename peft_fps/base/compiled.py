@@ -21,7 +21,7 @@ def plain_name(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` has wrapped; another module itself."""
+    """Return the module that `torch.compile` has wrapped, or the module itself if it is not wrapped."""
     while WRAPPED in module._modules:
         module = module.get_submodule(WRAPPED)
     return module
@@ -56,7 +56,7 @@ def compiled_in_place(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def run_eagerly(model: nn.Module) -> Iterator[None]:
-    """Let modules that are compiled in place run as they are: for hooks that read what passes, batch by batch."""
+    """Let modules that are compiled in place run uncompiled within the context, so that hooks see every batch."""
     modules: list[Any] = [module for module in model.modules() if module._compiled_call_impl is not None]
     calls = [module._compiled_call_impl for module in modules]
     try:

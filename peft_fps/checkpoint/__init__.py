@@ -5,7 +5,7 @@
 | `encoding` | names and dtypes of the tensors in a file |
 | `safetensors_file` | opening a file |
 | `contents` | telling the tensors of a file apart |
-| `folder`, `validation`, `fingerprint` | what is checked before a file is loaded; `validation` lists all of it |
+| `file_checks`, `folder`, `fingerprint` | what is checked before a file is loaded; `file_checks` lists all of it |
 | `record` | what saving records in the config |
 | `digest` | SHA-256 of the sparse tensors |
 | `folder_replacement` | saving over an old adapter |
@@ -25,12 +25,12 @@ from peft_fps.checkpoint.encoding import (
     encoded_bytes,
     no_entries,
 )
+from peft_fps.checkpoint.file_checks import Expected, check_adapter_tensors, check_contents, check_whole_modules
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS, check_folder, is_pickled
 from peft_fps.checkpoint.folder_replacement import recover_adapter, save_adapter
 from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
 from peft_fps.checkpoint.trainer_checkpoint import last_complete_checkpoint
-from peft_fps.checkpoint.validation import Expected, check_adapter_tensors, check_contents, check_whole_modules
 
 
 __all__ = [

@@ -8,7 +8,6 @@ from peft_fps.calibration import InputStatistics, Observed, observe
 from peft_fps.importance.importance import Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.weight_rows import weight_rows
 from peft_fps.selection.calibration_record import CalibrationRecord
 
 
@@ -57,7 +56,7 @@ def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputSta
     activation = statistics.typical(config.norm)
 
     def score(first: int, last: int) -> Tensor:
-        rows = weight_rows(layer, first, last)
+        rows = layer.weight_rows(first, last)
         groups = torch.arange(first, last, device=activation.device) // (layer.shape.neurons // activation.shape[0])
         typical = (activation if activation.shape[0] == 1 else activation[groups]).to(rows.device)
         formula = weight_times_activation if config.weight_magnitude else activation_alone

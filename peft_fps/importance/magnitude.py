@@ -7,7 +7,6 @@ from torch import Tensor
 from peft_fps.importance.importance import Importance, Score
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.weight_rows import weight_rows
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -17,7 +16,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, evidence: Any) -> Score:
     """Return the weight magnitudes of a layer as its scores; see `Importance.scorer`."""
-    return lambda first, last: magnitude(weight_rows(layer, first, last))
+    return lambda first, last: magnitude(layer.weight_rows(first, last))
 
 
 MAGNITUDE = Importance(

@@ -4,7 +4,6 @@ from peft_fps.importance import IMPORTANCES, Evidence, Score
 from peft_fps.importance.magnitude import magnitude
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.weight_rows import weight_rows
 
 
 def scorer(layer: EntryLayer, path: str, config: Settings, evidence: Evidence) -> Score:
@@ -27,4 +26,4 @@ def scorer(layer: EntryLayer, path: str, config: Settings, evidence: Evidence) -
     if layer_evidence is not None or importance.needs == "nothing":
         return importance.scorer(layer, path, config, layer_evidence)
     factor = importance.stand_in(config, evidence)
-    return lambda first, last: magnitude(weight_rows(layer, first, last)) * factor
+    return lambda first, last: magnitude(layer.weight_rows(first, last)) * factor

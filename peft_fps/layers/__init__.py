@@ -11,5 +11,5 @@
 | `merge_record` | merging into one weight, and undoing that bit for bit |
 | `rebuilt_inputs` | which inputs backward can form again from what another layer keeps |
 | `mixed_batch`, `sample_names` | one adapter per sample |
-| `lookup`, `weight_rows` | finding tuner layers in a model, and reading their base weights |
+| `lookup` | finding tuner layers in a model |
 """

@@ -28,7 +28,7 @@ class Evaluation:
 
     @property
     def when(self) -> str:
-        """The end of a sentence that says when the evaluation was."""
+        """When the evaluation was, as the end of a sentence."""
         return f"after {self.step:,} training step{'' if self.step == 1 else 's'}"
 
 
@@ -63,7 +63,7 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class Before:
-    """What of a model PEFT changes by adding an adapter to it, as it was.
+    """What PEFT changes in a model by adding an adapter, as it was before.
 
     Attributes:
         trainable: every parameter and whether it required grad.
@@ -77,7 +77,7 @@ class Before:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Before":
-        """Note it down."""
+        """Return the present state of a model."""
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         holders: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
         layers = [module for module in holders if isinstance(module, BaseTunerLayer)]
@@ -88,7 +88,7 @@ class Before:
         )
 
     def restore(self) -> None:
-        """Make it so again; adapters that were merged are merged with what they hold now."""
+        """Put the state back. Adapters that were merged are merged again, with what they hold now."""
         for module, active in self.active:
             module._active_adapter = active
         for parameter, required in self.trainable:

@@ -126,7 +126,11 @@ class EntryLayer(StructuredLayer, FPSLayer):
     # --- the weight, and the tensors --------------------------------------------------------------------------------
 
     def weight_rows(self, first: int, last: int) -> Tensor:
-        """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`."""
+        """Return the rows `first:last` of the base weight seen as `(neurons, inputs)`, wherever it is kept."""
+        with self.weight_at_hand():
+            return self._matrix(first, last)
+
+    def _matrix(self, first: int, last: int) -> Tensor:
         weight = self.base_layer.weight.detach()
         return (weight.t() if self.transposed else weight.flatten(1))[first:last]
 

@@ -66,7 +66,11 @@ class StructuredLayer(CheckedLayer):
         return known.structure
 
     def united_structure(self, names: list[str]) -> tuple[Structure, Tensor]:
-        """Return the union of several adapters' structures, and the places of their entries in it; raises alike."""
+        """Return the union of several adapters' structures, and the places of their entries in it.
+
+        Raises:
+            ValueError: as `structure` does.
+        """
         structures = [self.structure(name) for name in names]
         if torch.compiler.is_compiling():
             self._unite_while_tracing(names)

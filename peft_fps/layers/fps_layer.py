@@ -125,7 +125,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
         return "forward" not in vars(base) and not hooked
 
     def carries(self, adapter_name: str) -> bool:
-        """Whether the adapter holds something here: it targets the layer, and data has reached it."""
+        """Return whether the adapter holds something here. It targets the layer then, and data has reached it."""
         state = self.fps_state.get(adapter_name)
         return state is not None and self.module_path not in state.unreached
 

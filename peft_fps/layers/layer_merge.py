@@ -99,7 +99,7 @@ class MergingLayer(PlacedLayer):
         return undone
 
     def put_back(self, undone: list[Undone]) -> None:
-        """Do again what `take_out` has undone, bit for bit. What the adapters hold by now does not matter."""
+        """Redo, bit for bit, the merges that `take_out` has undone. What the adapters hold by now does not matter."""
         for name, record, merged in reversed(undone):
             restore_entries(self.base_layer, merged)
             self.merge_records[name] = record

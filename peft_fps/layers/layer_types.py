@@ -1,4 +1,4 @@
-"""Which FPS layer goes with which kind of base layer."""
+"""The types of FPS layers, by kind of base layer. A new type of layer is entered here."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D

@@ -1,4 +1,4 @@
-"""Find the layers of an adapter in a model, whether or not the model is wrapped by PEFT, compile or a trainer."""
+"""Lookup of an adapter's layers in a model, which PEFT, `torch.compile` or a trainer may have wrapped."""
 
 from collections.abc import Mapping
 
@@ -28,13 +28,13 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
 
 
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return all layers that the adapter targets, by their path in the base model, also those that no data reached."""
+    """Return all layers that the adapter targets, by path in the base model, those that no data reached included."""
     layers = fps_layers(model).values()
     return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
 
 
 def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:
-    """Return those of some layers that have sparse entries, norms left out, by the same names."""
+    """Return the layers with sparse entries by the same names. Norms are left out."""
     return {name: layer for name, layer in layers.items() if isinstance(layer, EntryLayer)}
 
 

@@ -1,6 +1,7 @@
 """Where an adapter's tensors lie: with the weight, or where accelerate brings a weight that it offloads."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +55,20 @@ class PlacedLayer(BaseTunerLayer):
             buffers: BufferDict = getattr(self, name)
             if buffers[adapter_name].device.type != "meta":
                 buffers[adapter_name] = buffers[adapter_name].to(device)
+
+    @contextmanager
+    def weight_at_hand(self) -> Iterator[None]:
+        """Have a weight that accelerate offloads at hand within the context, as a call of the layer would."""
+        base = self.base_layer
+        hook = getattr(base, "_hf_hook", None)
+        if hook is None or self.weight_tensor.device.type != "meta":
+            yield
+            return
+        try:
+            hook.pre_forward(base)
+            yield
+        finally:
+            hook.post_forward(base, None)
 
     def _adapter_device(self) -> torch.device:
         """The weight's device, or where accelerate will bring a weight that it offloads."""

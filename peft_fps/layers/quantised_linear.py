@@ -75,7 +75,7 @@ class QuantisedLinear(ProductLayer):
     def _values_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def weight_rows(self, first: int, last: int) -> Tensor:
+    def _matrix(self, first: int, last: int) -> Tensor:
         """Return the rows `first:last` of the weight, dequantised once for rows that are read in order.
 
         The dense weight is let go with its last row.

@@ -104,7 +104,7 @@ _reading: Latest[tuple[torch.dtype, Reading]] = Latest()
 
 
 def watch_producers(model: nn.Module) -> None:
-    """Let normalisations and activations note how to form their outputs again; adapted norms do so by themselves."""
+    """Let normalisations and activations note how to form their outputs again. Adapted norms do so by themselves."""
     adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
     for module in model.modules():
         kind = type(module)

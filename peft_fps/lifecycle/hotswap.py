@@ -1,4 +1,4 @@
-"""Hot-swapping: a saved adapter replaces a loaded one in place, so that name, layers and parameters stay.
+"""The hot-swap: a saved adapter replaces a loaded one in place, so that name, layers and parameters stay.
 
 `peft.utils.hotswap` does the same for LoRA alone.
 """
@@ -21,9 +21,7 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, target_layers
-from peft_fps.lifecycle.plan import check_task, plan, take_targets_from_record
-from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.targets.whole_modules import whole_modules
+from peft_fps.lifecycle.injection import prepare_injection
 
 
 ADVICE = "Load it under a name of its own with model.load_adapter instead. Nothing was changed."
@@ -43,7 +41,7 @@ def hotswap_adapter(
         model: a model with the adapter, compiled or not.
         model_name_or_path: folder of the saved adapter, or its name on the Hub.
         adapter_name: name of the adapter to replace.
-        torch_device: device to which the file is read; PEFT's choice if None.
+        torch_device: device to which the file is read. Default: PEFT's choice.
         kwargs: `check_base` as in `FPSConfig`, `subfolder`, `revision`, and other options that PEFT passes to the Hub.
 
     Raises:
@@ -114,20 +112,13 @@ def _checked_config(
             f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
         )
     base = base_model(model)
-    check_task(base, found)
-    take_targets_from_record(found, found.record)
-    wholes = whole_modules(base, found)
     names = current_names(base, found.record.allocation)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
             f"{unknown[0]}: the saved adapter changes this module ({len(unknown)} like it), expected modules of the "
             f"adapter that it replaces alone. {ADVICE}"
         )
-    saved_names = dict(zip(names, found.record.allocation, strict=True))
-    found.record = found.record.renamed(names)
-    check_whole_modules_apart(base, found, wholes, list(names))
-    plan(base, found, list(names), saved_names)
-    check_whole_tensors(base, found, wholes)
+    prepare_injection(base, found)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Merging adapters in all layers of a model, or in none."""
+"""The merge of adapters in all layers of a model, or in none."""
 
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,34 +1,23 @@
-"""Before a model is changed: which modules an adapter will have, how many entries each, and whether all of it fits."""
+"""The plan of an adapter before the model is changed: how many entries each module gets, and whether they fit."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
-from peft_fps.checkpoint.record import AdapterRecord, Allocation
+from peft_fps.checkpoint.record import Allocation
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.layer_types import entry_layer_class, layer_class
+from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.selection import LayerShape, allocate, check_granularity
-from peft_fps.selection.allocation import matches
-from peft_fps.targets.default_targets import (
-    base_parameters,
-    check_target,
-    check_untied,
-    count_base_parameters,
-    named_base_modules,
-)
-from peft_fps.targets.obstacle import remedy
-
-
-DUMMY = DUMMY_TARGET_MODULES.lower()
-"""PEFT's word for no target at all."""
+from peft_fps.selection.budget_allocation import matches
+from peft_fps.targets.base_parameters import base_parameters, count_base_parameters
+from peft_fps.targets.target_checks import check_named_modules, check_target, check_untied
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str], saved_names: Map
         ValueError: a module cannot be adapted, the budget does not fit, or the config belongs to another model.
     """
     if config.record is None:
-        _check_named_modules(model, config)
+        check_named_modules(model, config)
     norms = config.bias == "with_norms"
     chosen = config.filled_in.target_modules or ()
     bases = {name: check_target(model, name, norms, chosen=name in chosen) for name in names}
@@ -94,8 +83,8 @@ def allocate_entries(
 
     Args:
         shapes: of the weights that are trained, by module path.
-        biases: number of elements of all biases of the modules that are trained, norms included; none of them counts
-            with `bias="none"`.
+        biases: number of elements of all biases of the modules that are trained, norms included. With `bias="none"`
+            none of them counts.
         config: of the adapter.
         base_parameters: of the base model without its head.
         absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.
@@ -126,45 +115,6 @@ def bias_count(base: Any) -> int:
     """Return the number of elements of a base layer's bias, 0 if it has none."""
     bias = getattr(base, "bias", None)
     return 0 if bias is None else bias.numel()
-
-
-def take_targets_from_record(config: FPSConfig, record: AdapterRecord) -> None:
-    """Let the config target the modules of its record, if it leaves the targets to the model."""
-    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
-    if config.target_modules is None or shorthand:
-        config.target_modules = set(record.allocation)
-
-
-def check_task(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
-
-    PEFT finds that out when the adapter is in the model already.
-    """
-    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-    needed = "prepare_inputs_for_generation" if generates else "config"
-    if config.task_type is not None and not hasattr(model, needed):
-        raise ValueError(
-            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
-            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
-        )
-
-
-def _check_named_modules(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if a name in `target_modules` is a parameter's, which PEFT would pass over silently."""
-    wanted = config.target_modules
-    if not isinstance(wanted, (list, set)) or wanted == config.filled_in.target_modules:
-        return
-    modules = dict(named_base_modules(model))
-    ends = {f".{target}" for target in wanted if not any(f".{name}".endswith(f".{target}") for name in modules)}
-    for name, _ in base_parameters(model) if ends else ():
-        owner, _, own = name.rpartition(".")
-        if owner in modules and f".{name}".endswith(tuple(ends)):
-            module = modules[owner]
-            advice = f"Name the module, {owner}." if layer_class(module) else remedy(module)
-            raise ValueError(
-                f"{name}, named in target_modules, is the parameter {own} of a {type(module).__name__}, expected the "
-                f"name of a module. {advice}"
-            )
 
 
 def _sizes(shape: LayerShape | None, base: Any) -> tuple[int, int]:

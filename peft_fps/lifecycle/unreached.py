@@ -10,14 +10,19 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, entry_layers, target_layers
 from peft_fps.lifecycle.plan import allocate_entries, bias_count
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 
 
 def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[str]) -> dict[str, int]:
-    """Return the number of entries of each module that data has reached, by path; norms have none.
+    """Return the number of entries of each module that data has reached, by path. Norms are left out.
 
-    Where these are the modules that the adapter has entries in, they keep their numbers; else the budget is allocated
-    anew, as if the adapter had been made for them alone.
+    If the adapter holds something in just these modules, they keep their numbers. Else the budget is allocated anew,
+    as if the adapter had been made for them alone.
+
+    Args:
+        model: has the adapter.
+        adapter_name: its name.
+        reached: paths of the modules that data has reached.
 
     Raises:
         ValueError: no module was reached, or the budget does not fit those that were.

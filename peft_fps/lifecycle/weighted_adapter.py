@@ -15,8 +15,9 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import entry_layers, fps_layers
 from peft_fps.lifecycle.combination import Combination, combine, united_entries
 from peft_fps.lifecycle.plan import bias_count
-from peft_fps.selection.allocation import round_up
-from peft_fps.targets.default_targets import check_adapter_name, count_base_parameters
+from peft_fps.selection.budget_allocation import round_up
+from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_checks import whole_tensors
 
 

@@ -1,12 +1,12 @@
-"""Taking an adapter out of a model again whose file was refused."""
+"""The withdrawal of an adapter from a model, when its file was refused."""
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_fps.base.buffers import thaw_statistics
 from peft_fps.layers.lookup import fps_layers
-from peft_fps.layers.rebuilt_inputs import unwatch_producers, watch_producers
+from peft_fps.layers.rebuilt_inputs import watch_producers
+from peft_fps.lifecycle.model_hooks import release_hooks
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -49,8 +49,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
     if left:
         watch_producers(model)  # norms that were wrapped noted their outputs themselves
     else:
-        unwatch_producers(model)
-        thaw_statistics(model)
+        release_hooks(model)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

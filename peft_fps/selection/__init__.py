@@ -1,7 +1,7 @@
 """Choose entries by scores and a budget. The functions are pure and know nothing of PEFT or transformers."""
 
-from peft_fps.selection.allocation import Allocation, LayerShape, allocate
 from peft_fps.selection.blocks import block_of
+from peft_fps.selection.budget_allocation import Allocation, LayerShape, allocate
 from peft_fps.selection.candidate import Candidate
 from peft_fps.selection.feasible import check_granularity
 from peft_fps.selection.report import LayerSelection, NormSelection, SelectionReport

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 
-from peft_fps.selection.allocation import LayerShape, exact
+from peft_fps.selection.budget_allocation import LayerShape, exact
 from peft_fps.selection.candidate import Candidate
 from peft_fps.selection.model_wide import best_of_all
 

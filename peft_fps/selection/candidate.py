@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_fps.selection.allocation import LayerShape
+from peft_fps.selection.budget_allocation import LayerShape
 
 
 # At most this many weights are scored at once (16 MiB in float32) where rows can be ranked independently.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_fps.selection.allocation import LayerShape
+from peft_fps.selection.budget_allocation import LayerShape
 from peft_fps.sparse import StructureError, check_entries
 
 

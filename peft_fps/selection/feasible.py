@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from peft_fps.selection.allocation import LayerShape, round_up
+from peft_fps.selection.budget_allocation import LayerShape, round_up
 
 
 def check_granularity(

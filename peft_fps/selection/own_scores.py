@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.selection.allocation import LayerShape
+from peft_fps.selection.budget_allocation import LayerShape
 
 
 def checked_scores(path: str, scores: Any, shape: LayerShape) -> Tensor:

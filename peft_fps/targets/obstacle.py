@@ -1,4 +1,4 @@
-"""What is said of modules and weights that cannot carry a sparse change."""
+"""Obstacles that keep a module or a weight from carrying a sparse change, and the advice for each."""
 
 from typing import Any
 
@@ -29,12 +29,12 @@ def remedy(module: nn.Module) -> str:
 
 
 def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str | None:
-    """Return what about a layer of a supported kind keeps it from a sparse change, None if nothing does.
+    """Return what keeps a layer of a supported kind from a sparse change, for a message. None if nothing does.
 
     Args:
         module: the layer.
-        own: the parameter that the change is added to.
-        certain: name a forward of its own too that cannot be tried.
+        own: name of the parameter that the change is added to.
+        certain: a forward of the layer's own that cannot be tried counts as an obstacle.
     """
     if quantisation(module) is not None:
         return None

@@ -1,4 +1,4 @@
-"""Modules that an adapter trains whole (`modules_to_save`): what of a config is checked before anything changes."""
+"""What is checked of modules that an adapter trains whole (`modules_to_save`) before anything changes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from peft_fps.config import FPSConfig
 
 
 def check_trainable_whole(model: nn.Module, path: str, config: FPSConfig) -> None:
-    """Raise ValueError if a module is part of an adapter, or offloaded or quantised: a copy of it would not learn."""
+    """Raise ValueError if a module is part of an adapter, offloaded or quantised. A copy of it would not learn."""
     module = model.get_submodule(path)
     found = None
     if around := _around(model, path, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

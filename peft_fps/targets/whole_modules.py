@@ -8,7 +8,8 @@ from peft import TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_fps.base.head import LISTS, all_names, find_head, named_outside
+from peft_fps.base.head import find_head
+from peft_fps.base.module_names import LISTS, all_names, named_outside
 from peft_fps.config import FPSConfig
 from peft_fps.targets.whole_checks import check_trainable_whole, remedy_for
 
@@ -26,9 +27,9 @@ def trained_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
 
 
 def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
-    """Return the config's `modules_to_save`; where PEFT wrote them for the task, with the rest of the head.
+    """Return the config's `modules_to_save`. Names that PEFT wrote for the task get the rest of the head added.
 
-    Only that of which PEFT, which looks for ends of names, would not take other modules for it.
+    PEFT looks for ends of names. A module of the head is added only if no module outside the head ends in its name.
     """
     names = config.modules_to_save
     if config.record is not None or not names or names != NAMED_BY_PEFT.get(config.task_type):  # type: ignore[call-overload]
@@ -40,10 +41,10 @@ def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
 
 
 def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
-    """Return the full names of the modules that `modules_to_save` names, the names of a shared module all together.
+    """Return the full names of the modules that `modules_to_save` names. A shared module has all its names.
 
-    A name of the model's head means that module. Others mean every module whose path ends so, behind a dot; of a saved
-    adapter, those that it has tensors of. Lists of modules stand for their members.
+    The name of a module of the head means that module. Another name means every module whose path ends in it, behind a
+    dot; with a record, only those of which the adapter has tensors. A list of modules stands for its members.
 
     Raises:
         ValueError: a name is no module's, or is that of a module that cannot be trained whole.
@@ -80,7 +81,14 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
 
 
 def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:
-    """Warn of what of a new head is neither adapted nor trained whole, unless `modules_to_save` is `[]`."""
+    """Warn of parts of a new head that are neither adapted nor trained whole, unless `modules_to_save` is `[]`.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter. One with a record gets no warning.
+        adapted: paths of the modules that will be adapted.
+        whole: paths of the modules that will be trained whole.
+    """
     if config.record is not None or config.modules_to_save == []:
         return
     head = find_head(model)
@@ -102,7 +110,15 @@ def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[st
 
 
 def wrap_whole(model: nn.Module, names: list[str], adapter_name: str, *, inference_mode: bool, activate: bool) -> None:
-    """Give these modules copies for the adapter, as PEFT does by ends of names; what they share, the copies share."""
+    """Wrap modules, and give each a copy that the adapter trains. Tensors that modules share, their copies share too.
+
+    Args:
+        model: base model.
+        names: full names of the modules.
+        adapter_name: name of the adapter.
+        inference_mode: the copies are not to be trained.
+        activate: the copies are in use at once.
+    """
     originals: dict[str, nn.Module] = {}
     wrappers: dict[str, Any] = {}
     for name in names:

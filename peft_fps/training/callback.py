@@ -13,7 +13,7 @@ from peft_fps.card import evaluation_at, keep_card
 from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
-from peft_fps.lifecycle.calibrate import calibrate
+from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
 

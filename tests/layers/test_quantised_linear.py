@@ -19,7 +19,7 @@ from peft_fps import FPSConfig, Selection
 from peft_fps.layers import quantised_linear
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 from tests.helpers import (
     adapted,
     config,

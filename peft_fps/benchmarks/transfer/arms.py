@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peft_fps.base.head import output_head
 from peft_fps.benchmarks.transfer.class_scores import SCORES
 from peft_fps.config import FPSConfig
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 
 
 FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)

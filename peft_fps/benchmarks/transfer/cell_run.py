@@ -22,7 +22,7 @@ from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
 from peft_fps.config import FPSConfig
-from peft_fps.targets.default_targets import count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
 from peft_fps.vision.linear_head import fit_linear_head
 from peft_fps.vision.pixels import Collator, two_views

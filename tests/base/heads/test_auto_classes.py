@@ -18,7 +18,8 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from peft_fps.base.head import find_head
-from peft_fps.targets.default_targets import check_untied, default_targets
+from peft_fps.targets.default_targets import default_targets
+from peft_fps.targets.target_checks import check_untied
 from tests.helpers import config
 
 

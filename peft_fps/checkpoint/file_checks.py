@@ -6,7 +6,7 @@ A file that is loaded or hot-swapped passes these checks, in this order:
 |---|---|---|
 | safetensors and no pickle, readable, with all tensors saved whole, digest as in the config | file | `folder` |
 | types and ranges of all fields, format version | config | `FPSConfig` |
-| modules, their sizes, the base model's fingerprint | config and model | `planning`, `fingerprint` |
+| modules, their sizes, the base model's fingerprint | config and model | `plan`, `fingerprint` |
 | modules that are trained whole | config and model | `whole_modules`, `whole_checks` |
 | every tensor once | file | `contents` |
 | modules and their tensors, dtypes, shapes, ranges, order, finite values, numbers of entries | file and model | here |

@@ -9,7 +9,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from peft_fps.targets.default_targets import check_target, count_base_parameters
+from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.targets.target_checks import check_target
 from tests.helpers import config, layers_of, unchanged
 
 

@@ -1,0 +1,210 @@
+"""The calibration of an adapter: data decides which entries it has, on any model that carries one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from peft_fps.base.compiled import run_eagerly
+from peft_fps.base.sharded import check_whole
+from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted, device_of, failing_together
+from peft_fps.config import FPSConfig
+from peft_fps.config_lookup import adapter_config
+from peft_fps.gradients import Loss
+from peft_fps.importance import IMPORTANCES, Evidence, Gathering, Request
+from peft_fps.importance.scorer import scorer
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import (
+    active_adapter,
+    base_model,
+    entry_layers,
+    target_layers,
+)
+from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
+from peft_fps.lifecycle.selection_report import selection_report
+from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_unreached
+from peft_fps.selection import SelectionReport
+from peft_fps.selection.calibration_record import CalibrationRecord
+
+
+RECORDED = ("importance", "order", "granularity", "seed")
+"""What of the config is kept with a selection, besides what its importance depends on."""
+
+
+def _collective(model: nn.Module, data: Any = None, *, adapter_name: str | None = None, **_: Any) -> Any:
+    """Return the device on which a calibration meets with other processes, None if it does not."""
+    name = adapter_name or active_adapter(model)
+    config = adapter_config(model, name)
+    meets = IMPORTANCES[config.importance].needs in ("forward", "backward")
+    return device_of(base_model(model)) if meets and config.needs_calibration else None
+
+
+@failing_together(_collective)
+def calibrate(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    adapter_name: str | None = None,
+    num_batches: int | None = None,
+    batch_size: int = 32,
+    collator: Callable[..., Any] | None = None,
+    progress: bool = True,
+    discard_values: bool = False,
+    loss: Loss | None = None,
+    views: Callable[[Tensor], Tensor] | None = None,
+    accumulators: Literal["device", "cpu", "streaming"] = "device",
+    training_mode: bool = False,
+    run: Run | None = None,
+) -> SelectionReport:
+    """Choose the entries of an adapter as its config says, from passes over data.
+
+    The base model runs with adapters off, in evaluation mode, and without gradients where the importance needs none.
+    A short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
+    modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens.
+
+    Input statistics leave out padded positions where a batch has an `attention_mask` of two dimensions. The padding of
+    a decoder is read off its own mask, the labels or the padding tokens.
+
+    In a distributed run every process brings its own share of the data, which may be empty. All processes get the same
+    selection, or the error of the one that failed, with its rank.
+
+    A module that no batch reaches holds nothing, and its part of the budget goes to the others. A warning names it.
+    Such modules would not be trained either: unused poolers, experts without a token, layers whose weight the model
+    reads without calling them.
+
+    Args:
+        model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+        data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
+            A batch is a mapping, a tuple whose first element is the input, or a tensor. A mapping is passed by name,
+            or whole to a model that takes one mapping, as sentence-transformers do. Columns of texts (several
+            mappings, or names with a prefix such as `anchor_input_ids`) go through the model one after the other.
+            Labels stand under `labels`, or second in a tuple. Not needed if the importance uses no data.
+        adapter_name: name of the adapter. Default: the active one.
+        num_batches: number of batches after which to stop. Default: all.
+        batch_size: examples per batch, if `data` holds examples.
+        collator: turns a list of examples into a batch. Default: transformers' default collator, for datasets.
+        progress: show a progress bar.
+        discard_values: allow calibration although training has begun. The learned changes are lost.
+        loss: from the model's outputs and the batch to a scalar, a mean over the batch. Default: the `loss` among the
+            outputs, or else the cross-entropy of the logits with the labels.
+        views: makes two views `(2 * batch, ...)` of images `(batch, ...)` for `loss="contrastive"`. Default:
+            `TwoViews()`, which needs kornia and images normalised with mean and standard deviation 0.5.
+        accumulators: where sums of gradients are held, one number per targeted weight: on the `"device"` of the
+            weights, or on the `"cpu"`. `"streaming"` holds a shortlist: the entries that are largest in the first
+            batch, eight times as many as will be selected. It misses entries that become large only later.
+        training_mode: run backward passes in training mode, with dropout, as GPS's code does.
+        run: called with the base model and a batch of any kind on the model's device. It runs the model and returns
+            the outputs, whose entry `loss` counts where a loss is needed. Default: batches are passed as said above.
+
+    Returns:
+        What was selected. It prints as a table.
+
+    Raises:
+        TypeError: the data is of an unknown kind, or the model takes nothing of what a batch holds.
+        ValueError: no data; activations, losses or gradients that are not finite; gradients that are zero everywhere;
+            or a model that is merged, offloaded without hooks, or has been trained. The model is unchanged then.
+    """
+    adapter_name = adapter_name or active_adapter(model)
+    config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
+    check_selectable(layers, adapter_name, discard_values)
+    check_whole(
+        base_model(model),
+        "calibrate",
+        "Calibrate before the model is sharded, in every process and without FPSCallback, or in one process alone, "
+        "and give the selection to the others (Selection.save, Selection.load).",
+    )
+    if config.needs_calibration:
+        batches = Pass(
+            data,
+            num_batches=num_batches,
+            batch_size=batch_size,
+            collator=collator,
+            progress=progress,
+            epochs=config.selection_epochs if IMPORTANCES[config.importance].needs == "training" else 1,
+            purpose=f"importance={config.importance!r}",
+        )
+        how = Gathering(loss, views, accumulators, training_mode, run)
+        found = _gather(base_model(model), layers, config, adapter_name, batches, how)
+    else:
+        carrying = {path for path, layer in layers.items() if layer.carries(adapter_name)}
+        found = _Findings({}, carrying, CalibrationRecord(**_settings(config, RECORDED)))
+    weighted = entry_layers(layers)
+    entries = entries_of_reached(model, adapter_name, found.reached)
+    scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
+    set_entries(layers, adapter_name, rank(weighted, config, entries, scores), found.reached)
+    unreached = tuple(path for path in layers if path not in found.reached)
+    if unreached:
+        kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
+        warn_of_unreached(unreached, layers, config, kind)
+    state = next(iter(layers.values())).fps_state[adapter_name]
+    state.selected, state.calibration = True, replace(found.record, unreached=unreached)
+    return selection_report(model, adapter_name)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What the data has told.
+
+    Attributes:
+        evidence: what the importance scores by, as it gathers it.
+        reached: paths of the modules that the data has reached.
+        record: how the entries are chosen.
+    """
+
+    evidence: Evidence
+    reached: set[str]
+    record: CalibrationRecord
+
+
+def _gather(
+    base: nn.Module,
+    layers: Mapping[str, FPSLayer],
+    config: FPSConfig,
+    adapter_name: str,
+    batches: Pass,
+    how: Gathering,
+) -> _Findings:
+    """Run the base model over the data as the config's importance wants it."""
+    importance, weighted = IMPORTANCES[config.importance], entry_layers(layers)
+    assert importance.gather is not None
+    with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
+        evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
+    reached = called_anywhere(called, list(layers), base)
+    if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
+        reached = {path for path in reached if path in evidence or path not in weighted}
+    noted = _settings(config, (*RECORDED, *importance.recorded)) | counts
+    return _Findings(evidence, reached, CalibrationRecord(**noted))
+
+
+def _settings(config: FPSConfig, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
+
+
+@contextmanager
+def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let the model compute as the base model does within the context, with modules that the adapter trains whole.
+
+    What is trainable stays so.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+    active = [wrapper._active_adapter for wrapper in wrappers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        for wrapper in wrappers:
+            wrapper._active_adapter = [adapter_name]
+        yield
+    finally:
+        for wrapper, names in zip(wrappers, active, strict=True):
+            wrapper._active_adapter = names
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -1,0 +1,217 @@
+"""Injection of an adapter: what a model gets is found out and checked first, then put in module by module."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from peft_fps.base.renamed_modules import current_names
+from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.config import FPSConfig
+from peft_fps.layers.adapter_state import AdapterState, Before
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.layer_types import layer_class
+from peft_fps.lifecycle.plan import Plan, plan
+from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
+from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
+from peft_fps.targets.whole_modules import trained_head, warn_of_untrained_head, whole_modules, with_whole_head
+
+
+DUMMY = DUMMY_TARGET_MODULES.lower()
+"""PEFT's word for no target at all."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What an adapter gets in a model.
+
+    Attributes:
+        whole: paths of the modules that the adapter trains whole.
+        norms: paths of the norms whose bias it trains on top of its targets.
+        plan: numbers of entries of its targets, and what is recorded of the base model.
+    """
+
+    whole: list[str] = field(default_factory=list)
+    norms: set[str] = field(default_factory=set)
+    plan: Plan = field(default_factory=lambda: Plan({}, None, 0))
+
+    def targets(self, config: FPSConfig, path: str) -> Any:
+        """Return whether the adapter targets a module, as a bool or in the form in which PEFT has it.
+
+        Args:
+            config: of the adapter.
+            path: of the module in the base model.
+        """
+        if config.record is not None:  # it decides; to match a stranger's expression could take for ever
+            if path in config.record.allocation:
+                return True
+            return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
+        if path in self.whole or path.startswith(tuple(f"{name}." for name in self.whole)):
+            return _ExcludedModule()
+        by_names = copy(config)
+        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
+        matched: Any = BaseTuner._check_target_module_exists(by_names, path)
+        if isinstance(matched, _ExcludedModule):
+            return matched
+        return matched or path in self.norms
+
+
+def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[str] | None = None) -> Injection:
+    """Find out what an adapter gets in a model, and check all of it. The model is not changed.
+
+    The config gets what the user has left open. A record in it is compared with the model, and gets the present names
+    of modules that transformers has renamed.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter, or of a saved one that is to replace another.
+        stored: paths of the modules of which the file to be loaded has tensors. None if there is no such file.
+
+    Raises:
+        ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
+    """
+    _check_task(model, config)
+    _settle_targets(model, config)
+    config.modules_to_save = with_whole_head(model, config)
+    found = Injection(whole_modules(model, config))
+    _name_linear_layers(model, config)
+    saved_names = _rename_record(model, config)
+    # norms come on top of targets; without any, PEFT is to say which were not found
+    if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
+        found = replace(found, norms=biased_norms(model, config))
+    names = _matched(model, config, found, stored)
+    check_whole_modules_apart(model, config, found.whole, names)
+    planned = plan(model, config, names, saved_names)
+    check_whole_tensors(model, config, found.whole)
+    warn_of_untrained_head(model, config, names, found.whole)
+    return replace(found, plan=planned)
+
+
+def _check_task(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if PEFT's class for the config's `task_type` could not work around the model.
+
+    PEFT finds that out when the adapter is in the model already.
+    """
+    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    needed = "prepare_inputs_for_generation" if generates else "config"
+    if config.task_type is not None and not hasattr(model, needed):
+        raise ValueError(
+            f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
+            f"{type(model).__name__}. Leave task_type out, or load the model with its head."
+        )
+
+
+def _settle_targets(model: nn.Module, config: FPSConfig) -> None:
+    """Fill the fields of a config that the user has left open, also those that another model has filled in."""
+    if config.record is not None:
+        _take_targets_from_record(config, config.record)
+        return
+    filled = config.filled_in
+    if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
+        config.modules_to_save = trained_head(model, config)
+        filled = replace(filled, modules_to_save=config.modules_to_save)
+    if config.target_modules is None or config.target_modules == filled.target_modules:
+        targets = default_targets(model, config)
+        config.target_modules, filled = targets, replace(filled, target_modules=targets)
+    config.filled_in = filled
+
+
+def _take_targets_from_record(config: FPSConfig, record: AdapterRecord) -> None:
+    """Let the config target the modules of its record, if it leaves the targets to the model."""
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() in ("all-linear", DUMMY)
+    if config.target_modules is None or shorthand:
+        config.target_modules = set(record.allocation)
+
+
+def _name_linear_layers(model: nn.Module, config: FPSConfig) -> None:
+    """Replace the word `"all-linear"` by names."""
+    shorthand = str(config.target_modules).lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
+        config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
+
+
+def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
+    """Give the record the present names of its modules, and return those that it had, by present name."""
+    if config.record is None:
+        return {}
+    current = current_names(model, config.record.allocation)
+    saved_names = dict(zip(current, config.record.allocation, strict=True))
+    config.record = config.record.renamed(current)
+    return saved_names
+
+
+def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None) -> list[str]:
+    """Return the paths of the modules that PEFT's loop is about to hand over, in the model's order."""
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
+    names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
+    if stored is not None:
+        return [name for name in names if name in stored]
+    return [name for name in names if found.targets(config, name)]
+
+
+def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:
+    """Return what the layers of a new adapter will share. Call it before the model is changed.
+
+    Args:
+        model: as it is before the adapter is added. An adapter from a file remembers it, for the case that the file
+            is refused.
+        config: of the adapter.
+    """
+    record = config.record
+    return AdapterState(
+        selected=record is not None or not config.needs_calibration,
+        calibration=None if record is None else record.calibration,
+        saved_inputs=config.saved_inputs,
+        before=None if record is None else Before.of(model),
+    )
+
+
+def adapted(parent: nn.Module, name: str, target: nn.Module, path: str, active: list[str]) -> FPSLayer:
+    """Return the FPS layer of a module. A module without one is replaced by a new layer around it.
+
+    Args:
+        parent: holds the module.
+        name: of the module in its parent.
+        target: the module.
+        path: of the module in the base model.
+        active: names of the active adapters.
+    """
+    if isinstance(target, FPSLayer):
+        return target
+    kind = layer_class(target)
+    assert kind is not None, path
+    layer = kind(target, path)
+    layer.set_adapter(active, inference_mode=True)
+    setattr(parent, name, layer)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # its fused path reads the weight without calling the layer; any hook makes it step aside
+        layer.register_forward_pre_hook(_no_op)
+    return layer
+
+
+def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
+    return None
+
+
+@contextmanager
+def config_withdrawn_on_failure(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> Iterator[None]:
+    """Take an adapter's config out again if the block raises: PEFT enters it before it injects.
+
+    Args:
+        model: base model, in which transformers notes that it has an adapter.
+        configs: of all adapters by name.
+        adapter_name: name of the new adapter.
+    """
+    try:
+        yield
+    except Exception:
+        configs.pop(adapter_name, None)
+        if not configs and getattr(model, "_hf_peft_config_loaded", False):
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        raise

@@ -1,0 +1,48 @@
+"""The report of what an adapter has selected."""
+
+from torch import nn
+
+from peft_fps.card.selection_method import describe
+from peft_fps.checkpoint import encoded_bytes, no_entries
+from peft_fps.config_lookup import adapter_config
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, whole_parameters
+from peft_fps.selection import LayerSelection, NormSelection, SelectionReport
+from peft_fps.targets.base_parameters import count_base_parameters
+
+
+def selection_report(model: nn.Module, adapter_name: str | None = None) -> SelectionReport:
+    """Return what an adapter has selected, per module and in total.
+
+    Args:
+        model: a model with an FPS adapter.
+        adapter_name: name of the adapter. Default: the active one.
+
+    Raises:
+        ValueError: there is no such adapter, or no single active one.
+    """
+    adapter_name = adapter_name or active_adapter(model)
+    config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
+    rows: list[LayerSelection] = []
+    for path, layer in layers.items():
+        biases = layer.neurons if layer.bias_delta(adapter_name) is not None else 0
+        if isinstance(layer, EntryLayer):
+            values, counts, shape = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name], layer.shape
+            size = encoded_bytes(counts, shape.inputs, values.element_size(), biases)
+            rows.append(LayerSelection(path, shape.neurons, shape.inputs, values.numel(), biases, size))
+        else:
+            held = no_entries(layer.fps_bias[adapter_name])
+            size = encoded_bytes(held["fps_row_counts"], 0, held["fps_values"].element_size(), biases)
+            rows.append(NormSelection(path, layer.neurons, biases=biases, bytes=size))
+    head = whole_parameters(model, adapter_name).values()
+    state = next(iter(layers.values())).fps_state[adapter_name]
+    counted = state.base_parameters
+    return SelectionReport(
+        layers=tuple(rows),
+        base_parameters=count_base_parameters(base_model(model)) if counted is None else counted,
+        head_parameters=sum(parameter.numel() for parameter in head),
+        head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
+        budget=config.budget,
+        method=describe(config, state),
+        unreached=() if state.calibration is None else state.calibration.unreached,
+    )
