@@ -57,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
-def pytest_collection_finish() -> None:
-    """Leave what the imports made out of garbage collection: a Trainer collects at every end of a training."""
+@pytest.fixture(scope="module", autouse=True)
+def _left_out_of_garbage_collection() -> None:
+    """Leave out what imports and earlier modules have made: a Trainer collects at the end of every training."""
     gc.collect()
     gc.freeze()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile
 
 from peft_fps.benchmarks.environment import QUIET, switched
@@ -96,16 +97,24 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def living_bytes() -> int:
-    """Return the bytes of all tensors of the process that Python knows of, each storage once."""
+    """Return the bytes of all tensors of the process that Python knows of, each storage once.
+
+    Tensors without memory, on the meta device and of the compiler's tracing, count nothing.
+    """
     gc.collect()
     storages: dict[int, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asking any object for its class may warn of a deprecation
         for found in gc.get_objects():
-            if issubclass(type(found), Tensor) and found.layout == torch.strided and found.device.type != "meta":
+            if issubclass(type(found), Tensor) and _has_memory(found):
                 storage = found.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is a strided one whose numbers are stored somewhere."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not is_fake(tensor)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

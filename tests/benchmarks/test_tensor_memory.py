@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from peft_fps.benchmarks.tensor_memory import in_own_processes, living_bytes, peak_bytes, saved_bytes, tensor_bytes
 
@@ -67,6 +68,15 @@ def test_living_bytes_counts_storages_once():
     assert living_bytes() - before == 4_000_000
     del kept, views
     assert living_bytes() == before
+
+
+def test_tensors_without_memory_count_nothing():
+    before = living_bytes()
+    with FakeTensorMode():
+        kept = [torch.zeros(1000)]
+    kept.append(torch.zeros(1000, device="meta"))
+    assert living_bytes() == before
+    assert len(kept) == 2
 
 
 def test_tensor_bytes():

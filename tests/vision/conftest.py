@@ -1,6 +1,5 @@
 """Tiny images, folders of them in every kind, and a tiny model; nothing here comes from the code under test."""
 
-import gc
 from pathlib import Path
 
 import datasets
@@ -21,15 +20,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def frozen_heap():
-    """Every training collects garbage, which is slow over all that has been imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="package", autouse=True)
