@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.vision.conftest import cache, frozen_heap, image_folder, one_thread, tiny_model
+from tests.vision.conftest import cache, image_folder, one_thread, tiny_model
 
 
-__all__ = ["cache", "frozen_heap", "image_folder", "one_thread", "tiny_model"]
+__all__ = ["cache", "image_folder", "one_thread", "tiny_model"]
 
 
 @pytest.fixture
