@@ -140,7 +140,7 @@ class FPSModel(InjectionHooks):
         """Fold adapters into the base weights in place; `model.unmerge_adapter()` restores them bit for bit.
 
         Args:
-            adapter_names: names of the adapters to merge, in order. Default: the active ones.
+            adapter_names: names of the adapters to merge, in order. Default: those that are active in each layer.
             safe_merge: refuse a merge that would write NaN or infinity.
 
         Raises:
@@ -148,7 +148,7 @@ class FPSModel(InjectionHooks):
                 No module is changed then.
         """
         self._check_merge_allowed()
-        merge_whole(self.model, adapter_names or self.active_adapters, safe_merge)
+        merge_whole(self.model, adapter_names or None, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the base weights back, bit for bit, in all layers. If one fails, all stay merged."""

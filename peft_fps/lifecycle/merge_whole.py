@@ -21,7 +21,7 @@ NEGLIGIBLE_LOSS = 0.01
 """Share of the changes that a merge may lose to rounding without a warning."""
 
 
-def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool) -> None:
+def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
     """Merge adapters in all layers, and warn if rounding loses many of the changes.
 
     The tensors of all adapters are checked before the first layer is merged. A layer may still fail: memory runs out,
@@ -29,7 +29,7 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
 
     Args:
         model: has the adapters.
-        adapter_names: adapters to merge, in order.
+        adapter_names: adapters to merge, in order. None means those that are active in each layer.
         safe_merge: refuse a merge that would write NaN or infinity into a layer.
 
     Raises:
@@ -42,9 +42,10 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     _check(model, layers, adapter_names, safe_merge)
     before = [len(layer.merged_adapters) for layer in layers]
+    names = None if adapter_names is None else list(adapter_names)
     try:
         for layer in layers:
-            _at_hand(layer, partial(layer.merge, safe_merge=safe_merge, adapter_names=list(adapter_names)))
+            _at_hand(layer, partial(layer.merge, safe_merge=safe_merge, adapter_names=names))
         _warn_of_losses(layers, before)
     except BaseException:
         for layer, count in zip(layers, before, strict=True):
@@ -65,15 +66,22 @@ def unmerge_whole(model: nn.Module) -> None:
         raise
 
 
-def _check(model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str], safe_merge: bool) -> None:
+def _check(
+    model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str] | None, safe_merge: bool
+) -> None:
     """Raise unless the names are those of adapters whose tensors are valid, in layers that can be written to."""
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
-    check_distinct(adapter_names)
+    check_distinct(adapter_names or ())
     known = {name for layer in layers for name in layer.fps_state}
-    if unknown := [name for name in adapter_names if name not in known]:
+    if unknown := [name for name in adapter_names or () if name not in known]:
         raise ValueError(f"Cannot merge the adapters {unknown}, expected names among {sorted(known)}.")
-    pairs = [(layer, name) for layer in layers for name in adapter_names if name in layer.fps_state]
+    pairs = [
+        (layer, name)
+        for layer in layers
+        for name in (layer.active_adapters if adapter_names is None else adapter_names)
+        if name in layer.fps_state
+    ]
     check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
     for layer, name in pairs if safe_merge else ():
         layer.check_finite(name)

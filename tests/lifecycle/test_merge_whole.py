@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_fps import FPSConfig
 from peft_fps.layers import entry_layer, layer_merge, merge_record, norm
 from tests.helpers import (
     adapted,
@@ -219,3 +220,16 @@ def test_setting_an_adapter_unmerges_all_layers_or_none() -> None:
         model.set_adapter("b")
     assert len(told) == 1
     assert base_bytes(model) == original
+
+
+def test_layers_merge_the_adapters_that_are_active_in_them() -> None:
+    model = adapted(tiny_mlp(), "a", per_neuron=2)
+    fill(model)
+    model.add_adapter("b", FPSConfig(per_neuron=2, init_weights=False))
+    for layer in layers_of(model).values():
+        layer.set_adapter(["a", "b"])
+    inputs = normal(3, 10)
+    expected = model(inputs)
+    model.merge_adapter()
+    assert all(layer.merged_adapters == ["a", "b"] for layer in layers_of(model).values())
+    torch.testing.assert_close(model(inputs), expected)
