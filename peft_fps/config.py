@@ -231,8 +231,3 @@ class FPSConfig(SavedConfig):
         """Whether the entries depend on data."""
         entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
         return IMPORTANCES[self.importance].needs != "nothing" and entries
-
-
-# a dataclass leaves their defaults on the class, where reading `config.allocation` would find None without a word
-for _name in ("allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled"):
-    delattr(FPSConfig, _name)

@@ -202,11 +202,3 @@ def test_a_selection_is_applied() -> None:
     expected = PeftModel.from_pretrained(encoder(), FILES)
     for path, layer in entry_layers(layers_of(expected)).items():
         assert torch.equal(layers_of(model)[path].fps_columns["default"], layer.fps_columns["default"])
-
-
-@pytest.mark.parametrize("name", ["allocation", "calibration", "whole_tensors", "tensors_sha256", "pickled"])
-def test_a_field_of_the_record_is_not_read_as_none_where_it_stood_before(name: str) -> None:
-    config = FPSConfig(**content("default"))
-    assert getattr(config.record, name) is not None
-    with pytest.raises(AttributeError, match=name):
-        getattr(config, name)
