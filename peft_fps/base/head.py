@@ -35,6 +35,11 @@ class Head:
     output_embeddings: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
 
+    @property
+    def left_out(self) -> list[str]:
+        """Full names of the modules that are no targets: a new head, and output embeddings."""
+        return self.modules + self.output_embeddings
+
 
 def find_head(model: nn.Module) -> Head:
     """Return what of a model is its head.
@@ -77,8 +82,7 @@ def find_head(model: nn.Module) -> Head:
 
 def output_head(model: nn.Module) -> list[str]:
     """Return the full names of the modules that are left out of the targets: a new head, or output embeddings."""
-    head = find_head(model)
-    return head.modules + head.output_embeddings
+    return find_head(model).left_out
 
 
 # --- timm and torchvision -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from peft_fps.base.head import Head, find_head
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
@@ -19,7 +20,7 @@ from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.targets.whole_modules import trained_head, warn_of_untrained_head, whole_modules, with_whole_head
+from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 
 
 DUMMY = DUMMY_TARGET_MODULES.lower()
@@ -76,19 +77,20 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
         ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
     """
     _check_task(model, config)
-    _settle_targets(model, config)
-    config.modules_to_save = with_whole_head(model, config)
-    found = Injection(whole_modules(model, config))
+    head = find_head(model)
+    _settle_targets(model, config, head)
+    config.modules_to_save = with_whole_head(model, config, head.modules)
+    found = Injection(whole_modules(model, config, head.modules))
     _name_linear_layers(model, config)
     saved_names = _rename_record(model, config)
     # norms come on top of targets; without any, PEFT is to say which were not found
     if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
-        found = replace(found, norms=biased_norms(model, config))
+        found = replace(found, norms=biased_norms(model, config, head))
     names = _matched(model, config, found, stored)
     check_whole_modules_apart(model, config, found.whole, names)
-    planned = plan(model, config, names, saved_names)
+    planned = plan(model, config, head, names, saved_names)
     check_whole_tensors(model, config, found.whole)
-    warn_of_untrained_head(model, config, names, found.whole)
+    warn_of_untrained_head(head, config, names, found.whole)
     return replace(found, plan=planned)
 
 
@@ -106,17 +108,17 @@ def _check_task(model: nn.Module, config: FPSConfig) -> None:
         )
 
 
-def _settle_targets(model: nn.Module, config: FPSConfig) -> None:
+def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
     """Fill the fields of a config that the user has left open, also those that another model has filled in."""
     if config.record is not None:
         _take_targets_from_record(config, config.record)
         return
     filled = config.filled_in
     if config.modules_to_save is None or config.modules_to_save == filled.modules_to_save:
-        config.modules_to_save = trained_head(model, config)
+        config.modules_to_save = head.modules or None
         filled = replace(filled, modules_to_save=config.modules_to_save)
     if config.target_modules is None or config.target_modules == filled.target_modules:
-        targets = default_targets(model, config)
+        targets = default_targets(model, config, head)
         config.target_modules, filled = targets, replace(filled, target_modules=targets)
     config.filled_in = filled
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_fps.base.head import Head
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
@@ -35,12 +36,13 @@ class Plan:
     base_parameters: int
 
 
-def plan(model: nn.Module, config: FPSConfig, names: list[str], saved_names: Mapping[str, str]) -> Plan:
+def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], saved_names: Mapping[str, str]) -> Plan:
     """Check the targeted modules, and return what injecting the adapter needs to know of them.
 
     Args:
         model: base model, with or without other adapters.
         config: config of the new adapter. A record in it is compared with the model.
+        head: of the model.
         names: paths of the modules to adapt.
         saved_names: names of these modules in the record, where they differ.
 
@@ -56,7 +58,7 @@ def plan(model: nn.Module, config: FPSConfig, names: list[str], saved_names: Map
     shapes = {name: kind.shape_of(base) for name, base in bases.items() if (kind := entry_layer_class(base))}
     weights = {name: _base_weight(model, name) for name in names}
     found = fingerprint(weights)
-    parameters = count_base_parameters(model)
+    parameters = count_base_parameters(model, head)
     if config.record is not None:
         found_sizes = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
         _check_allocation(config.record.allocation, found_sizes)

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_fps.base.head import find_head
+from peft_fps.base.head import Head, find_head
 from peft_fps.base.quantisation import quantisation, quantised_elements, stored_weight
 
 
@@ -45,7 +45,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def count_base_parameters(model: nn.Module) -> int:
+def count_base_parameters(model: nn.Module, head: Head | None = None) -> int:
     """Return the number of parameters of which a budget is a share: those of the base model without its output head.
 
     What the head shares with the rest of the model counts, such as output embeddings that are tied to the input
@@ -54,9 +54,10 @@ def count_base_parameters(model: nn.Module) -> int:
 
     Args:
         model: base model, with or without adapters.
+        head: of the model. Default: it is looked for.
     """
-    head = find_head(model)
-    left_out = tuple(f"{name}." for name in [*head.modules, *head.output_embeddings])
+    head = head or find_head(model)
+    left_out = tuple(f"{name}." for name in head.left_out)
     counted = {
         id(parameter): parameter
         for name, parameter in _all_names_of_parameters(model)

@@ -6,7 +6,7 @@ import warnings
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_fps.base.head import output_head
+from peft_fps.base.head import Head
 from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import LAYERS, entry_layer_class
 from peft_fps.layers.norm import is_biased_norm
@@ -14,7 +14,7 @@ from peft_fps.targets.base_parameters import count_base_parameters, named_base_m
 from peft_fps.targets.obstacle import obstacle
 
 
-def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
+def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
     """Return the names of all linear and convolutional layers outside the output head that can be adapted.
 
     `layers_to_transform` limits them to some blocks, as PEFT counts these: by the first number in a module's path, or
@@ -24,9 +24,10 @@ def default_targets(model: nn.Module, config: FPSConfig) -> set[str]:
     Args:
         model: base model, with or without adapters.
         config: gives `layers_to_transform` and `layers_pattern`.
+        head: of the model.
     """
-    _warn_of_packed_experts(model, config)
-    heads = output_head(model)
+    _warn_of_packed_experts(model, config, head)
+    heads = head.left_out
     inside = tuple(f"{head}." for head in heads)
     # the latter is what other adapters train whole
     apart = (nn.MultiheadAttention, AuxiliaryTrainingWrapper)
@@ -71,11 +72,11 @@ def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Paramete
     }
 
 
-def _warn_of_packed_experts(model: nn.Module, config: FPSConfig) -> None:
+def _warn_of_packed_experts(model: nn.Module, config: FPSConfig, head: Head) -> None:
     packed = packed_experts(model, config)
     if not packed:
         return
-    share = sum(parameter.numel() for parameter in packed.values()) / count_base_parameters(model)
+    share = sum(parameter.numel() for parameter in packed.values()) / count_base_parameters(model, head)
     names = [*packed][:2] + (["..."] if len(packed) > 2 else [])
     warnings.warn(
         f"{', '.join(names)}: {len(packed)} tensors with {share:.0%} of the base model's parameters hold the weights "
@@ -86,12 +87,12 @@ def _warn_of_packed_experts(model: nn.Module, config: FPSConfig) -> None:
     )
 
 
-def biased_norms(model: nn.Module, config: FPSConfig) -> set[str]:
+def biased_norms(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
     """Return the names of all LayerNorms with a bias outside the output head, embedding normalisations included.
 
     `layers_to_transform` limits them to some blocks.
     """
-    heads = output_head(model)
+    heads = head.left_out
     wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     inside = tuple(f"{head}." for head in [*heads, *wholes])
     return {

@@ -130,9 +130,8 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
 
 def _check_at_hand(model: nn.Module, name: str, weight: Tensor) -> None:
     """Raise ValueError for an offloaded weight that nothing brings any more."""
-    offloads = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if weight.device.type == "meta" and offloads and not hooked:
+    offloaded = weight.device.type == "meta" and "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if offloaded and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(
             f"{name}.weight is offloaded to disk, and accelerate's hooks that bring it are gone, expected them in "
             "place: PeftModel.from_pretrained takes them off a model with hf_device_map, and would then offload the "

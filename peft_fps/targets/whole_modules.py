@@ -8,7 +8,7 @@ from peft import TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_fps.base.head import find_head
+from peft_fps.base.head import Head
 from peft_fps.base.module_names import LISTS, all_names, named_outside
 from peft_fps.config import FPSConfig
 from peft_fps.targets.whole_checks import check_trainable_whole, remedy_for
@@ -21,30 +21,34 @@ NAMED_BY_PEFT = {
 }
 
 
-def trained_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
-    """Return the modules of the head that are trained whole by default; None if there are none."""
-    return find_head(model).modules or None
-
-
-def with_whole_head(model: nn.Module, config: FPSConfig) -> list[str] | None:
+def with_whole_head(model: nn.Module, config: FPSConfig, head: list[str]) -> list[str] | None:
     """Return the config's `modules_to_save`. Names that PEFT wrote for the task get the rest of the head added.
 
     PEFT looks for ends of names. A module of the head is added only if no module outside the head ends in its name.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter.
+        head: full names of the modules of the model's head.
     """
     names = config.modules_to_save
     if config.record is not None or not names or names != NAMED_BY_PEFT.get(config.task_type):  # type: ignore[call-overload]
         return names
     modules = [name for name, _ in named_outside(model)]
-    head = find_head(model).modules
     rest = [name for name in head if not _inside(name, [found for found in modules if found.endswith(tuple(names))])]
     return names + [name for name in rest if not any(m.endswith(name) and m not in head for m in modules)]
 
 
-def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
+def whole_modules(model: nn.Module, config: FPSConfig, head: list[str]) -> list[str]:
     """Return the full names of the modules that `modules_to_save` names. A shared module has all its names.
 
     The name of a module of the head means that module. Another name means every module whose path ends in it, behind a
     dot; with a record, only those of which the adapter has tensors. A list of modules stands for its members.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the adapter.
+        head: full names of the modules of the model's head.
 
     Raises:
         ValueError: a name is no module's, or is that of a module that cannot be trained whole.
@@ -52,7 +56,6 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     modules = dict(named_outside(model))
     names = list(config.modules_to_save or ())
     saved = [] if config.record is None else list(config.record.whole_tensors or ())
-    head = [] if saved else find_head(model).modules
     exact = [name for name in names if name in modules and (_holds(name, saved) if saved else name in head)]
     others = [key for key in saved if not _inside(key, exact)]
     found = list(exact)
@@ -80,18 +83,17 @@ def whole_modules(model: nn.Module, config: FPSConfig) -> list[str]:
     return named
 
 
-def warn_of_untrained_head(model: nn.Module, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:
+def warn_of_untrained_head(head: Head, config: FPSConfig, adapted: list[str], whole: list[str]) -> None:
     """Warn of parts of a new head that are neither adapted nor trained whole, unless `modules_to_save` is `[]`.
 
     Args:
-        model: base model, with or without other adapters.
+        head: of the base model.
         config: of the new adapter. One with a record gets no warning.
         adapted: paths of the modules that will be adapted.
         whole: paths of the modules that will be trained whole.
     """
     if config.record is not None or config.modules_to_save == []:
         return
-    head = find_head(model)
     frozen = [name for name in head.modules if not _inside(name, whole) and not _holds(name, adapted + whole)]
     if frozen:
         warnings.warn(

@@ -168,7 +168,7 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
 
 def neither_target_nor_head(model: PreTrainedModel) -> list[str]:
     """Layers that are not either a target or the head; what `nn.MultiheadAttention` reads itself is to be neither."""
-    targets, head, name = default_targets(model, config()), find_head(model), type(model).__name__
+    targets, head, name = default_targets(model, config(), find_head(model)), find_head(model), type(model).__name__
     if not name.startswith("PPDocLayout"):  # ties layers within the backbone
         check_untied(model, sorted(targets))
     attentions = [path for path, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
@@ -269,7 +269,7 @@ def test_what_joins_two_models_is_a_target(kind: str) -> None:
         text.update({"is_decoder": True, "add_cross_attention": True})
         both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
         model, joint = build(transformers.VisionEncoderDecoderModel, both), {"enc_to_dec_proj"}
-    assert joint <= default_targets(model, config())
+    assert joint <= default_targets(model, config(), find_head(model))
     assert {name.rpartition(".")[2] for name in find_head(model).output_embeddings} == {"lm_head"}
 
 

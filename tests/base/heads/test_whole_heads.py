@@ -39,6 +39,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
+from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import default_targets
 from tests.helpers import adapted, config, layers_of, normal, tiny_llama, tiny_vit, unchanged
 
@@ -165,7 +166,8 @@ def test_just_the_head_is_trained_whole(kind: str) -> None:
     marker = ".modules_to_save.default"
     found = {name for name, p in model.get_base_model().named_parameters(remove_duplicate=False) if marker in name}
     assert {name.replace(marker, "") for name in found} == expected
-    assert set(default_targets(seeded(kind), config())) == set(layers_of(model))
+    base = seeded(kind)
+    assert default_targets(base, config(), find_head(base)) == set(layers_of(model))
     report = model.selection_report()
     numbers = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert report.trained + report.head_parameters == sum(numbers.values()) == model.get_nb_trainable_parameters()[0]
