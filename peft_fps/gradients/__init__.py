@@ -2,8 +2,9 @@
 
 from peft_fps.gradients.accumulate import Accumulator, Exact, Streaming
 from peft_fps.gradients.backward_pass import BatchLoss, Weight, accumulate_gradients
+from peft_fps.gradients.contrastive import contrastive_step
 from peft_fps.gradients.gated_training import accumulate_gated_changes
-from peft_fps.gradients.losses import Loss, contrastive_step, task_loss
+from peft_fps.gradients.losses import Loss, task_loss
 from peft_fps.gradients.views import TwoViews
 from peft_fps.gradients.weight_training import accumulate_movement
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peft_fps.base.head import output_head
 from peft_fps.benchmarks.cost.methods import PER_NEURON
 from peft_fps.benchmarks.cost.random_models import copy_model
-from peft_fps.gradients.losses import contrastive_step
+from peft_fps.gradients.contrastive import contrastive_step
 
 
 @dataclass(frozen=True)
