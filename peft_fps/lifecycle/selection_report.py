@@ -1,5 +1,6 @@
 """The report of what an adapter has selected."""
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.card.selection_method import describe
@@ -9,6 +10,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, whole_parameters
 from peft_fps.selection import LayerSelection, NormSelection, SelectionReport
 from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.targets.left_out import left_out
 
 
 def selection_report(model: nn.Module, adapter_name: str | None = None) -> SelectionReport:
@@ -36,13 +38,19 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
             rows.append(NormSelection(path, layer.neurons, biases=biases, bytes=size))
     head = whole_parameters(model, adapter_name).values()
     state = next(iter(layers.values())).fps_state[adapter_name]
-    counted = state.base_parameters
+    counted, base = state.base_parameters, base_model(model)
+    wholes = [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
     return SelectionReport(
         layers=tuple(rows),
-        base_parameters=count_base_parameters(base_model(model)) if counted is None else counted,
+        base_parameters=count_base_parameters(base) if counted is None else counted,
         head_parameters=sum(parameter.numel() for parameter in head),
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
         method=describe(config, state),
+        left_out={weight.name: weight.share for weight in left_out(base, [*layers, *wholes])},
         unreached=() if state.calibration is None else state.calibration.unreached,
     )

@@ -1,5 +1,6 @@
 """The report of a selection: numbers per module and in total, as data and as a table."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        left_out: weights above 1 % of the base model that are neither adapted nor trained whole: full names, and
+            shares of all parameters of the base model.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -59,6 +62,7 @@ class SelectionReport:
     budget: float | None
     method: str
     unreached: tuple[str, ...] = ()
+    left_out: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -145,4 +149,6 @@ class SelectionReport:
         ]
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
+        names = [f"{name} ({share:.1%})" for name, share in self.left_out.items()]
+        summary.append(f"left out, above 1 % of the model: {', '.join(names) or 'nothing'}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])

@@ -143,7 +143,6 @@ def under(name: str, modules: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("task", NEW)
-@pytest.mark.filterwarnings("ignore:.*weights of many experts:UserWarning")
 def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
     """Every second model is asked for its targets, too: each is built once."""
     wrong = []
@@ -188,7 +187,6 @@ def neither_target_nor_head(model: PreTrainedModel) -> list[str]:
         ("IMAGE_TEXT_TO_TEXT", 9), ("TEXT_TO_WAVEFORM", 4),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*weights of many experts:UserWarning")
 def test_of_language_models_output_embeddings_alone_are_left_out(task: str, every: int) -> None:
     """The independent fact: a layer that has as many rows as there are tokens, or that is tied to an embedding."""
     wrong = []
@@ -218,7 +216,6 @@ def test_of_language_models_output_embeddings_alone_are_left_out(task: str, ever
 
 
 @pytest.mark.parametrize(("task", "every"), [("PRETRAINING", 3), ("RETRIEVAL", 1)])
-@pytest.mark.filterwarnings("ignore:.*weights of many experts:UserWarning")
 def test_every_layer_is_a_target_or_the_head_and_all_targets_can_be_adapted(task: str, every: int) -> None:
     assert [wrong for _, model in models_for(task, every) for wrong in neither_target_nor_head(model)] == []
 

@@ -1,0 +1,122 @@
+"""The large weights that an adapter leaves as they are, and why."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft_fps.base.head import Head
+from peft_fps.config import FPSConfig
+from peft_fps.layers.layer_types import entry_layer_class
+from peft_fps.targets.base_parameters import base_parameters, named_base_modules
+from peft_fps.targets.default_targets import in_wanted_block
+from peft_fps.targets.obstacle import obstacle
+
+
+LARGE = 0.01
+"""Share of a model's parameters above which a weight is named."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that an adapter neither adapts nor trains whole.
+
+    Attributes:
+        name: full name of the parameter in the base model.
+        share: its share of all parameters of the base model, from 0 to 1.
+    """
+
+    name: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.share:.1%})"
+
+
+def left_out(model: nn.Module, covered: Collection[str]) -> tuple[LeftOut, ...]:
+    """Return the weights above 1 % of a model that lie outside the covered modules, the largest first.
+
+    Args:
+        model: base model, with or without adapters.
+        covered: paths of the modules that are adapted or trained whole. What lies inside them is covered too.
+    """
+    inside = tuple(f"{path}." for path in covered)
+    parameters = dict(base_parameters(model))
+    total = sum(parameter.numel() for parameter in parameters.values())
+    found = [
+        LeftOut(name, parameter.numel() / total)
+        for name, parameter in parameters.items()
+        if parameter.numel() > LARGE * total and not name.startswith(inside)
+    ]
+    return tuple(sorted(found, key=lambda weight: -weight.share))
+
+
+def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Collection[str]) -> None:
+    """Name the large weights that stay frozen because the targets were left to the default, and how to train them.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter. Without the blocks that `layers_to_transform` leaves out. There is no warning if it
+            names its targets, or has a record.
+        head: of the model.
+        whole: paths of the modules that will be trained whole.
+    """
+    targets = config.filled_in.target_modules
+    if config.record is not None or targets is None or config.target_modules != targets:
+        return
+    modules = dict(named_base_modules(model))
+    groups: dict[str, list[LeftOut]] = {}
+    # a weight that is tied to a covered one has its other name
+    for weight in left_out(model, [*targets, *whole, *_unfit(modules, targets)]):
+        owner, _, own = weight.name.rpartition(".")
+        if not in_wanted_block(weight.name, config):
+            continue
+        groups.setdefault(_advice(modules, owner, own, head), []).append(weight)
+    if groups:
+        kinds = "; ".join(f"{_listed(weights)}: {advice}" for advice, weights in groups.items())
+        warnings.warn(
+            f"Weights above 1 % of the model stay frozen under the default targets. {kinds}. Pass target_modules to "
+            "choose layers without this warning.",
+            stacklevel=2,
+        )
+
+
+def _unfit(modules: dict[str, nn.Module], targets: Collection[str]) -> list[str]:
+    """Return the layers of a supported kind that cannot be adapted, which `default_targets` has named."""
+    return [
+        path
+        for path, module in modules.items()
+        if path not in targets and entry_layer_class(module) is not None and obstacle(module, certain=True)
+    ]
+
+
+def _advice(modules: dict[str, nn.Module], owner: str, own: str, head: Head) -> str:
+    """Return why a weight is no default target, and the line that trains it.
+
+    Args:
+        modules: of the base model, by path.
+        owner: path of the module that holds the weight.
+        own: name of the weight in it.
+        head: of the model.
+    """
+    module: Any = modules[owner]
+    whole = f"train it whole with modules_to_save=[{owner!r}]"
+    if owner in head.output_embeddings:
+        return f"output embeddings; {whole}"
+    if isinstance(module, nn.Embedding):
+        return f"an embedding; {whole}"
+    parent = modules.get(owner.rpartition(".")[0])
+    if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+        return "read by torch.nn.MultiheadAttention without calling a layer; use an implementation with linear layers"
+    if "expert" in type(module).__name__.lower() and module._parameters[own].dim() > 1:
+        return "one tensor for the weights of many experts, which FPS cannot adapt"
+    if owner and next(module.children(), None) is None:
+        return f"a {type(module).__name__}, which FPS does not adapt; {whole}"
+    return f"a parameter of {type(module).__name__} itself, which no layer holds"
+
+
+def _listed(weights: list[LeftOut]) -> str:
+    more = f" and {len(weights) - 2} more ({sum(weight.share for weight in weights):.1%} together)"
+    return ", ".join(map(str, weights[:2])) + (more if len(weights) > 2 else "")

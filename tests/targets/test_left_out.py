@@ -1,0 +1,97 @@
+"""Large weights that stay frozen are named, in one warning and in the report."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_fps import FPSConfig
+from peft_fps.targets.left_out import left_out
+from tests.helpers import tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit
+
+
+class Parts(nn.Module):
+    """Holds 2,000 numbers: 1,000 in an embedding, 960 in a layer, 21 in a parameter of its own, 19 in a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(100, 10)
+        self.layer = nn.Linear(96, 10, bias=False)
+        self.scale = nn.Parameter(nn.init.ones_(self.layer.weight.new_empty(21)))
+        self.small = nn.Parameter(nn.init.ones_(self.layer.weight.new_empty(19)))
+
+
+@pytest.mark.parametrize(
+    ("covered", "expected"),
+    [
+        ([], {"tokens.weight": 0.5, "layer.weight": 0.48, "scale": 0.0105}),
+        (["layer"], {"tokens.weight": 0.5, "scale": 0.0105}),
+        (["layer", "tokens"], {"scale": 0.0105}),
+    ],
+    ids=str,
+)
+def test_weights_above_one_percent_and_their_shares(covered: list[str], expected: dict[str, float]) -> None:
+    found = left_out(Parts(), covered)
+    assert {weight.name: weight.share for weight in found} == pytest.approx(expected)
+    assert list(expected) == [weight.name for weight in found]  # the largest first
+
+
+def said(model: nn.Module, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(model, FPSConfig(**{"budget": 0.05} | options))
+    texts = [str(warning.message) for warning in caught]
+    return [text for text in texts if text.startswith("Weights above 1 % of the model stay frozen")]
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_bert], ids=["gpt2", "bert"])
+def test_default_targets_name_what_they_leave_out_once(build: Callable[[], Any]) -> None:
+    base = build()
+    expected = {
+        name
+        for name, parameter in base.named_parameters()
+        if "embed" in name or ".wte." in name or ".wpe." in name
+        if parameter.numel() > 0.01 * base.num_parameters() and parameter.dim() > 1
+    }
+    texts = said(base)
+    assert len(texts) == 1
+    assert expected
+    for name in expected:
+        assert f"{name} (" in texts[0]
+        assert f"modules_to_save=['{name.removesuffix('.weight')}']" in texts[0]
+
+
+def test_who_chooses_is_not_told() -> None:
+    assert not said(tiny_gpt2(), target_modules=["c_fc"])
+    assert not said(tiny_gpt2(), layers_to_transform=[0])  # the embeddings lie in no block
+    assert not said(tiny_mlp(), budget=0.3)
+
+
+def test_modules_trained_whole_are_not_left_out() -> None:
+    whole = ["bert.embeddings", "classifier"]
+    assert not any("embeddings" in text for text in said(tiny_bert(), modules_to_save=whole))
+
+
+def test_the_last_line_of_the_report_names_them(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_gpt2(), FPSConfig(budget=0.05, target_modules=["c_fc"]))
+    total = sum(parameter.numel() for parameter in tiny_gpt2().parameters())
+    report = model.selection_report()
+    assert report.left_out["transformer.wte.weight"] == tiny_gpt2().transformer.wte.weight.numel() / total
+    assert "transformer.h.0.attn.c_attn.weight" in report.left_out
+    assert not any("c_fc" in name for name in report.left_out)
+    last = str(report).splitlines()[-1]
+    assert last.startswith("left out, above 1 % of the model: ")
+    assert all(f"{name} ({share:.1%})" in last for name, share in report.left_out.items())
+    assert report.to_dict()["left_out"] == report.left_out
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_gpt2(), tmp_path).selection_report().left_out == report.left_out
+
+
+def test_a_report_says_if_nothing_is_left_out() -> None:
+    report = get_peft_model(tiny_mlp(), FPSConfig(budget=0.3)).selection_report()
+    assert str(report).splitlines()[-1] == "left out, above 1 % of the model: nothing"
+    vit = get_peft_model(tiny_vit(), FPSConfig(budget=0.05)).selection_report()
+    assert set(vit.left_out) <= {"vit.embeddings.position_embeddings", "vit.embeddings.cls_token"}
