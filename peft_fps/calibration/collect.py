@@ -203,7 +203,9 @@ class Collector:
             x: the input.
         """
         if isinstance(base, CONVOLUTIONS + TRANSPOSED):
-            return convolution_sums(x.detach(), base, self._norm)
+            sequences = x.dim() == 3 and len(base.kernel_size) == 1
+            mask = self._mask(path, x.transpose(1, 2)) if sequences else None
+            return convolution_sums(x.detach(), base, self._norm, mask)
         mask = self._mask(path, x)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version

@@ -17,8 +17,8 @@ weight `W` lists them:
 | `nn.Conv1d` to `nn.Conv3d` | `(neurons, channels / groups, *kernel)` | `W[n].flatten()[c]` |
 | `nn.ConvTranspose1d` to `3d` | `(channels, neurons / groups, *kernel)` | `W[i, o].flatten()[c % taps]` |
 
-In the last row, taps is the number of elements of the kernel. `o = n % (neurons / groups)` is the place of the neuron in
-its group. `i = n // (neurons / groups) · (channels / groups) + c // taps` is an input channel of that group. So the
+In the last row, taps is the number of positions in the kernel. `o = n % (neurons / groups)` is the place of the neuron
+in its group. `i = n // (neurons / groups) · (channels / groups) + c // taps` is an input channel of that group. So the
 columns of a transposed convolution are those of a convolution with the same channels and kernel.
 
 A norm, which has a bias delta alone, is written as a module with 0 inputs and 0 entries.

@@ -104,6 +104,49 @@ def test_without_padding_all_taps_of_a_transposed_convolution_are_alike():
     torch.testing.assert_close(sums, expected)
 
 
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
+def test_a_convolution_over_padded_sequences_leaves_out_outputs_at_padding():
+    convolution, x = nn.Conv1d(2, 4, 3, padding=1), normal(2, 2, 5)
+    expected = torch.zeros(2, 3, dtype=torch.float64)
+    for example, length in enumerate((3, 4)):
+        for position in range(length):
+            for tap in range(3):
+                read = position + tap - 1
+                if 0 <= read < 5:
+                    expected[:, tap] += x[example, :, read].abs()
+    sums, positions = convolution_sums(x, convolution, "l1", MASK)
+    assert positions == 7
+    torch.testing.assert_close(sums, expected.reshape(1, 6))
+
+
+def test_a_transposed_convolution_over_padded_sequences_leaves_out_inputs_at_padding():
+    x = normal(2, 2, 5)
+    x[0, :, 3:], x[1, :, 4:] = torch.nan, torch.inf
+    sums, positions = convolution_sums(x, nn.ConvTranspose1d(2, 4, 2), "l2", MASK)
+    expected = (x[0, :, :3].double().square().sum(1) + x[1, :, :4].double().square().sum(1)).repeat_interleave(2)
+    assert positions == 7
+    torch.testing.assert_close(sums[0], expected)
+
+
+def test_a_mask_of_another_length_is_no_mask():
+    x, convolution = normal(2, 2, 5), nn.Conv1d(2, 4, 2, stride=2)
+    left, right = (convolution_sums(x, convolution, "l1", mask) for mask in (MASK, None))
+    assert torch.equal(left[0], right[0])
+    assert left[1] == right[1] == 4
+
+
+def test_the_mask_of_a_batch_reaches_convolutions_of_sequences():
+    base, x = nn.Conv1d(2, 4, 1), normal(2, 2, 5)
+    found = Collector({"layer": Observed(base, base, 1, 2)}, "l1")
+    with torch.no_grad(), found:
+        found.start_batch({"x": x, "attention_mask": MASK})
+        base(x)
+    assert found.statistics["layer"].positions == 7
+    torch.testing.assert_close(found.statistics["layer"].sums, convolution_sums(x, base, "l1", MASK)[0])
+
+
 def test_the_output_size_of_a_call_counts():
     """With a stride of 3, the padding cuts off the last tap of the last position, if the output is not asked for."""
     base = nn.ConvTranspose1d(2, 3, 3, stride=3, padding=1)
