@@ -192,6 +192,27 @@ def test_computed_weights_are_left_out_with_a_warning_and_refused_by_name(kind: 
     assert set(layers_of(model)) == {"plain"}
 
 
+def test_a_model_of_computed_weights_alone_is_refused_with_what_makes_them_parameters():
+    base = nn.Sequential(COMPUTED["conv"](), COMPUTED["transposed"]())
+    advice = (
+        r"None of the 2 layers of Sequential .*0: its weight is computed .*remove_parametrizations\(module, 'weight'\)"
+    )
+    with unchanged(base), pytest.raises(ValueError, match=advice):
+        get_peft_model(base, config())
+    for layer in base:
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert set(layers_of(get_peft_model(base, config()))) == {"0", "1"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_the_older_weight_norm_is_named():
+    base = Around(torch.nn.utils.weight_norm(nn.Conv1d(6, 5, 3)))
+    with pytest.raises(
+        ValueError, match=r"layer: its weight is computed .*torch\.nn\.utils\.remove_weight_norm\(module\)"
+    ):
+        get_peft_model(base, config(target_modules=["layer"]))
+
+
 def test_a_product_that_is_put_over_one_layer_is_run():
     torch.manual_seed(0)
     base, x = Around(nn.Conv2d(3, 4, 3, padding=1)), normal(2, 3, 5, 5)

@@ -186,11 +186,6 @@ TEXTS: dict[str, Case] = {
     "wav2vec2": Case(
         of("Wav2Vec2ForCTC", "Wav2Vec2Config", **WAVES),
         lambda: {"input_values": normal(2, 200)},
-        options={"target_modules": r".*(_proj|dense)"},
-    ),
-    "wav2vec2-convolutions": Case(
-        of("Wav2Vec2ForCTC", "Wav2Vec2Config", **WAVES),
-        lambda: {"input_values": normal(2, 200)},
         left_out=True,  # the positional convolution, whose weight is normalised
     ),
     "encodec": Case(
@@ -209,17 +204,6 @@ TEXTS: dict[str, Case] = {
         ),
         lambda: {"input_values": normal(2, 1, 64)},
         unused=r"model\.encoder",  # the codes cut off the gradient
-    ),
-    "squeezebert": Case(
-        of(
-            "SqueezeBertForSequenceClassification",
-            "SqueezeBertConfig",
-            embedding_size=32,
-            num_labels=3,
-            **{f"{part}_groups": 2 for part in ("q", "k", "v", "intermediate", "output")},
-            **TEXT,
-        ),
-        text(),
     ),
     "whisper": Case(
         of(
