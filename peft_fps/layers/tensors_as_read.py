@@ -55,7 +55,7 @@ class ChangedTensor(Tensor):
 
         def replaced(argument: Any) -> Any:
             if isinstance(argument, (list, tuple)):
-                return type(argument)(map(replaced, argument))
+                return (list if isinstance(argument, list) else tuple)(map(replaced, argument))
             if isinstance(argument, ChangedTensor):
                 held = vars(argument)
                 return held["frozen"] if describes else held["changed"]()
