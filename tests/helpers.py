@@ -112,6 +112,26 @@ def tiny_conv() -> TinyConv:
     return _seeded(TinyConv)
 
 
+class TinyCodec(nn.Module):
+    """Convolutions over sequences and volumes, and transposed ones, of which one is asked for an output size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Conv1d(2, 6, 3, stride=2, padding=1, groups=2)
+        self.decode = nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, groups=2)
+        self.widen = nn.ConvTranspose2d(4, 3, (2, 3), stride=(1, 2), padding=(0, 1))
+        self.volume = nn.Conv3d(1, 4, (3, 2, 2), padding=(1, 1, 0), padding_mode="circular", bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.decode(F.relu(self.encode(x)), output_size=x.shape[2:]))
+        y = F.relu(self.widen(y.unflatten(2, (2, -1))))
+        return self.volume(y[:, None]).mean((2, 3, 4))
+
+
+def tiny_codec() -> TinyCodec:
+    return _seeded(TinyCodec)
+
+
 class TinyMLP(nn.Module):
     """Two linear layers with some non-linearity between them."""
 
@@ -160,6 +180,10 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def images(batch: int = 4, seed: int = 0) -> Tensor:
     return normal(batch, 3, 16, 16, seed=seed)
+
+
+def waves(batch: int = 4, seed: int = 0) -> Tensor:
+    return normal(batch, 2, 8, seed=seed)
 
 
 def image_batches(count: int = 3, batch: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -221,14 +245,26 @@ def selected_columns(layer: EntryLayer, adapter_name: str = "default") -> list[l
 def dense_change(layer: EntryLayer, adapter_name: str = "default") -> Tensor:
     """ΔW as a dense float64 tensor of the stored weight's shape, entry by entry."""
     base = layer.base_layer
+    delta = torch.zeros(base.weight.shape, dtype=torch.float64)
+    flat, places = delta.view(-1), iter(entry_places(base, selected_columns(layer, adapter_name)))
+    for value in layer.fps_values[adapter_name].detach().double().tolist():
+        flat[next(places)] = value
+    return delta
+
+
+def entry_places(base: Any, rows: list[list[int]]) -> list[int]:
+    """Place of every entry in a base layer's flattened weight, given the columns of its neurons."""
     weight = base.weight
-    by_neuron = weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
-    delta = torch.zeros(by_neuron.shape, dtype=torch.float64)
-    values = iter(layer.fps_values[adapter_name].detach().double().tolist())
-    for row, columns in enumerate(selected_columns(layer, adapter_name)):
-        for column in columns:
-            delta[row, column] = next(values)
-    return delta.t() if isinstance(base, Conv1D) else delta.reshape(weight.shape)
+    if isinstance(base, Conv1D):
+        return flat_positions(rows, weight.shape[0], transposed=True)
+    if not getattr(base, "transposed", False):
+        return flat_positions(rows, weight[0].numel())
+    width, taps, channels = weight.shape[1], weight.shape[2:].numel(), weight.shape[0] // base.groups
+    return [
+        ((row // width * channels + column // taps) * width + row % width) * taps + column % taps
+        for row, columns in enumerate(rows)
+        for column in columns
+    ]
 
 
 def dense_reference(base: nn.Module, model: nn.Module, adapters: list[str]) -> nn.Module:

@@ -25,3 +25,20 @@ class Standardised(nn.Conv2d):
 class PadsFirst(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (0, 1, 2, 1)), self.weight, None, stride=self.stride, groups=self.groups)
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(F.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)), self.weight, self.bias)
+
+
+class Trimmed(nn.ConvTranspose1d):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(x, output_size)[..., : -self.stride[0]] * 2
+
+
+class Halved(nn.Conv2d):
+    """Has another product, and torch's forward."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / 2, bias)

@@ -15,10 +15,15 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 from peft_fps.base.quantisation import quantisation
 
 
-KINDS = (nn.Linear, TransformersConv1D, nn.Conv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS = (nn.Linear, TransformersConv1D, *CONVOLUTIONS, *TRANSPOSED)
 
-SIZES = (3, 2)
-"""Height and width of the images on which a convolution is tried, beyond its kernel."""
+METHODS = ("_conv_forward", "_output_padding")
+"""What the forward of torch's convolutions calls, which a subclass or a layer may replace in place of forward."""
+
+SIZES = (3, 2, 1)
+"""Size of the examples on which a convolution is tried, beyond its kernel."""
 
 
 def call_with(base: Any, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -52,9 +57,16 @@ def twin_with(base: Any, tensors: dict[str, Any]) -> Any:
 
 
 def overrides_forward(base: Any) -> bool:
-    """Whether the class of an unquantised layer has another forward than the kind of layer that it is."""
-    kind = next((kind for kind in KINDS if isinstance(base, kind)), None)
-    return kind is not None and type(base).forward is not kind.forward and quantisation(base) is None
+    """Whether the class of an unquantised layer has another forward than the kind of layer that it is.
+
+    The methods that torch's own forward calls count too, also where the layer itself has another one.
+    """
+    kind: Any = next((kind for kind in KINDS if isinstance(base, kind)), None)
+    if kind is None or quantisation(base) is not None:
+        return False
+    own: Any = type(base)
+    replaced = any(getattr(own, name, None) is not getattr(kind, name, None) for name in METHODS)
+    return replaced or own.forward is not kind.forward or any(name in vars(base) for name in METHODS)
 
 
 def follows_its_weight(base: Any) -> bool | None:
@@ -105,9 +117,9 @@ def _ramp(like: Tensor) -> Tensor:
 
 
 def _input_shape(base: Any) -> tuple[int, ...]:
-    if isinstance(base, nn.Conv2d):
+    if isinstance(base, CONVOLUTIONS + TRANSPOSED):
         extent = [(kernel - 1) * step + 1 for kernel, step in zip(base.kernel_size, base.dilation, strict=True)]
-        return (1, base.in_channels, *(size + more for size, more in zip(extent, SIZES, strict=True)))
+        return (1, base.in_channels, *(size + more for size, more in zip(extent, SIZES, strict=False)))
     return (3, base.weight.shape[0 if isinstance(base, TransformersConv1D) else 1])
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.padding import Padding, padding_of
-from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
+from peft_fps.calibration.statistics import InputStatistics, column_sums
+from peft_fps.calibration.tap_sums import convolution_sums
 
 
 DECODER = re.compile(r"(^|[._])decoder\.")
@@ -31,7 +33,8 @@ class Observed:
         base: the linear layer or convolution that multiplies this input with its weight.
         groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
         inputs: fan-in of a neuron.
-        own_forward: whether the base layer overrides forward and may change its input before it multiplies.
+        own_forward: whether only the product shows what is multiplied: the base layer overrides forward and may change
+            its input first, or is a transposed convolution, whose geometry may depend on a call's `output_size`.
     """
 
     module: nn.Module
@@ -153,7 +156,7 @@ class Collector:
         return hook
 
     def _watch(self, path: str, base: nn.Module) -> None:
-        """Observe a layer that overrides forward by the tensor that it multiplies with its weight.
+        """Observe a layer by the tensor that it multiplies with its weight.
 
         Args:
             path: module path of the layer.
@@ -199,9 +202,10 @@ class Collector:
             base: linear layer or convolution that multiplies the input with its weight.
             x: the input.
         """
-        if isinstance(base, nn.Conv2d):
-            batched = x if x.dim() == 4 else x[None]
-            return patch_sums(pad_like(batched.detach(), base), base, self._norm)
+        if isinstance(base, CONVOLUTIONS + TRANSPOSED):
+            sequences = x.dim() == 3 and len(base.kernel_size) == 1
+            mask = self._mask(path, x.transpose(1, 2)) if sequences else None
+            return convolution_sums(x.detach(), base, self._norm, mask)
         mask = self._mask(path, x)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version

@@ -1,7 +1,7 @@
-"""The tensor that a layer with an overridden forward multiplies with its weight.
+"""The tensor that a layer multiplies with its weight, and the geometry of the product.
 
-Such a layer may pad or normalise its input first. So the call of PyTorch's product shows the tensor, not the call of
-the layer.
+A layer with an overridden forward may pad or normalise its input first. A transposed convolution may be called with an
+`output_size`. So the call of PyTorch's product shows them, not the call of the layer.
 """
 
 from typing import Any
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+PRODUCTS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.linear: (nn.Linear, ("input", "weight", "bias")),
+    torch.conv1d: (nn.Conv1d, CONVOLUTION),
+    torch.conv2d: (nn.Conv2d, CONVOLUTION),
+    torch.conv3d: (nn.Conv3d, CONVOLUTION),
+    torch.conv_transpose1d: (nn.ConvTranspose1d, TRANSPOSED),
+    torch.conv_transpose2d: (nn.ConvTranspose2d, TRANSPOSED),
+    torch.conv_transpose3d: (nn.ConvTranspose3d, TRANSPOSED),
 }
+"""PyTorch's products with a weight: the kind of layer that computes each, and the names of its arguments."""
 
 
 class WatchedProduct(TorchFunctionMode):
@@ -35,17 +44,29 @@ class WatchedProduct(TorchFunctionMode):
         self._base: Any = base
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        names = ARGUMENTS.get(func)
-        if names is not None and self.first is None:
+        kind, names = PRODUCTS.get(func, (None, ()))
+        if self.first is None and kind is not None and isinstance(self._base, kind):
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             if given["weight"].shape == self._base.weight.shape:
-                self.first = given["input"], self._equivalent(given)
+                self.first = given["input"], self._equivalent(kind, given)
         return func(*args, **(kwargs or {}))
 
-    def _equivalent(self, given: dict[str, Any]) -> nn.Module:
-        """Return a layer without memory that has the geometry of a product, from the arguments of the product."""
+    def _equivalent(self, kind: Any, given: dict[str, Any]) -> nn.Module:
+        """Return a layer without memory that has the geometry of a product.
+
+        Args:
+            kind: of layer that computes the product.
+            given: arguments of the product.
+        """
         base = self._base
-        if not isinstance(base, nn.Conv2d):
-            return nn.Linear(base.in_features, base.out_features, device="meta")
-        geometry: Any = {name: given[name] for name in ("stride", "padding", "dilation", "groups") if name in given}
-        return nn.Conv2d(base.in_channels, base.out_channels, given["weight"].shape[2:], device="meta", **geometry)
+        if kind is nn.Linear:
+            layer: nn.Module = kind(base.in_features, base.out_features, device="meta")
+            return layer
+        names = (*CONVOLUTION[3:], "output_padding")
+        geometry = {name: _fixed(given[name]) for name in names if name in given}
+        layer = kind(base.in_channels, base.out_channels, given["weight"].shape[2:], device="meta", **geometry)
+        return layer
+
+
+def _fixed(number: Any) -> Any:
+    return tuple(number) if isinstance(number, list) else number

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 RUN_ELEMENTS = 1 << 18
@@ -58,45 +57,6 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     return total, count
 
 
-def patch_sums(x: Tensor, convolution: nn.Conv2d, norm: str) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every input of a convolution over all output positions.
-
-    An input is a channel within a group together with a position in the kernel. Its sum is that of a strided view, so
-    that no patch is copied.
-
-    Args:
-        x: padded activations, `(batch, channels, height, width)`.
-        convolution: gives kernel size, stride, dilation and groups.
-        norm: `"l1"` for |a|, `"l2"` for a².
-
-    Returns:
-        Sums `(groups, inputs)` in the dtype of `wide_dtype`, with inputs = channels / groups · kernel height · kernel
-        width, and the number of output positions.
-    """
-    (kernel_h, kernel_w), (stride_h, stride_w) = convolution.kernel_size, convolution.stride
-    dilation_h, dilation_w = convolution.dilation
-    height = (x.shape[2] - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
-    width = (x.shape[3] - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
-    sums = []
-    for top in range(0, dilation_h * kernel_h, dilation_h):
-        rows = x[:, :, top : top + stride_h * (height - 1) + 1 : stride_h]
-        for left in range(0, dilation_w * kernel_w, dilation_w):
-            sums.append(_power_sum(rows[..., left : left + stride_w * (width - 1) + 1 : stride_w], norm))
-    return torch.stack(sums, dim=1).reshape(convolution.groups, -1), x.shape[0] * height * width
-
-
-def pad_like(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Return `x` `(batch, channels, height, width)` with the padding of a convolution, in its padding mode."""
-    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
-    return F.pad(x, convolution._reversed_padding_repeated_twice, mode=mode)
-
-
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of running sums: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _power_sum(x: Tensor, norm: str) -> Tensor:
-    """Sum |x| or x² of `(batch, channels, height, width)` per channel, `(channels,)` in the dtype of `wide_dtype`."""
-    power = x.abs() if norm == "l1" else x.to(torch.promote_types(x.dtype, torch.float32)).square()
-    return power.sum((0, 2, 3), dtype=wide_dtype(x.device))

@@ -7,6 +7,20 @@
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
 | `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
 
+A neuron is an output of a linear layer, or an output channel of a convolution. Columns count its inputs from 0, as the
+weight `W` lists them:
+
+| layer | weight | entry at neuron n, column c |
+|---|---|---|
+| `nn.Linear` | `(neurons, inputs)` | `W[n, c]` |
+| transformers' `Conv1D` | `(inputs, neurons)` | `W[c, n]` |
+| `nn.Conv1d` to `nn.Conv3d` | `(neurons, channels / groups, *kernel)` | `W[n].flatten()[c]` |
+| `nn.ConvTranspose1d` to `3d` | `(channels, neurons / groups, *kernel)` | `W[i, o].flatten()[c % taps]` |
+
+In the last row, taps is the number of positions in the kernel. `o = n % (neurons / groups)` is the place of the neuron
+in its group. `i = n // (neurons / groups) · (channels / groups) + c // taps` is an input channel of that group. So the
+columns of a transposed convolution are those of a convolution with the same channels and kernel.
+
 A norm, which has a bias delta alone, is written as a module with 0 inputs and 0 entries.
 """
 

@@ -15,6 +15,7 @@ from peft_fps.calibration.batches import count_examples
 from peft_fps.gradients.accumulate import Accumulator, Exact
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
 from peft_fps.gradients.losses import check_loss
+from peft_fps.sparse import Layout
 
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
@@ -26,17 +27,16 @@ class Weight:
     """A weight to score.
 
     Attributes:
-        parameter: the stored weight: `(neurons, inputs)`, `(inputs, neurons)` if `transposed`, or a convolution's
-            `(neurons, channels / groups, kernel height, kernel width)`.
-        transposed: whether the weight is stored as `(inputs, neurons)`. Default: False.
+        parameter: the stored weight.
+        layout: how it is stored. Default: by rows.
     """
 
     parameter: nn.Parameter
-    transposed: bool = False
+    layout: Layout = Layout()
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """Return a tensor of the weight's stored shape as a matrix, `(neurons, inputs)` float32."""
-        return (stored.t() if self.transposed else stored.flatten(1)).float()
+        return self.layout.matrix(stored).float()
 
 
 def accumulate_gradients(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from peft_fps.base.substitution import overrides_forward
+from peft_fps.base.substitution import TRANSPOSED, overrides_forward
 from peft_fps.calibration import InputStatistics, Observed, observe
 from peft_fps.importance.importance import Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.importance.settings import Settings
@@ -46,9 +46,11 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
 
 def _observed(layer: EntryLayer) -> Observed:
     """Return what the forward pass has to know of a layer to observe it."""
-    groups = getattr(layer.base_layer, "groups", 1)
+    base = layer.base_layer
+    groups = getattr(base, "groups", 1)
     assert isinstance(layer, nn.Module)
-    return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
+    watched = overrides_forward(base) or isinstance(base, TRANSPOSED)
+    return Observed(layer, base, groups, layer.shape.inputs, watched)
 
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:

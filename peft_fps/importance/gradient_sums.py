@@ -109,7 +109,7 @@ def weights_of(request: Request) -> dict[str, Weight]:
                 f"{path}: its weight was made in inference mode, expected one that gets gradients, {remedy}. Load the "
                 "model outside of torch.inference_mode(), or choose importance='activation'. Nothing was changed."
             )
-    return {path: Weight(layer.base_layer.weight, layer.transposed) for path, layer in request.layers.items()}
+    return {path: Weight(layer.base_layer.weight, layer.layout) for path, layer in request.layers.items()}
 
 
 def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator]:

@@ -8,6 +8,7 @@
 | `layer_types` | the table that tells which tuner layer a base layer gets |
 | `adapter_state` | what all layers of one adapter share |
 | `placement`, `tensor_checks`, `layer_merge`, `scale`, `entry_structures` | parts of a tuner layer |
+| `tensors_as_read` | what a model gets that reads weights off its layers |
 | `merge_record` | merging into one weight, and undoing that bit for bit |
 | `rebuilt_inputs` | which inputs backward can form again from what another layer keeps |
 | `mixed_batch`, `sample_names` | one adapter per sample |

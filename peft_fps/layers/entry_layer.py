@@ -13,7 +13,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.merge_record import MergeRecord, merge_entries
 from peft_fps.selection import LayerShape
 from peft_fps.selection.module_sizes import ModuleSizes
-from peft_fps.sparse import check_entries, dense_delta, even_row_counts
+from peft_fps.sparse import Layout, check_entries, dense_delta, even_row_counts
 
 
 UNLOADED_COLUMN = -1
@@ -25,7 +25,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
 
     Attributes:
         shape: of the weight seen as `(neurons, inputs)`.
-        transposed: whether the weight is stored as `(inputs, neurons)`.
+        layout: how the weight is stored.
         fps_values: per adapter `(nnz,)`, ΔW at the selected entries.
         fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
@@ -40,7 +40,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
 
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
-        self.shape = self.shape_of(base_layer)
+        self.shape, self.layout = self.shape_of(base_layer), self.layout_of(base_layer)
         self._derived = {}
         self._united = {}
 
@@ -52,8 +52,14 @@ class EntryLayer(StructuredLayer, FPSLayer):
     @classmethod
     def shape_of(cls, base_layer: Any) -> LayerShape:
         """Return the shape of a base layer's weight seen as `(neurons, inputs)`."""
-        shape = base_layer.weight.shape
-        return LayerShape(shape[1], shape[0]) if cls.transposed else LayerShape(shape[0], shape[1:].numel())
+        shape, layout = base_layer.weight.shape, cls.layout_of(base_layer)
+        neurons = shape[1] * layout.groups if layout.transposed else shape[0]
+        return LayerShape(neurons, shape.numel() // max(neurons, 1))
+
+    @classmethod
+    def layout_of(cls, base_layer: Any) -> Layout:
+        """Return how a base layer's weight is stored. Default: by rows."""
+        return Layout()
 
     def __getstate__(self) -> dict[str, Any]:
         # what is derived stays behind: a copy, or another process, checks the tensors anew
@@ -131,8 +137,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
             return self._matrix(first, last)
 
     def _matrix(self, first: int, last: int) -> Tensor:
-        weight = self.base_layer.weight.detach()
-        return (weight.t() if self.transposed else weight.flatten(1))[first:last]
+        return self.layout.matrix(self.base_layer.weight.detach())[first:last]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's ΔW, times its scale, as a dense tensor in the shape and dtype of the base weight."""

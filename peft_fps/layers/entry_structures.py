@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 
 from peft_fps.layers.tensor_checks import CheckedLayer
 from peft_fps.selection import LayerShape
-from peft_fps.sparse import Structure, build_structure, unite_structures
+from peft_fps.sparse import Layout, Structure, build_structure, unite_structures
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class StructuredLayer(CheckedLayer):
 
     Attributes:
         shape: of the weight.
-        transposed: whether the weight is stored as `(inputs, neurons)`.
+        layout: how the weight is stored.
         fps_columns: per adapter `(nnz,)`.
         fps_row_counts: per adapter `(neurons,)`.
     """
 
     shape: LayerShape
-    transposed: bool = False
+    layout: Layout
     fps_columns: BufferDict
     fps_row_counts: BufferDict
     _derived: dict[str, Derived]
@@ -96,7 +96,7 @@ class StructuredLayer(CheckedLayer):
         self._refuse_tracing(adapter_name, columns)
         self.check_tensors(adapter_name)
         with torch.inference_mode(False):  # what is derived during inference must serve training later
-            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
+            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.layout)
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts

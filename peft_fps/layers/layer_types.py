@@ -4,7 +4,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.base.quantisation import quantisation
-from peft_fps.layers.convolution import Conv2d
+from peft_fps.layers.convolution import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.linear import Conv1DLinear, Linear
@@ -15,7 +22,12 @@ from peft_fps.layers.quantised_linear import QuantisedLinear
 LAYERS: dict[type[nn.Module], type[EntryLayer]] = {
     nn.Linear: Linear,
     TransformersConv1D: Conv1DLinear,
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
 }
 """FPS layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
 

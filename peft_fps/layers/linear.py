@@ -1,9 +1,12 @@
 """FPS layers over the two kinds of linear layers."""
 
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.layers.sparse_product import ProductLayer
+from peft_fps.sparse import Layout
 
 
 class Linear(ProductLayer):
@@ -23,4 +26,8 @@ class Conv1DLinear(ProductLayer):
     """
 
     base_class = TransformersConv1D
-    transposed = True
+
+    @classmethod
+    def layout_of(cls, base_layer: Any) -> Layout:
+        """Return that the weight is stored as `(inputs, neurons)`."""
+        return Layout(transposed=True)

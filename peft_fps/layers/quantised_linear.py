@@ -56,6 +56,8 @@ class QuantisedLinear(ProductLayer):
         values: Tensor,
         bias_deltas: list[Tensor],
         names: list[str],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
             raise ValueError(
@@ -66,6 +68,12 @@ class QuantisedLinear(ProductLayer):
         return super()._beside_base(result, x, structure, values, bias_deltas, names)
 
     # --- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, packed: a model that reads it off the layer is to know how it is quantised."""
+        weight: Tensor = self.base_layer.weight
+        return weight
 
     @property
     def weight_tensor(self) -> Tensor:

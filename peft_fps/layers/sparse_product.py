@@ -1,6 +1,8 @@
 """The forward of FPS layers with sparse changes: multiply with W + ΔW, or beside a base layer that runs as it is."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 from peft_fps.base.substitution import call_with, overrides_forward
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.rebuilt_inputs import keep_input
+from peft_fps.layers.sample_names import named_calls, names_for
+from peft_fps.layers.tensors_as_read import as_read
 from peft_fps.sparse import Kept, Structure, changed_weight, sparse_delta_linear, sparse_linear
 
 
@@ -41,7 +45,8 @@ class ProductLayer(EntryLayer):
         for delta in bias_deltas:
             bias = bias + delta
         kept = self._kept(x, dtype, values, structure, names)
-        return self._product(x.to(dtype), values, None if bias is None else bias.to(dtype), structure, kept)
+        bias = None if bias is None else bias.to(dtype)
+        return self._product(x.to(dtype), values, bias, structure, kept, *args, **kwargs)
 
     def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
         """Return the sum of the named adapters' ΔW, each times its scale.
@@ -60,6 +65,50 @@ class ProductLayer(EntryLayer):
         values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
         return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
 
+    # --- what models read off the layer -----------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with which the layer computes: W + ΔW of the active adapters, with gradients for ΔW."""
+
+        def changed(names: list[str]) -> Tensor:
+            structure, values = self.applied(names)
+            return changed_weight(self.base_layer.weight, values, structure)
+
+        return self._as_read("weight", changed)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias with which the layer computes, None if it has none."""
+
+        def changed(names: list[str]) -> Tensor:
+            deltas = self._bias_deltas(names)
+            return _changed_bias(self.base_layer.bias, deltas) if deltas else self.base_layer.bias
+
+        return self._as_read("bias", changed)
+
+    def _as_read(self, own: str, changed: Callable[[list[str]], Tensor]) -> Tensor:
+        names = names_for(self) if named_calls.running else None
+        held: Tensor = getattr(self.base_layer, own)
+        if held is None or self.disable_adapters or self.merged:
+            if held is not None and self.disable_adapters and self.merged:
+                held = getattr(self._unmerged(), own)
+            return held
+        carried = {name for name in names or self.active_adapters if self.carries(name)}
+        if not carried:
+            return held
+        if names is not None and len(set(names)) > 1:
+            return as_read(held, partial(self._refuse_to_mix, own))
+        active = [name for name in self.active_adapters if name in carried] if names is None else [*carried]
+        return as_read(held, partial(changed, active))
+
+    def _refuse_to_mix(self, own: str) -> Tensor:
+        raise ValueError(
+            f"{self.module_path}: the model computes with the {own} that it reads off the layer, expected one that "
+            "calls the layer, which adapter_names of several adapters needs. Run the samples of each adapter as a "
+            "batch of their own."
+        )
+
     # --- the product with W + ΔW, of a linear layer -----------------------------------------------------------------
 
     def _kept(
@@ -71,12 +120,21 @@ class ProductLayer(EntryLayer):
         return keep_input(x, dtype, structure, self.fps_state[names[0]].saved_inputs)
 
     def _product(
-        self, x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        structure: Structure,
+        kept: Kept | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Return `x (W + ΔW)ᵀ + bias`, `(..., neurons)`, of `x` `(..., inputs)` and `bias` `(neurons,)`."""
         return sparse_linear(x, self.base_layer.weight, values, bias, structure, kept)
 
-    def _delta_product(self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None) -> Tensor:
+    def _delta_product(
+        self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Return `x ΔWᵀ`, `(..., neurons)`, of `x` `(..., inputs)`."""
         return sparse_delta_linear(x, values, structure, kept)
 
@@ -91,7 +149,7 @@ class ProductLayer(EntryLayer):
 
     def _owns_forward(self, base: Any) -> bool:
         """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""
-        return type(base).forward is self.base_class.forward and self._is_bare(base)
+        return not self._overridden and self._is_bare(base)
 
     def _forward_around(
         self,
@@ -107,7 +165,7 @@ class ProductLayer(EntryLayer):
         if self._overridden:
             return self._changed_base(structure, values, bias_deltas, x, *args, **kwargs)
         result = base(x, *args, **kwargs)
-        return self._beside_base(result, x, structure, values, bias_deltas, names)
+        return self._beside_base(result, x, structure, values, bias_deltas, names, *args, **kwargs)
 
     def _changed_base(
         self, structure: Structure, values: Tensor, bias_deltas: list[Tensor], x: Tensor, *args: Any, **kwargs: Any
@@ -119,8 +177,7 @@ class ProductLayer(EntryLayer):
         base = self.base_layer
         tensors = {"weight": changed_weight(base.weight, values, structure)}
         if bias_deltas:
-            exact = torch.promote_types(base.bias.dtype, torch.float32)
-            tensors["bias"] = sum((delta.to(exact) for delta in bias_deltas), base.bias.to(exact)).to(base.bias.dtype)
+            tensors["bias"] = _changed_bias(base.bias, bias_deltas)
         return call_with(base, tensors, x, *args, **kwargs)
 
     def _beside_base(
@@ -131,10 +188,13 @@ class ProductLayer(EntryLayer):
         values: Tensor,
         bias_deltas: list[Tensor],
         names: list[str],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
         dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
-        delta = self._delta_product(x.to(dtype), values, structure, self._kept(x, dtype, values, structure, names))
+        kept = self._kept(x, dtype, values, structure, names)
+        delta = self._delta_product(x.to(dtype), values, structure, kept, *args, **kwargs)
         for bias in bias_deltas:
             delta = delta + self._along_neurons(bias)
         return result + delta.to(result.dtype)
@@ -155,6 +215,12 @@ class ProductLayer(EntryLayer):
                     "`callbacks=[FPSCallback()]` to the Trainer.",
                     stacklevel=2,
                 )
+
+
+def _changed_bias(bias: Tensor, deltas: list[Tensor]) -> Tensor:
+    """Return the sum of a bias and its deltas, formed in float32 or float64 and rounded once to the bias's dtype."""
+    exact = torch.promote_types(bias.dtype, torch.float32)
+    return sum((delta.to(exact) for delta in deltas), bias.to(exact)).to(bias.dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

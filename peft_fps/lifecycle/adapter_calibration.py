@@ -72,8 +72,7 @@ def calibrate(
     selection, or the error of the one that failed, with its rank.
 
     A module that no batch reaches holds nothing, and its part of the budget goes to the others. A warning names it.
-    Such modules would not be trained either: unused poolers, experts without a token, layers whose weight the model
-    reads without calling them.
+    Such modules are unused poolers, experts without a token, layers whose weight the model reads without calling them.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.

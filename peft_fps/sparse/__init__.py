@@ -3,9 +3,11 @@
 The functions take tensors and return tensors. They know nothing of PEFT, transformers or modules.
 """
 
-from peft_fps.sparse.autograd import sparse_conv2d, sparse_delta_linear, sparse_linear
+from peft_fps.sparse.autograd import sparse_delta_linear, sparse_linear
 from peft_fps.sparse.compose import changed_weight, compose_weight, dense_delta, merged_entries, sums
+from peft_fps.sparse.convolution_autograd import Geometry, convolve, sparse_convolution
 from peft_fps.sparse.keeping import Kept, Reading, keep_columns, keep_whole
+from peft_fps.sparse.layout import Layout
 from peft_fps.sparse.structure import (
     Structure,
     StructureError,
@@ -20,7 +22,9 @@ from peft_fps.sparse.transforms import is_jit_tracing, needs_operators
 
 
 __all__ = [
+    "Geometry",
     "Kept",
+    "Layout",
     "Reading",
     "Structure",
     "StructureError",
@@ -30,6 +34,7 @@ __all__ = [
     "check_finite",
     "check_floating",
     "compose_weight",
+    "convolve",
     "dense_delta",
     "even_row_counts",
     "is_jit_tracing",
@@ -37,7 +42,7 @@ __all__ = [
     "keep_whole",
     "merged_entries",
     "needs_operators",
-    "sparse_conv2d",
+    "sparse_convolution",
     "sparse_delta_linear",
     "sparse_linear",
     "sums",

@@ -1,4 +1,4 @@
-"""Products with W + ΔW whose backward keeps neither a dense W + ΔW nor a dense ∂L/∂W.
+"""Products of linear layers with W + ΔW whose backward keeps neither a dense W + ΔW nor a dense ∂L/∂W.
 
 The forward saves the weight (an alias), the values, and those columns of the input that a selected entry reads (see
 `keeping`). The gradient of the values is a sampled dense-dense product: `gᵀ x` at the selected entries, with g the
@@ -11,17 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from peft_fps.sparse.compose import compact_delta, compose_weight
 from peft_fps.sparse.keeping import NOTHING, Kept, keep_own_columns
 from peft_fps.sparse.products import add_input_gradient, added_product, adding_is_cheaper, sampled_product
 from peft_fps.sparse.structure import Structure
 from peft_fps.sparse.transforms import FirstDerivative, dense_sum, is_differentiated_again, needs_operators
-
-
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
-"""Stride, padding, dilation and groups of a 2-D convolution."""
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -32,9 +27,9 @@ class _SparseLinear(torch.autograd.Function):
         x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kept: Kept | None
     ) -> Tensor:
         if adding_is_cheaper(x, weight, values, structure):
-            result = F.linear(x, weight.t() if structure.transposed else weight, bias)
+            result = F.linear(x, _by_neuron(weight, structure), bias)
             return result.add_(added_product(x, values, structure))
-        return F.linear(x, compose_weight(weight, values, structure, x.dtype), bias)
+        return F.linear(x, _by_neuron(compose_weight(weight, values, structure, x.dtype), structure), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,6 +54,11 @@ class _SparseLinear(torch.autograd.Function):
         return grad_x, None, grad_values, grad_bias if need_bias else None, None, None
 
 
+def _by_neuron(stored: Tensor, structure: Structure) -> Tensor:
+    """Return a linear layer's matrix, stored as `(neurons, inputs)` or `(inputs, neurons)`, as `(neurons, inputs)`."""
+    return stored.t() if structure.transposed else stored
+
+
 def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structure: Structure) -> Tensor:
     """Return `grad_output (W + ΔW)`, `(tokens, inputs)`.
 
@@ -69,12 +69,12 @@ def _input_gradient(grad_output: Tensor, weight: Tensor, values: Tensor, structu
         structure: where the selected entries lie.
     """
     if is_differentiated_again():
-        return grad_output @ dense_sum(weight, values, structure, grad_output.dtype)
+        return grad_output @ _by_neuron(dense_sum(weight, values, structure, grad_output.dtype), structure)
     if adding_is_cheaper(grad_output, weight, values, structure):
-        grad_x = grad_output @ (weight.t() if structure.transposed else weight)
+        grad_x = grad_output @ _by_neuron(weight, structure)
         add_input_gradient(grad_x, grad_output, values, structure)
         return grad_x
-    return grad_output @ compose_weight(weight, values, structure, grad_output.dtype)
+    return grad_output @ _by_neuron(compose_weight(weight, values, structure, grad_output.dtype), structure)
 
 
 def _gradient_of_values(
@@ -144,50 +144,6 @@ def _kept(needed: bool, x: Tensor, structure: Structure, kept: Kept | None) -> K
     return kept or keep_own_columns(x, structure)
 
 
-class _SparseConv2d(torch.autograd.Function):
-    """2-D convolution of `x` `(batch, channels, ...)` with W + ΔW; the arguments are those of `sparse_conv2d`."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        structure: Structure,
-        geometry: Geometry,
-    ) -> Tensor:
-        return F.conv2d(x, compose_weight(weight, values, structure, x.dtype), bias, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, values, bias, structure, geometry = inputs
-        ctx.structure, ctx.geometry, ctx.input_shape = structure, geometry, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, values)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, values = ctx.saved_tensors
-        structure, (stride, padding, dilation, groups) = ctx.structure, ctx.geometry
-        grad_x = grad_values = grad_bias = None
-        dtype = grad_output.dtype
-        with torch.autocast(grad_output.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                compose = dense_sum if is_differentiated_again() else compose_weight
-                composed = compose(weight, values, structure, dtype)
-                grad_x = conv2d_input(ctx.input_shape, composed, grad_output, stride, padding, dilation, groups)
-            if ctx.needs_input_grad[2]:
-                again = is_differentiated_again()
-                with torch.no_grad():
-                    # a dense gradient is cheap here: a model has one patch embedding, and this gradient lives shortly
-                    grad_weight = conv2d_weight(x, weight.shape, grad_output, stride, padding, dilation, groups)
-                    grad_values = grad_weight.reshape(-1).index_select(0, structure.positions).to(values.dtype)
-                if again:
-                    grad_values = FirstDerivative.apply(grad_values, values, grad_output)
-            if ctx.needs_input_grad[3]:
-                grad_bias = grad_output.sum((0, 2, 3))
-        return grad_x, None, grad_values, grad_bias, None, None
-
-
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
@@ -215,7 +171,7 @@ def sparse_linear(
     flat = x.reshape(-1, structure.inputs)
     with torch.autocast(x.device.type, enabled=False):
         if needs_operators(x):
-            return F.linear(x, dense_sum(weight, values, structure, x.dtype), bias)
+            return F.linear(x, _by_neuron(dense_sum(weight, values, structure, x.dtype), structure), bias)
         # two dimensions inside, so that what leaves the function is no view: callers may add to it in place
         product = _SparseLinear.apply if torch.is_grad_enabled() else _SparseLinear.forward
         result = product(flat, weight, values, bias, structure, kept)
@@ -241,33 +197,3 @@ def sparse_delta_linear(x: Tensor, values: Tensor, structure: Structure, kept: K
             return F.linear(x.index_select(-1, structure.union), compact_delta(values, structure, x.dtype))
         result = _SparseDeltaLinear.apply(x.reshape(-1, structure.inputs), values, structure, kept)
     return result.view(*x.shape[:-1], structure.neurons)
-
-
-def sparse_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    structure: Structure,
-    geometry: Geometry,
-) -> Tensor:
-    """Return the zero-padded 2-D convolution of `x` with W + ΔW, with the gradients of `sparse_linear`.
-
-    Args:
-        x: `(batch, channels, height, width)`, or one image `(channels, height, width)`; its dtype is the dtype of the
-            product.
-        weight: `(neurons, channels / groups, kernel height, kernel width)`.
-        values: `(nnz,)` ΔW at the selected entries.
-        bias: `(neurons,)` in the dtype of `x`, or None.
-        structure: where the selected entries lie. Its columns index the last three dimensions of `weight`, flattened.
-        geometry: stride, padding, dilation and groups, as in `torch.nn.functional.conv2d`.
-
-    Returns:
-        `(batch, neurons, height, width)` in the dtype of `x`, or `(neurons, height, width)` for one image.
-    """
-    batched = x if x.dim() == 4 else x[None]
-    with torch.autocast(x.device.type, enabled=False):
-        if needs_operators(x):
-            return F.conv2d(x, dense_sum(weight, values, structure, x.dtype), bias, *geometry)
-        result = _SparseConv2d.apply(batched, weight, values, bias, structure, geometry)
-    return result if x.dim() == 4 else result[0]

@@ -33,11 +33,10 @@ def sums(before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:
-    """Return a new dense W + ΔW, `(neurons, ...)` in `dtype`. The function does not write to the weight.
+    """Return a new dense W + ΔW in the stored shape and in `dtype`. The function does not write to the weight.
 
     Args:
-        weight: stored weight: `(neurons, inputs)`, `(inputs, neurons)` if `structure.transposed`, or a convolution's
-            `(neurons, channels / groups, kernel height, kernel width)`.
+        weight: stored weight of any shape.
         values: `(nnz,)` ΔW at the selected entries.
         structure: where the selected entries lie.
         dtype: dtype of the product that uses the result.
@@ -50,7 +49,7 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
         before = weight.reshape(-1).index_select(0, structure.positions)
         after = (before.to(exact) + values.to(exact)).to(dtype)
         composed.view(-1).index_copy_(0, structure.positions.to(torch.int64), after)
-    return composed.t() if structure.transposed else composed
+    return composed
 
 
 def changed_weight(weight: Tensor, values: Tensor, structure: Structure) -> Tensor:

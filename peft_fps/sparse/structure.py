@@ -13,6 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from peft_fps.sparse.layout import Layout
+
+
+BY_ROWS = Layout()
 
 # Backward forms a transient product of at most this many elements (16 MiB in float32) at once.
 PRODUCT_ELEMENTS = 1 << 22
@@ -53,7 +57,7 @@ class Structure:
     Attributes:
         neurons: rows of the weight seen as `(neurons, inputs)`.
         inputs: columns of the weight seen so.
-        transposed: whether the weight is stored as `(inputs, neurons)`, as in transformers' `Conv1D`.
+        layout: how the weight is stored.
         positions: position of each entry in the flattened stored weight, `(nnz,)`.
         rows: neuron of each entry, `(nnz,)`.
         row_starts: first entry of each neuron, and then the number of all entries, `(neurons + 1,)`.
@@ -65,7 +69,7 @@ class Structure:
 
     neurons: int
     inputs: int
-    transposed: bool
+    layout: Layout
     positions: Tensor
     rows: Tensor
     row_starts: Tensor
@@ -73,6 +77,11 @@ class Structure:
     union_positions: Tensor
     chunks: tuple[RowChunk, ...]
     shared: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored with its inputs first."""
+        return self.layout.transposed
 
     @cached_property
     def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +188,7 @@ def check_entries(
 
 
 def build_structure(
-    columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, transposed: bool = False
+    columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, layout: Layout = BY_ROWS
 ) -> Structure:
     """Derive the index tensors of a selection.
 
@@ -188,7 +197,7 @@ def build_structure(
         row_counts: entries of each neuron, `(neurons,)` integers.
         neurons: number of neurons of the layer.
         inputs: fan-in of the layer.
-        transposed: whether the weight is stored as `(inputs, neurons)`.
+        layout: how the weight is stored. Default: by rows.
 
     Raises:
         StructureError: as `check_entries`.
@@ -206,11 +215,11 @@ def build_structure(
     chunks = tuple(RowChunk(*chunk) for chunk in zip(starts, ends, bounds[:-1], bounds[1:], strict=True))
 
     small = torch.int32 if neurons * inputs < 2**31 else torch.int64
-    positions = columns * neurons + rows if transposed else rows * inputs + columns
+    positions = layout.positions(rows, columns, neurons, inputs)
     return Structure(
         neurons=neurons,
         inputs=inputs,
-        transposed=transposed,
+        layout=layout,
         positions=positions.to(small),
         rows=rows.to(small),
         row_starts=offsets.to(small),
@@ -224,7 +233,7 @@ def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
     """Return the union of several selections of one layer.
 
     Args:
-        structures: of the same `neurons`, `inputs` and `transposed`; one or more.
+        structures: of the same `neurons`, `inputs` and `layout`; one or more.
 
     Returns:
         The structure of the union. And for every entry of the given structures, in order, its index among the entries
@@ -232,9 +241,8 @@ def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
     """
     first = structures[0]
     stored = torch.cat([structure.positions for structure in structures]).to(torch.int64)
-    if first.transposed:
-        stored = stored % first.neurons * first.inputs + stored // first.neurons
+    stored = first.layout.entries(stored, first.neurons, first.inputs)
     entries, places = torch.unique(stored, return_inverse=True)
     row_counts = torch.bincount(entries // first.inputs, minlength=first.neurons)
     columns = entries % first.inputs
-    return build_structure(columns, row_counts, first.neurons, first.inputs, first.transposed), places
+    return build_structure(columns, row_counts, first.neurons, first.inputs, first.layout), places

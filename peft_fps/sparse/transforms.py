@@ -49,8 +49,7 @@ def dense_sum(weight: Tensor, values: Tensor, structure: Structure, dtype: torch
         dtype: dtype of the product that uses the result.
     """
     exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
-    composed = (weight.to(exact) + dense_delta(values.to(exact), structure, weight.shape)).to(dtype)
-    return composed.t() if structure.transposed else composed
+    return (weight.to(exact) + dense_delta(values.to(exact), structure, weight.shape)).to(dtype)
 
 
 class FirstDerivative(torch.autograd.Function):

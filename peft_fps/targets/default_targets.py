@@ -24,6 +24,9 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         model: base model, with or without adapters.
         config: gives `layers_to_transform` and `layers_pattern`.
         head: of the model.
+
+    Raises:
+        ValueError: there are such layers, and none of them can be adapted.
     """
     heads = head.left_out
     inside = tuple(f"{head}." for head in heads)
@@ -39,8 +42,10 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         and in_wanted_block(name, config)
     }
     unfit = {name: why for name, module in found.items() if (why := obstacle(module, certain=True))}
+    kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
+    if unfit and len(unfit) == len(found):
+        raise ValueError(f"None of the {len(found)} layers of {type(model).__name__} can be adapted: {kinds}.")
     if unfit:
-        kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
         warnings.warn(
             f"{len(unfit)} of {len(found)} layers are left out of the targets and stay frozen: {kinds}."
             f" All of them: {', '.join(unfit)}. Pass target_modules to choose layers without this warning.",

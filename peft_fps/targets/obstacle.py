@@ -41,7 +41,7 @@ def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str 
     if own not in module._parameters:
         return (
             f"its {own} is computed from other tensors (a parametrization), expected a parameter that a merge can "
-            "write to"
+            f"write to, as {_removal(module, own)} leaves one"
         )
     if not overrides_forward(module):
         return None
@@ -58,6 +58,15 @@ def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str 
             "expected one that computes with the changed weight"
         )
     return None
+
+
+def _removal(module: Any, own: str) -> str:
+    """Return the call that writes a computed tensor into a parameter."""
+    hooks = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+    for hook, function in (("WeightNorm", "remove_weight_norm"), ("SpectralNorm", "remove_spectral_norm")):
+        if hook in hooks:
+            return f"torch.nn.utils.{function}(module)"
+    return f"torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})"
 
 
 def _is_offloaded(module: Any) -> bool:

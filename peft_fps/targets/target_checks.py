@@ -107,7 +107,12 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
         )
     kind = layer_class(module)
     if kind is None or (kind is Norm and not norms):
-        supported = ", ".join(base.__name__ for base in LAYERS)
+        # of transformers' Conv1D and torch's Conv1d, a reader is to see which is which
+        named = (
+            base.__name__ if base.__module__.startswith("torch") else f"transformers' {base.__name__}"
+            for base in LAYERS
+        )
+        supported = ", ".join(named)
         raise ValueError(f"{name} is a {type(module).__name__}, expected one of {supported}. {remedy(module)}")
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)

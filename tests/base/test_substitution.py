@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -11,8 +12,19 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tests.helpers import adapted, base_bytes, bits, config, dense_change, layers_of, normal, unchanged
-from tests.own_forwards import Normalised, PadsFirst, Standardised, Times
+from tests.helpers import (
+    adapted,
+    base_bytes,
+    bits,
+    config,
+    dense_change,
+    entry_places,
+    layers_of,
+    normal,
+    selected_columns,
+    unchanged,
+)
+from tests.own_forwards import Causal, Halved, Normalised, PadsFirst, Standardised, Times, Trimmed
 
 
 class Switched(nn.Linear):
@@ -48,6 +60,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: Times(5, 6), (3, 6)),
     "standardised": (lambda: Standardised(4, 6, 3, padding=1, groups=2), (2, 4, 5, 6)),
     "pads": (lambda: PadsFirst(4, 6, (3, 2), stride=2, bias=False), (2, 4, 5, 6)),
+    "causal": (lambda: Causal(4, 6, 3, dilation=2), (2, 4, 7)),
+    "trimmed": (lambda: Trimmed(4, 6, 4, stride=2, groups=2), (2, 4, 7)),
+    "halved": (lambda: Halved(4, 6, 3), (2, 4, 5, 6)),
 }
 
 
@@ -94,11 +109,9 @@ def test_gradients_are_those_of_the_weight_at_the_entries(name: str):
     plain, layer = with_change(base, model), layers_of(model)["layer"]
     plain(x).square().sum().backward()
     model(x).square().sum().backward()
-    wanted = dense_change(layer) != 0
-    weight = plain.layer.weight.grad
-    if name == "conv1d":
-        wanted, weight = wanted.t(), weight.t()
-    torch.testing.assert_close(layer.fps_values["default"].grad, weight[wanted], rtol=1e-4, atol=1e-5)
+    places = torch.tensor(entry_places(plain.layer, selected_columns(layer)))
+    expected = plain.layer.weight.grad.reshape(-1)[places]
+    torch.testing.assert_close(layer.fps_values["default"].grad, expected, rtol=1e-4, atol=1e-5)
     if "default" in layer.fps_bias:
         torch.testing.assert_close(layer.fps_bias["default"].grad, plain.layer.bias.grad)
     assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
@@ -162,11 +175,60 @@ def test_what_does_not_follow_its_weight_is_refused_by_name():
         get_peft_model(base, config(target_modules=["layer"]))
 
 
-def test_computed_weights_are_left_out_with_a_warning():
-    base = Around(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
+COMPUTED: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+    "conv": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 5, 3), dim=2),
+    "transposed": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.ConvTranspose1d(6, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weights_are_left_out_with_a_warning_and_refused_by_name(kind: str):
+    base = Around(COMPUTED[kind]())
+    with unchanged(base), pytest.raises(ValueError, match=r"layer: its weight is computed from other tensors"):
+        get_peft_model(base, config(target_modules=["layer"]))
     with pytest.warns(UserWarning, match=r"layer: its weight is computed from other tensors"):
         model = get_peft_model(base, config())
     assert set(layers_of(model)) == {"plain"}
+
+
+def test_a_model_of_computed_weights_alone_is_refused_with_what_makes_them_parameters():
+    base = nn.Sequential(COMPUTED["conv"](), COMPUTED["transposed"]())
+    advice = (
+        r"None of the 2 layers of Sequential .*0: its weight is computed .*remove_parametrizations\(module, 'weight'\)"
+    )
+    with unchanged(base), pytest.raises(ValueError, match=advice):
+        get_peft_model(base, config())
+    for layer in base:
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert set(layers_of(get_peft_model(base, config()))) == {"0", "1"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_the_older_weight_norm_is_named():
+    base = Around(torch.nn.utils.weight_norm(nn.Conv1d(6, 5, 3)))
+    with pytest.raises(
+        ValueError, match=r"layer: its weight is computed .*torch\.nn\.utils\.remove_weight_norm\(module\)"
+    ):
+        get_peft_model(base, config(target_modules=["layer"]))
+
+
+def test_a_product_that_is_put_over_one_layer_is_run():
+    torch.manual_seed(0)
+    base, x = Around(nn.Conv2d(3, 4, 3, padding=1)), normal(2, 3, 5, 5)
+
+    def tiled(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    base.layer._conv_forward = MethodType(tiled, base.layer)
+    model = adapted(base, target_modules=["layer"])
+    expected = model(x)
+    change = dense_change(layers_of(model)["layer"])
+    bias = layers_of(model)["layer"].fps_bias["default"]
+    padded = F.pad(x, (1, 1, 1, 1), mode="circular")
+    torch.testing.assert_close(expected, base.layer.base_layer(x) + F.conv2d(padded, change.float(), bias))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_trying_a_forward_leaves_layer_and_generators_alone():

@@ -1,6 +1,7 @@
 """FPS written down a second time."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from tests.helpers import (
     layers_of,
     selected_columns,
     tiny_bert,
+    tiny_codec,
     tiny_conv,
     tiny_gpt2,
     tiny_llama,
     tiny_vit,
     tokens,
+    waves,
 )
 from tests.selection import naive
 
@@ -29,7 +32,9 @@ from tests.selection import naive
 Rows = list[list[int]]
 
 
-KINDS = (nn.Linear, nn.Conv2d, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 
 
 def padded_batches(count: int = 3) -> list[dict[str, Tensor]]:
@@ -45,6 +50,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], str]] 
     # model, batches, and the head that is left out
     "vit": (tiny_vit, image_batches, "classifier"),
     "conv": (tiny_conv, lambda: [images(4, seed) for seed in range(3)], "no such head"),
+    "codec": (tiny_codec, lambda: [waves(4, seed) for seed in range(3)], "no such head"),
     "gpt2": (tiny_gpt2, padded_batches, "lm_head"),
     "bert": (tiny_bert, padded_batches, "classifier"),
     "llama": (tiny_llama, padded_batches, "lm_head"),
@@ -55,17 +61,46 @@ def call(model: nn.Module, batch: Any) -> None:
     model(**batch) if isinstance(batch, dict) else model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def positions_read(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def positions_read(module: Any, x: Tensor, mask: Tensor | None, output: Tensor) -> Tensor:
     """The input of a layer as float64 rows `(groups, positions, inputs)`, padding left out."""
     x = x.double()
-    if isinstance(module, nn.Conv2d):
-        sides = module._reversed_padding_repeated_twice
+    if isinstance(module, CONVOLUTIONS):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        patches = F.unfold(F.pad(x, sides, mode=mode), module.kernel_size, module.dilation, 0, module.stride)
-        return patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        patches, axes = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), len(module.kernel_size)
+        for axis, (kernel, stride, step) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        ):
+            patches = patches.unfold(2 + axis, step * (kernel - 1) + 1, stride)[..., ::step]
+        return by_groups(patches.movedim(1, 1 + axes), module, axes)
+    if isinstance(module, TRANSPOSED):
+        axes, taps = len(module.kernel_size), []
+        for tap in product(*map(range, module.kernel_size)):
+            reaches = torch.ones(x.shape[2:], dtype=torch.float64)
+            for place in product(*map(range, x.shape[2:])):
+                for axis in range(axes):
+                    target = place[axis] * module.stride[axis] - module.padding[axis]
+                    target += tap[axis] * module.dilation[axis]
+                    reaches[place] *= 0 <= target < output.shape[2 + axis]
+            taps.append(x * reaches)
+        return by_groups(torch.stack(taps, -1).movedim(1, 1 + axes), module, axes)
     if mask is not None and x.shape[:-1] == mask.shape:
         x = x[mask.bool()]
     return x.reshape(1, -1, x.shape[-1])
+
+
+def by_groups(rows: Tensor, module: Any, axes: int) -> Tensor:
+    """From `(batch, *positions, channels, *kernel)` to `(groups, positions, inputs)`."""
+    return rows.flatten(0, axes).flatten(1).unflatten(1, (module.groups, -1)).transpose(0, 1)
+
+
+def by_neuron(module: Any) -> Tensor:
+    """A layer's weight as `(neurons, inputs)`."""
+    weight = module.weight.detach()
+    if isinstance(module, Conv1D):
+        return weight.t()
+    if isinstance(module, TRANSPOSED):
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in weight.chunk(module.groups)])
+    return weight.flatten(1)
 
 
 def naive_scores(
@@ -76,8 +111,8 @@ def naive_scores(
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     mask: Tensor | None = None
     handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, name=name: inputs[name].append(positions_read(module, args[0], mask))
+        module.register_forward_hook(
+            lambda module, args, output, name=name: inputs[name].append(positions_read(module, args[0], mask, output))
         )
         for name, module in layers.items()
     ]
@@ -91,7 +126,7 @@ def naive_scores(
     for name, module in layers.items():
         rows = torch.cat(inputs[name], dim=1)
         activation = rows.abs().mean(1) if norm == "l1" else rows.square().mean(1).sqrt()
-        weight = (module.weight.t() if isinstance(module, Conv1D) else module.weight.flatten(1)).detach().double()
+        weight = by_neuron(module).double()
         driven = activation.repeat_interleave(weight.shape[0] // activation.shape[0], 0)
         scores[name] = (weight.abs() * driven if weight_magnitude else driven.expand(weight.shape)).tolist()
     return scores

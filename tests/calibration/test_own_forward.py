@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peft_fps.calibration import Collector, Observed
 from tests.helpers import normal
-from tests.own_forwards import Normalised, PadsFirst, Standardised
+from tests.own_forwards import Causal, Normalised, PadsFirst, Standardised, Trimmed
 
 
 def observed(base: nn.Module, inputs: int, groups: int, x: Tensor, norm: str) -> Tensor:
@@ -35,6 +35,24 @@ def test_a_convolution_that_pads_first(norm: str):
                 patches.append(padded[:, top : top + 3, left : left + 2].reshape(2, -1))
     expected = typical(torch.stack(patches), norm)
     torch.testing.assert_close(observed(base, 12, 2, x, norm), expected, rtol=1e-6, atol=0)
+
+
+def test_a_causal_convolution_of_sequences():
+    base, x = Causal(4, 6, 3, dilation=2, groups=2), normal(2, 4, 7)
+    patches = [
+        torch.stack([F.pad(example, (4, 0))[:, last : last + 5 : 2] for last in range(7)])
+        .unflatten(1, (2, 2))
+        .flatten(2)
+        for example in torch.cat([x, x + 1])
+    ]
+    expected = typical(torch.cat(patches), "l1")
+    torch.testing.assert_close(observed(base, 6, 2, x, "l1"), expected, rtol=1e-6, atol=0)
+
+
+def test_a_transposed_convolution_that_trims_its_output():
+    base, x = Trimmed(4, 6, 4, stride=2), normal(2, 4, 7)
+    expected = typical(torch.cat([x, x + 1]).transpose(1, 2).flatten(0, 1)[:, None], "l1").repeat_interleave(4, 1)
+    torch.testing.assert_close(observed(base, 16, 1, x, "l1"), expected, rtol=1e-6, atol=0)
 
 
 def test_a_convolution_that_standardises_its_weight_reads_its_input_as_it_is():

@@ -1,16 +1,15 @@
-"""Sums over activations and patches, against float64 and `F.unfold`."""
+"""Sums over activations, against float64."""
 
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_fps.calibration import InputStatistics, statistics
-from peft_fps.calibration.statistics import column_sums, pad_like, patch_sums
+from peft_fps.calibration.statistics import column_sums
 from tests.helpers import normal
 
 
@@ -86,57 +85,6 @@ def test_the_activations_are_not_changed():
     column_sums(x, "l1")
     column_sums(x, "l2", torch.tensor([1, 0, 1]))
     assert torch.equal(x, before)
-
-
-# --- convolutions ---------------------------------------------------------------------------------------------------
-
-
-def unfolded(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Patches `(groups, positions, inputs)`."""
-    sides = [p for p in reversed(convolution.padding) for _ in range(2)] if convolution.padding != "same" else None
-    if sides is None:
-        total = [d * (k - 1) for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)]
-        sides = [part for t in reversed(total) for part in (t // 2, t - t // 2)]
-    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
-    padded = F.pad(x, sides, mode=mode)
-    patches = F.unfold(padded, convolution.kernel_size, convolution.dilation, 0, convolution.stride)
-    return patches.unflatten(1, (convolution.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> nn.Conv2d:
-    groups, inputs, outputs = draw(st.sampled_from([(1, 2, 3), (2, 4, 4), (3, 3, 6)]))
-    pairs = {
-        name: draw(st.tuples(st.integers(low, high), st.integers(low, high)))
-        for name, low, high in (("stride", 1, 3), ("padding", 0, 2), ("dilation", 1, 2))
-    }
-    if draw(st.booleans()):
-        pairs |= {"padding": "same", "stride": 1}
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
-    return nn.Conv2d(inputs, outputs, kernel, groups=groups, padding_mode=mode, **pairs)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@given(convolutions(), st.sampled_from(["l1", "l2"]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_patch_sums(convolution: nn.Conv2d, norm: str, dtype: torch.dtype):
-    x = normal(2, convolution.in_channels, 7, 8).to(dtype)
-    sums, positions = patch_sums(pad_like(x, convolution), convolution, norm)
-    patches = unfolded(x.double(), convolution)
-    assert sums.dtype == torch.float64
-    assert positions == patches.shape[1]
-    expected = [naive_sums(group, norm) for group in patches]
-    torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-9)
-    # the patches are those that the convolution reads
-    height_width = convolution(x.float()).shape[2:]
-    assert positions == 2 * height_width[0] * height_width[1]
-
-
-def test_channels_last_and_strided_images():
-    convolution = nn.Conv2d(4, 2, 3, stride=2, padding=1)
-    for x in (normal(2, 4, 6, 6).to(memory_format=torch.channels_last), normal(2, 4, 6, 12)[..., ::2]):
-        sums, _ = patch_sums(pad_like(x, convolution), convolution, "l1")
-        assert sums[0].tolist() == pytest.approx(naive_sums(unfolded(x, convolution)[0], "l1"), rel=1e-5)
 
 
 # --- means ----------------------------------------------------------------------------------------------------------

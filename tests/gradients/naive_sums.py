@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_fps.gradients import Weight
+from peft_fps.sparse import Layout
 from tests.helpers import (
     image_batches,
     normal,
     tiny_bert,
+    tiny_codec,
     tiny_conv,
     tiny_gpt2,
     tiny_llama,
@@ -27,7 +29,8 @@ from tests.helpers import (
 ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
 
 
-KINDS = (nn.Linear, nn.Conv2d, Conv1D)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+KINDS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 BACKWARD = ["gradient", "fisher", "sensitivity"]
@@ -66,6 +69,7 @@ CASES: dict[str, Case] = {
     "llama": (tiny_llama, lambda: texts("tokens"), "lm_head"),
     "bert": (tiny_bert, lambda: texts("classes"), "classifier"),
     "conv": (tiny_conv, lambda: pairs((4, 3, 16, 16), 5), "none"),
+    "codec": (tiny_codec, lambda: pairs((4, 2, 8), 4), "none"),
     "mlp": (tiny_mlp, lambda: pairs((6, 10), 4), "none"),
 }
 
@@ -80,8 +84,10 @@ def examples_of(batch: Any) -> list[Any]:
     return [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[1]))]
 
 
-def matrix(module: nn.Module, tensor: Tensor) -> Tensor:
+def matrix(module: Any, tensor: Tensor) -> Tensor:
     """A tensor of a weight's shape as `(neurons, inputs)`."""
+    if isinstance(module, TRANSPOSED):
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in tensor.chunk(module.groups)])
     return tensor.t() if isinstance(module, Conv1D) else tensor.flatten(1)
 
 
@@ -99,9 +105,15 @@ def naive_sums(base: nn.Module, batches: list[Any], head: str, square: bool = Fa
     return total
 
 
+def layout(module: Any) -> Layout:
+    if isinstance(module, TRANSPOSED):
+        return Layout(True, module.groups, module.weight.shape[2:].numel())
+    return Layout(transposed=isinstance(module, Conv1D))
+
+
 def weights_of(base: nn.Module, head: str = "none") -> dict[str, Weight]:
     return {
-        name: Weight(module.weight, isinstance(module, Conv1D))
+        name: Weight(module.weight, layout(module))
         for name, module in base.named_modules()
         if isinstance(module, KINDS) and name != head
     }

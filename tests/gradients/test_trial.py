@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_fps.gradients import Exact, Weight
 from peft_fps.gradients.trial import Trial, distinct, hand_in, on_trial
+from peft_fps.sparse import Layout
 from tests.helpers import bits, normal, tiny_mlp
 
 
@@ -121,7 +122,7 @@ def test_a_parameter_with_two_names_counts_under_the_first():
 def test_changes_are_handed_in_as_neurons_by_inputs():
     weights = {
         "linear": Weight(nn.Parameter(normal(3, 4))),
-        "transposed": Weight(nn.Parameter(normal(4, 3)), transposed=True),
+        "transposed": Weight(nn.Parameter(normal(4, 3)), Layout(transposed=True)),
         "conv": Weight(nn.Parameter(normal(2, 3, 2, 2))),
     }
     changes = {path: normal(*weight.parameter.shape, seed=1).abs() for path, weight in weights.items()}

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.calibration import Pass, run_model
 from peft_fps.gradients import Exact, Weight, accumulate_movement
 from peft_fps.gradients.trial import Trial
+from peft_fps.sparse import Layout
 from tests.helpers import bits, images, normal, tiny_conv, tiny_gpt2, tiny_mlp, tokens, unchanged
 
 
@@ -59,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], list[st
 
 def weights_of(model: nn.Module, paths: list[str]) -> dict[str, Weight]:
     modules = {path: model.get_submodule(path) for path in paths}
-    return {path: Weight(module.weight, isinstance(module, Conv1D)) for path, module in modules.items()}  # type: ignore[arg-type]
+    return {path: Weight(module.weight, Layout(isinstance(module, Conv1D))) for path, module in modules.items()}  # type: ignore[arg-type]
 
 
 def task(model: nn.Module, batch: Any) -> Tensor:

@@ -25,11 +25,13 @@ from tests.helpers import (
     config,
     dense_change,
     dense_reference,
+    entry_places,
     fill,
     image_batches,
     images,
     layers_of,
     normal,
+    selected_columns,
     tiny_bert,
     tiny_conv,
     tiny_gpt2,
@@ -97,9 +99,8 @@ def assert_adapter_gradients(model: Any, x: Tensor) -> None:
     logits(model(x)).backward(grad.to(x.dtype))
     for path, layer in layers_of(model).items():
         module = plain.get_submodule(path)
-        at_entries = module.weight.grad[dense_change(layer) != 0]
-        if isinstance(module, Conv1D):
-            at_entries = module.weight.grad.t()[dense_change(layer).t() != 0]
+        places = entry_places(module, selected_columns(layer))
+        at_entries = module.weight.grad.reshape(-1)[torch.tensor(places, dtype=torch.int64)]
         torch.testing.assert_close(layer.fps_values["default"].grad.double(), at_entries, rtol=1e-4, atol=1e-5)
         if "default" in layer.fps_bias:
             torch.testing.assert_close(layer.fps_bias["default"].grad.double(), module.bias.grad, rtol=1e-4, atol=1e-5)
@@ -133,7 +134,17 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = (
         f"conv-{mode}": (conv(4, 6, 3, padding=(1, 2), padding_mode=mode, stride=2), (2, 4, 7, 6))
         for mode in ("reflect", "replicate", "circular")
     }
-    | {"conv-circular-same": (conv(4, 6, (2, 3), padding="same", padding_mode="circular"), (2, 4, 7, 6))}
+    | {
+        "conv-circular-same": (conv(4, 6, (2, 3), padding="same", padding_mode="circular"), (2, 4, 7, 6)),
+        "sequence": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (2, 4, 9)),
+        "sequence-same": (lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="reflect"), (4, 9)),
+        "sequence-no-examples": (lambda: nn.Conv1d(4, 6, 3), (0, 4, 9)),
+        "volume": (lambda: nn.Conv3d(4, 6, (1, 2, 3), stride=(2, 1, 1), padding=1, groups=2), (2, 4, 3, 4, 5)),
+        "spread-sequence": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, output_padding=1, groups=2), (2, 4, 5)),
+        "spread": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), groups=2, dilation=(1, 2)), (2, 4, 5, 4)),
+        "spread-image": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), (4, 3, 3)),
+        "spread-volume": (lambda: nn.ConvTranspose3d(2, 4, 2, stride=2), (1, 2, 2, 3, 2)),
+    }
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -611,7 +622,7 @@ class Odd(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.embedding = nn.Embedding(6, 4)
         self.norm = nn.LayerNorm(4)
-        self.volume = nn.Conv3d(1, 1, 1)
+        self.pairs = nn.Bilinear(4, 4, 1)
         self.tied = nn.Linear(4, 6, bias=False)
         self.tied.weight = self.embedding.weight
         self.good = nn.Linear(4, 4)
@@ -625,9 +636,12 @@ class Odd(nn.Module):
     [
         ("fps_embedder", "contains 'fps_'.*exclude_modules"),
         ("attention.out_proj", "out_proj is read by torch.nn.MultiheadAttention without calling it"),
-        ("embedding", "is a Embedding, expected one of Linear, Conv1D, Conv2d"),
+        (
+            "embedding",
+            "is a Embedding, expected one of Linear, transformers' Conv1D, Conv1d, Conv2d, Conv3d, ConvTranspose1d",
+        ),
         ("norm", "is a LayerNorm, expected one of"),
-        ("volume", "is a Conv3d, expected one of"),
+        ("pairs", "is a Bilinear, expected one of"),
         ("tied", "same tensor as embedding.weight"),
     ],
 )

@@ -203,7 +203,9 @@ def test_targets_that_are_not_found_are_refused_by_peft() -> None:
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_a_norm_as_target_is_refused_without_norms(bias: str) -> None:
-    with pytest.raises(ValueError, match=r"layernorm is a LayerNorm, expected one of Linear, Conv1D, Conv2d\."):
+    with pytest.raises(
+        ValueError, match=r"layernorm is a LayerNorm, expected one of Linear, transformers' Conv1D, Conv1d,"
+    ):
         adapted(tiny_vit(), bias=bias, target_modules=["q_proj", "layernorm"])
 
 
@@ -303,7 +305,7 @@ def test_gradients_are_those_of_the_base_model_s_biases(kind: str, saved_inputs:
     for path, layer in layers_of(model).items():
         if not isinstance(layer, Norm):
             grad = plain.get_submodule(path).weight.grad[dense_change(layer) != 0]
-            if layer.transposed:
+            if layer.layout.transposed:
                 change = dense_change(layer).t()
                 grad = plain.get_submodule(path).weight.grad.t()[change != 0]
             torch.testing.assert_close(layer.fps_values["default"].grad, grad, atol=1e-4, rtol=1e-4, msg=path)

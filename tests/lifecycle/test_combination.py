@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.lifecycle.combination import Combination, combine, united_entries
-from peft_fps.sparse import build_structure
+from peft_fps.sparse import Layout, build_structure
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -71,7 +71,7 @@ def test_the_union_holds_every_entry_once_and_knows_where_each_went(data: st.Dat
     row = st.sets(st.integers(0, inputs - 1)).map(sorted)
     others = data.draw(st.lists(row, min_size=len(rows), max_size=len(rows)))
     transposed = data.draw(st.booleans())
-    structures = [build_structure(*csr(each), len(rows), inputs, transposed) for each in (rows, others)]
+    structures = [build_structure(*csr(each), len(rows), inputs, Layout(transposed)) for each in (rows, others)]
     columns, row_counts, places = united_entries(structures)
     union = [sorted({*one, *other}) for one, other in zip(rows, others, strict=True)]
     flat = [(i, column) for i, row in enumerate(union) for column in row]

@@ -67,6 +67,10 @@ _CUSTOM_MODELS: list[tuple[str, str, type, dict[str, Any]]] = [
     ("Conv2d 5 FPS 1x1", "Conv2d1x1", FPSConfig, {"target_modules": ["conv2d"], "per_neuron": 1}),
     ("Conv2d Groups 1 FPS", "Conv2dGroups", FPSConfig, {"target_modules": ["conv2d"], "per_neuron": 3}),
     ("Conv2d Groups 2 FPS", "Conv2dGroups2", FPSConfig, {"target_modules": ["conv2d"], "per_neuron": 3}),
+    ("Conv1d FPS", "Conv1d", FPSConfig, {"target_modules": ["conv1d"], "per_neuron": 2}),
+    ("Conv1d Groups FPS", "Conv1dGroups", FPSConfig, {"target_modules": ["conv1d"], "per_neuron": 3}),
+    ("Conv3d 1 FPS", "Conv3d", FPSConfig, {"target_modules": ["conv3d"], "per_neuron": 3}),
+    ("Conv3d 2 FPS", "Conv3d", FPSConfig, {"target_modules": ["conv3d", "lin0"], "per_neuron": 3}),
     ("MHA FPS", "MHA", FPSConfig, {"target_modules": ["lin0"], "per_neuron": 2}),
 ]
 

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import (
+    Geometry,
+    Layout,
     Reading,
     Structure,
     autograd,
     build_structure,
+    convolution_autograd,
     keep_columns,
     keep_whole,
-    sparse_conv2d,
+    sparse_convolution,
     sparse_delta_linear,
     sparse_linear,
     structure,
@@ -31,11 +34,10 @@ Selection = tuple[int, list[list[int]]]
 
 ROWS, INPUTS = [[0, 3], [], [0, 3, 5], [0, 1, 2, 3, 4, 5], [5]], 6
 LEADING = [(), (4,), (2, 3), (2, 1, 3)]
-PLAIN = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups
 
 
 def built(rows: list[list[int]] = ROWS, inputs: int = INPUTS, transposed: bool = False) -> Structure:
-    return build_structure(*csr(rows), len(rows), inputs, transposed)
+    return build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
 
 
 def scattered(weight: Tensor, values: Tensor, rows: list[list[int]], inputs: int, transposed: bool = False) -> Tensor:
@@ -172,64 +174,6 @@ def test_autocast_leaves_the_dtype_to_the_input():
     assert torch.equal(values.grad, expected)
 
 
-# --- convolutions ---------------------------------------------------------------------------------------------------
-
-
-RANGES = ((1, 3), (0, 2), (1, 2))  # of stride, padding, dilation
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[list[int]], tuple[Any, ...]]:
-    groups, inputs, outputs = draw(st.sampled_from([(1, 2, 3), (2, 4, 4), (3, 3, 6)]))
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    geometry = tuple(draw(st.tuples(st.integers(low, high), st.integers(low, high))) for low, high in RANGES)
-    size = draw(st.tuples(st.integers(5, 7), st.integers(5, 7)))
-    weight = normal(outputs, inputs // groups, *kernel, dtype=torch.float64)
-    fan_in = weight[0].numel()
-    row = st.one_of(st.sets(st.integers(0, fan_in - 1), max_size=4).map(sorted), st.just(list(range(fan_in))))
-    rows = draw(st.lists(row, min_size=outputs, max_size=outputs))
-    return normal(draw(st.integers(1, 2)), inputs, *size, seed=1).double(), weight, rows, (*geometry, groups)
-
-
-@given(convolutions(), st.booleans())
-def test_sparse_conv2d(case: tuple[Tensor, Tensor, list[list[int]], tuple[Any, ...]], bias: bool):
-    x, weight, rows, geometry = case
-    where = built(rows, weight[0].numel())
-    arguments = [x, normal(sum(map(len, rows)), seed=2).double()]
-    assert_same_function(
-        lambda x, values, b=None: sparse_conv2d(x, weight, values, b, where, geometry),
-        lambda x, values, b=None: F.conv2d(x, scattered(weight, values, rows, weight[0].numel()), b, *geometry),
-        *arguments,
-        *([normal(len(rows), seed=3).double()] if bias else []),
-    )
-
-
-def test_sparse_conv2d_of_a_single_image():
-    weight, rows = normal(3, 2, 2, 2, dtype=torch.float64), [[0, 7], [], [1]]
-    assert_same_function(
-        lambda x, values, b: sparse_conv2d(x, weight, values, b, built(rows, 8), PLAIN),
-        lambda x, values, b: F.conv2d(x, scattered(weight, values, rows, 8), b),
-        normal(2, 5, 4, seed=1).double(),
-        normal(3, seed=2).double(),
-        normal(3, seed=3).double(),
-    )
-
-
-def test_sparse_conv2d_in_channels_last_memory():
-    weight, rows = normal(4, 3, 2, 2), [[0, 11], [], [3], list(range(12))]
-    x = normal(2, 3, 6, 6, seed=1).to(memory_format=torch.channels_last)
-    values = normal(15, seed=2)
-    for stored in (weight, weight.to(memory_format=torch.channels_last)):
-        assert_same_function(
-            lambda x, values, stored=stored: sparse_conv2d(x, stored, values, None, built(rows, 12), PLAIN),
-            lambda x, values: F.conv2d(x, scattered(weight, values, rows, 12)),
-            x,
-            values,
-            rtol=1e-5,
-            atol=1e-5,
-        )
-
-
 # --- what holds for all of them -------------------------------------------------------------------------------------
 
 
@@ -237,7 +181,8 @@ def products() -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
     """Function of (x, values, bias), its arguments, and the weight."""
     weight, kernel = normal(5, INPUTS, dtype=torch.float64), normal(4, 2, 2, 2, dtype=torch.float64)
     x, image, rows = normal(2, 3, INPUTS, seed=1), normal(1, 4, 4, 3, seed=1), [[0, 7], [], [3], list(range(8))]
-    geometry = ((2, 1), (1, 0), (1, 2), 2)
+    geometry, spread = Geometry((2, 1), (1, 0), (1, 2), 2), Geometry((2,), (1,), (1,), 2, True, (1,))
+    turned = build_structure(*csr(rows), 4, 8, Layout(True, groups=2, taps=4))
     values, bias = normal(12, seed=2), normal(5, seed=3)
     return {
         "linear": (lambda x, v, b: sparse_linear(x, weight, v, b, built()), [x, values, bias], weight),
@@ -248,8 +193,13 @@ def products() -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
         ),
         "delta": (lambda x, v, b: sparse_delta_linear(x, v, built()) + b, [x, values, bias], weight),
         "conv": (
-            lambda x, v, b: sparse_conv2d(x, kernel, v, b, built(rows, 8), geometry),
+            lambda x, v, b: sparse_convolution(x, kernel, v, b, built(rows, 8), geometry),
             [image, normal(11, seed=2), bias[:4]],
+            kernel,
+        ),
+        "transposed conv": (
+            lambda x, v, b: sparse_convolution(x, kernel.flatten(2), v, b, turned, spread),
+            [image[0], normal(11, seed=2), bias[:4]],
             kernel,
         ),
     }
@@ -277,7 +227,7 @@ def test_gradcheck(kind: str):
     assert torch.autograd.gradcheck(function, leaves(*(tensor.double() for tensor in arguments)), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "transposed conv"])
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch):
     function, arguments, weight = products()[kind]
@@ -285,7 +235,12 @@ def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...
     arguments = [tensor.double().requires_grad_(need) for tensor, need in zip(arguments, wanted, strict=True)]
     result = function(*arguments)
     done: list[str] = []
-    for module, name in ((autograd, "compose_weight"), (autograd, "sampled_product"), (autograd, "conv2d_weight")):
+    watched = (autograd, "compose_weight"), (autograd, "sampled_product")
+    for module, name in (
+        *watched,
+        (convolution_autograd, "compose_weight"),
+        (convolution_autograd, "weight_gradient"),
+    ):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, name=name, original=original: (done.append(name), original(*args))[1]
@@ -295,7 +250,7 @@ def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...
     assert weight.grad is None
     need_x, need_values, _ = wanted
     assert ("compose_weight" in done) == need_x
-    assert bool({"sampled_product", "conv2d_weight"} & set(done)) == need_values
+    assert bool({"sampled_product", "weight_gradient"} & set(done)) == need_values
 
 
 def test_without_a_gradient_to_come_nothing_is_saved():
@@ -326,15 +281,6 @@ def test_delta_linear_saves_the_used_columns_and_no_weight():
             normal(50, inputs).requires_grad_(), normal(50, seed=2).requires_grad_(), built(rows, inputs)
         )
     assert sorted(tensor.numel() for tensor in kept) == [50, 50 * 3]
-
-
-def test_conv2d_saves_no_second_weight():
-    weight, rows = normal(16, 8, 3, 3), [[0, 71]] * 16
-    x, values = normal(2, 8, 5, 5, seed=1).requires_grad_(), normal(32, seed=2).requires_grad_()
-    with saved_tensors() as kept:
-        sparse_conv2d(x, weight, values, None, built(rows, 72), PLAIN)
-    aliases = {x.data_ptr(), weight.data_ptr(), values.data_ptr()}
-    assert {tensor.data_ptr() for tensor in kept} <= aliases
 
 
 @pytest.mark.parametrize("kind", KINDS)

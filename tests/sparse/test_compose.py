@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.sparse import build_structure, compose_weight, dense_delta, merged_entries, structure
+from peft_fps.sparse import Layout, build_structure, compose_weight, dense_delta, merged_entries, structure
 from peft_fps.sparse.compose import compact_delta
 from tests.helpers import bits, csr, flat_positions, normal, selections
 
@@ -50,14 +50,14 @@ def test_compose_weight(weight: torch.dtype, value: torch.dtype, product: torch.
     stored = stored_weight(transposed, weight)
     values = (0.01 * normal(10, seed=1)).to(value)
     before = bits(stored)
-    composed = compose_weight(stored, values, build_structure(*csr(ROWS), 4, 5, transposed), product)
+    composed = compose_weight(stored, values, build_structure(*csr(ROWS), 4, 5, Layout(transposed)), product)
     expected = stored.to(product).double().reshape(-1).tolist()
     flat = stored.double().reshape(-1).tolist()
     for place, change in zip(flat_positions(ROWS, 5, transposed), values.double().tolist(), strict=True):
         expected[place] = summed(flat[place], change, exact_type(weight, value), product)
-    logical = torch.tensor(expected, dtype=torch.float64).view(stored.shape)
+    whole = torch.tensor(expected, dtype=torch.float64).view(stored.shape)
     assert composed.dtype == product
-    assert composed.double().tolist() == (logical.t() if transposed else logical).tolist()
+    assert composed.double().tolist() == whole.tolist()
     assert bits(stored) == before
     assert composed.data_ptr() != stored.data_ptr()
 
@@ -124,7 +124,7 @@ def test_dense_and_compact_delta(
             dense[row, column] = next(numbers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        built = build_structure(*csr(rows), len(rows), inputs, transposed)
+        built = build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
     shape = torch.Size((inputs, len(rows)) if transposed else (len(rows), inputs))
     assert dense_delta(values, built, shape).tolist() == (dense.t() if transposed else dense).tolist()
     used = sorted({column for row in rows for column in row})

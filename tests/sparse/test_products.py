@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_fps.sparse import Structure, build_structure, products, sparse_linear, structure
+from peft_fps.sparse import Layout, Structure, build_structure, products, sparse_linear, structure
 from peft_fps.sparse.kernels import cpu
 from tests.helpers import csr, normal, selections
 
@@ -213,7 +213,7 @@ def random_change(neurons: int, inputs: int, density: float, transposed: bool) -
     chosen = torch.rand(neurons, inputs) < density
     delta = torch.randn(neurons, inputs) * chosen
     columns, counts = chosen.nonzero()[:, 1], chosen.sum(1)
-    return delta, build_structure(columns, counts, neurons, inputs, transposed), delta[chosen]
+    return delta, build_structure(columns, counts, neurons, inputs, Layout(transposed)), delta[chosen]
 
 
 class LargestResult(TorchDispatchMode):

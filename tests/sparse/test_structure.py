@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_fps.sparse import (
+    Layout,
     StructureError,
     build_structure,
     check_entries,
@@ -118,7 +119,7 @@ def test_build_structure_against_naive_positions(
     inputs, rows = selection
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        built = build_structure(*csr(rows), len(rows), inputs, transposed)
+        built = build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
     assert (built.neurons, built.inputs, built.transposed) == (len(rows), inputs, transposed)
     assert built.positions.tolist() == flat_positions(rows, inputs, transposed)
     union = sorted({column for row in rows for column in row})
@@ -162,7 +163,7 @@ def test_index_tensors_are_small_where_every_position_fits(
     neurons: int, inputs: int, dtype: torch.dtype, transposed: bool
 ):
     rows = [[]] * (neurons - 1) + [[0, inputs - 1]]
-    built = build_structure(*csr(rows), neurons, inputs, transposed)
+    built = build_structure(*csr(rows), neurons, inputs, Layout(transposed))
     for tensor in (built.positions, built.rows, built.row_starts, built.union_positions):
         assert tensor.dtype == dtype
     assert built.union.dtype == torch.int64
@@ -185,7 +186,7 @@ def several_selections(draw: st.DrawFn) -> tuple[int, list[list[list[int]]]]:
 def test_unite_structures_against_naive_set_union(several: tuple[int, list[list[list[int]]]], transposed: bool):
     inputs, lists = several
     neurons = len(lists[0])
-    built = [build_structure(*csr(rows), neurons, inputs, transposed) for rows in lists]
+    built = [build_structure(*csr(rows), neurons, inputs, Layout(transposed)) for rows in lists]
     united, places = unite_structures(built)
     union = [sorted(set().union(*(rows[i] for rows in lists))) for i in range(neurons)]
     assert united.positions.tolist() == flat_positions(union, inputs, transposed)

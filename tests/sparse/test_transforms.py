@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from peft_fps.sparse import build_structure, sparse_conv2d, sparse_delta_linear, sparse_linear
+from peft_fps.sparse import Geometry, Layout, build_structure, sparse_convolution, sparse_delta_linear, sparse_linear
 from tests.helpers import csr, flat_positions, normal
 
 
@@ -23,6 +23,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 ROWS, INPUTS = [[0, 3], [], [0, 3, 5], [0, 1, 2, 3, 4, 5], [5]], 6
 PATCHES = [[0, 7], [], [3], list(range(8))]
 GEOMETRY = ((2, 1), (1, 0), (1, 2), 2)
+SPREAD = ((2, 1), (1, 0), (1, 0), 2, (1, 2))  # stride, padding, output padding, groups, dilation
 
 
 def dense(weight: Tensor, values: Tensor, rows: list[list[int]], inputs: int, transposed: bool = False) -> Tensor:
@@ -36,10 +37,23 @@ def dense(weight: Tensor, values: Tensor, rows: list[list[int]], inputs: int, tr
 def products() -> dict[str, tuple[Product, Product, list[Tensor]]]:
     """Ours and a dense product of (x, values, bias), and arguments."""
     weight, kernel = normal(5, INPUTS, dtype=torch.float64), normal(4, 2, 2, 2, dtype=torch.float64)
-    plain, turned = (build_structure(*csr(ROWS), 5, INPUTS, transposed) for transposed in (False, True))
+    plain, turned = (build_structure(*csr(ROWS), 5, INPUTS, Layout(transposed)) for transposed in (False, True))
     patches, stored = build_structure(*csr(PATCHES), 4, 8), weight.t().contiguous()
     x, values, bias = (normal(*shape, seed=2, dtype=torch.float64) for shape in ((3, INPUTS), (12,), (5,)))
     image = normal(2, 4, 4, 3, dtype=torch.float64)
+    stride, padding, output_padding, groups, dilation = SPREAD
+    geometry = Geometry(stride, padding, dilation, groups, True, output_padding)
+    spread = build_structure(*csr(PATCHES), 4, 8, Layout(True, groups=2, taps=4))
+
+    def scattered(values: Tensor) -> Tensor:
+        """ΔW of the transposed convolution: of neuron and column to channel, place in the group, and tap."""
+        places = [
+            ((row // 2 * 2 + column // 4) * 2 + row % 2) * 4 + column % 4
+            for row, columns in enumerate(PATCHES)
+            for column in columns
+        ]
+        return torch.zeros(32).double().index_add(0, torch.tensor(places), values).view(kernel.shape)
+
     return {
         "linear": (
             lambda x, v, b: sparse_linear(x, weight, v, b, plain),
@@ -57,8 +71,13 @@ def products() -> dict[str, tuple[Product, Product, list[Tensor]]]:
             [x, values, bias],
         ),
         "conv": (
-            lambda x, v, b: sparse_conv2d(x, kernel, v, b, patches, GEOMETRY),
+            lambda x, v, b: sparse_convolution(x, kernel, v, b, patches, Geometry(*GEOMETRY)),
             lambda x, v, b: F.conv2d(x, dense(kernel, v, PATCHES, 8), b, *GEOMETRY),
+            [image, values[:11], bias[:4]],
+        ),
+        "transposed conv": (
+            lambda x, v, b: sparse_convolution(x, kernel, v, b, spread, geometry),
+            lambda x, v, b: F.conv_transpose2d(x, kernel + scattered(v), b, *SPREAD),
             [image, values[:11], bias[:4]],
         ),
     }

@@ -166,7 +166,7 @@ TEXTS: dict[str, Case] = {
     "mamba": Case(
         of("MambaForCausalLM", "MambaConfig", vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4),
         text(),
-        idle=True,  # the weight of dt_proj is read past the layer
+        idle=True,  # weights of conv1d and dt_proj are read past the layers
     ),
     "gpt-neox": Case(of("GPTNeoXForCausalLM", "GPTNeoXConfig", **CAUSAL), text()),
     "t5": Case(
@@ -186,7 +186,24 @@ TEXTS: dict[str, Case] = {
     "wav2vec2": Case(
         of("Wav2Vec2ForCTC", "Wav2Vec2Config", **WAVES),
         lambda: {"input_values": normal(2, 200)},
-        options={"target_modules": r".*(_proj|dense)"},
+        left_out=True,  # the positional convolution, whose weight is normalised
+    ),
+    "encodec": Case(
+        of(
+            "EncodecModel",
+            "EncodecConfig",
+            norm_type="time_group_norm",
+            num_filters=4,
+            hidden_size=16,
+            codebook_dim=16,
+            upsampling_ratios=[2, 2],
+            num_lstm_layers=1,
+            num_residual_layers=1,
+            codebook_size=16,
+            target_bandwidths=[24.0],
+        ),
+        lambda: {"input_values": normal(2, 1, 64)},
+        unused=r"model\.encoder",  # the codes cut off the gradient
     ),
     "whisper": Case(
         of(
