@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -29,6 +29,8 @@ class SavedConfig(PeftConfig):
     record: AdapterRecord | None
     to_save: SavedAdapter | None
     missing_weights: str | None
+    # PEFT saves the whole weight of an embedding that is a target, unless a config names the tokens that it trains
+    trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

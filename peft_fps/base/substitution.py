@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 from peft_fps.base.quantisation import quantisation
 
 
-KINDS = (nn.Linear, TransformersConv1D, nn.Conv2d)
+KINDS = (nn.Linear, TransformersConv1D, nn.Conv2d, nn.Embedding)
 
 SIZES = (3, 2)
 """Height and width of the images on which a convolution is tried, beyond its kernel."""
@@ -69,7 +69,7 @@ def follows_its_weight(base: Any) -> bool | None:
     with _undrawn(base), torch.no_grad():
         try:
             plain, written = (copy.deepcopy(_bare(base)).eval() for _ in range(2))
-            x = _ramp(base.weight.new_empty(_input_shape(base)))
+            x = _trial_input(base)
             before = plain(x)
             for name in ("weight", "bias"):
                 if getattr(base, name, None) is None:
@@ -102,6 +102,13 @@ def _ramp(like: Tensor) -> Tensor:
     """Numbers between -1 and 1 of which no two neighbours are alike."""
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
     return torch.sin(steps * 0.7 + 0.3).to(like.dtype).view(like.shape)
+
+
+def _trial_input(base: Any) -> Tensor:
+    """A small input; for an embedding, tokens that also make sense as a mask, which some read positions off."""
+    if isinstance(base, nn.Embedding):
+        return torch.tensor([[1, 0, 1]], device=base.weight.device).clamp(max=base.num_embeddings - 1)
+    return _ramp(base.weight.new_empty(_input_shape(base)))
 
 
 def _input_shape(base: Any) -> tuple[int, ...]:

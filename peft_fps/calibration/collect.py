@@ -4,7 +4,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from types import TracebackType
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.base.substitution import overrides_forward
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.padding import Padding, padding_of
-from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
+from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums, token_counts
 
 
 DECODER = re.compile(r"(^|[._])decoder\.")
@@ -28,10 +29,12 @@ class Observed:
 
     Attributes:
         module: the module that the model calls with the layer's input.
-        base: the linear layer or convolution that multiplies this input with its weight.
+        base: the linear layer or convolution that multiplies this input with its weight, or the embedding that looks
+            it up.
         groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
         inputs: fan-in of a neuron.
         own_forward: whether the base layer overrides forward and may change its input before it multiplies.
+        sharing: embeddings that look tokens up in the same weight, by module path. Their inputs count too.
     """
 
     module: nn.Module
@@ -39,6 +42,18 @@ class Observed:
     groups: int
     inputs: int
     own_forward: bool = False
+    sharing: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+def _fits(mask: Tensor, x: Tensor) -> bool:
+    """Whether a mask `(batch, positions)` has the positions of `x`, `(batch, positions, inputs)` or flattened."""
+    return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)
+
+
+def _fits_tokens(mask: Tensor, tokens: Tensor) -> bool:
+    """Whether a mask fits tokens, or one sample's positions that all samples share, `(positions,)` or `(1, positions)`."""
+    shared = tokens.shape[-1:] == mask.shape[1:] and tokens.numel() == mask.shape[1]
+    return shared or _fits(mask, tokens[..., None])
 
 
 class Collector:
@@ -72,11 +87,9 @@ class Collector:
 
     def __enter__(self) -> "Collector":
         for path, layer in self._layers.items():
-            if layer.own_forward:
-                self._watch(path, layer.base)
-                continue
-            hook = self._hook(path, layer.base)
-            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._observe(path, path, layer.module, layer.base, layer.own_forward)
+            for place, module in layer.sharing.items():
+                self._observe(path, place, module, module, overrides_forward(module))
         if self._model is not None:
             # not a hook, because PEFT calls the forward of the base model without its hooks
             self._forward = vars(self._model).get("forward")
@@ -143,20 +156,32 @@ class Collector:
                     "activations. Check that batch, or run the model in a wider dtype (float32). Nothing was changed."
                 )
 
-    def _hook(self, path: str, base: nn.Module) -> Any:
-        """Return a hook that adds the input of a call to the statistics of the layer at `path`."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._within:
-                self._add(path, base, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    def _watch(self, path: str, base: nn.Module) -> None:
-        """Observe a layer that overrides forward by the tensor that it multiplies with its weight.
+    def _observe(self, path: str, place: str, module: nn.Module, base: nn.Module, own_forward: bool) -> None:
+        """Let calls of a module add to the statistics of a layer.
 
         Args:
             path: module path of the layer.
+            place: module path of the module.
+            module: the layer, or one that shares its weight.
+            base: its base layer.
+            own_forward: whether the base layer overrides forward.
+        """
+        if own_forward:
+            self._watch(path, place, base)
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._within:
+                self._add(path, place, base, args[0] if args else next(iter(kwargs.values())))
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch(self, path: str, place: str, base: nn.Module) -> None:
+        """Observe a layer that overrides forward by the tensor that it multiplies with its weight, or looks up in it.
+
+        Args:
+            path: module path of the layer to whose statistics the tensor is added.
+            place: module path of the layer that is called.
             base: its base layer.
         """
         watched: list[WatchedProduct] = []
@@ -169,22 +194,23 @@ class Collector:
             product = watched.pop()
             product.__exit__(None, None, None)
             x, equivalent = product.first or (args[0] if args else next(iter(kwargs.values())), base)
-            self._add(path, equivalent, x)
+            self._add(path, place, equivalent, x)
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
+    def _add(self, path: str, place: str, base: nn.Module, x: Tensor) -> None:
         """Add an input to the statistics of a layer.
 
         Args:
             path: module path of the layer.
-            base: linear layer or convolution that multiplies the input with its weight.
+            place: module path of the module that got the input: the layer, or one that shares its weight.
+            base: linear layer or convolution that multiplies the input with its weight, or embedding that looks it up.
             x: the input; `(..., inputs)` of a linear layer.
         """
         if x.numel() == 0:  # an expert to which no token was routed
             return
-        sums, positions = self._reduce(path, base, x)
+        sums, positions = self._reduce(place, base, x)
         if path not in self.statistics:
             self.statistics[path] = InputStatistics(torch.zeros_like(sums))
         self.statistics[path].sums += sums
@@ -196,12 +222,15 @@ class Collector:
 
         Args:
             path: module path of the layer.
-            base: linear layer or convolution that multiplies the input with its weight.
+            base: linear layer or convolution that multiplies the input with its weight, or embedding that looks it up.
             x: the input.
         """
         if isinstance(base, nn.Conv2d):
             batched = x if x.dim() == 4 else x[None]
             return patch_sums(pad_like(batched.detach(), base), base, self._norm)
+        if isinstance(base, nn.Embedding):
+            counts, positions = token_counts(x, base.num_embeddings, self._mask(path, x, _fits_tokens))
+            return counts[None], positions
         mask = self._mask(path, x)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version
@@ -213,25 +242,21 @@ class Collector:
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions
 
-    def _mask(self, path: str, x: Tensor) -> Tensor | None:
+    def _mask(self, path: str, x: Tensor, fits: Callable[[Tensor, Tensor], bool] = _fits) -> Tensor | None:
         """Return the padding mask that fits an input, or None if all its positions count.
 
         The mask of the decoder comes first for modules that read the decoder's states, else the mask of the inputs.
 
         Args:
             path: module path of the layer that reads the input.
-            x: the input, `(..., inputs)`.
+            x: the input, `(..., inputs)`, or tokens.
+            fits: whether a mask fits such an input.
         """
         reads_decoder = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
         masks = [self._padding.decoder, self._padding.inputs]
         if not reads_decoder:
             masks.reverse()
         for mask in masks[:1] if self._padding.separate else masks:
-            if mask is not None and _fits(mask, x):
+            if mask is not None and fits(mask, x):
                 return mask
         return None
-
-
-def _fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether a mask `(batch, positions)` has the positions of `x`, `(batch, positions, inputs)` or flattened."""
-    return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)

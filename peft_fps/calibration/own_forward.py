@@ -1,7 +1,7 @@
-"""The tensor that a layer with an overridden forward multiplies with its weight.
+"""The tensor that a layer with an overridden forward multiplies with its weight, or looks up in it.
 
-Such a layer may pad or normalise its input first. So the call of PyTorch's product shows the tensor, not the call of
-the layer.
+Such a layer may pad or normalise its input first, or derive positions from it. So the call of PyTorch's product shows
+the tensor, not the call of the layer.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
+    F.embedding: ("input", "weight"),
     torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }
 
@@ -45,6 +46,8 @@ class WatchedProduct(TorchFunctionMode):
     def _equivalent(self, given: dict[str, Any]) -> nn.Module:
         """Return a layer without memory that has the geometry of a product, from the arguments of the product."""
         base = self._base
+        if isinstance(base, nn.Embedding):
+            return nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
         if not isinstance(base, nn.Conv2d):
             return nn.Linear(base.in_features, base.out_features, device="meta")
         geometry: Any = {name: given[name] for name in ("stride", "padding", "dilation", "groups") if name in given}

@@ -48,7 +48,8 @@ def _observed(layer: EntryLayer) -> Observed:
     """Return what the forward pass has to know of a layer to observe it."""
     groups = getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
-    return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
+    sharing = {path: module for path, module in layer.sharing.items() if isinstance(module, nn.Embedding)}
+    return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer), sharing)
 
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:

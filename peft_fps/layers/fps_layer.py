@@ -75,7 +75,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
 
         Args:
             x: what the base layer takes: `(..., inputs)` for a linear layer, `(batch, channels, height, width)` for a
-                convolution, `(..., *normalized_shape)` for a norm.
+                convolution, `(...)` integers for an embedding, `(..., *normalized_shape)` for a norm.
             args: further arguments of the base layer's forward, as are `kwargs`.
             adapter_names: one per sample; those of the call of the model if None, see `mixed_batch`.
 
@@ -88,7 +88,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
-                return self._unmerged_forward(x)
+                return self._unmerged_forward(x, *args, **kwargs)
             return self._forward_with([], x, *args, **kwargs)
         names = [name for name in self.active_adapters if self.carries(name)]
         return self._forward_with(names, x, *args, **kwargs)
@@ -105,10 +105,10 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
             lambda name, part: self._forward_with([] if name == BASE else [name], part, *args, **kwargs), x, names
         )
 
-    def _unmerged_forward(self, x: Tensor) -> Tensor:
+    def _unmerged_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output although adapters are merged into it; writes nothing."""
         records = [self.merge_records[name] for name in reversed(self.merged_adapters)]
-        result: Tensor = unmerged_copy(self.base_layer, records)(x)
+        result: Tensor = unmerged_copy(self.base_layer, records)(x, *args, **kwargs)
         return result
 
     def _bias_deltas(self, names: list[str]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_fps.base.quantisation import quantisation
 from peft_fps.layers.convolution import Conv2d
+from peft_fps.layers.embedding import Embedding
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.linear import Conv1DLinear, Linear
@@ -16,6 +17,7 @@ LAYERS: dict[type[nn.Module], type[EntryLayer]] = {
     nn.Linear: Linear,
     TransformersConv1D: Conv1DLinear,
     nn.Conv2d: Conv2d,
+    nn.Embedding: Embedding,
 }
 """FPS layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
 

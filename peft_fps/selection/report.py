@@ -1,5 +1,6 @@
 """The report of a selection: numbers per module and in total, as data and as a table."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,11 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        tied: paths of modules that share the weight of an adapted embedding and compute with its changes, by path of
+            the embedding.
+        left_out: paths of embeddings that are no targets by default, and stay frozen.
+        unseen: number of entries at tokens that the calibration data did not hold, by path of the embedding. Only the
+            report of a calibration knows it.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -59,6 +65,9 @@ class SelectionReport:
     budget: float | None
     method: str
     unreached: tuple[str, ...] = ()
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -145,4 +154,10 @@ class SelectionReport:
         ]
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
+        for embedding, uses in self.tied.items():
+            summary.append(f"tied weights: the changes of {embedding} count in {', '.join(uses)} too")
+        for embedding, number in self.unseen.items():
+            summary.append(f"at tokens that calibration never saw: {number:,} entries of {embedding}")
+        if self.left_out:
+            summary.append(f"embeddings, frozen unless named in target_modules: {', '.join(self.left_out)}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])
