@@ -222,13 +222,14 @@ def dense_change(layer: EntryLayer, adapter_name: str = "default") -> Tensor:
     """ΔW as a dense float64 tensor of the stored weight's shape, entry by entry."""
     base = layer.base_layer
     weight = base.weight
-    by_neuron = weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
+    transposed = isinstance(base, (Conv1D, nn.Embedding))
+    by_neuron = weight.t() if transposed else weight.flatten(1)
     delta = torch.zeros(by_neuron.shape, dtype=torch.float64)
     values = iter(layer.fps_values[adapter_name].detach().double().tolist())
     for row, columns in enumerate(selected_columns(layer, adapter_name)):
         for column in columns:
             delta[row, column] = next(values)
-    return delta.t() if isinstance(base, Conv1D) else delta.reshape(weight.shape)
+    return delta.t() if transposed else delta.reshape(weight.shape)
 
 
 def dense_reference(base: nn.Module, model: nn.Module, adapters: list[str]) -> nn.Module:

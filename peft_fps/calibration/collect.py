@@ -1,7 +1,6 @@
 """Hooks that gather input statistics while a model runs."""
 
 import inspect
-import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,13 +13,8 @@ from torch import Tensor, nn
 
 from peft_fps.base.substitution import overrides_forward
 from peft_fps.calibration.own_forward import WatchedProduct
-from peft_fps.calibration.padding import Padding, padding_of
+from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
 from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums, token_counts
-
-
-DECODER = re.compile(r"(^|[._])decoder\.")
-CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
-"""Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +37,6 @@ class Observed:
     inputs: int
     own_forward: bool = False
     sharing: Mapping[str, nn.Module] = field(default_factory=dict)
-
-
-def _fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether a mask `(batch, positions)` has the positions of `x`, `(batch, positions, inputs)` or flattened."""
-    return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)
-
-
-def _fits_tokens(mask: Tensor, tokens: Tensor) -> bool:
-    """Whether a mask fits tokens, or one sample's positions that all samples share, `(positions,)` or `(1, positions)`."""
-    shared = tokens.shape[-1:] == mask.shape[1:] and tokens.numel() == mask.shape[1]
-    return shared or _fits(mask, tokens[..., None])
 
 
 class Collector:
@@ -229,9 +212,10 @@ class Collector:
             batched = x if x.dim() == 4 else x[None]
             return patch_sums(pad_like(batched.detach(), base), base, self._norm)
         if isinstance(base, nn.Embedding):
-            counts, positions = token_counts(x, base.num_embeddings, self._mask(path, x, _fits_tokens))
+            mask = mask_of_tokens(x, self._padding, path)
+            counts, positions = token_counts(x, base.num_embeddings, mask)
             return counts[None], positions
-        mask = self._mask(path, x)
+        mask = mask_of(x, self._padding, path)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version
         known = self._reduced.get(key)
@@ -241,22 +225,3 @@ class Collector:
         # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions
-
-    def _mask(self, path: str, x: Tensor, fits: Callable[[Tensor, Tensor], bool] = _fits) -> Tensor | None:
-        """Return the padding mask that fits an input, or None if all its positions count.
-
-        The mask of the decoder comes first for modules that read the decoder's states, else the mask of the inputs.
-
-        Args:
-            path: module path of the layer that reads the input.
-            x: the input, `(..., inputs)`, or tokens.
-            fits: whether a mask fits such an input.
-        """
-        reads_decoder = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
-        masks = [self._padding.decoder, self._padding.inputs]
-        if not reads_decoder:
-            masks.reverse()
-        for mask in masks[:1] if self._padding.separate else masks:
-            if mask is not None and fits(mask, x):
-                return mask
-        return None

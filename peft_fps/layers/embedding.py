@@ -1,11 +1,13 @@
 """FPS layers over embeddings: tables of rows that tokens are looked up in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from peft_fps.base.quantisation import is_of_torchao
 from peft_fps.layers.sample_names import check_unmerged
 from peft_fps.layers.sparse_product import ProductLayer
 from peft_fps.sparse import Structure, changed_lookup
@@ -51,7 +53,7 @@ class Embedding(ProductLayer):
         carried = [[] if self.disable_adapters or not self.carries(name) else [name] for name in adapter_names]
         if all(names == carried[0] for names in carried):
             return self._forward_with(carried[0], x, *args, **kwargs)
-        if "relative" in self.module_path.rpartition(".")[2]:
+        if looks_up_distances(self.module_path):
             raise ValueError(
                 f"{self.module_path} looks up distances between positions, which all samples share, and adapter_names "
                 f"holds adapters that change it and others ({sorted(set(adapter_names))}), expected one adapter for "
@@ -86,49 +88,67 @@ class Embedding(ProductLayer):
 
         Where the forward does nothing with the weight but look tokens up, no dense W + ΔW is formed.
         """
-        with ChangedLookups(self.base_layer.weight, values, structure) as lookups:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-        if lookups.complete:
+        base = self.base_layer
+        result = with_changed_lookups(lambda: base(x, *args, **kwargs), base.weight, values, structure)
+        if result is not None:
             return result
         return super()._changed_base(structure, values, bias_deltas, x, *args, **kwargs)
 
 
-class ChangedLookups(TorchFunctionMode):
-    """Context in which lookups in one weight W are lookups in W + ΔW.
+def looks_up_distances(path: str) -> bool:
+    """Whether an embedding looks up distances between positions, which have no samples; T5's names tell."""
+    return "relative" in path.rpartition(".")[2]
+
+
+def with_changed_lookups(
+    run: Callable[[], Tensor], weight: Tensor, values: Tensor, structure: Structure
+) -> Tensor | None:
+    """Run a forward whose lookups in a weight W are lookups in W + ΔW.
 
     Args:
-        weight: W, the very tensor that lookups in the block read.
+        run: the forward.
+        weight: W, the very tensor that the forward reads.
         values: `(nnz,)` ΔW at the selected entries.
         structure: where the selected entries lie.
-    """
 
-    def __init__(self, weight: Tensor, values: Tensor, structure: Structure) -> None:
+    Returns:
+        The result. None if the forward reads the weight in another way, or does not look up in it.
+    """
+    uses: list[bool] = []
+    with _ChangedLookups(weight, values, structure, uses):
+        result = run()
+    return result if uses and all(uses) else None
+
+
+class _ChangedLookups(TorchFunctionMode):
+    """Context of `with_changed_lookups`; every use of the weight adds to `uses` whether it is a lookup."""
+
+    def __init__(self, weight: Tensor, values: Tensor, structure: Structure, uses: list[bool]) -> None:
         super().__init__()
         self._change = weight, values, structure
-        self._lookups = 0
-        self._others = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the weight was looked up in, and read in no other way."""
-        return self._lookups > 0 and self._others == 0
+        self._uses = uses
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         weight, values, structure = self._change
+        result = func(*args, **kwargs)
         if not any(given is weight for given in (*args, *kwargs.values())):
-            return func(*args, **kwargs)
+            return result
         if func is not F.embedding:
-            self._others += func.__name__ != "__get__"  # dtype, device and shape
-            return func(*args, **kwargs)
+            if func.__name__ != "__get__":  # dtype, device and shape
+                self._uses.append(False)
+            return result
+        self._uses.append(True)
         named = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
-        self._lookups += 1
-        padding = named.get("padding_idx")
-        return changed_lookup(func(*args, **kwargs), named["input"], values, structure, padding)
+        return changed_lookup(result, named["input"], values, structure, named.get("padding_idx"))
 
 
 def lookup_obstacle(module: Any) -> str | None:
     """Return what keeps an embedding from a sparse change, for a message. None if nothing does."""
+    if is_of_torchao(module.weight):
+        return (
+            "its weight is quantised by torchao, expected a dense one; of quantised layers, linear ones are supported"
+        )
     if module.max_norm is not None:
         return (
             f"its max_norm={module.max_norm} makes every lookup write to the weight, expected None: an adapter "

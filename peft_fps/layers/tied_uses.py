@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.base.substitution import overrides_forward, twin_with
-from peft_fps.layers.embedding import ChangedLookups, Embedding
+from peft_fps.layers.embedding import Embedding, with_changed_lookups
 from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.layers.sample_names import BASE, by_adapter, check_samples, named_calls, names_for
 from peft_fps.sparse import add_token_products, changed_lookup, changed_weight
@@ -64,12 +64,11 @@ class TiedUse:
             return add_token_products(output, x, values, structure, module.weight)
         if not overrides_forward(module):
             return changed_lookup(output, x, values, structure, module.padding_idx)
-        with ChangedLookups(module.weight, values, structure) as lookups:
-            result: Tensor = module.forward(x, *args, **kwargs)
-        if lookups.complete:
-            return result
-        weight = changed_weight(module.weight, values, structure)
-        result = twin_with(module, {"weight": weight}).forward(x, *args, **kwargs)  # without hooks
+        # forward alone, without hooks, this one included
+        result = with_changed_lookups(lambda: module.forward(x, *args, **kwargs), module.weight, values, structure)
+        if result is None:
+            weight = changed_weight(module.weight, values, structure)
+            result = twin_with(module, {"weight": weight}).forward(x, *args, **kwargs)
         return result
 
 

@@ -11,8 +11,8 @@ from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
 def attach_hooks(model: nn.Module) -> None:
     """Put hooks on a model whose layers have just been adapted. Hooks that are there already stay.
 
-    They let modules that share the weight of an adapted embedding follow it, note which tensors can be computed again, pass `adapter_names` on to modules that are trained whole, and
-    freeze running statistics.
+    They let modules that share the weight of an adapted embedding follow its changes, note which tensors can be
+    computed again, pass `adapter_names` on to modules that are trained whole, and freeze running statistics.
 
     Args:
         model: base model with adapted layers.

@@ -1,8 +1,8 @@
 """Lookups in W + ΔW, and the products of other layers that share this weight. Only touched tokens cost anything.
 
 An embedding is a linear layer over one-hot tokens. An output neuron is one dimension of the embedding, its inputs are
-the tokens, and the weight is stored as `(inputs, neurons)`. A touched token is one that has an entry; `structure.union`
-lists them.
+the tokens, and the weight is stored as `(inputs, neurons)`. A touched token is one that has an entry:
+`structure.union` lists them.
 """
 
 from typing import Any
@@ -79,7 +79,7 @@ def changed_lookup(
 ) -> Tensor:
     """Return `rows + ΔW[tokens]`, where `rows` is what a lookup of the tokens in W gives.
 
-    Sums are formed in float32 or float64 and rounded once, so that the rows equal those of a merged weight bit for bit.
+    Sums are formed in float32 or float64 and rounded once, so that rows equal those of a merged weight bit for bit.
     `rows` and `values` get gradients. Neither a dense ΔW nor a dense gradient of it is formed.
 
     Args:
