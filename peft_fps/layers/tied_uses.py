@@ -23,10 +23,12 @@ class TiedUse:
 
     Args:
         owner: the adapted embedding.
+        module: the module that gets the hook.
     """
 
-    def __init__(self, owner: Embedding) -> None:
+    def __init__(self, owner: Embedding, module: nn.Module) -> None:
         self.owner = owner
+        self._overridden = overrides_forward(module)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Return what the module gives with the changes that are active in the embedding."""
@@ -62,7 +64,7 @@ class TiedUse:
         structure, values = self.owner.applied(names)
         if isinstance(module, nn.Linear):
             return add_token_products(output, x, values, structure, module.weight)
-        if not overrides_forward(module):
+        if not self._overridden:
             return changed_lookup(output, x, values, structure, module.padding_idx)
         # forward alone, without hooks, this one included
         result = with_changed_lookups(lambda: module.forward(x, *args, **kwargs), module.weight, values, structure)
@@ -91,7 +93,7 @@ def follow_tied_uses(model: nn.Module) -> None:
         for module in owner.sharing.values():
             if not is_tied_use(module):
                 # before other hooks, which see what the module gives
-                module.register_forward_hook(TiedUse(owner), prepend=True, with_kwargs=True)
+                module.register_forward_hook(TiedUse(owner, module), prepend=True, with_kwargs=True)
 
 
 def unfollow_tied_uses(model: nn.Module) -> None:
