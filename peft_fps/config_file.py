@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -29,8 +29,6 @@ class SavedConfig(PeftConfig):
     record: AdapterRecord | None
     to_save: SavedAdapter | None
     missing_weights: str | None
-    # PEFT saves the whole weight of an embedding that is a target, unless a config names the tokens that it trains
-    trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -103,6 +101,14 @@ class SavedConfig(PeftConfig):
         record = self.record_to_save
         data["record"] = None if record is None else record.to_json()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+    @property
+    def trainable_token_indices(self) -> dict[str, list[int]] | None:
+        """Whole rows of embeddings that are trained, by module, while the adapter is saved: none. None otherwise.
+
+        PEFT saves the whole weight of a targeted `embed_tokens` or `lm_head`, unless it finds this.
+        """
+        return None if self.to_save is None else {}
 
     @property
     def record_to_save(self) -> AdapterRecord | None:

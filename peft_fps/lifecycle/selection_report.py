@@ -1,5 +1,7 @@
 """The report of what an adapter has selected."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from peft_fps.card.selection_method import describe
@@ -7,7 +9,15 @@ from peft_fps.checkpoint import encoded_bytes, no_entries
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, entry_layers, whole_parameters
+from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.layers.lookup import (
+    active_adapter,
+    adapter_layers,
+    base_model,
+    entry_layers,
+    target_layers,
+    whole_parameters,
+)
 from peft_fps.selection import LayerSelection, NormSelection, SelectionReport
 from peft_fps.targets.base_parameters import count_base_parameters, named_base_modules
 
@@ -47,13 +57,12 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         method=describe(config, state),
         unreached=() if state.calibration is None else state.calibration.unreached,
         tied={path: tuple(layer.sharing) for path, layer in entry_layers(layers).items() if layer.sharing},
-        left_out=tuple(_embeddings_left_out(base_model(model), config)),
+        left_out=tuple(_embeddings_left_out(base_model(model), config, target_layers(model, adapter_name))),
     )
 
 
-def _embeddings_left_out(base: nn.Module, config: FPSConfig) -> list[str]:
+def _embeddings_left_out(base: nn.Module, config: FPSConfig, layers: Mapping[str, FPSLayer]) -> list[str]:
     """Return the embeddings that the default targets leave out; none if the targets were named."""
-    default = config.filled_in.target_modules
-    if default is None or config.target_modules != default:
+    if config.filled_in.target_modules != set(entry_layers(layers)):
         return []
     return [name for name, module in named_base_modules(base) if isinstance(module, nn.Embedding)]
