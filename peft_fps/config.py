@@ -96,7 +96,10 @@ class FPSConfig(SavedConfig):
             tests.
         target_modules: modules to adapt: names, ends of names, or a regular expression, as everywhere in PEFT; or
             `"all-linear"`. Default: all linear and convolutional layers, without the head and a language model's
-            output embeddings, which stay frozen. In transformers the head is every module beside the backbone or with
+            output embeddings, which stay frozen. Embeddings are adapted only where they are named, because published
+            selections leave them frozen and the data holds few of their tokens; `selection_report` names those left
+            out. The changes of an embedding count in all modules that share its weight, such as tied output
+            embeddings. In transformers the head is every module beside the backbone or with
             a size that depends on the number of labels. In timm and torchvision it is the classifier.
         exclude_modules: modules to leave out: names, ends of names, or a regular expression. Empty means none.
         layers_to_transform: index or indices of the blocks to adapt. Only with `target_modules` as names. Empty means

@@ -103,6 +103,14 @@ class SavedConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
 
     @property
+    def trainable_token_indices(self) -> dict[str, list[int]] | None:
+        """Whole rows of embeddings that are trained, by module, while the adapter is saved: none. None otherwise.
+
+        PEFT saves the whole weight of a targeted `embed_tokens` or `lm_head`, unless it finds this.
+        """
+        return None if self.to_save is None else {}
+
+    @property
     def record_to_save(self) -> AdapterRecord | None:
         """The record that saving writes: of the adapter as a model has handed it over, else as the config came."""
         return self.record if self.to_save is None else self.to_save.record

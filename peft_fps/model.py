@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_fps.base.buffers import evaluate_frozen
 from peft_fps.base.compiled import plain_name
 from peft_fps.config import FPSConfig
+from peft_fps.layers.embedding import Embedding
 from peft_fps.layers.layer_merge import check_distinct
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.mixed_batch import mixed_batch
@@ -174,6 +175,25 @@ class FPSModel(InjectionHooks):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # only unloading comes here, with the base layer as it is; PEFT's reads a weight off it, which HQQ's has not
         setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns that tied embeddings may come apart; here a merge changes the tensor that they share
+        pass
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the base model's token embeddings as transformers does, unless an adapter changes them.
+
+        Raises:
+            ValueError: the embeddings are adapted. Nothing is changed then.
+        """
+        adapted = [layer.module_path for layer in fps_layers(self.model).values() if isinstance(layer, Embedding)]
+        if adapted and (args or kwargs):
+            raise ValueError(
+                f"{', '.join(adapted)}: an adapter changes single entries of this embedding, expected embeddings "
+                "without an adapter to resize. Resize the base model before the adapter is added, or merge the "
+                "adapter first with model.merge_and_unload(). Nothing was changed."
+            )
+        return self.model.resize_token_embeddings(*args, **kwargs)
 
     # --- state dict ---------------------------------------------------------------------------------------------
 

@@ -255,7 +255,7 @@ def dense_change(layer: EntryLayer, adapter_name: str = "default") -> Tensor:
 def entry_places(base: Any, rows: list[list[int]]) -> list[int]:
     """Place of every entry in a base layer's flattened weight, given the columns of its neurons."""
     weight = base.weight
-    if isinstance(base, Conv1D):
+    if isinstance(base, (Conv1D, nn.Embedding)):
         return flat_positions(rows, weight.shape[0], transposed=True)
     if not getattr(base, "transposed", False):
         return flat_positions(rows, weight[0].numel())

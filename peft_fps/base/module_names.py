@@ -25,7 +25,7 @@ def all_names(model: nn.Module, names: Iterable[str], shared: bool = True) -> li
     wanted = {id(module) for module in modules}
     kept: list[str] = []
     for name, module in named_outside(model):
-        own = [] if isinstance(module, nn.Embedding) else bare(module).parameters(recurse=False)
+        own = [] if isinstance(bare(module), nn.Embedding) else bare(module).parameters(recurse=False)
         within = name.startswith(tuple(f"{outer}." for outer in kept))
         if not within and (id(bare(module)) in wanted or any(id(parameter) in tensors for parameter in own)):
             kept.append(name)

@@ -75,8 +75,13 @@ def quantisation(module: Any) -> Quantisation | None:
     names = _lineage(module)
     known = next((kind for name, kind in KINDS.items() if name in names), None)
     if known is None and isinstance(module, nn.Linear):
-        return TORCHAO if "torchao.TorchAOBaseTensor" in _lineage(module._parameters.get("weight")) else None
+        return TORCHAO if is_of_torchao(module._parameters.get("weight")) else None
     return known
+
+
+def is_of_torchao(tensor: object) -> bool:
+    """Return whether torchao has quantised a tensor."""
+    return "torchao.TorchAOBaseTensor" in _lineage(tensor)
 
 
 def _lineage(thing: object) -> frozenset[str]:

@@ -17,7 +17,7 @@ from peft_fps.base.quantisation import quantisation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-KINDS = (nn.Linear, TransformersConv1D, *CONVOLUTIONS, *TRANSPOSED)
+KINDS = (nn.Linear, TransformersConv1D, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
 
 METHODS = ("_conv_forward", "_output_padding")
 """What the forward of torch's convolutions calls, which a subclass or a layer may replace in place of forward."""
@@ -81,7 +81,7 @@ def follows_its_weight(base: Any) -> bool | None:
     with _undrawn(base), torch.no_grad():
         try:
             plain, written = (copy.deepcopy(_bare(base)).eval() for _ in range(2))
-            x = _ramp(base.weight.new_empty(_input_shape(base)))
+            x = _trial_input(base)
             before = plain(x)
             for name in ("weight", "bias"):
                 if getattr(base, name, None) is None:
@@ -114,6 +114,13 @@ def _ramp(like: Tensor) -> Tensor:
     """Numbers between -1 and 1 of which no two neighbours are alike."""
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
     return torch.sin(steps * 0.7 + 0.3).to(like.dtype).view(like.shape)
+
+
+def _trial_input(base: Any) -> Tensor:
+    """A small input; for an embedding, tokens that also make sense as a mask, which some read positions off."""
+    if isinstance(base, nn.Embedding):
+        return torch.tensor([[1, 0, 1]], device=base.weight.device).clamp(max=base.num_embeddings - 1)
+    return _ramp(base.weight.new_empty(_input_shape(base)))
 
 
 def _input_shape(base: Any) -> tuple[int, ...]:

@@ -1,10 +1,9 @@
 """Hooks that gather input statistics while a model runs."""
 
 import inspect
-import re
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from types import TracebackType
 from typing import Any
@@ -12,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED
+from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
 from peft_fps.calibration.own_forward import WatchedProduct
-from peft_fps.calibration.padding import Padding, padding_of
-from peft_fps.calibration.statistics import InputStatistics, column_sums
+from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
+from peft_fps.calibration.statistics import InputStatistics, column_sums, token_counts
 from peft_fps.calibration.tap_sums import convolution_sums
-
-
-DECODER = re.compile(r"(^|[._])decoder\.")
-CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
-"""Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +24,13 @@ class Observed:
 
     Attributes:
         module: the module that the model calls with the layer's input.
-        base: the linear layer or convolution that multiplies this input with its weight.
+        base: the linear layer or convolution that multiplies this input with its weight, or the embedding that looks
+            it up.
         groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
         inputs: fan-in of a neuron.
         own_forward: whether only the product shows what is multiplied: the base layer overrides forward and may change
             its input first, or is a transposed convolution, whose geometry may depend on a call's `output_size`.
+        sharing: embeddings that look tokens up in the same weight, by module path. Their inputs count too.
     """
 
     module: nn.Module
@@ -42,6 +38,7 @@ class Observed:
     groups: int
     inputs: int
     own_forward: bool = False
+    sharing: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Collector:
@@ -75,11 +72,9 @@ class Collector:
 
     def __enter__(self) -> "Collector":
         for path, layer in self._layers.items():
-            if layer.own_forward:
-                self._watch(path, layer.base)
-                continue
-            hook = self._hook(path, layer.base)
-            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._observe(path, path, layer.module, layer.base, layer.own_forward)
+            for place, module in layer.sharing.items():
+                self._observe(path, place, module, module, overrides_forward(module))
         if self._model is not None:
             # not a hook, because PEFT calls the forward of the base model without its hooks
             self._forward = vars(self._model).get("forward")
@@ -146,20 +141,32 @@ class Collector:
                     "activations. Check that batch, or run the model in a wider dtype (float32). Nothing was changed."
                 )
 
-    def _hook(self, path: str, base: nn.Module) -> Any:
-        """Return a hook that adds the input of a call to the statistics of the layer at `path`."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._within:
-                self._add(path, base, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    def _watch(self, path: str, base: nn.Module) -> None:
-        """Observe a layer by the tensor that it multiplies with its weight.
+    def _observe(self, path: str, place: str, module: nn.Module, base: nn.Module, own_forward: bool) -> None:
+        """Let calls of a module add to the statistics of a layer.
 
         Args:
             path: module path of the layer.
+            place: module path of the module.
+            module: the layer, or one that shares its weight.
+            base: its base layer.
+            own_forward: whether only the product shows the input; see `Observed`.
+        """
+        if own_forward:
+            self._watch(path, place, base)
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._within:
+                self._add(path, place, base, args[0] if args else next(iter(kwargs.values())))
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch(self, path: str, place: str, base: nn.Module) -> None:
+        """Observe a layer by the tensor that it multiplies with its weight, or looks up in it.
+
+        Args:
+            path: module path of the layer to whose statistics the tensor is added.
+            place: module path of the layer that is called.
             base: its base layer.
         """
         watched: list[WatchedProduct] = []
@@ -172,22 +179,23 @@ class Collector:
             product = watched.pop()
             product.__exit__(None, None, None)
             x, equivalent = product.first or (args[0] if args else next(iter(kwargs.values())), base)
-            self._add(path, equivalent, x)
+            self._add(path, place, equivalent, x)
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
+    def _add(self, path: str, place: str, base: nn.Module, x: Tensor) -> None:
         """Add an input to the statistics of a layer.
 
         Args:
             path: module path of the layer.
-            base: linear layer or convolution that multiplies the input with its weight.
+            place: module path of the module that got the input: the layer, or one that shares its weight.
+            base: linear layer or convolution that multiplies the input with its weight, or embedding that looks it up.
             x: the input; `(..., inputs)` of a linear layer.
         """
         if x.numel() == 0:  # an expert to which no token was routed
             return
-        sums, positions = self._reduce(path, base, x)
+        sums, positions = self._reduce(place, base, x)
         if path not in self.statistics:
             self.statistics[path] = InputStatistics(torch.zeros_like(sums))
         self.statistics[path].sums += sums
@@ -199,14 +207,18 @@ class Collector:
 
         Args:
             path: module path of the layer.
-            base: linear layer or convolution that multiplies the input with its weight.
+            base: linear layer or convolution that multiplies the input with its weight, or embedding that looks it up.
             x: the input.
         """
         if isinstance(base, CONVOLUTIONS + TRANSPOSED):
             sequences = x.dim() == 3 and len(base.kernel_size) == 1
-            mask = self._mask(path, x.transpose(1, 2)) if sequences else None
+            mask = mask_of(x.transpose(1, 2), self._padding, path) if sequences else None
             return convolution_sums(x.detach(), base, self._norm, mask)
-        mask = self._mask(path, x)
+        if isinstance(base, nn.Embedding):
+            mask = mask_of_tokens(x, self._padding, path)
+            counts, positions = token_counts(x, base.num_embeddings, mask)
+            return counts[None], positions
+        mask = mask_of(x, self._padding, path)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version
         known = self._reduced.get(key)
@@ -216,26 +228,3 @@ class Collector:
         # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions
-
-    def _mask(self, path: str, x: Tensor) -> Tensor | None:
-        """Return the padding mask that fits an input, or None if all its positions count.
-
-        The mask of the decoder comes first for modules that read the decoder's states, else the mask of the inputs.
-
-        Args:
-            path: module path of the layer that reads the input.
-            x: the input, `(..., inputs)`.
-        """
-        reads_decoder = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
-        masks = [self._padding.decoder, self._padding.inputs]
-        if not reads_decoder:
-            masks.reverse()
-        for mask in masks[:1] if self._padding.separate else masks:
-            if mask is not None and _fits(mask, x):
-                return mask
-        return None
-
-
-def _fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether a mask `(batch, positions)` has the positions of `x`, `(batch, positions, inputs)` or flattened."""
-    return x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1)

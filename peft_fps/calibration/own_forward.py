@@ -1,7 +1,7 @@
-"""The tensor that a layer multiplies with its weight, and the geometry of the product.
+"""The tensor that a layer multiplies with its weight, or looks up in it, and the geometry of the product.
 
-A layer with an overridden forward may pad or normalise its input first. A transposed convolution may be called with an
-`output_size`. So the call of PyTorch's product shows them, not the call of the layer.
+A layer with an overridden forward may pad or normalise its input first, or derive positions from it. A transposed
+convolution may be called with an `output_size`. So the call of PyTorch's product shows them, not the call of the layer.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", 
 
 PRODUCTS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.linear: (nn.Linear, ("input", "weight", "bias")),
+    F.embedding: (nn.Embedding, ("input", "weight")),
     torch.conv1d: (nn.Conv1d, CONVOLUTION),
     torch.conv2d: (nn.Conv2d, CONVOLUTION),
     torch.conv3d: (nn.Conv3d, CONVOLUTION),
@@ -59,6 +60,8 @@ class WatchedProduct(TorchFunctionMode):
             given: arguments of the product.
         """
         base = self._base
+        if kind is nn.Embedding:
+            return nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
         if kind is nn.Linear:
             layer: nn.Module = kind(base.in_features, base.out_features, device="meta")
             return layer

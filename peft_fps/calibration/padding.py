@@ -1,14 +1,22 @@
 """Masks of the positions that are padding in a batch of token sequences."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from peft_fps.layers.embedding import looks_up_distances
+
 
 IGNORED = -100
 """The label that losses leave out. Collators pad labels with it."""
+
+
+DECODER = re.compile(r"(^|[._])decoder\.")
+CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
+"""Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +92,45 @@ def _matrix(batch: Mapping[str, Any], key: str) -> Tensor | None:
     """Return an item of a batch if it is a tensor of two dimensions, else None."""
     value = batch.get(key)
     return value if isinstance(value, Tensor) and value.dim() == 2 else None
+
+
+def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
+    """Return the mask that fits a layer's input, or None if all its positions count.
+
+    The mask of the decoder comes first for modules that read the decoder's states, else the mask of the inputs.
+
+    Args:
+        x: the input, `(..., inputs)`.
+        padding: masks of the batch.
+        path: module path of the layer that reads the input.
+    """
+    for mask in _masks(padding, path):
+        flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
+        if x.shape[:-1] == mask.shape or flattened:
+            return mask
+    return None
+
+
+def mask_of_tokens(tokens: Tensor, padding: Padding, path: str) -> Tensor | None:
+    """Return the mask that fits the tokens which an embedding gets, or None if all of them count.
+
+    Args:
+        tokens: `(batch, positions)`, or the positions that all samples share, `(1, positions)` or `(positions,)`.
+        padding: masks of the batch.
+        path: module path of the embedding.
+    """
+    if looks_up_distances(path):
+        return None
+    for mask in _masks(padding, path):
+        if tokens.numel() == tokens.shape[-1] == mask.shape[1]:
+            return mask
+    return mask_of(tokens[..., None], padding, path)
+
+
+def _masks(padding: Padding, path: str) -> Iterator[Tensor]:
+    """Yield the masks that a module's input may have, the likeliest first."""
+    reads_decoder = bool(DECODER.search(path)) and not CROSS_ATTENTION.search(path)
+    masks = [padding.decoder, padding.inputs]
+    if not reads_decoder:
+        masks.reverse()
+    yield from (mask for mask in (masks[:1] if padding.separate else masks) if mask is not None)

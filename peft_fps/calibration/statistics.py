@@ -57,6 +57,25 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     return total, count
 
 
+def token_counts(tokens: Tensor, inputs: int, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    """Count how many positions hold each token. These are the sums of |a| and of a² of one-hot inputs.
+
+    Args:
+        tokens: integers from 0 to `inputs - 1`, `(...)`.
+        inputs: number of tokens.
+        mask: zero at padding, which does not count. It has as many elements as there are tokens, or the positions of
+            several samples, `(batch, positions)`, of which all have these tokens. Default: all positions count.
+
+    Returns:
+        Counts `(inputs,)` in the dtype of `wide_dtype`, and the number of positions that count.
+    """
+    if mask is not None:
+        kept = mask.bool()
+        tokens = (tokens.reshape(kept.shape) if tokens.numel() == kept.numel() else tokens.expand_as(kept))[kept]
+    flat = tokens.reshape(-1)
+    return torch.bincount(flat, minlength=inputs).to(wide_dtype(flat.device)), flat.numel()
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of running sums: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

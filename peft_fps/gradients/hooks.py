@@ -96,6 +96,6 @@ def _handing_over(name: str, receive: Callable[[str, Tensor], None]) -> Callable
     def hook(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        receive(name, gradient)
+        receive(name, gradient.to_dense() if gradient.is_sparse else gradient)  # of an embedding with sparse=True
 
     return hook

@@ -50,7 +50,8 @@ def _observed(layer: EntryLayer) -> Observed:
     groups = getattr(base, "groups", 1)
     assert isinstance(layer, nn.Module)
     watched = overrides_forward(base) or isinstance(base, TRANSPOSED)
-    return Observed(layer, base, groups, layer.shape.inputs, watched)
+    sharing = {path: module for path, module in layer.sharing.items() if isinstance(module, nn.Embedding)}
+    return Observed(layer, base, groups, layer.shape.inputs, watched, sharing)
 
 
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:

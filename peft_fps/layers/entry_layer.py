@@ -26,6 +26,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
     Attributes:
         shape: of the weight seen as `(neurons, inputs)`.
         layout: how the weight is stored.
+        sharing: modules outside of it that have the same weight, by path in the base model; only embeddings have such.
         fps_values: per adapter `(nnz,)`, ΔW at the selected entries.
         fps_columns: per adapter `(nnz,)` int32, strictly increasing within a neuron.
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
@@ -41,6 +42,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
         self.shape, self.layout = self.shape_of(base_layer), self.layout_of(base_layer)
+        self.sharing: dict[str, nn.Module] = {}
         self._derived = {}
         self._united = {}
 
@@ -60,6 +62,17 @@ class EntryLayer(StructuredLayer, FPSLayer):
     def layout_of(cls, base_layer: Any) -> Layout:
         """Return how a base layer's weight is stored. Default: by rows."""
         return Layout()
+
+    @classmethod
+    def barred_input(cls, base_layer: Any) -> int | None:
+        """Return the input of a base layer that gets no entry, None if all may have entries."""
+        return None
+
+    @classmethod
+    def selectable_shape(cls, base_layer: Any) -> LayerShape:
+        """Return the shape of a base layer's weight without the input that gets no entry."""
+        shape = cls.shape_of(base_layer)
+        return shape if cls.barred_input(base_layer) is None else LayerShape(shape.neurons, shape.inputs - 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # what is derived stays behind: a copy, or another process, checks the tensors anew

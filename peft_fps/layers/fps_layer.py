@@ -75,7 +75,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
 
         Args:
             x: what the base layer takes: `(..., inputs)` for a linear layer, `(batch, channels, *size)` for a
-                convolution, `(..., *normalized_shape)` for a norm.
+                convolution, `(...)` integers for an embedding, `(..., *normalized_shape)` for a norm.
             args: further arguments of the base layer's forward, as are `kwargs`: a transposed convolution's
                 `output_size`.
             adapter_names: one per sample; those of the call of the model if None, see `mixed_batch`.

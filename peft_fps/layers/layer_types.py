@@ -12,6 +12,7 @@ from peft_fps.layers.convolution import (
     ConvTranspose2d,
     ConvTranspose3d,
 )
+from peft_fps.layers.embedding import Embedding
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.linear import Conv1DLinear, Linear
@@ -28,6 +29,7 @@ LAYERS: dict[type[nn.Module], type[EntryLayer]] = {
     nn.ConvTranspose1d: ConvTranspose1d,
     nn.ConvTranspose2d: ConvTranspose2d,
     nn.ConvTranspose3d: ConvTranspose3d,
+    nn.Embedding: Embedding,
 }
 """FPS layer for each kind of base layer with a dense weight matrix; subclasses of a kind count as the kind."""
 

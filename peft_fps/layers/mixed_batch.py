@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.sample_names import BASE, Names, begin, check_unmerged, eager, end, names_for
+from peft_fps.layers.tied_uses import is_tied_use
 
 
 WHOLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,7 +59,7 @@ def _begin(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]) -> 
     names = {
         id(module): list(adapter_names) if id(module) in unrepeated else repeated
         for module in model.modules()
-        if isinstance(module, (FPSLayer, AuxiliaryTrainingWrapper))
+        if isinstance(module, (FPSLayer, AuxiliaryTrainingWrapper)) or is_tied_use(module)
     }
     return begin(names)
 

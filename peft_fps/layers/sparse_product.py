@@ -40,8 +40,14 @@ class ProductLayer(EntryLayer):
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
             return self._forward_around(base, structure, values, bias_deltas, names, x, *args, **kwargs)
+        return self._own_product(x, structure, values, bias_deltas, names)
+
+    def _own_product(
+        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], names: list[str]
+    ) -> Tensor:
+        """Return what a base layer that does nothing but its class's product makes of `x` with W + ΔW and b + Δb."""
         dtype = _autocast_dtype(x) or x.dtype
-        bias = base.bias
+        bias = self.base_layer.bias
         for delta in bias_deltas:
             bias = bias + delta
         kept = self._kept(x, dtype, values, structure, names)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from peft_fps.base.compiled import run_eagerly
 from peft_fps.base.sharded import check_whole
-from peft_fps.calibration import Pass, Run, called_anywhere, calls_noted, device_of, failing_together
+from peft_fps.calibration import InputStatistics, Pass, Run, called_anywhere, calls_noted, device_of, failing_together
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.gradients import Loss
 from peft_fps.importance import IMPORTANCES, Evidence, Gathering, Request
 from peft_fps.importance.scorer import scorer
+from peft_fps.layers.embedding import Embedding
+from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import (
     active_adapter,
@@ -25,7 +27,7 @@ from peft_fps.layers.lookup import (
 )
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.lifecycle.selection_report import selection_report
-from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_unreached
+from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_tied_uses, warn_of_unreached
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.calibration_record import CalibrationRecord
 
@@ -140,7 +142,18 @@ def calibrate(
         warn_of_unreached(unreached, layers, config, kind)
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, replace(found.record, unreached=unreached)
-    return selection_report(model, adapter_name)
+    return replace(selection_report(model, adapter_name), unseen=_unseen(weighted, adapter_name, found.evidence))
+
+
+def _unseen(layers: Mapping[str, EntryLayer], adapter_name: str, evidence: Evidence) -> dict[str, int]:
+    """Return the number of entries at tokens that the data does not hold, by path of the embeddings that have such."""
+    found = {}
+    for path, layer in layers.items():
+        statistics = evidence.get(path)
+        if isinstance(layer, Embedding) and isinstance(statistics, InputStatistics):
+            seen = (statistics.sums[0] > 0).to(layer.fps_columns[adapter_name].device)
+            found[path] = int((~seen[layer.fps_columns[adapter_name].long()]).sum())
+    return {path: number for path, number in found.items() if number}
 
 
 @dataclass(frozen=True)
@@ -169,9 +182,13 @@ def _gather(
     """Run the base model over the data as the config's importance wants it."""
     importance, weighted = IMPORTANCES[config.importance], entry_layers(layers)
     assert importance.gather is not None
-    with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(layers) as called:
+    watched = {**layers, **{place: use for layer in weighted.values() for place, use in layer.sharing.items()}}
+    with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(watched) as called:
         evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
-    reached = called_anywhere(called, list(layers), base)
+    called = called_anywhere(called, list(watched), base)
+    warn_of_tied_uses(weighted, called)
+    sharing = {path: layer.sharing for path, layer in weighted.items()}
+    reached = {path for path in layers if path in called or not called.isdisjoint(sharing.get(path, ()))}
     if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
         reached = {path for path in reached if path in evidence or path not in weighted}
     noted = _settings(config, (*RECORDED, *importance.recorded)) | counts

@@ -7,6 +7,7 @@ from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.selection import Candidate, select_entries
+from peft_fps.selection.barred_input import with_input, without_input
 from peft_fps.selection.candidate import Selected
 
 
@@ -56,8 +57,13 @@ def rank(
     Returns:
         Columns `(nnz,)` and row counts `(neurons,)` of each layer, by path.
     """
-    candidates = {path: Candidate(layers[path].shape, count, scores[path]) for path, count in entries.items()}
-    return select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
+    barred = {path: layers[path].barred_input(layers[path].base_layer) for path in entries}
+    candidates = {
+        path: without_input(Candidate(layers[path].shape, count, scores[path]), barred[path])
+        for path, count in entries.items()
+    }
+    selected = select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
+    return {path: with_input(found, barred[path]) for path, found in selected.items()}
 
 
 def set_entries(

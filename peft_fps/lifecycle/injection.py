@@ -20,6 +20,7 @@ from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
+from peft_fps.targets.tied_weights import check_tied_uses
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 
@@ -89,6 +90,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
         found = replace(found, norms=biased_norms(model, config, head))
     names = _matched(model, config, found, stored)
     check_whole_modules_apart(model, config, found.whole, names)
+    check_tied_uses(model, names, found.whole)
     planned = plan(model, config, head, names, saved_names)
     check_whole_tensors(model, config, found.whole)
     warn_of_untrained_head(head, config, names, found.whole)

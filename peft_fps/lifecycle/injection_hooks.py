@@ -4,6 +4,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
@@ -133,6 +134,11 @@ class InjectionHooks(BaseTuner):
         )
         # PEFT's turn is next, which would wrap every module whose path ends so
         config.modules_to_save = None
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        # PEFT warns of targeted embeddings that are tied; here all that share their weight follow, or are refused
+        if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in peft_config.modules_to_save or ()):
+            super()._check_tied_modules(model, peft_config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:

@@ -55,11 +55,12 @@ def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], save
     chosen = config.filled_in.target_modules or ()
     bases = {name: check_target(model, name, norms, chosen=name in chosen) for name in names}
     check_untied(model, names)
-    shapes = {name: kind.shape_of(base) for name, base in bases.items() if (kind := entry_layer_class(base))}
+    kinds = {name: kind for name, base in bases.items() if (kind := entry_layer_class(base))}
     weights = {name: _base_weight(model, name) for name in names}
     found = fingerprint(weights)
     parameters = count_base_parameters(model, head)
     if config.record is not None:
+        shapes = {name: kind.shape_of(bases[name]) for name, kind in kinds.items()}
         found_sizes = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
         _check_allocation(config.record.allocation, found_sizes)
         renamed = {saved_names.get(name, name): weight for name, weight in weights.items()}
@@ -70,6 +71,7 @@ def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], save
     if not names:
         return Plan({}, found, parameters)  # PEFT says which targets were not found
     biases = sum(bias_count(base) for base in bases.values())
+    shapes = {name: kind.selectable_shape(bases[name]) for name, kind in kinds.items()}
     return Plan(allocate_entries(shapes, biases, config, parameters), found, parameters)
 
 

@@ -7,7 +7,13 @@ from peft_fps.card.selection_method import describe
 from peft_fps.checkpoint import encoded_bytes, no_entries
 from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.lookup import active_adapter, adapter_layers, base_model, whole_parameters
+from peft_fps.layers.lookup import (
+    active_adapter,
+    adapter_layers,
+    base_model,
+    entry_layers,
+    whole_parameters,
+)
 from peft_fps.selection import LayerSelection, NormSelection, SelectionReport
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.targets.left_out import left_out
@@ -53,4 +59,5 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         method=describe(config, state),
         left_out={weight.name: weight.share for weight in left_out(base, [*layers, *wholes])},
         unreached=() if state.calibration is None else state.calibration.unreached,
+        tied={path: tuple(layer.sharing) for path, layer in entry_layers(layers).items() if layer.sharing},
     )

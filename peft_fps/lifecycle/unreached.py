@@ -7,6 +7,7 @@ from torch import nn
 
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
+from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, entry_layers, target_layers
 from peft_fps.lifecycle.plan import allocate_entries, bias_count
@@ -37,7 +38,7 @@ def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[
     trained = {path: layer for path, layer in layers.items() if path in reached}
     if all(layer.carries(adapter_name) == (path in reached) for path, layer in layers.items()):
         return {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(trained).items()}
-    shapes = {path: layer.shape for path, layer in entry_layers(trained).items()}
+    shapes = {path: layer.selectable_shape(layer.base_layer) for path, layer in entry_layers(trained).items()}
     biases = sum(bias_count(layer.base_layer) for layer in trained.values())
     parameters = count_base_parameters(base_model(model))
     return allocate_entries(shapes, biases, config, parameters, absent=layers.keys() - trained.keys())
@@ -60,3 +61,24 @@ def warn_of_unreached(
         f"{', '.join(unreached)}. {rest}.",
         stacklevel=3,
     )
+
+
+def warn_of_tied_uses(layers: Mapping[str, EntryLayer], called: Collection[str]) -> None:
+    """Warn of linear layers that share the weight of an adapted embedding and were not called.
+
+    If the model reads their weight in another way, the embedding's changes count there only when they are merged.
+
+    Args:
+        layers: those with entries, by path.
+        called: paths of all modules that calibration has called.
+    """
+    for path, layer in layers.items():
+        missed = [place for place, use in layer.sharing.items() if isinstance(use, nn.Linear) and place not in called]
+        if missed:
+            warnings.warn(
+                f"{', '.join(missed)}: shares the weight of {path} (tied weights) and was not called during "
+                "calibration. If the model reads this weight without calling the module, the changes of the embedding "
+                "count there only once they are merged: compare outputs before and after merging, or untie the "
+                "weights.",
+                stacklevel=4,
+            )

@@ -6,6 +6,7 @@ from torch import nn
 
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
+from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
 from peft_fps.lifecycle.model_hooks import release_hooks
 
 
@@ -37,6 +38,8 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
                 del module.modules_to_save[adapter_name]
                 module._adapters.discard(adapter_name)
     left = fps_layers(model)
+    unfollow_tied_uses(model)
+    follow_tied_uses(model)  # of the embeddings that other adapters change
     paths = {layer.module_path for layer in left.values()}
     for module in model.modules():
         if isinstance(module, BaseTuner):

@@ -51,6 +51,10 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        tied: paths of modules that share the weight of an adapted embedding and compute with its changes, by path of
+            the embedding.
+        unseen: number of entries at tokens that the calibration data did not hold, by path of the embedding. Only the
+            report of a calibration knows it.
         left_out: weights above 1 % of the base model that are neither adapted nor trained whole: full names, and
             shares of all parameters of the base model.
     """
@@ -62,6 +66,8 @@ class SelectionReport:
     budget: float | None
     method: str
     unreached: tuple[str, ...] = ()
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unseen: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -149,6 +155,10 @@ class SelectionReport:
         ]
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
+        for embedding, uses in self.tied.items():
+            summary.append(f"tied weights: the changes of {embedding} count in {', '.join(uses)} too")
+        for embedding, number in self.unseen.items():
+            summary.append(f"at tokens that calibration never saw: {number:,} entries of {embedding}")
         names = [f"{name} ({share:.1%})" for name, share in self.left_out.items()]
         summary.append(f"left out, above 1 % of the model: {', '.join(names) or 'nothing'}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])

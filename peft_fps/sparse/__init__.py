@@ -6,6 +6,7 @@ The functions take tensors and return tensors. They know nothing of PEFT, transf
 from peft_fps.sparse.autograd import sparse_delta_linear, sparse_linear
 from peft_fps.sparse.compose import changed_weight, compose_weight, dense_delta, merged_entries, sums
 from peft_fps.sparse.convolution_autograd import Geometry, convolve, sparse_convolution
+from peft_fps.sparse.embedding import add_token_products, changed_lookup
 from peft_fps.sparse.keeping import Kept, Reading, keep_columns, keep_whole
 from peft_fps.sparse.layout import Layout
 from peft_fps.sparse.structure import (
@@ -28,7 +29,9 @@ __all__ = [
     "Reading",
     "Structure",
     "StructureError",
+    "add_token_products",
     "build_structure",
+    "changed_lookup",
     "changed_weight",
     "check_entries",
     "check_finite",

@@ -20,6 +20,10 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
     `layers_to_transform` limits them to some blocks, as PEFT counts these: by the first number in a module's path, or
     by the number behind `layers_pattern`. Layers that cannot be adapted are left out with a warning.
 
+    Embeddings are adapted only where they are named. In a language model they hold a large part of the weights and
+    often are the output embeddings too, most of their rows belong to tokens that the data never holds, and published
+    selections leave them frozen. `selection_report` names those that are left out.
+
     Args:
         model: base model, with or without adapters.
         config: gives `layers_to_transform` and `layers_pattern`.
@@ -37,6 +41,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         name: module
         for name, module in named_base_modules(model)
         if entry_layer_class(module) is not None
+        and not isinstance(module, nn.Embedding)
         and name not in heads
         and not name.startswith((*inside, *skipped))
         and in_wanted_block(name, config)

@@ -106,7 +106,7 @@ def _advice(modules: dict[str, nn.Module], owner: str, own: str, head: Head) -> 
     if owner in head.output_embeddings:
         return f"output embeddings; {whole}"
     if isinstance(module, nn.Embedding):
-        return f"an embedding; {whole}"
+        return f"an embedding, adapted only where target_modules names it; or {whole}"
     parent = modules.get(owner.rpartition(".")[0])
     if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
         return "read by torch.nn.MultiheadAttention without calling a layer; use an implementation with linear layers"

@@ -6,12 +6,11 @@ from torch import nn
 
 from peft_fps.base.quantisation import SUPPORTED, quantisation
 from peft_fps.base.substitution import follows_its_weight, overrides_forward
+from peft_fps.layers.embedding import lookup_obstacle
 
 
 def remedy(module: nn.Module) -> str:
     """Return what to do about a targeted module of an unsupported kind."""
-    if isinstance(module, nn.Embedding):
-        return "Train an embedding whole with modules_to_save, or leave it out of target_modules."
     if isinstance(module, nn.MultiheadAttention):
         return (
             "Its projections are one tensor that it reads without calling a layer. Leave it out of target_modules, or "
@@ -43,9 +42,11 @@ def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str 
             f"its {own} is computed from other tensors (a parametrization), expected a parameter that a merge can "
             f"write to, as {_removal(module, own)} leaves one"
         )
+    if isinstance(module, nn.Embedding) and (found := lookup_obstacle(module)):
+        return found
     if not overrides_forward(module):
         return None
-    if _is_offloaded(module):
+    if is_offloaded(module):
         return "it has a forward of its own and is offloaded by accelerate, expected its weight at hand"
     if module.weight.device.type == "meta":
         return None
@@ -69,7 +70,8 @@ def _removal(module: Any, own: str) -> str:
     return f"torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})"
 
 
-def _is_offloaded(module: Any) -> bool:
+def is_offloaded(module: Any) -> bool:
+    """Return whether accelerate keeps a module's weights away between its calls."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 

@@ -14,6 +14,7 @@ from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.layers.norm import Norm, is_biased_norm
 from peft_fps.targets.base_parameters import base_parameters, named_base_modules
 from peft_fps.targets.obstacle import check_weight, obstacle, remedy
+from peft_fps.targets.tied_weights import tie_obstacle
 
 
 PATH_PARTS = {*PEFT_PREFIX.split("."), *TENSORS, "base_layer", "modules_to_save", "original_module"}
@@ -148,6 +149,8 @@ def _check_at_hand(model: nn.Module, name: str, weight: Tensor) -> None:
 def check_untied(model: nn.Module, names: list[str]) -> None:
     """Raise ValueError if a targeted module or its weight is used elsewhere too. A merge would change both.
 
+    The weight of an embedding may also be that of linear layers and other embeddings, which follow its changes.
+
     Args:
         model: base model, with or without adapters.
         names: paths of the targeted modules.
@@ -171,9 +174,22 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
     for owner, module in named_base_modules(model):
         for own, parameter in module.named_parameters(recurse=False):
             name, written = targeted.get(id(parameter), (owner, own))
-            if owner != name:
+            if owner == name:
+                continue
+            tied = f"{name}.{written} is the same tensor as {owner}.{own} (tied weights)"
+            if owner in wanted and isinstance(base_layers[owner], nn.Embedding):
                 raise ValueError(
-                    f"{name}.{written} is the same tensor as {owner}.{own} (tied weights), expected a {written} of "
-                    f"its own: merging would change {owner} along. Leave {name} out with exclude_modules, or untie "
-                    "the weights."
+                    f"{tied}, and target_modules names both, expected one of them: an embedding's changes count in "
+                    f"all modules that share its weight. Name {owner} alone."
                 )
+            if found := tie_obstacle(base_layers[name], module, own):
+                advice = f", or name the embedding {owner}, whose changes count in both" if _leads(module) else ""
+                raise ValueError(
+                    f"{tied}, {found}: merging would change {owner} along. Leave {name} out with exclude_modules, or "
+                    f"untie the weights{advice}."
+                )
+
+
+def _leads(module: nn.Module) -> bool:
+    """Return whether a module can be targeted for all that share its weight."""
+    return isinstance(module, nn.Embedding) and obstacle(module) is None

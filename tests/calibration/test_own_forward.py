@@ -89,3 +89,12 @@ def test_a_failing_forward_leaves_no_watch_behind():
     assert not base._forward_hooks
     assert not base._forward_pre_hooks
     assert torch.overrides._get_current_function_mode() is None
+
+
+def test_an_embedding_that_derives_positions_looks_those_up():
+    class Positions(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(torch.arange(input.shape[1]) + 2)
+
+    found = observed(Positions(6, 3), 6, 1, torch.zeros(4, 3, dtype=torch.int64), "l1")
+    assert found.tolist() == [[0, 0, 1 / 3, 1 / 3, 1 / 3, 0]]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_fps.calibration.padding import Padding, padding_of
+from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
 
 
 class Model(nn.Module):
@@ -95,3 +95,30 @@ def test_exactly_the_closing_run_of_ignored_labels_is_padding(rows: list[list[in
     labels = torch.tensor(rows)
     assert listed(padding_of({"labels": labels}, SEQ2SEQ).decoder) == expected
     assert labels.tolist() == rows
+
+
+# --- which mask an input has ----------------------------------------------------------------------------------------
+
+SEPARATE = Padding(MASK, OWN, separate=True)
+TOGETHER = Padding(MASK, OWN)
+
+
+@pytest.mark.parametrize(
+    ("shape", "path", "padding", "expected"),
+    [
+        ((2, 4), "words", TOGETHER, MASK),
+        ((8,), "words", TOGETHER, MASK),
+        ((1, 4), "positions", TOGETHER, MASK),
+        ((4,), "positions", TOGETHER, MASK),
+        ((2, 2), "decoder.words", TOGETHER, OWN),
+        ((2, 2), "words", TOGETHER, OWN),
+        ((2, 2), "words", SEPARATE, None),
+        ((2, 4), "decoder.words", SEPARATE, None),
+        ((2, 5), "words", TOGETHER, None),
+        ((2, 4), "relative_attention_bias", TOGETHER, None),
+    ],
+)
+def test_masks_of_tokens(shape: tuple[int, ...], path: str, padding: Padding, expected: Tensor | None) -> None:
+    assert mask_of_tokens(torch.zeros(shape, dtype=torch.int64), padding, path) is expected
+    if len(shape) == 2 and shape[0] > 1 and "relative" not in path:
+        assert mask_of(torch.zeros(*shape, 3), padding, path) is expected

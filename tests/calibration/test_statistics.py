@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.calibration import InputStatistics, statistics
-from peft_fps.calibration.statistics import column_sums
+from peft_fps.calibration.statistics import column_sums, token_counts
 from tests.helpers import normal
 
 
@@ -110,3 +110,27 @@ def test_the_sum_over_batches_does_not_depend_on_the_split(sizes: list[int], nor
     parts = [column_sums(part, norm) for part in x.split(sizes)]
     assert sum(count for _, count in parts) == positions
     torch.testing.assert_close(sum(total for total, _ in parts), whole, rtol=1e-6, atol=0)
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4), st.data())
+def test_token_counts_are_the_sums_of_one_hot_inputs(ids: list[list[int]], data: st.DataObject):
+    row = st.lists(st.sampled_from([0, 1]), min_size=3, max_size=3)
+    mask = data.draw(st.lists(row, min_size=len(ids), max_size=len(ids)))
+    tokens = torch.tensor(ids)
+    for kept in (None, torch.tensor(mask)):
+        one_hot = F.one_hot(tokens if kept is None else tokens[kept.bool()], 6).reshape(-1, 6)
+        counts, positions = token_counts(tokens, 6, kept)
+        assert counts.dtype == torch.float64
+        assert positions == len(one_hot)
+        for norm in ("l1", "l2"):
+            assert counts.tolist() == naive_sums(one_hot, norm)
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([4, 0, 4]), torch.tensor([[4, 0, 4]])])
+def test_positions_that_samples_share_count_for_each_sample(tokens: Tensor):
+    counts, positions = token_counts(tokens, 5, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert counts.tolist() == [2, 0, 0, 0, 3]
+    assert positions == 5

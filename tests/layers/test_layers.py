@@ -636,10 +636,6 @@ class Odd(nn.Module):
     [
         ("fps_embedder", "contains 'fps_'.*exclude_modules"),
         ("attention.out_proj", "out_proj is read by torch.nn.MultiheadAttention without calling it"),
-        (
-            "embedding",
-            "is a Embedding, expected one of Linear, transformers' Conv1D, Conv1d, Conv2d, Conv3d, ConvTranspose1d",
-        ),
         ("norm", "is a LayerNorm, expected one of"),
         ("pairs", "is a Bilinear, expected one of"),
         ("tied", "same tensor as embedding.weight"),
@@ -677,7 +673,6 @@ def test_a_module_under_two_names_is_refused():
         adapted(Shared())
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's own remark
 def test_tied_output_embeddings_are_refused():
     with pytest.raises(ValueError, match="tied weights"):
         get_peft_model(tiny_gpt2(), config(target_modules=["lm_head"]))
@@ -692,8 +687,9 @@ def test_layers_of_another_method_are_refused():
 
 
 def test_layer_class():
-    assert [layer_class(module) is None for module in (nn.Linear(1, 1), Conv1D(1, 1), nn.Conv2d(1, 1, 1))] == [
-        False
-    ] * 3
+    assert [
+        layer_class(module) is None
+        for module in (nn.Linear(1, 1), Conv1D(1, 1), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1))
+    ] == [False] * 4
     assert layer_class(type("Other", (nn.Linear,), {})(1, 1)) is layer_class(nn.Linear(1, 1))
-    assert layer_class(nn.Embedding(1, 1)) is None
+    assert layer_class(nn.EmbeddingBag(1, 1)) is None

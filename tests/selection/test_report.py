@@ -1,6 +1,7 @@
 """The report's figures, by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -67,3 +68,15 @@ def test_to_dict_is_plain_data_with_the_derived_figures():
     assert data["share"] == pytest.approx(0.0245)
     assert data["share_with_head"] == pytest.approx(0.0645)
     assert (data["base_parameters"], data["head_parameters"], data["budget"]) == (50_000, 2_000, 0.03)
+
+
+def test_what_is_said_of_embeddings():
+    found = replace(
+        report(), tied={"words": ("encoder.words", "head")}, left_out=("positions",), unseen={"words": 1200}
+    )
+    assert str(found).splitlines()[-3:] == [
+        "tied weights: the changes of words count in encoder.words, head too",
+        "at tokens that calibration never saw: 1,200 entries of words",
+        "embeddings, frozen unless named in target_modules: positions",
+    ]
+    assert json.loads(json.dumps(found.to_dict()))["tied"] == {"words": ["encoder.words", "head"]}

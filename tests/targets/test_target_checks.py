@@ -20,6 +20,7 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(6, 4)
+        self.bags = nn.EmbeddingBag(6, 4)
         self.attention = nn.MultiheadAttention(4, 2)
         self.linear = nn.Linear(4, 4)
 
@@ -36,12 +37,12 @@ def tiny_mixtral() -> MixtralForCausalLM:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "embedding": "embedding is a Embedding, expected one of Linear.* Train an embedding whole with modules_to_save",
+    "bags": "bags is a EmbeddingBag, expected one of Linear, .*Embedding.* train it whole with modules_to_save",
     "attention": "attention is a MultiheadAttention, expected one of Linear.*one tensor.*linear layers for query, key",
     "in_proj_weight": "attention.in_proj_weight, named in target_modules, is the parameter in_proj_weight of a "
     "MultiheadAttention, expected the name of a module. Its projections are one tensor",
     "linear.weight": "linear.weight, .* is the parameter weight of a Linear, .* Name the module, linear.",
-    "embedding.weight": "embedding.weight, .* is the parameter weight of a Embedding, .* Train an embedding whole",
+    "embedding.weight": "embedding.weight, .* is the parameter weight of a Embedding, .* Name the module, embedding.",
 }
 
 

@@ -1,0 +1,87 @@
+"""Ties with an adapted embedding that its changes cannot follow."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from tests.helpers import adapted, bits, config, tokens, unchanged
+
+
+TOKENS, WIDTH = 9, 4
+
+
+class Tied(nn.Module):
+    """Words that are read and written by the same weight."""
+
+    def __init__(self, writes: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.write = writes(WIDTH, TOKENS)
+        self.write.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self.mix(self.words(x)))
+
+
+class OwnWrite(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Holder(nn.Module):
+    """Reads the weight of words through a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(TOKENS, WIDTH)
+        self.table = self.words.weight
+
+
+def offloaded() -> Tied:
+    """As accelerate leaves a module whose weights it keeps away."""
+    base = Tied()
+    base.write._hf_hook = SimpleNamespace(offload=True)
+    return base
+
+
+class Limited(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(TOKENS, WIDTH, max_norm=1.0)
+
+
+def limited() -> nn.Module:
+    base = Tied()
+    base.again = Limited()
+    base.again.weight = base.words.weight
+    return base
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "own forward": (lambda: Tied(OwnWrite), {}, "write.weight .*OwnWrite has a forward of its own"),
+    "parameter": (lambda: nn.ModuleDict({"outer": Holder()}), {}, "outer.table .*which is part of a Holder"),
+    "both": (Tied, {"target_modules": ["words", "write"]}, "names both, expected one of them.* Name words alone"),
+    "output alone": (Tied, {"target_modules": ["write"]}, "write.weight .*tied weights.*name the embedding words"),
+    "offloaded": (offloaded, {}, "write.weight .*which accelerate offloads, expected tied weights at hand"),
+    "max_norm": (limited, {}, "again.weight .*but its max_norm=1.0 makes every lookup write to the weight"),
+    "trained whole": (Tied, {"modules_to_save": ["write"]}, "write shares the weight of the embedding words"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_ties_that_cannot_follow_are_refused_by_name(kind: str) -> None:
+    build, options, message = REFUSED[kind]
+    base = build()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        get_peft_model(base, config(**({"target_modules": ["words"]} | options)))
+
+
+def test_another_adapter_cannot_train_a_tied_use_whole() -> None:
+    model, x = adapted(Tied(), target_modules=["words"]), tokens(2, 5, vocabulary=TOKENS)
+    expected = bits(model(x))
+    with pytest.raises(ValueError, match="write shares the weight of the embedding that another adapter changes"):
+        model.add_adapter("other", config(target_modules=["mix"], modules_to_save=["write"]))
+    assert bits(model(x)) == expected
