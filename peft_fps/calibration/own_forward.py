@@ -1,7 +1,7 @@
 """The tensor that a layer multiplies with its weight, or looks up in it, and the geometry of the product.
 
 A layer with an overridden forward may pad or normalise its input first, or derive positions from it. A transposed
-convolution may be called with an `output_size`. So the call of PyTorch's product shows them, not the call of the layer.
+convolution may be called with an `output_size`. So PyTorch's product shows them, not the call of the layer.
 """
 
 from typing import Any

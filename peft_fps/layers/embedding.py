@@ -70,7 +70,14 @@ class Embedding(ProductLayer):
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def _own_product(
-        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], names: list[str]
+        self,
+        structure: Structure,
+        values: Tensor,
+        bias_deltas: list[Tensor],
+        names: list[str],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         return self._beside_base(self.base_layer(x), x, structure, values, bias_deltas, names)
 
@@ -82,6 +89,8 @@ class Embedding(ProductLayer):
         values: Tensor,
         bias_deltas: list[Tensor],
         names: list[str],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         return changed_lookup(result, x, values, structure, self.base_layer.padding_idx)
 

@@ -40,10 +40,17 @@ class ProductLayer(EntryLayer):
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
             return self._forward_around(base, structure, values, bias_deltas, names, x, *args, **kwargs)
-        return self._own_product(x, structure, values, bias_deltas, names)
+        return self._own_product(structure, values, bias_deltas, names, x, *args, **kwargs)
 
     def _own_product(
-        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], names: list[str]
+        self,
+        structure: Structure,
+        values: Tensor,
+        bias_deltas: list[Tensor],
+        names: list[str],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Return what a base layer that does nothing but its class's product makes of `x` with W + ΔW and b + Δb."""
         dtype = _autocast_dtype(x) or x.dtype
