@@ -186,11 +186,11 @@ def _gather(
     with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(watched) as called:
         evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
     called = called_anywhere(called, list(watched), base)
-    warn_of_tied_uses(weighted, called)
     sharing = {path: layer.sharing for path, layer in weighted.items()}
     reached = {path for path in layers if path in called or not called.isdisjoint(sharing.get(path, ()))}
     if config.loss != "contrastive":  # which ends before the head, and tells nothing of what lies behind
         reached = {path for path in reached if path in evidence or path not in weighted}
+        warn_of_tied_uses(weighted, called)
     noted = _settings(config, (*RECORDED, *importance.recorded)) | counts
     return _Findings(evidence, reached, CalibrationRecord(**noted))
 
