@@ -72,11 +72,11 @@ def test_to_dict_is_plain_data_with_the_derived_figures():
 
 def test_what_is_said_of_embeddings():
     found = replace(
-        report(), tied={"words": ("encoder.words", "head")}, left_out=("positions",), unseen={"words": 1200}
+        report(), tied={"words": ("encoder.words", "head")}, left_out={"positions": 0.25}, unseen={"words": 1200}
     )
     assert str(found).splitlines()[-3:] == [
         "tied weights: the changes of words count in encoder.words, head too",
         "at tokens that calibration never saw: 1,200 entries of words",
-        "embeddings, frozen unless named in target_modules: positions",
+        "left out, above 1 % of the model: positions (25.0%)",
     ]
     assert json.loads(json.dumps(found.to_dict()))["tied"] == {"words": ["encoder.words", "head"]}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.sparse import Structure, add_token_products, build_structure, changed_lookup
+from peft_fps.sparse import Layout, Structure, add_token_products, build_structure, changed_lookup
 from tests.helpers import bits, csr, flat_positions, normal, selections
 
 
@@ -20,7 +20,7 @@ def dense(rows: list[list[int]], inputs: int, values: Tensor) -> Tensor:
 
 
 def case(rows: list[list[int]], inputs: int) -> tuple[Structure, Tensor, Tensor]:
-    structure = build_structure(*csr(rows), len(rows), inputs, transposed=True)
+    structure = build_structure(*csr(rows), len(rows), inputs, Layout(transposed=True))
     values = normal(sum(map(len, rows)), seed=1).requires_grad_()
     return structure, normal(inputs, len(rows)), values
 
