@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.base.packed_weight import PackedWeight
+from peft_fps.calibration.expert_inputs import Rows, watch_stacked
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.padding import Padding, padding_of
-from peft_fps.calibration.statistics import InputStatistics, column_sums, pad_like, patch_sums
+from peft_fps.calibration.statistics import InputStatistics, add_rows, column_sums, pad_like, patch_sums
 
 
 DECODER = re.compile(r"(^|[._])decoder\.")
@@ -29,7 +31,8 @@ class Observed:
     Attributes:
         module: the module that the model calls with the layer's input.
         base: the linear layer or convolution that multiplies this input with its weight.
-        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
+        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions and in
+            stacked weights.
         inputs: fan-in of a neuron.
         own_forward: whether the base layer overrides forward and may change its input before it multiplies.
     """
@@ -71,7 +74,9 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        for path, layer in self._layers.items():
+        stacked = {path: layer.base for path, layer in self._layers.items() if isinstance(layer.base, PackedWeight)}
+        self._handles += watch_stacked(stacked, self._add_matrix)
+        for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in stacked):
             if layer.own_forward:
                 self._watch(path, layer.base)
                 continue
@@ -173,6 +178,16 @@ class Collector:
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _add_matrix(self, weight: PackedWeight, path: str, matrix: int, x: Tensor, rows: Rows | None) -> None:
+        """Add inputs of one matrix of the stacked weight at `path`; see `Receive`."""
+        if not self._within or x.numel() == 0:
+            return
+        mask = self._mask(path, x if rows is None else rows.of)
+        flat = None if mask is None else mask.reshape(-1)
+        found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
+        add_rows(found, matrix, x, self._norm, flat if flat is None or rows is None else flat[rows.index])
+        self._touched[path] = None
 
     def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
         """Add an input to the statistics of a layer.

@@ -29,14 +29,17 @@ class Weight:
         parameter: the stored weight: `(neurons, inputs)`, `(inputs, neurons)` if `transposed`, or a convolution's
             `(neurons, channels / groups, kernel height, kernel width)`.
         transposed: whether the weight is stored as `(inputs, neurons)`. Default: False.
+        stacked: whether the first dimension counts matrices of such a form. Default: False.
     """
 
     parameter: nn.Parameter
     transposed: bool = False
+    stacked: bool = False
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """Return a tensor of the weight's stored shape as a matrix, `(neurons, inputs)` float32."""
-        return (stored.t() if self.transposed else stored.flatten(1)).float()
+        matrix = stored.transpose(-2, -1) if self.transposed else stored
+        return (matrix.flatten(0, 1) if self.stacked else matrix.flatten(1)).float()
 
 
 def accumulate_gradients(

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from peft_fps.base.substitution import overrides_forward
 from peft_fps.calibration import InputStatistics, Observed, observe
-from peft_fps.importance.importance import Evidence, Importance, Request, Score, nothing_reached
+from peft_fps.importance.importance import UNREACHED, Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.packed_layer import PackedLayer
 from peft_fps.selection.calibration_record import CalibrationRecord
 
 
@@ -46,7 +47,7 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
 
 def _observed(layer: EntryLayer) -> Observed:
     """Return what the forward pass has to know of a layer to observe it."""
-    groups = getattr(layer.base_layer, "groups", 1)
+    groups = layer.matrices if isinstance(layer, PackedLayer) else getattr(layer.base_layer, "groups", 1)
     assert isinstance(layer, nn.Module)
     return Observed(layer, layer.base_layer, groups, layer.shape.inputs, overrides_forward(layer.base_layer))
 
@@ -54,6 +55,8 @@ def _observed(layer: EntryLayer) -> Observed:
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
     """Return the scores of a layer from its input statistics; see `Importance.scorer`."""
     activation = statistics.typical(config.norm)
+    if isinstance(statistics.positions, Tensor):  # experts without a token come last
+        activation[statistics.positions == 0] = UNREACHED
 
     def score(first: int, last: int) -> Tensor:
         rows = layer.weight_rows(first, last)

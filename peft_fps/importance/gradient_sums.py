@@ -21,6 +21,7 @@ from peft_fps.gradients import (
 from peft_fps.importance.importance import Evidence, Gathering, Request, Score
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.packed_layer import PackedLayer
 from peft_fps.layers.quantised_linear import check_gradients
 from peft_fps.selection.calibration_record import CalibrationRecord
 
@@ -109,7 +110,10 @@ def weights_of(request: Request) -> dict[str, Weight]:
                 f"{path}: its weight was made in inference mode, expected one that gets gradients, {remedy}. Load the "
                 "model outside of torch.inference_mode(), or choose importance='activation'. Nothing was changed."
             )
-    return {path: Weight(layer.base_layer.weight, layer.transposed) for path, layer in request.layers.items()}
+    return {
+        path: Weight(layer.base_layer.weight, layer.transposed, isinstance(layer, PackedLayer))
+        for path, layer in request.layers.items()
+    }
 
 
 def accumulators(request: Request, *, streamable: bool) -> dict[str, Accumulator]:

@@ -38,12 +38,14 @@ class StructuredLayer(CheckedLayer):
     Attributes:
         shape: of the weight.
         transposed: whether the weight is stored as `(inputs, neurons)`.
+        matrices: number of matrices that the weight stacks.
         fps_columns: per adapter `(nnz,)`.
         fps_row_counts: per adapter `(neurons,)`.
     """
 
     shape: LayerShape
     transposed: bool = False
+    matrices: int = 1
     fps_columns: BufferDict
     fps_row_counts: BufferDict
     _derived: dict[str, Derived]
@@ -96,7 +98,8 @@ class StructuredLayer(CheckedLayer):
         self._refuse_tracing(adapter_name, columns)
         self.check_tensors(adapter_name)
         with torch.inference_mode(False):  # what is derived during inference must serve training later
-            structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.transposed)
+            sizes = self.shape.neurons, self.shape.inputs
+            structure = build_structure(columns, row_counts, *sizes, self.transposed, self.matrices)
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
             self.fps_columns[adapter_name], self.fps_row_counts[adapter_name] = columns, row_counts

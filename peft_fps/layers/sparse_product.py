@@ -30,8 +30,7 @@ class ProductLayer(EntryLayer):
         if not names:
             result: Tensor = base(x, *args, **kwargs)
             return result
-        if self.training and torch.is_grad_enabled():
-            self._warn_if_unselected(names)
+        self._warn_before_training(names)
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
@@ -116,12 +115,17 @@ class ProductLayer(EntryLayer):
 
         The dense W + ΔW lives until backward, and its gradient is formed for a moment.
         """
+        return call_with(self.base_layer, self._changed_tensors(structure, values, bias_deltas), x, *args, **kwargs)
+
+    def _changed_tensors(self, structure: Structure, values: Tensor, bias_deltas: list[Tensor]) -> dict[str, Tensor]:
+        """Return the dense W + ΔW as `"weight"`, and b + Δb as `"bias"` if there is a Δb, in their stored forms."""
         base = self.base_layer
         tensors = {"weight": changed_weight(base.weight, values, structure)}
         if bias_deltas:
             exact = torch.promote_types(base.bias.dtype, torch.float32)
-            tensors["bias"] = sum((delta.to(exact) for delta in bias_deltas), base.bias.to(exact)).to(base.bias.dtype)
-        return call_with(base, tensors, x, *args, **kwargs)
+            deltas = (delta.to(exact).view(base.bias.shape) for delta in bias_deltas)
+            tensors["bias"] = sum(deltas, base.bias.to(exact)).to(base.bias.dtype)
+        return tensors
 
     def _beside_base(
         self,
@@ -142,6 +146,10 @@ class ProductLayer(EntryLayer):
     def _cast_dtype(self, x: Tensor, values: Tensor) -> torch.dtype:
         # peft.helpers.disable_input_dtype_casting clears the flag
         return values.dtype if self.cast_input_dtype_enabled else x.dtype
+
+    def _warn_before_training(self, names: list[str]) -> None:
+        if self.training and torch.is_grad_enabled():
+            self._warn_if_unselected(names)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called while a graph is traced
     def _warn_if_unselected(self, names: list[str]) -> None:

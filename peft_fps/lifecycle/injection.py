@@ -11,6 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.head import Head, find_head
+from peft_fps.base.packed_weight import close_modules, opened_modules, parameter_at
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
@@ -19,6 +20,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
+from peft_fps.targets.target_parameters import default_parameters, named_parameters
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 
@@ -34,11 +36,15 @@ class Injection:
     Attributes:
         whole: paths of the modules that the adapter trains whole.
         norms: paths of the norms whose bias it trains on top of its targets.
+        parameters: paths of the parameters that it adapts.
+        opened: paths of the modules that own such parameters, those of other adapters included.
         plan: numbers of entries of its targets, and what is recorded of the base model.
     """
 
     whole: list[str] = field(default_factory=list)
     norms: set[str] = field(default_factory=set)
+    parameters: list[str] = field(default_factory=list)
+    opened: set[str] = field(default_factory=set)
     plan: Plan = field(default_factory=lambda: Plan({}, None, 0))
 
     def targets(self, config: FPSConfig, path: str) -> Any:
@@ -54,6 +60,8 @@ class Injection:
             return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
         if path in self.whole or path.startswith(tuple(f"{name}." for name in self.whole)):
             return _ExcludedModule()
+        if path in self.parameters or path.startswith(tuple(f"{name}." for name in self.opened)):
+            return path in self.parameters  # what else lies in an opened module is the module itself
         by_names = copy(config)
         by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
         matched: Any = BaseTuner._check_target_module_exists(by_names, path)
@@ -83,6 +91,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     found = Injection(whole_modules(model, config, head.modules))
     _name_linear_layers(model, config)
     saved_names = _rename_record(model, config)
+    found = _with_parameters(model, config, found, stored)
     # norms come on top of targets; without any, PEFT is to say which were not found
     if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
         found = replace(found, norms=biased_norms(model, config, head))
@@ -120,6 +129,9 @@ def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
     if config.target_modules is None or config.target_modules == filled.target_modules:
         targets = default_targets(model, config, head)
         config.target_modules, filled = targets, replace(filled, target_modules=targets)
+        if config.target_parameters is None or config.target_parameters == filled.target_parameters:
+            config.target_parameters = default_parameters(model, config)
+            filled = replace(filled, target_parameters=config.target_parameters)
     config.filled_in = filled
 
 
@@ -148,10 +160,27 @@ def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
     return saved_names
 
 
+def _with_parameters(
+    model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None
+) -> Injection:
+    """Return the injection with the parameters that the adapter targets."""
+    listed = stored if stored is not None else None if config.record is None else config.record.allocation
+    if listed is None:
+        wholes = tuple(f"{name}." for name in found.whole)
+        parameters = [path for path in named_parameters(model, config) if not path.startswith(wholes)]
+    else:
+        parameters = [path for path in listed if parameter_at(model, path) is not None]
+    owners = {path.rpartition(".")[0] for path in parameters}
+    return replace(found, parameters=parameters, opened=owners | {name for name, _ in opened_modules(model)})
+
+
 def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None) -> list[str]:
     """Return the paths of the modules that PEFT's loop is about to hand over, in the model's order."""
-    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
-    names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
+    inner = [name for name, module in model.named_modules() if isinstance(module, FPSLayer)]
+    inside = tuple(f"{name}." for name in {*inner, *found.opened})
+    names = []
+    for name in [name for name, _ in model.named_modules() if name and not name.startswith(inside)]:
+        names += [name, *(path for path in found.parameters if path.rpartition(".")[0] == name)]
     if stored is not None:
         return [name for name in names if name in stored]
     return [name for name in names if found.targets(config, name)]
@@ -203,7 +232,7 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def config_withdrawn_on_failure(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> Iterator[None]:
-    """Take an adapter's config out again if the block raises: PEFT enters it before it injects.
+    """Take an adapter's config out again if the block raises: PEFT enters it before it injects. Close opened modules.
 
     Args:
         model: base model, in which transformers notes that it has an adapter.
@@ -214,6 +243,7 @@ def config_withdrawn_on_failure(model: nn.Module, configs: dict[str, Any], adapt
         yield
     except Exception:
         configs.pop(adapter_name, None)
+        close_modules(model)
         if not configs and getattr(model, "_hf_peft_config_loaded", False):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
         raise

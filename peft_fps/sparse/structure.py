@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from peft_fps.sparse.positions import row_major, stored_positions
+
 
 # Backward forms a transient product of at most this many elements (16 MiB in float32) at once.
 PRODUCT_ELEMENTS = 1 << 22
@@ -60,6 +62,7 @@ class Structure:
         union: needed columns, the inputs that at least one entry reads, sorted, `(used,)` int64.
         union_positions: position of each entry's input in `union`, `(nnz,)`.
         chunks: runs of neurons, each with a product of at most `PRODUCT_ELEMENTS` elements, or of a single neuron.
+        matrices: number of matrices that the weight stacks; see `positions`.
         shared: cache of the index tensors for copies that several readers of an input share; see `keeping`.
     """
 
@@ -72,6 +75,7 @@ class Structure:
     union: Tensor
     union_positions: Tensor
     chunks: tuple[RowChunk, ...]
+    matrices: int = 1
     shared: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -179,7 +183,7 @@ def check_entries(
 
 
 def build_structure(
-    columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, transposed: bool = False
+    columns: Tensor, row_counts: Tensor, neurons: int, inputs: int, transposed: bool = False, matrices: int = 1
 ) -> Structure:
     """Derive the index tensors of a selection.
 
@@ -189,6 +193,7 @@ def build_structure(
         neurons: number of neurons of the layer.
         inputs: fan-in of the layer.
         transposed: whether the weight is stored as `(inputs, neurons)`.
+        matrices: number of matrices that the weight stacks; see `positions`.
 
     Raises:
         StructureError: as `check_entries`.
@@ -206,7 +211,7 @@ def build_structure(
     chunks = tuple(RowChunk(*chunk) for chunk in zip(starts, ends, bounds[:-1], bounds[1:], strict=True))
 
     small = torch.int32 if neurons * inputs < 2**31 else torch.int64
-    positions = columns * neurons + rows if transposed else rows * inputs + columns
+    positions = stored_positions(rows, columns, neurons, inputs, transposed, matrices)
     return Structure(
         neurons=neurons,
         inputs=inputs,
@@ -217,6 +222,7 @@ def build_structure(
         union=union,
         union_positions=union_positions.to(small),
         chunks=chunks,
+        matrices=matrices,
     )
 
 
@@ -224,7 +230,7 @@ def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
     """Return the union of several selections of one layer.
 
     Args:
-        structures: of the same `neurons`, `inputs` and `transposed`; one or more.
+        structures: of one weight; one or more.
 
     Returns:
         The structure of the union. And for every entry of the given structures, in order, its index among the entries
@@ -232,9 +238,8 @@ def unite_structures(structures: list[Structure]) -> tuple[Structure, Tensor]:
     """
     first = structures[0]
     stored = torch.cat([structure.positions for structure in structures]).to(torch.int64)
-    if first.transposed:
-        stored = stored % first.neurons * first.inputs + stored // first.neurons
-    entries, places = torch.unique(stored, return_inverse=True)
+    how = first.neurons, first.inputs, first.transposed, first.matrices
+    entries, places = torch.unique(row_major(stored, *how), return_inverse=True)
     row_counts = torch.bincount(entries // first.inputs, minlength=first.neurons)
     columns = entries % first.inputs
-    return build_structure(columns, row_counts, first.neurons, first.inputs, first.transposed), places
+    return build_structure(columns, row_counts, *how), places

@@ -8,9 +8,9 @@ from torch import nn
 
 from peft_fps.base.head import Head
 from peft_fps.config import FPSConfig
-from peft_fps.layers.layer_types import LAYERS, entry_layer_class
+from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.norm import is_biased_norm
-from peft_fps.targets.base_parameters import count_base_parameters, named_base_modules
+from peft_fps.targets.base_parameters import named_base_modules
 from peft_fps.targets.obstacle import obstacle
 
 
@@ -18,15 +18,13 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
     """Return the names of all linear and convolutional layers outside the output head that can be adapted.
 
     `layers_to_transform` limits them to some blocks, as PEFT counts these: by the first number in a module's path, or
-    by the number behind `layers_pattern`. Packed experts, and layers that cannot be adapted, are left out with a
-    warning.
+    by the number behind `layers_pattern`. Layers that cannot be adapted are left out with a warning.
 
     Args:
         model: base model, with or without adapters.
         config: gives `layers_to_transform` and `layers_pattern`.
         head: of the model.
     """
-    _warn_of_packed_experts(model, config, head)
     heads = head.left_out
     inside = tuple(f"{head}." for head in heads)
     # the latter is what other adapters train whole
@@ -55,36 +53,6 @@ def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:
     """Return the first module for each reason, by name."""
     first = {reason: name for name, reason in reversed(reasons.items())}
     return {name: reason for name, reason in reasons.items() if first[reason] == name}
-
-
-def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Parameter]:
-    """Return the parameters that hold the weights of all experts in one tensor, by name.
-
-    transformers keeps most experts so. The class of the module tells (`MixtralExperts` and so on).
-    `layers_to_transform` limits them to some blocks.
-    """
-    return {
-        f"{name}.{own}": parameter
-        for name, module in named_base_modules(model)
-        if "expert" in type(module).__name__.lower() and not isinstance(module, tuple(LAYERS))
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1 and in_wanted_block(f"{name}.{own}", config)
-    }
-
-
-def _warn_of_packed_experts(model: nn.Module, config: FPSConfig, head: Head) -> None:
-    packed = packed_experts(model, config)
-    if not packed:
-        return
-    share = sum(parameter.numel() for parameter in packed.values()) / count_base_parameters(model, head)
-    names = [*packed][:2] + (["..."] if len(packed) > 2 else [])
-    warnings.warn(
-        f"{', '.join(names)}: {len(packed)} tensors with {share:.0%} of the base model's parameters hold the weights "
-        "of many experts each, which FPS cannot adapt; it expects linear or convolutional layers. The experts stay "
-        "frozen and the whole budget goes to the other layers. Pass target_modules to choose layers without this "
-        "warning.",
-        stacklevel=2,
-    )
 
 
 def biased_norms(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:

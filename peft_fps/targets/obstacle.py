@@ -22,8 +22,8 @@ def remedy(module: nn.Module) -> str:
     stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
     if stacked:
         return (
-            f"Its tensors {', '.join(stacked)} hold the weights of many experts each, which FPS cannot adapt. Leave "
-            "it out of target_modules."
+            f"Its parameters {', '.join(stacked)} hold the weights of many experts each. Name them in "
+            f"target_parameters={stacked} instead."
         )
     return "Leave it out of target_modules, or train it whole with modules_to_save."
 

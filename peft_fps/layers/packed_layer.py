@@ -1,0 +1,64 @@
+"""FPS layers over parameters that stack the weights of several layers, such as all experts of a block."""
+
+from typing import Any
+
+from torch import Tensor
+
+from peft_fps.base.packed_weight import PackedWeight
+from peft_fps.layers.merge_record import unmerged_copy
+from peft_fps.layers.sample_names import BASE, check_unmerged
+from peft_fps.layers.sparse_product import ProductLayer
+from peft_fps.selection import LayerShape
+
+
+class PackedLayer(ProductLayer):
+    """A `PackedWeight` with sparse changes; its neurons are those of all matrices, one matrix after the other.
+
+    A call gives W + ΔW and b + Δb, with which the module that owns the parameter computes.
+    """
+
+    base_class = PackedWeight
+    base_layer: PackedWeight
+
+    def __init__(self, base_layer: PackedWeight, module_path: str) -> None:
+        super().__init__(base_layer, module_path)
+        self.transposed, self.matrices = base_layer.transposed, base_layer.matrices
+
+    @classmethod
+    def shape_of(cls, base_layer: Any) -> LayerShape:
+        """Return the number of neurons of all matrices, and their fan-in."""
+        neurons, inputs = base_layer.sizes
+        return LayerShape(base_layer.matrices * neurons, inputs)
+
+    def _matrix(self, first: int, last: int) -> Tensor:
+        weight = self.base_layer.weight.detach()
+        each = self.shape.neurons // self.matrices
+        start = first // each
+        some = weight[start : -(-last // each)]
+        rows = (some.transpose(1, 2) if self.transposed else some).reshape(-1, self.shape.inputs)
+        return rows[first - start * each : last - start * each]
+
+    def _forward_with(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not names:
+            return {}
+        self._warn_before_training(names)
+        structure, values = self.applied(names)
+        return self._named(self._changed_tensors(structure, values, self._bias_deltas(names)))
+
+    def _unmerged_forward(self, x: Tensor) -> Any:
+        base = unmerged_copy(self.base_layer, [self.merge_records[name] for name in reversed(self.merged_adapters)])
+        return self._named({"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias}))
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        check_unmerged(self)
+        names = {BASE if self.disable_adapters or not self.carries(name) else name for name in adapter_names}
+        if len(names) > 1:
+            raise ValueError(
+                f"{self.module_path}: adapter_names holds {sorted(names)}, expected one name for all samples: tokens "
+                "of all samples reach its matrices together. Run the samples of each adapter as a batch of their own."
+            )
+        return self._forward_with([name for name in names if name != BASE], x)
+
+    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = {"weight": self.base_layer.name, "bias": self.base_layer.bias_name}
+        return {names[kind]: tensor for kind, tensor in tensors.items()}
