@@ -7,9 +7,11 @@ module inside, and a child for each adapted parameter, so that a path such as `e
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_fps.base.substitution import call_with, twin_with
+from peft_fps.sparse.stand_ins import StandIn, formed_again
 
 
 class PackedWeight(nn.Module):
@@ -64,9 +66,20 @@ class PackedWeight(nn.Module):
         own = {name: self.owner._parameters[name].detach().clone() for name in names}
         return PackedWeight(twin_with(self.owner, own), self.name)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the tensors that stand in for parameters of the module in a call with input `x`: none."""
+    def forward(self, x: Tensor) -> dict[str, StandIn]:
+        """Return what stands in for parameters of the module in a call with input `x`, by their names: nothing."""
         return {}
+
+
+class _Parameters(dict[str, Any]):
+    """Parameters of a module, of which some have stand-ins. These are made where the module reads them.
+
+    So backward is done with one of them before it comes to those that were read before it.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return value.tensor() if isinstance(value, StandIn) else value
 
 
 class OpenedModule(nn.Module):
@@ -104,10 +117,17 @@ class OpenedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the tensors that the layers give for its parameters."""
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        tensors: dict[str, Tensor] = {}
+        found: dict[str, StandIn] = {}
         for layer in self.weights.values():
-            tensors |= layer(x)
-        return call_with(self.base_layer, tensors, *args, **kwargs) if tensors else self.base_layer(*args, **kwargs)
+            found |= layer(x)
+        if not found:
+            return self.base_layer(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return call_with(self.base_layer, {name: each.tensor() for name, each in found.items()}, *args, **kwargs)
+        twin = twin_with(self.base_layer, {})
+        twin.__dict__["_parameters"] = _Parameters(twin._parameters | found)
+        with formed_again(found.values()):
+            return twin(*args, **kwargs)
 
     def unload_and_optionally_merge_module(self, **_: Any) -> nn.Module:
         """Return the module, for PEFT, which takes adapters out of a model so; all layers are merged before."""

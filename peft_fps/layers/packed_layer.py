@@ -1,5 +1,6 @@
 """FPS layers over parameters that stack the weights of several layers, such as all experts of a block."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +10,13 @@ from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.layers.sample_names import BASE, check_unmerged
 from peft_fps.layers.sparse_product import ProductLayer
 from peft_fps.selection import LayerShape
+from peft_fps.sparse.stand_ins import StandIn, changed_stand_in
 
 
 class PackedLayer(ProductLayer):
     """A `PackedWeight` with sparse changes; its neurons are those of all matrices, one matrix after the other.
 
-    A call gives W + ΔW and b + Δb, with which the module that owns the parameter computes.
+    A call gives the tensors that stand in for weight and biases where the module that owns them computes.
     """
 
     base_class = PackedWeight
@@ -43,11 +45,16 @@ class PackedLayer(ProductLayer):
             return {}
         self._warn_before_training(names)
         structure, values = self.applied(names)
-        return self._named(self._changed_tensors(structure, values, self._bias_deltas(names)))
+        base = self.base_layer
+        changed = {base.name: changed_stand_in(base.weight, values, structure)}
+        if deltas := self._bias_deltas(names):
+            changed[base.bias_name] = StandIn(partial(self._changed_bias, deltas))
+        return changed
 
     def _unmerged_forward(self, x: Tensor) -> Any:
         base = unmerged_copy(self.base_layer, [self.merge_records[name] for name in reversed(self.merged_adapters)])
-        return self._named({"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias}))
+        tensors = {base.name: base.weight, base.bias_name: base.bias}
+        return {name: StandIn(partial(_same, tensor)) for name, tensor in tensors.items() if tensor is not None}
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
         check_unmerged(self)
@@ -59,6 +66,6 @@ class PackedLayer(ProductLayer):
             )
         return self._forward_with([name for name in names if name != BASE], x)
 
-    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        names = {"weight": self.base_layer.name, "bias": self.base_layer.bias_name}
-        return {names[kind]: tensor for kind, tensor in tensors.items()}
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

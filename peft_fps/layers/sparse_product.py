@@ -115,17 +115,20 @@ class ProductLayer(EntryLayer):
 
         The dense W + ΔW lives until backward, and its gradient is formed for a moment.
         """
-        return call_with(self.base_layer, self._changed_tensors(structure, values, bias_deltas), x, *args, **kwargs)
-
-    def _changed_tensors(self, structure: Structure, values: Tensor, bias_deltas: list[Tensor]) -> dict[str, Tensor]:
-        """Return the dense W + ΔW as `"weight"`, and b + Δb as `"bias"` if there is a Δb, in their stored forms."""
         base = self.base_layer
         tensors = {"weight": changed_weight(base.weight, values, structure)}
         if bias_deltas:
-            exact = torch.promote_types(base.bias.dtype, torch.float32)
-            deltas = (delta.to(exact).view(base.bias.shape) for delta in bias_deltas)
-            tensors["bias"] = sum(deltas, base.bias.to(exact)).to(base.bias.dtype)
-        return tensors
+            tensors["bias"] = self._changed_bias(bias_deltas)
+        return call_with(base, tensors, x, *args, **kwargs)
+
+    def _changed_bias(self, deltas: list[Tensor]) -> Tensor:
+        """Return b + Δb in the shape and dtype of b."""
+        bias: Tensor = self.base_layer.bias
+        exact = torch.promote_types(bias.dtype, torch.float32)
+        result = bias.to(exact)
+        for delta in deltas:
+            result = result + delta.to(exact).view(bias.shape)
+        return result.to(bias.dtype)
 
     def _beside_base(
         self,
