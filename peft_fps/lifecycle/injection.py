@@ -20,7 +20,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
-from peft_fps.targets.target_parameters import default_parameters, named_parameters
+from peft_fps.targets.target_parameters import default_parameters, is_excluded, named_parameters
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 
@@ -38,6 +38,7 @@ class Injection:
         norms: paths of the norms whose bias it trains on top of its targets.
         parameters: paths of the parameters that it adapts.
         opened: paths of the modules that own such parameters, those of other adapters included.
+        excluded: paths of parameters that are left out with `exclude_modules`.
         plan: numbers of entries of its targets, and what is recorded of the base model.
     """
 
@@ -45,6 +46,7 @@ class Injection:
     norms: set[str] = field(default_factory=set)
     parameters: list[str] = field(default_factory=list)
     opened: set[str] = field(default_factory=set)
+    excluded: list[str] = field(default_factory=list)
     plan: Plan = field(default_factory=lambda: Plan({}, None, 0))
 
     def targets(self, config: FPSConfig, path: str) -> Any:
@@ -60,6 +62,8 @@ class Injection:
             return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
         if path in self.whole or path.startswith(tuple(f"{name}." for name in self.whole)):
             return _ExcludedModule()
+        if any(name.rpartition(".")[0] == path for name in self.excluded):
+            return _ExcludedModule()  # PEFT sees modules alone
         if path in self.parameters or path.startswith(tuple(f"{name}." for name in self.opened)):
             return path in self.parameters  # what else lies in an opened module is the module itself
         by_names = copy(config)
@@ -167,7 +171,9 @@ def _with_parameters(
     listed = stored if stored is not None else None if config.record is None else config.record.allocation
     if listed is None:
         wholes = tuple(f"{name}." for name in found.whole)
-        parameters = [path for path in named_parameters(model, config) if not path.startswith(wholes)]
+        named = [path for path in named_parameters(model, config) if not path.startswith(wholes)]
+        parameters = [path for path in named if not is_excluded(path, config)]
+        found = replace(found, excluded=[path for path in named if path not in parameters])
     else:
         parameters = [path for path in listed if parameter_at(model, path) is not None]
     owners = {path.rpartition(".")[0] for path in parameters}
@@ -179,8 +185,9 @@ def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Coll
     inner = [name for name, module in model.named_modules() if isinstance(module, FPSLayer)]
     inside = tuple(f"{name}." for name in {*inner, *found.opened})
     names = []
-    for name in [name for name, _ in model.named_modules() if name and not name.startswith(inside)]:
-        names += [name, *(path for path in found.parameters if path.rpartition(".")[0] == name)]
+    for name in [name for name, _ in model.named_modules() if not name.startswith(inside)]:
+        names += [name] if name else []
+        names += [path for path in found.parameters if path.rpartition(".")[0] == name]
     if stored is not None:
         return [name for name in names if name in stored]
     return [name for name in names if found.targets(config, name)]

@@ -70,6 +70,8 @@ def changed_stand_in(weight: Tensor, values: Tensor, structure: Structure) -> St
 
     Forming it again raises RuntimeError if weight or values have changed meanwhile.
     """
+    if torch.compiler.is_compiling():  # the compiler decides what is kept, and cannot ask for versions
+        return StandIn(lambda: changed_weight(weight, values, structure))
     known, versions = values.detach(), _versions(weight, values)
 
     def form() -> Tensor:

@@ -62,8 +62,7 @@ def packed_experts(model: nn.Module, config: FPSConfig) -> dict[str, nn.Paramete
 def named_parameters(model: nn.Module, config: FPSConfig) -> list[str]:
     """Return the paths of the parameters that `target_parameters` names, in the model's order.
 
-    A name is a path or the end of one behind a dot. `exclude_modules` leaves out parameters by their own path or by
-    that of their module. `layers_to_transform` limits ends of paths to some blocks.
+    A name is a path or the end of one behind a dot. `layers_to_transform` limits ends of paths to some blocks.
 
     Raises:
         ValueError: a name is that of no parameter.
@@ -83,12 +82,12 @@ def named_parameters(model: nn.Module, config: FPSConfig) -> list[str]:
     return [
         path
         for path in paths
-        if (path in names or (path.endswith(tuple(f".{name}" for name in names)) and in_wanted_block(path, config)))
-        and not _is_excluded(path, config)
+        if path in names or (path.endswith(tuple(f".{name}" for name in names)) and in_wanted_block(path, config))
     ]
 
 
-def _is_excluded(path: str, config: FPSConfig) -> bool:
+def is_excluded(path: str, config: FPSConfig) -> bool:
+    """Return whether `exclude_modules` names a parameter, or the module that owns it."""
     excluded, owner = config.exclude_modules, path.rpartition(".")[0]
     if isinstance(excluded, str):
         return any(re.fullmatch(excluded, name) is not None for name in (path, owner))
