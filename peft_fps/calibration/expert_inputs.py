@@ -89,7 +89,7 @@ class ExpertInputs(TorchFunctionMode):
         self._receive = receive
         self._rows: Rows | None = None
         owner = next(iter(weights.values())).owner
-        self._config = getattr(owner, "config", None)
+        self._config: Any = getattr(owner, "config", None)
         self._before: Any = None
 
     def __enter__(self) -> "ExpertInputs":

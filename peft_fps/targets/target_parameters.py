@@ -7,9 +7,9 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_fps.base.packed_weight import PackedWeight, module_at
+from peft_fps.base.module_names import bare
+from peft_fps.base.packed_weight import module_at
 from peft_fps.config import FPSConfig
-from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.targets.base_parameters import count_base_parameters, named_base_modules
 from peft_fps.targets.default_targets import in_wanted_block
@@ -101,8 +101,7 @@ def parameter_obstacle(model: nn.Module, path: str) -> str | None:
         model: base model, with or without adapters.
         path: of a parameter.
     """
-    found: Any = module_at(model, path)
-    packed: PackedWeight = found.get_base_layer() if isinstance(found, FPSLayer) else found
+    packed: Any = bare(module_at(model, path))
     weight, owner = packed.weight, packed.owner
     kind = type(owner).__name__
     if "." not in path:
