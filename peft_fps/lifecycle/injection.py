@@ -134,7 +134,7 @@ def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
         targets = default_targets(model, config, head)
         config.target_modules, filled = targets, replace(filled, target_modules=targets)
         if config.target_parameters is None or config.target_parameters == filled.target_parameters:
-            config.target_parameters = default_parameters(model, config)
+            config.target_parameters = default_parameters(model, config, head)
             filled = replace(filled, target_parameters=config.target_parameters)
     config.filled_in = filled
 

@@ -7,6 +7,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_fps.base.head import Head
 from peft_fps.base.module_names import bare
 from peft_fps.base.packed_weight import module_at
 from peft_fps.config import FPSConfig
@@ -15,7 +16,7 @@ from peft_fps.targets.base_parameters import count_base_parameters, named_base_m
 from peft_fps.targets.default_targets import in_wanted_block
 
 
-def default_parameters(model: nn.Module, config: FPSConfig) -> list[str]:
+def default_parameters(model: nn.Module, config: FPSConfig, head: Head) -> list[str]:
     """Return the paths of all packed experts that can be adapted. A warning names the others.
 
     `layers_to_transform` limits them to some blocks.
@@ -23,11 +24,12 @@ def default_parameters(model: nn.Module, config: FPSConfig) -> list[str]:
     Args:
         model: base model, with or without adapters.
         config: gives `layers_to_transform` and `layers_pattern`.
+        head: of the model.
     """
     packed = packed_experts(model, config)
     unfit = {path: why for path in packed if (why := parameter_obstacle(model, path))}
     if unfit:
-        share = sum(packed[path].numel() for path in unfit) / count_base_parameters(model)
+        share = sum(packed[path].numel() for path in unfit) / count_base_parameters(model, head)
         first = next(iter(unfit))
         names = [*unfit][:2] + (["..."] if len(unfit) > 2 else [])
         warnings.warn(
