@@ -4,7 +4,8 @@ A module owns such parameters and multiplies with parts of them. `OpenedModule` 
 module inside, and a child for each adapted parameter, so that a path such as `experts.gate_up_proj` names a module.
 """
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 from peft_fps.base.substitution import call_with, twin_with
 from peft_fps.sparse.stand_ins import StandIn, formed_again
+
+
+READ_BY_TORCH = ("_qkv_same_embed_dim",)
+"""Private names that torch's own modules read off a child."""
 
 
 class PackedWeight(nn.Module):
@@ -23,10 +28,12 @@ class PackedWeight(nn.Module):
         owner: the module that has the parameter.
         name: name of the parameter in it.
         transposed: whether each matrix is stored as `(in, out)`.
+        gated: whether a matrix may get inputs that are zero for positions that are not meant for it.
     """
 
     owner: Any
     name: str
+    gated = True
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
@@ -50,21 +57,33 @@ class PackedWeight(nn.Module):
         return f"{self.name}_bias"
 
     @property
+    def stand_in_names(self) -> tuple[str, str]:
+        """Names of weight and bias in the module of which calls are given stand-ins."""
+        return self.name, self.bias_name
+
+    @property
+    def stacked(self) -> Any:
+        """The weight with a first dimension that counts matrices."""
+        return self.weight
+
+    @property
     def matrices(self) -> int:
         """Number of matrices."""
-        return int(self.weight.shape[0])
+        return int(self.stacked.shape[0])
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Number of neurons of one matrix, and their fan-in."""
-        _, out, inputs = self.weight.shape
+        _, out, inputs = self.stacked.shape
         return (inputs, out) if self.transposed else (out, inputs)
 
-    def copied(self) -> "PackedWeight":
-        """Return one with copies of its tensors, of a module that shares everything else."""
+    def copied(self) -> Any:
+        """Return one with copies of its tensors."""
         names = [name for name in (self.name, self.bias_name) if self.owner._parameters.get(name) is not None]
         own = {name: self.owner._parameters[name].detach().clone() for name in names}
-        return PackedWeight(twin_with(self.owner, own), self.name)
+        twin = copy.copy(self)
+        twin.__dict__["owner"] = twin_with(self.owner, own)
+        return twin
 
     def forward(self, x: Tensor) -> dict[str, StandIn]:
         """Return what stands in for parameters of the module in a call with input `x`, by their names: nothing."""
@@ -80,6 +99,20 @@ class _Parameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         return value.tensor() if isinstance(value, StandIn) else value
+
+
+def _twin(base: nn.Module, stand_ins: dict[str, StandIn]) -> Any:
+    """Return a module that shares everything with `base` except for parameters of its own or of its children."""
+    twin = twin_with(base, {})
+    own = {name: each for name, each in stand_ins.items() if "." not in name}
+    twin.__dict__["_parameters"] = _Parameters(twin._parameters | own)
+    inner: dict[str, dict[str, StandIn]] = {}
+    for name in stand_ins.keys() - own.keys():
+        child, _, rest = name.partition(".")
+        inner.setdefault(child, {})[rest] = stand_ins[name]
+    twins = {child: _twin(base.get_submodule(child), found) for child, found in inner.items()}
+    twin.__dict__["_modules"] = twin._modules | twins
+    return twin
 
 
 class OpenedModule(nn.Module):
@@ -101,7 +134,8 @@ class OpenedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("_") or not hasattr(base, name):
+            hidden = name.startswith("_") and name not in READ_BY_TORCH
+            if base is None or hidden or not hasattr(base, name):
                 raise
         return getattr(base, name)
 
@@ -124,55 +158,12 @@ class OpenedModule(nn.Module):
             return self.base_layer(*args, **kwargs)
         if torch.compiler.is_compiling():
             return call_with(self.base_layer, {name: each.tensor() for name, each in found.items()}, *args, **kwargs)
-        twin = twin_with(self.base_layer, {})
-        twin.__dict__["_parameters"] = _Parameters(twin._parameters | found)
         with formed_again(found.values()):
-            return twin(*args, **kwargs)
+            return _twin(self.base_layer, found)(*args, **kwargs)
 
     def unload_and_optionally_merge_module(self, **_: Any) -> nn.Module:
         """Return the module, for PEFT, which takes adapters out of a model so; all layers are merged before."""
         return self.base_layer
-
-
-def parameter_at(model: nn.Module, path: str) -> nn.Parameter | None:
-    """Return the parameter of the base model at a path, None if there is no such parameter."""
-    owner, _, name = path.rpartition(".")
-    module = _module_at(model, owner)
-    return None if module is None else module._parameters.get(name)
-
-
-def module_at(model: nn.Module, path: str) -> Any:
-    """Return the module at a path, or the `PackedWeight` of the parameter there.
-
-    Args:
-        model: with or without adapters.
-        path: as in the base model. That of a parameter which has a layer already means the layer.
-    """
-    owner, _, name = path.rpartition(".")
-    module = _module_at(model, owner)
-    if module is not None and name in module._parameters and name not in model.get_submodule(owner)._modules:
-        return PackedWeight(module, name)
-    return model.get_submodule(path)
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return module.base_layer if isinstance(module, OpenedModule) else module
-
-
-def open_modules(model: nn.Module, paths: Iterable[str]) -> None:
-    """Put a `PackedWeight` at the paths of parameters, unless there is a layer already."""
-    for path in paths:
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        if not isinstance(module, OpenedModule):
-            module = OpenedModule(module)
-            _put(model, owner, module)
-        if name not in module._modules:
-            module._modules[name] = PackedWeight(module.base_layer, name)
 
 
 def close_modules(model: nn.Module) -> None:
@@ -182,7 +173,7 @@ def close_modules(model: nn.Module) -> None:
             if isinstance(layer, PackedWeight):
                 del module._modules[name]
         if not module.weights:
-            _put(model, path, module.base_layer)
+            put_module(model, path, module.base_layer)
 
 
 def opened_modules(model: nn.Module) -> Iterator[tuple[str, OpenedModule]]:
@@ -190,7 +181,8 @@ def opened_modules(model: nn.Module) -> Iterator[tuple[str, OpenedModule]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, OpenedModule))
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at a path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

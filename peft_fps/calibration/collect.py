@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.base.packed_weight import PackedWeight
-from peft_fps.calibration.expert_inputs import Rows, watch_stacked
+from peft_fps.calibration.expert_inputs import Rows
 from peft_fps.calibration.own_forward import WatchedProduct
+from peft_fps.calibration.packed_inputs import watch_packed
 from peft_fps.calibration.padding import Padding, padding_of
 from peft_fps.calibration.statistics import InputStatistics, add_rows, column_sums, pad_like, patch_sums
 
@@ -74,9 +75,9 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        stacked = {path: layer.base for path, layer in self._layers.items() if isinstance(layer.base, PackedWeight)}
-        self._handles += watch_stacked(stacked, self._add_matrix)
-        for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in stacked):
+        packed = {path: layer.base for path, layer in self._layers.items() if isinstance(layer.base, PackedWeight)}
+        self._handles += watch_packed(packed, self._add_matrix)
+        for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in packed):
             if layer.own_forward:
                 self._watch(path, layer.base)
                 continue
@@ -179,14 +180,15 @@ class Collector:
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _add_matrix(self, weight: PackedWeight, path: str, matrix: int, x: Tensor, rows: Rows | None) -> None:
+    def _add_matrix(self, weight: PackedWeight, path: str, matrix: int, x: Tensor, rows: Rows | None = None) -> None:
         """Add inputs of one matrix of the stacked weight at `path`; see `Receive`."""
         if not self._within or x.numel() == 0:
             return
         mask = self._mask(path, x if rows is None else rows.of)
-        flat = None if mask is None else mask.reshape(-1)
+        if mask is not None:
+            mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
         found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
-        add_rows(found, matrix, x, self._norm, flat if flat is None or rows is None else flat[rows.index])
+        add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
         self._touched[path] = None
 
     def _add(self, path: str, base: nn.Module, x: Tensor) -> None:

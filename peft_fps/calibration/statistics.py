@@ -73,18 +73,23 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     return total, count
 
 
-def add_rows(statistics: InputStatistics, group: int, x: Tensor, norm: str, mask: Tensor | None) -> None:
-    """Add inputs of one group. Rows that are zero do not count: a gate has taken them from the group.
+def add_rows(
+    statistics: InputStatistics, group: int, x: Tensor, norm: str, mask: Tensor | None, *, gated: bool
+) -> None:
+    """Add inputs of one group.
 
     Args:
         statistics: with a tensor of `positions`.
         group: index of the group.
         x: `(rows, inputs)`.
         norm: `"l1"` for |a|, `"l2"` for a².
-        mask: `(rows,)`, zero at padding. Default: all rows count.
+        mask: `(rows,)`, zero at padding. None if all rows count.
+        gated: rows that are zero do not count, since a gate has taken them from the group.
     """
-    seen = (x != 0).any(1)
-    sums, positions = column_sums(x, norm, seen if mask is None else seen & mask.to(seen.device).bool())
+    if gated:
+        seen = (x != 0).any(1)
+        mask = seen if mask is None else seen & mask.to(seen.device).bool()
+    sums, positions = column_sums(x, norm, mask)
     statistics.sums[group] += sums
     statistics.positions[group] += positions  # type: ignore[index]
 

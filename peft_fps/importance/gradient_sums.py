@@ -111,7 +111,11 @@ def weights_of(request: Request) -> dict[str, Weight]:
                 "model outside of torch.inference_mode(), or choose importance='activation'. Nothing was changed."
             )
     return {
-        path: Weight(layer.base_layer.weight, layer.transposed, isinstance(layer, PackedLayer))
+        path: Weight(
+            layer.base_layer.weight,
+            layer.transposed,
+            layer.base_layer.weight.dim() == 3 and isinstance(layer, PackedLayer),
+        )
         for path, layer in request.layers.items()
     }
 

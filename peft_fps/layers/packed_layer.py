@@ -33,7 +33,7 @@ class PackedLayer(ProductLayer):
         return LayerShape(base_layer.matrices * neurons, inputs)
 
     def _matrix(self, first: int, last: int) -> Tensor:
-        weight = self.base_layer.weight.detach()
+        weight = self.base_layer.stacked.detach()
         each = self.shape.neurons // self.matrices
         start = first // each
         some = weight[start : -(-last // each)]
@@ -46,14 +46,15 @@ class PackedLayer(ProductLayer):
         self._warn_before_training(names)
         structure, values = self.applied(names)
         base = self.base_layer
-        changed = {base.name: changed_stand_in(base.weight, values, structure)}
+        weight, bias = base.stand_in_names
+        changed = {weight: changed_stand_in(base.weight, values, structure)}
         if deltas := self._bias_deltas(names):
-            changed[base.bias_name] = StandIn(partial(self._changed_bias, deltas))
+            changed[bias] = StandIn(partial(self._changed_bias, deltas))
         return changed
 
     def _unmerged_forward(self, x: Tensor) -> Any:
         base = unmerged_copy(self.base_layer, [self.merge_records[name] for name in reversed(self.merged_adapters)])
-        tensors = {base.name: base.weight, base.bias_name: base.bias}
+        tensors = dict(zip(base.stand_in_names, (base.weight, base.bias), strict=True))
         return {name: StandIn(partial(_same, tensor)) for name, tensor in tensors.items() if tensor is not None}
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -2,25 +2,25 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.head import Head, find_head
-from peft_fps.base.packed_weight import close_modules, opened_modules, parameter_at
+from peft_fps.base.packed_weight import close_modules, opened_modules
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
+from peft_fps.lifecycle.opened_targets import names_path, opened_targets
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
-from peft_fps.targets.target_parameters import default_parameters, is_excluded, named_parameters
+from peft_fps.targets.target_parameters import default_parameters
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 
@@ -36,9 +36,9 @@ class Injection:
     Attributes:
         whole: paths of the modules that the adapter trains whole.
         norms: paths of the norms whose bias it trains on top of its targets.
-        parameters: paths of the parameters that it adapts.
-        opened: paths of the modules that own such parameters, those of other adapters included.
-        excluded: paths of parameters that are left out with `exclude_modules`.
+        parameters: paths of the parameters and projections that it adapts, see `opened_targets`.
+        opened: paths of the modules that own such ones, those of other adapters included.
+        excluded: paths of those that are left out with `exclude_modules`.
         plan: numbers of entries of its targets, and what is recorded of the base model.
     """
 
@@ -66,9 +66,7 @@ class Injection:
             return _ExcludedModule()  # PEFT sees modules alone
         if path in self.parameters or path.startswith(tuple(f"{name}." for name in self.opened)):
             return path in self.parameters  # what else lies in an opened module is the module itself
-        by_names = copy(config)
-        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
-        matched: Any = BaseTuner._check_target_module_exists(by_names, path)
+        matched = names_path(config, path)
         if isinstance(matched, _ExcludedModule):
             return matched
         return matched or path in self.norms
@@ -95,7 +93,9 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     found = Injection(whole_modules(model, config, head.modules))
     _name_linear_layers(model, config)
     saved_names = _rename_record(model, config)
-    found = _with_parameters(model, config, found, stored)
+    parameters, excluded = opened_targets(model, config, found.whole, stored)
+    opened = {path.rpartition(".")[0] for path in parameters} | {name for name, _ in opened_modules(model)}
+    found = replace(found, parameters=parameters, excluded=excluded, opened=opened)
     # norms come on top of targets; without any, PEFT is to say which were not found
     if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
         found = replace(found, norms=biased_norms(model, config, head))
@@ -152,6 +152,9 @@ def _name_linear_layers(model: nn.Module, config: FPSConfig) -> None:
     _maybe_include_all_linear_layers(config, model)
     if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
         config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
+        for opened, _ in opened_modules(model):  # what lies in an opened module has the path that it had before
+            inside = f"{opened}.base_layer."
+            config.target_modules = {name.replace(inside, f"{opened}.") for name in config.target_modules}
 
 
 def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
@@ -162,22 +165,6 @@ def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
     saved_names = dict(zip(current, config.record.allocation, strict=True))
     config.record = config.record.renamed(current)
     return saved_names
-
-
-def _with_parameters(
-    model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None
-) -> Injection:
-    """Return the injection with the parameters that the adapter targets."""
-    listed = stored if stored is not None else None if config.record is None else config.record.allocation
-    if listed is None:
-        wholes = tuple(f"{name}." for name in found.whole)
-        named = [path for path in named_parameters(model, config) if not path.startswith(wholes)]
-        parameters = [path for path in named if not is_excluded(path, config)]
-        found = replace(found, excluded=[path for path in named if path not in parameters])
-    else:
-        parameters = [path for path in listed if parameter_at(model, path) is not None]
-    owners = {path.rpartition(".")[0] for path in parameters}
-    return replace(found, parameters=parameters, opened=owners | {name for name, _ in opened_modules(model)})
 
 
 def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None) -> list[str]:

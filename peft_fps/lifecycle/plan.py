@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_fps.base.head import Head
-from peft_fps.base.packed_weight import module_at
+from peft_fps.base.opening import module_at
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint

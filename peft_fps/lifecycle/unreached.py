@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.calibration import InputStatistics
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
@@ -75,7 +76,12 @@ def warn_of_idle_experts(layers: Mapping[str, FPSLayer], evidence: Evidence) -> 
     """
     idle: dict[str, tuple[list[int], int]] = {}
     for path, layer in layers.items():
-        if isinstance(layer, PackedLayer) and path in evidence:
+        if (
+            isinstance(layer, PackedLayer)
+            and layer.matrices > 1
+            and type(layer.base_layer) is PackedWeight
+            and path in evidence
+        ):
             numbers = _idle(layer, evidence[path])
             owner = path.rpartition(".")[0]
             if numbers and len(numbers) >= len(idle.get(owner, ([], 0))[0]):

@@ -6,6 +6,7 @@ import warnings
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_fps.base.attention import PROJECTIONS, has_projections
 from peft_fps.base.head import Head
 from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import entry_layer_class
@@ -29,7 +30,14 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
     inside = tuple(f"{head}." for head in heads)
     # the latter is what other adapters train whole
     apart = (nn.MultiheadAttention, AuxiliaryTrainingWrapper)
-    skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, apart))
+    skipped = tuple(f"{name}." for name, module in named_base_modules(model) if isinstance(module, apart))
+    attention = {
+        f"{name}.{own}"
+        for name, module in named_base_modules(model)
+        if has_projections(module) and not f"{name}.".startswith(inside)
+        for own in PROJECTIONS
+        if in_wanted_block(f"{name}.{own}", config)
+    }
     found = {
         name: module
         for name, module in named_base_modules(model)
@@ -46,7 +54,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
             f" All of them: {', '.join(unfit)}. Pass target_modules to choose layers without this warning.",
             stacklevel=2,
         )
-    return found.keys() - unfit.keys()
+    return found.keys() - unfit.keys() | attention
 
 
 def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:

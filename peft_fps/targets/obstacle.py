@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_fps.base.attention import has_projections
 from peft_fps.base.quantisation import SUPPORTED, quantisation
 from peft_fps.base.substitution import follows_its_weight, overrides_forward
 
@@ -12,10 +13,12 @@ def remedy(module: nn.Module) -> str:
     """Return what to do about a targeted module of an unsupported kind."""
     if isinstance(module, nn.Embedding):
         return "Train an embedding whole with modules_to_save, or leave it out of target_modules."
+    if has_projections(module):
+        return "Name its projections, in_proj and out_proj, in target_modules instead."
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "Its projections are one tensor that it reads without calling a layer. Leave it out of target_modules, or "
-            "use an implementation with linear layers for query, key and value."
+            "It reads its projections without calling a layer, in a forward of its own or from a tensor each. Leave "
+            "it out of target_modules, or use an implementation with linear layers for query, key and value."
         )
     if hasattr(module, "qweight") or "quant" in type(module).__name__.lower():
         return f"Of quantised weights, those of {SUPPORTED} are supported. Load the base model so, or unquantised."

@@ -6,8 +6,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peft_fps.base.attention import Projection
 from peft_fps.base.module_names import bare
-from peft_fps.base.packed_weight import OpenedModule, PackedWeight, module_at
+from peft_fps.base.opening import module_at
+from peft_fps.base.packed_weight import OpenedModule, PackedWeight
 from peft_fps.base.quantisation import check_quantised, quantisation, stored_weight
 from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
 from peft_fps.config import FPSConfig
@@ -116,7 +118,7 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
         raise ValueError(f"{name} is a {type(module).__name__}, expected one of {supported}. {remedy(module)}")
     if isinstance(module, PackedWeight):
         if found := parameter_obstacle(model, name):
-            raise ValueError(f"{name}: {found}. Leave it out of target_parameters.")
+            raise ValueError(f"{name}: {found}. Leave it out of the targets.")
         return module
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -170,8 +172,8 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
     targeted = {}
     for name in names:
         if name in packed:
-            owner, _, own = name.rpartition(".")
-            targeted[id(packed[name].weight)] = owner, own
+            outer = isinstance(packed[name], Projection) and packed[name].own == "out_proj"
+            targeted[id(packed[name].weight)] = name if outer else name.rpartition(".")[0], packed[name].name
         elif is_biased_norm(base_layers[name]):
             targeted[id(base_layers[name].bias)] = name, "bias"
         else:

@@ -7,9 +7,10 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_fps.base.attention import Projection, has_projections
 from peft_fps.base.head import Head
 from peft_fps.base.module_names import bare
-from peft_fps.base.packed_weight import module_at
+from peft_fps.base.opening import module_at
 from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.targets.base_parameters import count_base_parameters, named_base_modules
@@ -108,13 +109,16 @@ def parameter_obstacle(model: nn.Module, path: str) -> str | None:
     kind = type(owner).__name__
     if "." not in path:
         return f"it lies in the {kind} itself, expected a parameter of a module inside the model"
-    if layer_class(owner) is not None:
+    attention = isinstance(packed, Projection)
+    if layer_class(owner) is not None and not attention:
         return f"it belongs to a {kind}, which target_modules can name, expected a parameter of no such layer"
-    if type(owner).__module__.startswith("torch."):
+    if has_projections(owner) and not attention:
+        return f"it belongs to a {kind}, whose in_proj and out_proj target_modules can name"
+    if type(owner).__module__.startswith("torch.") and not attention:
         return f"it belongs to a {kind}, expected a module that multiplies its input with parts of the parameter"
     if hasattr(weight, "ds_id"):
         return "DeepSpeed's ZeRO stage 3 has partitioned it, expected a whole tensor (stage 1 or 2)"
-    if weight.dim() != 3 or not weight.is_floating_point() or weight.numel() == 0:
+    if weight.dim() != (2 if attention else 3) or not weight.is_floating_point() or weight.numel() == 0:
         return (
             f"it has dtype {weight.dtype} and shape {tuple(weight.shape)}, expected a floating tensor of three "
             "dimensions, one matrix per expert"
@@ -122,6 +126,6 @@ def parameter_obstacle(model: nn.Module, path: str) -> str | None:
     if getattr(getattr(owner, "_hf_hook", None), "offload", False):
         return "accelerate offloads it, expected a tensor at hand"
     layers = [name for name, part in owner.named_modules() if name and layer_class(part) is not None]
-    if layers:
+    if layers and not attention:
         return f"its module has layers beside its parameters ({layers[0]}), expected parameters alone"
     return None
