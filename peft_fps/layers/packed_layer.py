@@ -1,4 +1,4 @@
-"""FPS layers over parameters that stack the weights of several layers, such as all experts of a block."""
+"""FPS layers over weights that no layer owns: all experts of a block in one tensor, projections of attention."""
 
 from functools import partial
 from typing import Any

@@ -15,6 +15,9 @@ from peft_fps.targets.base_parameters import named_base_modules
 from peft_fps.targets.obstacle import obstacle
 
 
+READ_UNCALLED = "torch.nn.MultiheadAttention reads it without calling it, in a forward or with tensors of its own"
+
+
 def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
     """Return the names of all linear and convolutional layers outside the output head that can be adapted.
 
@@ -28,25 +31,29 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
     """
     heads = head.left_out
     inside = tuple(f"{head}." for head in heads)
-    # the latter is what other adapters train whole
-    apart = (nn.MultiheadAttention, AuxiliaryTrainingWrapper)
-    skipped = tuple(f"{name}." for name, module in named_base_modules(model) if isinstance(module, apart))
-    attention = {
-        f"{name}.{own}"
-        for name, module in named_base_modules(model)
-        if has_projections(module) and not f"{name}.".startswith(inside)
-        for own in PROJECTIONS
-        if in_wanted_block(f"{name}.{own}", config)
-    }
+    # what other adapters train whole
+    inside += tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper))
+    attentions = {name: part for name, part in named_base_modules(model) if isinstance(part, nn.MultiheadAttention)}
     found = {
         name: module
         for name, module in named_base_modules(model)
         if entry_layer_class(module) is not None
         and name not in heads
-        and not name.startswith((*inside, *skipped))
+        and not name.startswith(inside)
         and in_wanted_block(name, config)
     }
-    unfit = {name: why for name, module in found.items() if (why := obstacle(module, certain=True))}
+    unfit = {
+        name: READ_UNCALLED if name.rpartition(".")[0] in attentions else obstacle(module, certain=True)
+        for name, module in found.items()
+    }
+    projections = {
+        f"{name}.{own}"
+        for name, part in attentions.items()
+        if name and has_projections(part) and not f"{name}.".startswith(inside)
+        for own in PROJECTIONS
+        if in_wanted_block(f"{name}.{own}", config)
+    }
+    unfit = {name: why for name, why in unfit.items() if why and name not in projections}
     if unfit:
         kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
         warnings.warn(
@@ -54,7 +61,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
             f" All of them: {', '.join(unfit)}. Pass target_modules to choose layers without this warning.",
             stacklevel=2,
         )
-    return found.keys() - unfit.keys() | attention
+    return found.keys() - unfit.keys() | projections
 
 
 def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:

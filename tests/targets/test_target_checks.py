@@ -37,9 +37,9 @@ def tiny_mixtral() -> MixtralForCausalLM:
 
 REFUSED = {
     "embedding": "embedding is a Embedding, expected one of Linear.* Train an embedding whole with modules_to_save",
-    "attention": "attention is a MultiheadAttention, expected one of Linear.*one tensor.*linear layers for query, key",
+    "attention": "attention is a MultiheadAttention, expected one of Linear.* Name its projections, in_proj and out",
     "in_proj_weight": "attention.in_proj_weight, named in target_modules, is the parameter in_proj_weight of a "
-    "MultiheadAttention, expected the name of a module. Its projections are one tensor",
+    "MultiheadAttention, expected the name of a module. Name its projections",
     "linear.weight": "linear.weight, .* is the parameter weight of a Linear, .* Name the module, linear.",
     "embedding.weight": "embedding.weight, .* is the parameter weight of a Embedding, .* Train an embedding whole",
 }
