@@ -98,9 +98,9 @@ class FPSConfig(SavedConfig):
             tests.
         target_modules: modules to adapt: names, ends of names, or a regular expression, as everywhere in PEFT; or
             `"all-linear"`. Default: all linear and convolutional layers, and `in_proj` and `out_proj` of
-            `nn.MultiheadAttention`, without the head and a language model's
-            output embeddings, which stay frozen. In transformers the head is every module beside the backbone or with
-            a size that depends on the number of labels. In timm and torchvision it is the classifier.
+            `nn.MultiheadAttention`, without the head and a language model's output embeddings, which stay frozen. In
+            transformers the head is every module beside the backbone or with a size that depends on the number of
+            labels. In timm and torchvision it is the classifier.
         target_parameters: parameters to adapt that no layer owns, by path or by the end of a path behind a dot, as in
             `["experts.gate_up_proj", "experts.down_proj"]`. Each is a tensor `(experts, out, in)`, or
             `(experts, in, out)`, and a module with the neurons of all experts. `[]` means none. Default: with default

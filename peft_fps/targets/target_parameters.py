@@ -117,7 +117,11 @@ def parameter_obstacle(model: nn.Module, path: str) -> str | None:
     if type(owner).__module__.startswith("torch.") and not attention:
         return f"it belongs to a {kind}, expected a module that multiplies its input with parts of the parameter"
     if hasattr(weight, "ds_id"):
-        return "DeepSpeed's ZeRO stage 3 has partitioned it, expected a whole tensor (stage 1 or 2)"
+        whole = tuple(getattr(weight, "ds_shape", ()))
+        return (
+            f"it is partitioned by DeepSpeed's ZeRO stage 3 (shape {tuple(weight.shape)}, whole {whole}), expected a "
+            "whole weight to select entries of. Use stage 1 or 2, which leave parameters whole"
+        )
     if weight.dim() != (2 if attention else 3) or not weight.is_floating_point() or weight.numel() == 0:
         return (
             f"it has dtype {weight.dtype} and shape {tuple(weight.shape)}, expected a floating tensor of three "

@@ -167,7 +167,7 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
 
 
 def neither_target_nor_head(model: PreTrainedModel) -> list[str]:
-    """Layers that are not either a target or the head; what an attention reads in a way of its own is to be neither."""
+    """Layers that are not either a target or the head; what odd attentions read themselves is to be neither."""
     targets, head, name = default_targets(model, config(), find_head(model)), find_head(model), type(model).__name__
     if not name.startswith("PPDocLayout"):  # ties layers within the backbone
         check_untied(model, sorted(targets))
