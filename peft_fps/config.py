@@ -30,10 +30,12 @@ class FilledIn:
     Attributes:
         target_modules: names of the modules that the model targets by default.
         modules_to_save: names of the modules of the model's head.
+        target_parameters: paths of the parameters that the model targets by default.
     """
 
     target_modules: set[str] | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
 
 @dataclass
@@ -95,12 +97,16 @@ class FPSConfig(SavedConfig):
         init_weights: True starts from ΔW = 0. False draws random places and random changes that are not zero, for
             tests.
         target_modules: modules to adapt: names, ends of names, or a regular expression, as everywhere in PEFT; or
-            `"all-linear"`. Default: all linear and convolutional layers, without the head and a language model's
-            output embeddings, which stay frozen. Embeddings are adapted only where they are named, because published
-            selections leave them frozen and the data holds few of their tokens; `selection_report` names those left
-            out. The changes of an embedding count in all modules that share its weight, such as tied output
-            embeddings. In transformers the head is every module beside the backbone or with
-            a size that depends on the number of labels. In timm and torchvision it is the classifier.
+            `"all-linear"`. Default: all linear and convolutional layers, and `in_proj` and `out_proj` of
+            `nn.MultiheadAttention`, without the head and a language model's output embeddings, which stay frozen.
+            Embeddings are adapted only where they are named, because published selections leave them frozen and the
+            data holds few of their tokens. The changes of an embedding count in all modules that share its weight,
+            such as tied output embeddings. In transformers the head is every module beside the backbone or with a size
+            that depends on the number of labels. In timm and torchvision it is the classifier.
+        target_parameters: parameters to adapt that no layer owns, by path or by the end of a path behind a dot, as in
+            `["experts.gate_up_proj", "experts.down_proj"]`. Each is a tensor `(experts, out, in)`, or
+            `(experts, in, out)`, and a module with the neurons of all experts. `[]` means none. Default: with default
+            `target_modules` those of transformers' modules of experts, else none.
         exclude_modules: modules to leave out: names, ends of names, or a regular expression. Empty means none.
         layers_to_transform: index or indices of the blocks to adapt. Only with `target_modules` as names. Empty means
             all.
@@ -150,6 +156,7 @@ class FPSConfig(SavedConfig):
     bias: Literal["none", "all", "with_norms"] = "all"
     recipe: dict[str, Any] | None = None
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

@@ -29,7 +29,11 @@ def read_empty_values(config: Any) -> None:
     for name in ("layers_to_transform", "layers_pattern"):  # no value; but the index 0 is one
         if isinstance(getattr(config, name), (str, list, set, tuple)) and not getattr(config, name):
             setattr(config, name, None)
-    for name in ("exclude_modules", "modules_to_save"):  # an empty list of the latter is not the default
+    for name in (
+        "exclude_modules",
+        "modules_to_save",
+        "target_parameters",
+    ):  # an empty list of the latter two is not the default
         if getattr(config, name) == "":
             setattr(config, name, [])
     if not config.inference_mode:
@@ -42,9 +46,10 @@ def put_names_in_form(config: Any) -> None:
         value = getattr(config, name)
         if value is not None and not isinstance(value, str):
             setattr(config, name, set(value))
-    if config.modules_to_save is not None:
-        given = config.modules_to_save
-        config.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
+    for name in ("modules_to_save", "target_parameters"):
+        given = getattr(config, name)
+        if given is not None:
+            setattr(config, name, sorted(given) if isinstance(given, set) else list(given))
     if isinstance(config.layers_to_transform, (tuple, set)):
         config.layers_to_transform = sorted(config.layers_to_transform)
 
@@ -97,7 +102,8 @@ def check_modules(config: Any) -> None:
         check_names(name, value, str | list | set | tuple | None)
         if isinstance(value, str):
             check_regex(name, value)
-    check_names("modules_to_save", config.modules_to_save, list | set | tuple | None)
+    for name in ("modules_to_save", "target_parameters"):
+        check_names(name, getattr(config, name), list | set | tuple | None)
     for name in config.modules_to_save or ():  # PEFT puts them into expressions
         check_regex("modules_to_save", name)
     pattern, indices = config.layers_pattern, config.layers_to_transform

@@ -7,6 +7,8 @@
 | `module_names` | all names of a module, and members of lists |
 | `quantisation` | base layers whose weights are quantised |
 | `substitution` | calling a base layer with other tensors in place of its own |
+| `packed_weight`, `attention` | parameters that stack the weights of several layers, and what attention reads itself |
+| `opening` | layers at paths where the base model has none |
 | `buffers` | running statistics and other buffers while an adapter trains |
 | `compiled` | models inside `torch.compile` |
 | `sharded` | models whose parameters are sharded between processes |

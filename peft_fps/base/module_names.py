@@ -7,6 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_fps.base.packed_weight import OpenedModule
+
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -38,7 +40,7 @@ def named_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(tuple(within)):
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, OpenedModule)):
             within.append(f"{name}.")
         yield name, module
 
@@ -72,7 +74,7 @@ def bare(module: Any) -> Any:
     """Return the module of the base model that a tuner layer or a wrapper stands for, or the module itself."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return module.original_module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module.get_base_layer() if isinstance(module, (BaseTunerLayer, OpenedModule)) else module
 
 
 def size(module: nn.Module) -> int:

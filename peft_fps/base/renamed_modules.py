@@ -22,13 +22,14 @@ Value = TypeVar("Value")
 def current_names(model: nn.Module, named: Mapping[str, Value]) -> dict[str, Value]:
     """Return `named` with module paths of an older version of transformers replaced by those of `model`.
 
-    Paths that exist in the model stay, and so do those for which transformers has no present name.
+    Paths of modules and parameters that exist in the model stay, and so do those for which transformers has no present
+    name.
 
     Args:
         model: base model, with or without adapters.
         named: anything by module path.
     """
-    modules = {plain_name(name) for name, _ in model.named_modules()}
+    modules = {plain_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     if not isinstance(model, PreTrainedModel) or all(name in modules for name in named):
         return dict(named)
     renamed = {}

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
+from peft_fps.calibration.expert_inputs import Rows
 from peft_fps.calibration.own_forward import WatchedProduct
+from peft_fps.calibration.packed_inputs import watch_packed
 from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
-from peft_fps.calibration.statistics import InputStatistics, column_sums, token_counts
+from peft_fps.calibration.statistics import InputStatistics, add_rows, column_sums, token_counts
 from peft_fps.calibration.tap_sums import convolution_sums
 
 
@@ -26,7 +29,8 @@ class Observed:
         module: the module that the model calls with the layer's input.
         base: the linear layer or convolution that multiplies this input with its weight, or the embedding that looks
             it up.
-        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions.
+        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions and in
+            stacked weights.
         inputs: fan-in of a neuron.
         own_forward: whether only the product shows what is multiplied: the base layer overrides forward and may change
             its input first, or is a transposed convolution, whose geometry may depend on a call's `output_size`.
@@ -71,7 +75,9 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        for path, layer in self._layers.items():
+        packed = {path: layer.base for path, layer in self._layers.items() if isinstance(layer.base, PackedWeight)}
+        self._handles += watch_packed(packed, self._add_matrix)
+        for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in packed):
             self._observe(path, path, layer.module, layer.base, layer.own_forward)
             for place, module in layer.sharing.items():
                 self._observe(path, place, module, module, overrides_forward(module))
@@ -183,6 +189,17 @@ class Collector:
 
         self._handles.append(base.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(base.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _add_matrix(self, weight: PackedWeight, path: str, matrix: int, x: Tensor, rows: Rows | None = None) -> None:
+        """Add inputs of one matrix of the stacked weight at `path`; see `Receive`."""
+        if not self._within or x.numel() == 0:
+            return
+        mask = mask_of(x if rows is None else rows.of, self._padding, path)
+        if mask is not None:
+            mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
+        found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
+        add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
+        self._touched[path] = None
 
     def _add(self, path: str, place: str, base: nn.Module, x: Tensor) -> None:
         """Add an input to the statistics of a layer.

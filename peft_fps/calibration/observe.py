@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.calibration.calls import Run, feed
 from peft_fps.calibration.collect import Collector, Observed
 from peft_fps.calibration.passes import Pass, device_of
@@ -67,10 +68,13 @@ def _sum_over_processes(
     total = {}
     for path, layer in layers.items():
         local = statistics.get(path)
-        packed = torch.zeros(layer.groups * layer.inputs + 1, dtype=wide_dtype(device), device=device)
+        apart = isinstance(layer.base, PackedWeight)
+        counts = layer.groups if apart else 1
+        packed = torch.zeros(layer.groups * layer.inputs + counts, dtype=wide_dtype(device), device=device)
         if local is not None:
-            packed[:-1], packed[-1] = local.sums.reshape(-1), local.positions
+            packed[:-counts], packed[-counts:] = local.sums.reshape(-1), local.positions
         dist.all_reduce(packed)
-        if packed[-1] > 0:
-            total[path] = InputStatistics(packed[:-1].view(layer.groups, layer.inputs), int(packed[-1]))
+        if packed[-counts:].sum() > 0:
+            positions = packed[-counts:].cpu().long() if apart else int(packed[-1])
+            total[path] = InputStatistics(packed[:-counts].view(layer.groups, layer.inputs), positions)
     return total

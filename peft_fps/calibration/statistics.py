@@ -16,12 +16,24 @@ class InputStatistics:
 
     Attributes:
         sums: sum of |a| (`norm="l1"`) or of a² (`"l2"`) of each input, `(groups, inputs)` float64 (float32 on Apple's
-            GPUs). Only grouped convolutions, whose neurons read different channels, have several groups.
-        positions: number of summed positions.
+            GPUs). Only grouped convolutions, whose neurons read different channels, and stacked
+            weights have several groups.
+        positions: number of summed positions; `(groups,)` int64 if the groups read different positions, as experts do.
     """
 
     sums: Tensor
-    positions: int = 0
+    positions: int | Tensor = 0
+
+    @classmethod
+    def of_groups(cls, groups: int, x: Tensor) -> "InputStatistics":
+        """Return statistics of no positions yet, for groups that read different positions.
+
+        Args:
+            groups: number of groups.
+            x: `(..., inputs)`, an input of one of them; gives fan-in and device.
+        """
+        sums = torch.zeros(groups, x.shape[-1], dtype=wide_dtype(x.device), device=x.device)
+        return cls(sums, torch.zeros(groups, dtype=torch.int64, device="cpu"))
 
     def typical(self, norm: str) -> Tensor:
         """Return the typical magnitude of each input, `(groups, inputs)` in the dtype of `sums`.
@@ -29,7 +41,10 @@ class InputStatistics:
         Args:
             norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4).
         """
-        mean = self.sums / max(self.positions, 1)
+        counts = self.positions
+        mean = self.sums / (
+            counts.to(self.sums.device).clamp(min=1)[:, None] if isinstance(counts, Tensor) else max(counts, 1)
+        )
         return mean.sqrt() if norm == "l2" else mean
 
 
@@ -55,6 +70,27 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
         run = run.to(torch.promote_types(x.dtype, torch.float32))
         total += (run.abs() if norm == "l1" else run.square()).sum(0).to(total.dtype)
     return total, count
+
+
+def add_rows(
+    statistics: InputStatistics, group: int, x: Tensor, norm: str, mask: Tensor | None, *, gated: bool
+) -> None:
+    """Add inputs of one group.
+
+    Args:
+        statistics: with a tensor of `positions`.
+        group: index of the group.
+        x: `(rows, inputs)`.
+        norm: `"l1"` for |a|, `"l2"` for a².
+        mask: `(rows,)`, zero at padding. None if all rows count.
+        gated: rows that are zero do not count, since a gate has taken them from the group.
+    """
+    if gated:
+        seen = (x != 0).any(1)
+        mask = seen if mask is None else seen & mask.to(seen.device).bool()
+    sums, positions = column_sums(x, norm, mask)
+    statistics.sums[group] += sums
+    statistics.positions[group] += positions  # type: ignore[index]
 
 
 def token_counts(tokens: Tensor, inputs: int, mask: Tensor | None = None) -> tuple[Tensor, int]:

@@ -2,7 +2,7 @@
 
 | key in the file | tensor |
 |---|---|
-| `<module path>.fps_<name>` | a sparse tensor of a targeted module, see `encoding` |
+| `<module path>.fps_<name>` | a sparse tensor of a targeted module, or of the parameter at that path; see `encoding` |
 | any other | a tensor of a module that is trained and saved whole (`modules_to_save`) |
 
 PEFT writes every key with `base_model.model.` before it, transformers without. Both count as the same key.

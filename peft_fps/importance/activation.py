@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from peft_fps.base.substitution import TRANSPOSED, overrides_forward
 from peft_fps.calibration import InputStatistics, Observed, observe
-from peft_fps.importance.importance import Evidence, Importance, Request, Score, nothing_reached
+from peft_fps.importance.importance import UNREACHED, Evidence, Importance, Request, Score, nothing_reached
 from peft_fps.importance.settings import Settings
 from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.packed_layer import PackedLayer
 from peft_fps.selection.calibration_record import CalibrationRecord
 
 
@@ -47,7 +48,7 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
 def _observed(layer: EntryLayer) -> Observed:
     """Return what the forward pass has to know of a layer to observe it."""
     base = layer.base_layer
-    groups = getattr(base, "groups", 1)
+    groups = layer.matrices if isinstance(layer, PackedLayer) else getattr(base, "groups", 1)
     assert isinstance(layer, nn.Module)
     watched = overrides_forward(base) or isinstance(base, TRANSPOSED)
     sharing = {path: module for path, module in layer.sharing.items() if isinstance(module, nn.Embedding)}
@@ -57,6 +58,8 @@ def _observed(layer: EntryLayer) -> Observed:
 def _scorer(layer: EntryLayer, path: str, config: Settings, statistics: InputStatistics) -> Score:
     """Return the scores of a layer from its input statistics; see `Importance.scorer`."""
     activation = statistics.typical(config.norm)
+    if isinstance(statistics.positions, Tensor):  # experts without a token come last
+        activation[statistics.positions == 0] = UNREACHED
 
     def score(first: int, last: int) -> Tensor:
         rows = layer.weight_rows(first, last)

@@ -3,6 +3,7 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.quantisation import quantisation
 from peft_fps.layers.convolution import (
     Conv1d,
@@ -17,6 +18,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.linear import Conv1DLinear, Linear
 from peft_fps.layers.norm import Norm, is_biased_norm
+from peft_fps.layers.packed_layer import PackedLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
 
 
@@ -38,6 +40,8 @@ def entry_layer_class(module: nn.Module) -> type[EntryLayer] | None:
     """Return the FPS layer with sparse entries for a base layer, None if its kind is not supported."""
     if quantisation(module) is not None:  # before its base class, which is a linear layer's too
         return QuantisedLinear
+    if isinstance(module, PackedWeight):  # no kind of module that a user could name
+        return PackedLayer
     return next((ours for base, ours in LAYERS.items() if isinstance(module, base)), None)
 
 

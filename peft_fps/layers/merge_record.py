@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.quantisation import dense_weight, held_by, put, quantisation
 from peft_fps.base.substitution import twin_with
 from peft_fps.sparse import Structure, merged_entries, sums
@@ -147,6 +148,8 @@ def independent_copy(base: Any) -> Any:
     Args:
         base: any layer; stays untouched. See `twin_with` for forwards that were put over its own.
     """
+    if isinstance(base, PackedWeight):
+        return base.copied()
     kind = quantisation(base)
     shared = None if kind is None else kind.weight
     own = {

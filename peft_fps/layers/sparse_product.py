@@ -34,8 +34,7 @@ class ProductLayer(EntryLayer):
         if not names:
             result: Tensor = base(x, *args, **kwargs)
             return result
-        if self.training and torch.is_grad_enabled():
-            self._warn_if_unselected(names)
+        self._warn_before_training(names)
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
@@ -96,7 +95,7 @@ class ProductLayer(EntryLayer):
 
         def changed(names: list[str]) -> Tensor:
             deltas = self._bias_deltas(names)
-            return _changed_bias(self.base_layer.bias, deltas) if deltas else self.base_layer.bias
+            return self._changed_bias(deltas) if deltas else self.base_layer.bias
 
         return self._as_read("bias", changed)
 
@@ -190,8 +189,17 @@ class ProductLayer(EntryLayer):
         base = self.base_layer
         tensors = {"weight": changed_weight(base.weight, values, structure)}
         if bias_deltas:
-            tensors["bias"] = _changed_bias(base.bias, bias_deltas)
+            tensors["bias"] = self._changed_bias(bias_deltas)
         return call_with(base, tensors, x, *args, **kwargs)
+
+    def _changed_bias(self, deltas: list[Tensor]) -> Tensor:
+        """Return b + Δb, formed in float32 or float64 and rounded once, in the shape and dtype of b."""
+        bias: Tensor = self.base_layer.bias
+        exact = torch.promote_types(bias.dtype, torch.float32)
+        result = bias.to(exact)
+        for delta in deltas:
+            result = result + delta.to(exact).view(bias.shape)
+        return result.to(bias.dtype)
 
     def _beside_base(
         self,
@@ -216,6 +224,10 @@ class ProductLayer(EntryLayer):
         # peft.helpers.disable_input_dtype_casting clears the flag
         return values.dtype if self.cast_input_dtype_enabled else x.dtype
 
+    def _warn_before_training(self, names: list[str]) -> None:
+        if self.training and torch.is_grad_enabled():
+            self._warn_if_unselected(names)
+
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called while a graph is traced
     def _warn_if_unselected(self, names: list[str]) -> None:
         for name in names:
@@ -228,12 +240,6 @@ class ProductLayer(EntryLayer):
                     "`callbacks=[FPSCallback()]` to the Trainer.",
                     stacklevel=2,
                 )
-
-
-def _changed_bias(bias: Tensor, deltas: list[Tensor]) -> Tensor:
-    """Return the sum of a bias and its deltas, formed in float32 or float64 and rounded once to the bias's dtype."""
-    exact = torch.promote_types(bias.dtype, torch.float32)
-    return sum((delta.to(exact) for delta in deltas), bias.to(exact)).to(bias.dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -27,7 +27,12 @@ from peft_fps.layers.lookup import (
 )
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.lifecycle.selection_report import selection_report
-from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_tied_uses, warn_of_unreached
+from peft_fps.lifecycle.unreached import (
+    entries_of_reached,
+    warn_of_idle_experts,
+    warn_of_tied_uses,
+    warn_of_unreached,
+)
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.calibration_record import CalibrationRecord
 
@@ -140,6 +145,7 @@ def calibrate(
     if unreached:
         kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, kind)
+    warn_of_idle_experts(layers, found.evidence)
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, replace(found.record, unreached=unreached)
     return replace(selection_report(model, adapter_name), unseen=_unseen(weighted, adapter_name, found.evidence))

@@ -2,24 +2,26 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_fps.base.head import Head, find_head
+from peft_fps.base.packed_weight import close_modules, opened_modules
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
+from peft_fps.lifecycle.opened_targets import names_path, opened_targets
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
+from peft_fps.targets.target_parameters import default_parameters
 from peft_fps.targets.tied_weights import check_tied_uses
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
@@ -36,11 +38,17 @@ class Injection:
     Attributes:
         whole: paths of the modules that the adapter trains whole.
         norms: paths of the norms whose bias it trains on top of its targets.
+        parameters: paths of the parameters and projections that it adapts, see `opened_targets`.
+        opened: paths of the modules that own such ones, those of other adapters included.
+        excluded: paths of those that are left out with `exclude_modules`.
         plan: numbers of entries of its targets, and what is recorded of the base model.
     """
 
     whole: list[str] = field(default_factory=list)
     norms: set[str] = field(default_factory=set)
+    parameters: list[str] = field(default_factory=list)
+    opened: set[str] = field(default_factory=set)
+    excluded: list[str] = field(default_factory=list)
     plan: Plan = field(default_factory=lambda: Plan({}, None, 0))
 
     def targets(self, config: FPSConfig, path: str) -> Any:
@@ -56,9 +64,11 @@ class Injection:
             return _ExcludedModule() if config.exclude_modules else False  # PEFT warns if none was excluded
         if path in self.whole or path.startswith(tuple(f"{name}." for name in self.whole)):
             return _ExcludedModule()
-        by_names = copy(config)
-        by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
-        matched: Any = BaseTuner._check_target_module_exists(by_names, path)
+        if any(name.rpartition(".")[0] == path for name in self.excluded):
+            return _ExcludedModule()  # PEFT sees modules alone
+        if path in self.parameters or path.startswith(tuple(f"{name}." for name in self.opened)):
+            return path in self.parameters  # what else lies in an opened module is the module itself
+        matched = names_path(config, path)
         if isinstance(matched, _ExcludedModule):
             return matched
         return matched or path in self.norms
@@ -85,6 +95,9 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     found = Injection(whole_modules(model, config, head.modules))
     _name_linear_layers(model, config)
     saved_names = _rename_record(model, config)
+    parameters, excluded = opened_targets(model, config, found.whole, stored)
+    opened = {path.rpartition(".")[0] for path in parameters} | {name for name, _ in opened_modules(model)}
+    found = replace(found, parameters=parameters, excluded=excluded, opened=opened)
     # norms come on top of targets; without any, PEFT is to say which were not found
     if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
         found = replace(found, norms=biased_norms(model, config, head))
@@ -124,6 +137,9 @@ def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
     if config.target_modules is None or config.target_modules == filled.target_modules:
         targets = default_targets(model, config, head)
         config.target_modules, filled = targets, replace(filled, target_modules=targets)
+        if config.target_parameters is None or config.target_parameters == filled.target_parameters:
+            config.target_parameters = default_parameters(model, config, head)
+            filled = replace(filled, target_parameters=config.target_parameters)
     config.filled_in = filled
 
 
@@ -140,6 +156,9 @@ def _name_linear_layers(model: nn.Module, config: FPSConfig) -> None:
     _maybe_include_all_linear_layers(config, model)
     if shorthand:  # PEFT matches the full names it has found before it looks at layers_to_transform
         config.target_modules = {name for name in config.target_modules or () if in_wanted_block(name, config)}
+        for opened, _ in opened_modules(model):  # what lies in an opened module has the path that it had before
+            inside = f"{opened}.base_layer."
+            config.target_modules = {name.replace(inside, f"{opened}.") for name in config.target_modules}
 
 
 def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
@@ -154,8 +173,12 @@ def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
 
 def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None) -> list[str]:
     """Return the paths of the modules that PEFT's loop is about to hand over, in the model's order."""
-    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FPSLayer))
-    names = [name for name, _ in model.named_modules() if name and not (adapters and name.startswith(adapters))]
+    inner = [name for name, module in model.named_modules() if isinstance(module, FPSLayer)]
+    inside = tuple(f"{name}." for name in {*inner, *found.opened})
+    names = []
+    for name in [name for name, _ in model.named_modules() if not name.startswith(inside)]:
+        names += [name] if name else []
+        names += [path for path in found.parameters if path.rpartition(".")[0] == name]
     if stored is not None:
         return [name for name in names if name in stored]
     return [name for name in names if found.targets(config, name)]
@@ -207,7 +230,7 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def config_withdrawn_on_failure(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> Iterator[None]:
-    """Take an adapter's config out again if the block raises: PEFT enters it before it injects.
+    """Take an adapter's config out again if the block raises: PEFT enters it before it injects. Close opened modules.
 
     Args:
         model: base model, in which transformers notes that it has an adapter.
@@ -218,6 +241,7 @@ def config_withdrawn_on_failure(model: nn.Module, configs: dict[str, Any], adapt
         yield
     except Exception:
         configs.pop(adapter_name, None)
+        close_modules(model)
         if not configs and getattr(model, "_hf_peft_config_loaded", False):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
         raise

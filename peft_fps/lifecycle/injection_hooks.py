@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
+from peft_fps.base.opening import open_modules
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
@@ -37,6 +38,7 @@ class InjectionHooks(BaseTuner):
     _state: AdapterState
     _stored: set[str] | None
     _modules_to_save: list[str] | None
+    _target_parameters: list[str] | None
 
     def inject_adapter(
         self,
@@ -61,7 +63,7 @@ class InjectionHooks(BaseTuner):
         source = None if to_be_loaded else reference_of(self.peft_config, adapter_name)
         if source is not None:
             self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
-        self._modules_to_save = config.modules_to_save
+        self._modules_to_save, self._target_parameters = config.modules_to_save, config.target_parameters
         try:
             with config_withdrawn_on_failure(model, self.peft_config, adapter_name), compiled_in_place(self):
                 check_adapter_name(self.model, adapter_name)
@@ -79,7 +81,7 @@ class InjectionHooks(BaseTuner):
                     state_dict=state_dict,
                 )
         finally:
-            config.modules_to_save = self._modules_to_save
+            config.modules_to_save, config.target_parameters = self._modules_to_save, self._target_parameters
         attach_hooks(self.model)
         self._state.buffers = buffer_digests(self.model)
         if source is not None:
@@ -95,7 +97,10 @@ class InjectionHooks(BaseTuner):
         self._state.base_fingerprint = injection.plan.base_fingerprint
         self._state.base_parameters = injection.plan.base_parameters
         self._injections = self._injections | {self._injected: injection}
-        self._modules_to_save = peft_config.modules_to_save
+        self._modules_to_save, self._target_parameters = peft_config.modules_to_save, peft_config.target_parameters
+        # PEFT then finds a module at the path of each parameter, and has no parameter to look for
+        open_modules(model, injection.parameters)
+        peft_config.target_parameters = None
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         mine = (name for name, config in self.peft_config.items() if config is peft_config)

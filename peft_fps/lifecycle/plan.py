@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_fps.base.head import Head
+from peft_fps.base.opening import module_at
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
@@ -152,7 +153,7 @@ def fingerprint_of(model: nn.Module, names: Iterable[str]) -> dict[str, str] | N
 
 def _base_weight(model: nn.Module, name: str) -> BaseWeight:
     """How to read a module's weight without what is merged into it; a quantised one is dequantised only then."""
-    layer: Any = model.get_submodule(name)
+    layer: Any = module_at(model, name)
     base = layer
     if isinstance(layer, FPSLayer):
         records = [layer.merge_records[adapter] for adapter in reversed(layer.merged_adapters)]

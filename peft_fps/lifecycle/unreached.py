@@ -2,14 +2,19 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from peft_fps.base.packed_weight import PackedWeight
+from peft_fps.calibration import InputStatistics
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
+from peft_fps.importance import Evidence
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, entry_layers, target_layers
+from peft_fps.layers.packed_layer import PackedLayer
 from peft_fps.lifecycle.plan import allocate_entries, bias_count
 from peft_fps.targets.base_parameters import count_base_parameters
 
@@ -82,3 +87,40 @@ def warn_of_tied_uses(layers: Mapping[str, EntryLayer], called: Collection[str])
                 "weights.",
                 stacklevel=4,
             )
+
+
+def warn_of_idle_experts(layers: Mapping[str, FPSLayer], evidence: Evidence) -> None:
+    """Name the experts of packed weights that got no token, or no gradient.
+
+    Args:
+        layers: all that the adapter targets, by path.
+        evidence: by path of the layers that were reached.
+    """
+    idle: dict[str, tuple[list[int], int]] = {}
+    for path, layer in layers.items():
+        if (
+            isinstance(layer, PackedLayer)
+            and layer.matrices > 1
+            and type(layer.base_layer) is PackedWeight
+            and path in evidence
+        ):
+            numbers = _idle(layer, evidence[path])
+            owner = path.rpartition(".")[0]
+            if numbers and len(numbers) >= len(idle.get(owner, ([], 0))[0]):
+                idle[owner] = numbers, layer.matrices
+    if idle:
+        named = "; ".join(f"{len(n)} of {m} of {path} ({', '.join(map(str, n))})" for path, (n, m) in idle.items())
+        warnings.warn(
+            f"Experts without a token or a gradient during calibration: {named}. Their entries come after those of "
+            "all others, and are not trained while no token reaches them.",
+            stacklevel=3,
+        )
+
+
+def _idle(layer: PackedLayer, found: Any) -> list[int]:
+    """Return the indices of the matrices that have no evidence."""
+    if isinstance(found, InputStatistics):
+        assert isinstance(found.positions, Tensor)
+        return (found.positions == 0).nonzero()[:, 0].tolist()
+    each = layer.shape.neurons // layer.matrices
+    return [m for m in range(layer.matrices) if not bool(found.rows(m * each, (m + 1) * each).any())]

@@ -4,6 +4,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from peft_fps.base.packed_weight import close_modules
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
 from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
@@ -37,6 +38,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
             else:
                 del module.modules_to_save[adapter_name]
                 module._adapters.discard(adapter_name)
+    close_modules(model)
     left = fps_layers(model)
     unfollow_tied_uses(model)
     follow_tied_uses(model)  # of the embeddings that other adapters change

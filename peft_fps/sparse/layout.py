@@ -15,15 +15,20 @@ class Layout:
     `column = channel · taps + tap`. transformers' `Conv1D` stores `(inputs, neurons)`, which is the same with one
     group and one tap.
 
+    A stacked weight holds several matrices, `(matrices, neurons / matrices, inputs)`, or with its inputs first
+    `(matrices, inputs, neurons / matrices)`. Their neurons count on, and `groups` is the number of matrices.
+
     Attributes:
         transposed: whether the weight is stored with its inputs first. Default: by rows.
-        groups: number of groups of channels. It counts only if `transposed`.
+        groups: number of groups of channels, or of matrices. It counts only if `transposed`.
         taps: number of positions in the kernel. It counts only if `transposed`.
+        stacked: whether the first dimension of the stored weight counts matrices.
     """
 
     transposed: bool = False
     groups: int = 1
     taps: int = 1
+    stacked: bool = False
 
     def positions(self, rows: Tensor, columns: Tensor, neurons: int, inputs: int) -> Tensor:
         """Return the positions of entries in the flattened stored weight, `(nnz,)` int64.
@@ -51,6 +56,8 @@ class Layout:
 
     def matrix(self, stored: Tensor) -> Tensor:
         """Return a tensor of the weight's stored shape as a matrix, `(neurons, inputs)`; a view where that can be."""
+        if self.stacked:
+            return (stored.transpose(1, 2) if self.transposed else stored).flatten(0, 1)
         if not self.transposed:
             return stored.flatten(1)
         blocks = stored.reshape(self.groups, -1, stored.shape[1], self.taps)

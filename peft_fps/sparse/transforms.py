@@ -25,8 +25,13 @@ def needs_operators(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, a forward-mode derivative or `torch.jit.trace` is at work."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or is_jit_tracing() or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return transformed or is_jit_tracing()
 
 
 def is_jit_tracing() -> bool:

@@ -8,6 +8,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.base.head import Head, find_head
+from peft_fps.base.packed_weight import OpenedModule
 from peft_fps.base.quantisation import quantisation, quantised_elements, stored_weight
 
 
@@ -21,7 +22,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _all_names_of_parameters(module: Any, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, (BaseTunerLayer, OpenedModule)):
         yield from _all_names_of_parameters(module.get_base_layer(), path)
     elif isinstance(module, AuxiliaryTrainingWrapper):
         yield from _all_names_of_parameters(module.original_module, path)
@@ -41,6 +42,10 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             within.append(f"{name}.")
             yield name, module.get_base_layer()
+        elif isinstance(module, OpenedModule):
+            within.append(f"{name}.")
+            inner = module.base_layer.named_modules()
+            yield from ((f"{name}.{own}" if own else name, part) for own, part in inner)
         else:
             yield name, module
 

@@ -6,12 +6,16 @@ import warnings
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_fps.base.attention import PROJECTIONS, has_projections
 from peft_fps.base.head import Head
 from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.norm import is_biased_norm
 from peft_fps.targets.base_parameters import named_base_modules
 from peft_fps.targets.obstacle import obstacle
+
+
+READ_UNCALLED = "torch.nn.MultiheadAttention reads it without calling it, in a forward or with tensors of its own"
 
 
 def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
@@ -34,21 +38,32 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
     """
     heads = head.left_out
     inside = tuple(f"{head}." for head in heads)
-    # the latter is what other adapters train whole
-    apart = (nn.MultiheadAttention, AuxiliaryTrainingWrapper)
-    skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, apart))
+    # what other adapters train whole
+    inside += tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper))
+    attentions = {name: part for name, part in named_base_modules(model) if isinstance(part, nn.MultiheadAttention)}
     found = {
         name: module
         for name, module in named_base_modules(model)
         if entry_layer_class(module) is not None
         and not isinstance(module, nn.Embedding)
         and name not in heads
-        and not name.startswith((*inside, *skipped))
+        and not name.startswith(inside)
         and in_wanted_block(name, config)
     }
-    unfit = {name: why for name, module in found.items() if (why := obstacle(module, certain=True))}
+    reasons = {
+        name: READ_UNCALLED if name.rpartition(".")[0] in attentions else obstacle(module, certain=True)
+        for name, module in found.items()
+    }
+    projections = {
+        f"{name}.{own}"
+        for name, part in attentions.items()
+        if name and has_projections(part) and not f"{name}.".startswith(inside)
+        for own in PROJECTIONS
+        if in_wanted_block(f"{name}.{own}", config)
+    }
+    unfit = {name: why for name, why in reasons.items() if why and name not in projections}
     kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
-    if unfit and len(unfit) == len(found):
+    if unfit and len(unfit) == len(found) and not projections:
         raise ValueError(f"None of the {len(found)} layers of {type(model).__name__} can be adapted: {kinds}.")
     if unfit:
         warnings.warn(
@@ -56,7 +71,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
             f" All of them: {', '.join(unfit)}. Pass target_modules to choose layers without this warning.",
             stacklevel=2,
         )
-    return found.keys() - unfit.keys()
+    return found.keys() - unfit.keys() | projections
 
 
 def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:

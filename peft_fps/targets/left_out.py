@@ -43,12 +43,14 @@ def left_out(model: nn.Module, covered: Collection[str]) -> tuple[LeftOut, ...]:
         covered: paths of the modules that are adapted or trained whole. What lies inside them is covered too.
     """
     inside = tuple(f"{path}." for path in covered)
+    # of packed weights and projections of attention the path is that of the parameter, or all but the end of it
+    exact = {f"{path}{end}" for path in covered for end in ("", "_weight", "_bias")}
     parameters = dict(base_parameters(model))
     total = sum(parameter.numel() for parameter in parameters.values())
     found = [
         LeftOut(name, parameter.numel() / total)
         for name, parameter in parameters.items()
-        if parameter.numel() > LARGE * total and not name.startswith(inside)
+        if parameter.numel() > LARGE * total and not name.startswith(inside) and name not in exact
     ]
     return tuple(sorted(found, key=lambda weight: -weight.share))
 
@@ -69,7 +71,7 @@ def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Col
     modules = dict(named_base_modules(model))
     groups: dict[str, list[LeftOut]] = {}
     # a weight that is tied to a covered one has its other name
-    for weight in left_out(model, [*targets, *whole, *_unfit(modules, targets)]):
+    for weight in left_out(model, [*targets, *(config.target_parameters or ()), *whole, *_unfit(modules, targets)]):
         owner, _, own = weight.name.rpartition(".")
         if not in_wanted_block(weight.name, config):
             continue

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_fps.base.attention import has_projections
 from peft_fps.base.quantisation import SUPPORTED, quantisation
 from peft_fps.base.substitution import follows_its_weight, overrides_forward
 from peft_fps.layers.embedding import lookup_obstacle
@@ -11,18 +12,20 @@ from peft_fps.layers.embedding import lookup_obstacle
 
 def remedy(module: nn.Module) -> str:
     """Return what to do about a targeted module of an unsupported kind."""
+    if has_projections(module):
+        return "Name its projections, in_proj and out_proj, in target_modules instead."
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "Its projections are one tensor that it reads without calling a layer. Leave it out of target_modules, or "
-            "use an implementation with linear layers for query, key and value."
+            "It reads its projections without calling a layer, in a forward of its own or from a tensor each. Leave "
+            "it out of target_modules, or use an implementation with linear layers for query, key and value."
         )
     if hasattr(module, "qweight") or "quant" in type(module).__name__.lower():
         return f"Of quantised weights, those of {SUPPORTED} are supported. Load the base model so, or unquantised."
     stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
     if stacked:
         return (
-            f"Its tensors {', '.join(stacked)} hold the weights of many experts each, which FPS cannot adapt. Leave "
-            "it out of target_modules."
+            f"Its parameters {', '.join(stacked)} hold the weights of many experts each. Name them in "
+            f"target_parameters={stacked} instead."
         )
     return "Leave it out of target_modules, or train it whole with modules_to_save."
 

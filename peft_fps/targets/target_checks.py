@@ -6,6 +6,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peft_fps.base.attention import Projection
+from peft_fps.base.module_names import bare
+from peft_fps.base.opening import module_at
+from peft_fps.base.packed_weight import OpenedModule, PackedWeight
 from peft_fps.base.quantisation import check_quantised, quantisation, stored_weight
 from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
 from peft_fps.config import FPSConfig
@@ -14,6 +18,7 @@ from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.layers.norm import Norm, is_biased_norm
 from peft_fps.targets.base_parameters import base_parameters, named_base_modules
 from peft_fps.targets.obstacle import check_weight, obstacle, remedy
+from peft_fps.targets.target_parameters import parameter_obstacle
 from peft_fps.targets.tied_weights import tie_obstacle
 
 
@@ -85,14 +90,16 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
 
     Args:
         model: base model, with or without adapters.
-        name: path of the module.
+        name: path of the module, or of a parameter.
         norms: accept a norm.
         chosen: `default_targets` has chosen the module, and has made the checks that cost time.
 
     Raises:
         ValueError: says what stands there, what is expected, and what to do.
     """
-    module: Any = model.get_submodule(name)
+    module: Any = module_at(model, name)
+    if isinstance(module, OpenedModule):
+        module = module.base_layer
     if isinstance(module, BaseTunerLayer):
         if not isinstance(module, FPSLayer):
             raise ValueError(
@@ -115,6 +122,10 @@ def check_target(model: nn.Module, name: str, norms: bool = False, *, chosen: bo
         )
         supported = ", ".join(named)
         raise ValueError(f"{name} is a {type(module).__name__}, expected one of {supported}. {remedy(module)}")
+    if isinstance(module, PackedWeight):
+        if found := parameter_obstacle(model, name):
+            raise ValueError(f"{name}: {found}. Leave it out of the targets.")
+        return module
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     if isinstance(parent, nn.MultiheadAttention):
@@ -155,7 +166,8 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
         model: base model, with or without adapters.
         names: paths of the targeted modules.
     """
-    wanted = set(names)
+    packed = {name: bare(found) for name in names if isinstance(bare(found := module_at(model, name)), PackedWeight)}
+    wanted = {name.rpartition(".")[0] if name in packed else name for name in names}
     base_layers: dict[str, Any] = {name: module for name, module in named_base_modules(model) if name in wanted}
     bases = {id(module): name for name, module in base_layers.items()}
     for alias, module in model.named_modules(remove_duplicate=False):
@@ -167,7 +179,10 @@ def check_untied(model: nn.Module, names: list[str]) -> None:
             )
     targeted = {}
     for name in names:
-        if is_biased_norm(base_layers[name]):
+        if name in packed:
+            outer = isinstance(packed[name], Projection) and packed[name].own == "out_proj"
+            targeted[id(packed[name].weight)] = name if outer else name.rpartition(".")[0], packed[name].name
+        elif is_biased_norm(base_layers[name]):
             targeted[id(base_layers[name].bias)] = name, "bias"
         else:
             targeted[id(stored_weight(base_layers[name]))] = name, "weight"

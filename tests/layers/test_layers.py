@@ -608,9 +608,10 @@ def test_the_fused_path_of_transformer_encoders_shows_the_adapter(gradients: boo
         assert not torch.allclose(model(x), encoder()(x), atol=1e-2)
 
 
-def test_by_default_attention_that_is_not_called_is_left_alone():
+def test_by_default_projections_of_attention_are_adapted_too():
     model = adapted(encoder())
-    assert set(layers_of(model)) == {f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)}
+    names = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    assert set(layers_of(model)) == {f"layers.{i}.{name}" for i in range(2) for name in names}
 
 
 class Odd(nn.Module):
@@ -619,7 +620,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fps_embedder = nn.Linear(4, 4)
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3)
         self.embedding = nn.Embedding(6, 4)
         self.norm = nn.LayerNorm(4)
         self.pairs = nn.Bilinear(4, 4, 1)
@@ -636,6 +637,7 @@ class Odd(nn.Module):
     [
         ("fps_embedder", "contains 'fps_'.*exclude_modules"),
         ("attention.out_proj", "out_proj is read by torch.nn.MultiheadAttention without calling it"),
+        ("attention", "Leave it out of target_modules, or use an implementation with linear layers"),
         ("norm", "is a LayerNorm, expected one of"),
         ("pairs", "is a Bilinear, expected one of"),
         ("tied", "same tensor as embedding.weight"),

@@ -166,11 +166,16 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
 
 
 def neither_target_nor_head(model: PreTrainedModel) -> list[str]:
-    """Layers that are not either a target or the head; what `nn.MultiheadAttention` reads itself is to be neither."""
+    """Layers that are not either a target or the head; what odd attentions read themselves is to be neither."""
     targets, head, name = default_targets(model, config(), find_head(model)), find_head(model), type(model).__name__
     if not name.startswith("PPDocLayout"):  # ties layers within the backbone
         check_untied(model, sorted(targets))
-    attentions = [path for path, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    attentions = [
+        path
+        for path, part in model.named_modules()
+        if isinstance(part, nn.MultiheadAttention)
+        and (type(part).forward is not nn.MultiheadAttention.forward or part.in_proj_weight is None)
+    ]
     outside = [*head.modules, *head.output_embeddings, *attentions]
     layers = [path for path, part in model.named_modules() if type(part) in (nn.Linear, nn.Conv2d, Conv1D)]
     return [
