@@ -32,7 +32,9 @@ def tie_obstacle(base: Any, module: Any, own: str) -> str | None:
 
 
 def check_tied_uses(model: nn.Module, targets: Sequence[str], wholes: Sequence[str]) -> None:
-    """Raise ValueError if a module that shares the weight of an adapted embedding is, or is to be, trained whole.
+    """Raise ValueError if a module that shares the weight of an adapted embedding cannot follow its changes.
+
+    That is so if it is, or is to be, trained whole, or if accelerate offloads the weight.
 
     Args:
         model: base model, with or without other adapters.
@@ -42,6 +44,8 @@ def check_tied_uses(model: nn.Module, targets: Sequence[str], wholes: Sequence[s
     inside = tuple(f"{path}." for path in wholes)
     wrapped = tuple(f"{path}." for path, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper))
     modules: dict[str, Any] = dict(named_base_modules(model))
+    for target in targets:
+        _check_tie_at_hand(model, target, modules.get(target))
     tied = {id(modules[name].weight): name for name in targets if isinstance(modules.get(name), nn.Embedding)}
     for path, module in modules.items():
         name = tied.get(id(module._parameters.get("weight")))
@@ -52,3 +56,19 @@ def check_tied_uses(model: nn.Module, targets: Sequence[str], wholes: Sequence[s
                 "and is trained whole (modules_to_save), expected one of the two: the copy that is trained would not "
                 "follow the embedding. Leave one of them out."
             )
+
+
+def _check_tie_at_hand(model: Any, name: str, module: Any) -> None:
+    """Raise ValueError if accelerate offloads an embedding whose weight transformers has tied.
+
+    What takes the place of an offloaded weight differs from module to module, and does not show who shares it.
+    """
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    away = isinstance(module, nn.Embedding) and hasattr(module, "_hf_hook") and module.weight.device.type == "meta"
+    if away and f"{name}.weight" in {*keys, *keys.values()}:
+        others = sorted({*keys, *keys.values()} - {f"{name}.weight"})
+        raise ValueError(
+            f"{name}.weight is tied ({', '.join(others)}) and accelerate offloads it, expected tied weights at hand. "
+            "Keep the embedding and all that share its weight on a device with device_map, or leave it out with "
+            "exclude_modules."
+        )

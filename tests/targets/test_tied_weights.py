@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tests.helpers import adapted, bits, config, tokens, unchanged
+from tests.helpers import adapted, bits, config, dense_change, layers_of, tiny_gpt2, tiny_llama, tokens, unchanged
 
 
 TOKENS, WIDTH = 9, 4
@@ -85,3 +87,22 @@ def test_another_adapter_cannot_train_a_tied_use_whole() -> None:
     with pytest.raises(ValueError, match="write shares the weight of the embedding that another adapter changes"):
         model.add_adapter("other", config(target_modules=["mix"], modules_to_save=["write"]))
     assert bits(model(x)) == expected
+
+
+def test_tied_embeddings_that_accelerate_offloads_are_refused() -> None:
+    base = tiny_gpt2()
+    cpu_offload(base.transformer.wte, execution_device=torch.device("cpu"))
+    message = r"transformer\.wte\.weight is tied \(lm_head\.weight\) and accelerate offloads it"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config(target_modules=["wte"]))
+    assert not any("fps" in name for name, _ in base.named_modules())
+
+
+def test_an_offloaded_embedding_of_its_own_computes_with_its_changes() -> None:
+    base, plain = tiny_llama(), tiny_llama()
+    cpu_offload(base.model.embed_tokens, execution_device=torch.device("cpu"))
+    model = adapted(base, target_modules=["embed_tokens"])
+    layer: Any = layers_of(model)["model.embed_tokens"]
+    with torch.no_grad(), layer.weight_at_hand():
+        plain.model.embed_tokens.weight += dense_change(layer).float()
+    torch.testing.assert_close(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
