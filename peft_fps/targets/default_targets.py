@@ -42,7 +42,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         and not name.startswith(inside)
         and in_wanted_block(name, config)
     }
-    unfit = {
+    reasons = {
         name: READ_UNCALLED if name.rpartition(".")[0] in attentions else obstacle(module, certain=True)
         for name, module in found.items()
     }
@@ -53,7 +53,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         for own in PROJECTIONS
         if in_wanted_block(f"{name}.{own}", config)
     }
-    unfit = {name: why for name, why in unfit.items() if why and name not in projections}
+    unfit = {name: why for name, why in reasons.items() if why and name not in projections}
     if unfit:
         kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
         warnings.warn(
