@@ -13,4 +13,5 @@
 | `compiled` | models inside `torch.compile` |
 | `sharded` | models whose parameters are sharded between processes |
 | `renamed_modules` | names that modules have in other versions of transformers |
+| `checkpoint_keys` | keys that tensors of a transformers model have in its checkpoint |
 """

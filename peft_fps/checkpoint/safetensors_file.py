@@ -13,13 +13,15 @@ REMEDY = "The file is damaged or belongs to another model; fetch or save it agai
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path, *, mapped: bool = True) -> Iterator[Any]:
     """Open a safetensors file for reading.
 
     safetensors checks the header and the length of the file when it opens it. It reads a tensor when it is asked for.
 
     Args:
         path: of the file.
+        mapped: map the file into memory, so that of a tensor only the pages that are used are read. Otherwise each
+            tensor is read into memory of its own, which may be written to.
 
     Yields:
         The reader of safetensors, with `keys()`, `metadata()`, `get_tensor(key)` and `get_slice(key)`.
@@ -29,7 +31,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         ValueError: safetensors cannot read the file, at its opening or within the block.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="mmap" if mapped else "pread") as file:
             yield file
     except FileNotFoundError:
         raise

@@ -19,10 +19,12 @@ def merge(
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
-    Adapter and base model are checked as on loading. It takes the memory of one copy of the model, in --dtype, and
-    of the adapter. The output head is the adapter's if it was saved with one; names of classes are the base model's
-    if it has as many, else LABEL_0, LABEL_1 and so on. Exit code 1 means that something could not be used; nothing is
-    written then.
+    Adapter and base model are checked as on loading. The base model's safetensors files are merged one after the
+    other, in the memory of the largest of them, in --dtype, and of the adapter. Where that is impossible (pickled or
+    quantised weights, targets that transformers joins or splits on loading), the model is loaded whole, in the memory
+    of one copy of it, and one line says why. The result is the same. The output head is the adapter's if it was saved
+    with one; names of classes are the base model's if it has as many, else LABEL_0, LABEL_1 and so on. Exit code 1
+    means that something could not be used; nothing is written then.
 
     [bold]Examples[/bold]
 

@@ -1,7 +1,7 @@
 """The merge of adapters in all layers of a model, or in none."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_fps.base.sharded import check_whole
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_merge import Undone, check_distinct
+from peft_fps.layers.merge_record import MergeRecord
 from peft_fps.layers.quantised_linear import QuantisedLinear, check_writable
 
 
@@ -40,7 +41,7 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merg
         model, "merge", "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
     )
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
-    _check(model, layers, adapter_names, safe_merge)
+    check_before_merge(model, layers, adapter_names, safe_merge)
     before = [len(layer.merged_adapters) for layer in layers]
     names = None if adapter_names is None else list(adapter_names)
     try:
@@ -66,10 +67,20 @@ def unmerge_whole(model: nn.Module) -> None:
         raise
 
 
-def _check(
+def check_before_merge(
     model: nn.Module, layers: Sequence[FPSLayer], adapter_names: Sequence[str] | None, safe_merge: bool
 ) -> None:
-    """Raise unless the names are those of adapters whose tensors are valid, in layers that can be written to."""
+    """Check that the names are those of adapters whose tensors are valid, in layers that can be written to.
+
+    Args:
+        model: has the adapters.
+        layers: its FPS layers.
+        adapter_names: adapters to merge, in order. None means those that are active in each layer.
+        safe_merge: refuse an adapter with NaN or infinity.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names is {adapter_names!r}, expected a list of names.")
     check_distinct(adapter_names or ())
@@ -118,18 +129,30 @@ def _warn_of_losses(layers: Sequence[FPSLayer], before: Sequence[int]) -> None:
         for layer, count in zip(layers, before, strict=True)
         for name in layer.merged_adapters[count:]
     ]
-    changes, lost = sum(record.changes for record in records), sum(record.lost for record in records)
-    if lost > NEGLIGIBLE_LOSS * changes:
-        kinds = sorted({_kind_of_weight(layer) for layer in layers})
-        warnings.warn(
-            f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the "
-            f"last place of the {', '.join(kinds)} weights. Load the base model in float32 to merge all of them, or "
-            "keep the adapter unmerged.",
-            stacklevel=4,
-        )
+    kinds = {kind_of_weight(layer) for layer in layers}
+    if message := loss_message(records, kinds):
+        warnings.warn(message, stacklevel=4)
 
 
-def _kind_of_weight(layer: FPSLayer) -> str:
+def loss_message(records: Iterable[MergeRecord], kinds: Collection[str]) -> str | None:
+    """Return what to warn of if rounding lost many of the changes of a merge, else None.
+
+    Args:
+        records: of the merges of all layers.
+        kinds: of their weights, as `kind_of_weight` names them.
+    """
+    counts = [(record.changes, record.lost) for record in records]
+    changes, lost = sum(changes for changes, _ in counts), sum(lost for _, lost in counts)
+    if lost <= NEGLIGIBLE_LOSS * changes:
+        return None
+    return (
+        f"Merging lost {lost:,} of {changes:,} changes ({lost / changes:.1%}): they are below half a unit in the last "
+        f"place of the {', '.join(sorted(kinds))} weights. Load the base model in float32 to merge all of them, or "
+        "keep the adapter unmerged."
+    )
+
+
+def kind_of_weight(layer: FPSLayer) -> str:
     """Return the dtype of a layer's weight, or how it is quantised, for a message."""
     if isinstance(layer, QuantisedLinear):
         return f"quantised ({layer.quantization_backend.backend_name})"

@@ -66,6 +66,7 @@ def test_json_is_all_there_is_on_stdout(saved: dict[str, Any]) -> None:
     assert found["class"] == "ViTForImageClassification"
     assert found["dtype"] == "float32"
     assert found["copied"] == [PROCESSOR]
+    assert found["loaded_whole"] is None
     assert found["replaced_whole"] == ["classifier.bias", "classifier.weight"]
     assert found["bytes"] == sum(path.stat().st_size for path in saved["output"].iterdir())
 
@@ -196,4 +197,4 @@ def test_a_model_that_is_none_of_transformers_is_refused(tmp_path: Path) -> None
 def test_help_says_what_memory_it_takes() -> None:
     text = run("merge", "--help").stdout
     assert text.count("$ peft-fps merge") >= 2
-    assert "one copy of the model" in " ".join(text.split())
+    assert "in the memory of the largest of them" in " ".join(text.split())

@@ -1,35 +1,33 @@
 """An adapter and its base model as one plain model folder."""
 
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import transformers
 import typer
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_fps.cli.saved_adapters.adapter_contents import Inspection
+from peft_fps.cli.saved_adapters.recorded_base import load_base
+from peft_fps.cli.saved_adapters.shard_writing import write_shards
+from peft_fps.cli.saved_adapters.shardwise_merge import prepare_shardwise
 from peft_fps.cli.saved_adapters.soundness import inspect_adapter
+from peft_fps.cli.saved_adapters.stored_weights import WholeModelNeededError
 from peft_fps.vision.locations import check_path
 from peft_fps.vision.output_folders import check_output, folder_bytes, written_whole
-from peft_fps.vision.upstream_noise import no_head_report, upstream_deprecations
+from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
-OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""The class to load a base model by, where an adapter records PEFT's task type instead of the model's class."""
+logger = logging.getLogger(__name__)
+
+WHOLE_SHARD_SIZE = "5GB"
+"""Largest file of weights of a model that was loaded whole, and has no division into files any more."""
 
 BESIDE_WEIGHTS = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer*"),
@@ -63,10 +61,15 @@ class MergeOptions:
             "changes that are too small for it vanish, with a warning."
         ),
     ] = None
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where the model is loaded: cpu, cuda, cuda:1.")] = "cpu"
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where weights are merged: cpu, cuda, cuda:1.")] = "cpu"
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file of weights; a larger model is split into several.")
-    ] = "5GB"
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Largest file of weights (5GB); a larger model is split into several. Without it: files as the base "
+            "model has them, and 5GB for a model that is loaded whole.",
+        ),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False
 
 
@@ -87,13 +90,16 @@ def merge(options: MergeOptions) -> dict[str, Any]:
     revision = None if options.base else found.config.revision
     check_path("--base" if options.base else "the base model that the adapter records, which --base replaces,", name)
     check_output(options.output, options.overwrite, (options.adapter, Path(name).expanduser()))
-    model: Any = load_base(name, revision, found, options.dtype)
-    with upstream_deprecations():
-        adapted: Any = PeftModel.from_pretrained(model.to(options.device), str(options.adapter))
-    merged = adapted.merge_and_unload(safe_merge=True)
+    reason = None
+    try:
+        merged, write = _merge_shardwise(options, found, name, revision)
+    except WholeModelNeededError as error:
+        reason = str(error)
+        logger.warning("%s is loaded whole, which takes the memory of one copy of it: %s.", name, reason)
+        merged, write = _merge_whole(options, found, name, revision)
     with written_whole(options.output) as folder:
-        merged.save_pretrained(folder, max_shard_size=options.shard_size)
-        copied = copy_beside(folder, [options.adapter, _files(name, revision)])
+        write(folder)
+        copied = copy_beside(folder, [options.adapter, base_folder(name, revision)])
     return {
         "output": str(options.output),
         "adapter": str(options.adapter),
@@ -105,88 +111,46 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         "merged_biases": sum(layer.biases for layer in found.layers),
         "replaced_whole": sorted(found.heads),
         "copied": copied,
+        "loaded_whole": reason,
         "bytes": folder_bytes(options.output),
     }
 
 
-def load_base(name: str, revision: str | None, adapter: Inspection, dtype: str | None) -> PreTrainedModel:
-    """Load the base model of an adapter, its output head as large as the adapter's own.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        revision: on the Hub.
-        adapter: what the adapter holds.
-        dtype: name of a dtype of torch; that of the file if None.
+def _merge_shardwise(
+    options: MergeOptions, adapter: Inspection, name: str, revision: str | None
+) -> tuple[PreTrainedModel, Callable[[Path], None]]:
+    """Prepare a merge that reads the base model file by file; returns the model, without weights, and how to write it.
 
     Raises:
-        ValueError: there is no such model, its class is unknown, or it lacks weights that the adapter does not hold.
+        WholeModelNeededError: the model is to be loaded whole.
+        ValueError: adapter or base model cannot be used.
     """
-    where = {} if revision is None else {"revision": revision}
     try:
-        base = AutoConfig.from_pretrained(name, **where)
-        kind = model_class(name, adapter, base)
-        sizes = head_sizes(kind, base, adapter.heads)
-        with no_head_report():
-            model, loaded = kind.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **where, **sizes
-            )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The base model {name!r} could not be loaded: {error} Another one: --base.") from error
-    unfit = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
-    absent = sorted(unfit - set(adapter.heads))
-    if absent:
-        raise ValueError(
-            f"The base model {name!r} lacks {len(absent)} weights of a {type(model).__name__}, or holds them in "
-            f"another shape, and the adapter does not bring them: {', '.join(absent[:3])}. The merged model would "
-            "have random weights there. Give the model that the adapter was made from with --base."
-        )
-    return model
+        model = load_base(name, revision, adapter, options.dtype, weights=False)
+        merging = prepare_shardwise(model, adapter, base_folder(name, revision), options.device)
+    except RuntimeError as error:  # a class that computes with its weights while it is loaded
+        raise WholeModelNeededError(f"it does not load without weights: {error}") from error
+
+    def write(folder: Path) -> None:
+        write_shards(folder, merging.model, merging.weights, merging.tensor, options.shard_size)
+        merging.finish()
+
+    return merging.model, write
 
 
-def model_class(name: str, adapter: Inspection, base: Any) -> Any:
-    """Return the class of transformers to load a base model by: recorded in the adapter, or else in the model.
-
-    Nothing outside transformers is imported, whatever a config says.
+def _merge_whole(
+    options: MergeOptions, adapter: Inspection, name: str, revision: str | None
+) -> tuple[PreTrainedModel, Callable[[Path], None]]:
+    """Load the base model whole and merge the adapter; returns the model, and how to write it.
 
     Raises:
-        ValueError: neither tells, the model's code is not part of transformers, or the base is another kind of model.
+        ValueError: adapter or base model cannot be used.
     """
-    task = adapter.config and adapter.config.task_type
-    if task in OF_TASK:
-        return getattr(transformers, OF_TASK[task])
-    names = [kind for kind in (adapter.base_class, *(base.architectures or ())) if isinstance(kind, str)]
-    for kind in names:
-        found = getattr(transformers, kind, None)
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            continue
-        if not isinstance(base, found.config_class or object):
-            raise ValueError(f"it is a {base.model_type} model, and the adapter was made from a {kind}.")
-        return found
-    raise ValueError(
-        f"The model's class is {' or '.join(names) or 'not recorded'}, expected one of transformers. Merge in a "
-        f"program: load {name!r}, then PeftModel.from_pretrained(model, adapter).merge_and_unload()."
-    )
-
-
-def head_sizes(kind: Any, base: Any, heads: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return `num_labels` if the adapter's output head is for another number of classes than the base's, else nothing.
-
-    Raises:
-        ValueError: a tensor that the adapter holds whole has a shape that another number of classes does not explain.
-    """
-    with torch.device("meta"):
-        empty = (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(base)
-    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-    other = {name: head for name, head in heads.items() if name in shapes and shapes[name] != head.shape}
-    numbers = {head.shape[0] for head in other.values() if head.dim()}
-    for name, head in other.items():
-        of_classes = head.dim() and shapes[name][0] == base.num_labels and shapes[name][1:] == head.shape[1:]
-        if not of_classes or len(numbers) > 1:
-            raise ValueError(
-                f"{name} has the shape {tuple(head.shape)} in the adapter and {tuple(shapes[name])} in the base "
-                "model, expected shapes that differ by the number of classes alone."
-            )
-    return {"num_labels": numbers.pop()} if numbers else {}
+    model: Any = load_base(name, revision, adapter, options.dtype)
+    with upstream_deprecations():
+        adapted: Any = PeftModel.from_pretrained(model.to(options.device), str(options.adapter))
+    merged = adapted.merge_and_unload(safe_merge=True)
+    return merged, partial(merged.save_pretrained, max_shard_size=options.shard_size or WHOLE_SHARD_SIZE)
 
 
 def copy_beside(folder: Path, sources: Iterable[Path]) -> list[str]:
@@ -208,8 +172,8 @@ def copy_beside(folder: Path, sources: Iterable[Path]) -> list[str]:
     return copied
 
 
-def _files(name: str, revision: str | None) -> Path:
-    """Local folder with a base model's processor and tokenizer."""
+def base_folder(name: str, revision: str | None) -> Path:
+    """Return the local folder of a base model, with processor and tokenizer, and with weights that were loaded."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
