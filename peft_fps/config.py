@@ -9,6 +9,7 @@ from peft_fps.config_fields import (
     check_information,
     check_modules,
     check_selection,
+    check_tokens,
     put_names_in_form,
     read_empty_values,
 )
@@ -44,7 +45,7 @@ class FPSConfig(SavedConfig):
     times input activation (Feedforward-based Parameter Selection, arXiv 2510.27359). An entry is one selected weight.
 
     The arguments come in groups: how many entries (`budget` to `bias`), how they are chosen (`importance` to
-    `init_weights`), which modules (`target_modules` to `modules_to_save`), training (`saved_inputs` to `recipe`), and
+    `init_weights`), which modules (`target_modules` to `modules_to_save`), tokens and training (`saved_inputs` to `recipe`), and
     files (`check_base` to the end), of which saving fills in `record`.
 
     Args:
@@ -111,6 +112,19 @@ class FPSConfig(SavedConfig):
             `"columns"`. `"columns"`: a copy of the columns that a selected entry reads, shared by layers that read one
             tensor, such as query, key and value. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in
             bfloat16, with gradients of the values that are as exact as bfloat16.
+        token_keep_rate: share of the image patches that stay in a vision transformer (TR-PTS), above 0 and at most 1.
+            In some blocks, behind attention, the patches with the most attention from the CLS token stay, and the
+            others become one token, their mean weighted by that attention. This saves time in training and at
+            inference, before and after merging, and changes what the model computes. It is off while entries are
+            chosen. `model.set_token_keep_rate(1.0)` switches it off for the moment. Several active adapters: the
+            smallest share counts. For models that read the CLS token alone: transformers' ViT, DeiT and DINOv2, timm's
+            VisionTransformer. Not with attention masks or masked patches; hidden states differ in length between
+            blocks. Default: None, all patches stay.
+        token_blocks: indices of the blocks that select tokens, from 0. TR-PTS's public code has `[3, 6, 9]` of 12.
+            Default: the three blocks that hold the smallest share of the best `block_top` of all scores, so those to
+            which `granularity="block"` gives the fewest entries; the earlier block where shares are equal. The first
+            two and the last block are left out: CLS attention says little early, and the last block saves little.
+            Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
             `"warn"`. It is an argument of loading and not part of files:
@@ -155,6 +169,8 @@ class FPSConfig(SavedConfig):
     saved_inputs: Literal["rebuild", "columns", "bfloat16"] = "rebuild"
     init_weights: bool = True
     seed: int = 0
+    token_keep_rate: float | None = None
+    token_blocks: list[int] | None = None
     format_version: int = FORMAT_VERSION
     check_base: Literal["error", "warn"] = "error"
     plugin: str = "peft_fps"
@@ -190,6 +206,7 @@ class FPSConfig(SavedConfig):
         check_selection(self)
         check_modules(self)
         check_information(self)
+        check_tokens(self)
         put_names_in_form(self)
         flat = {
             "allocation": allocation,
@@ -227,7 +244,11 @@ class FPSConfig(SavedConfig):
         return cls(**preset_settings(name, overrides))
 
     @property
+    def trains_entries(self) -> bool:
+        """Whether there are entries, and not biases alone."""
+        return (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
-        entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
-        return IMPORTANCES[self.importance].needs != "nothing" and entries
+        return IMPORTANCES[self.importance].needs != "nothing" and self.trains_entries

@@ -5,7 +5,7 @@ Every error names the field, what was found and what is expected.
 
 from typing import Any
 
-from peft_fps.checkpoint.field_checks import check_choice, check_names, check_number, check_regex, check_type
+from peft_fps.checkpoint.field_checks import check_choice, check_indices, check_names, check_number, check_regex, check_type
 from peft_fps.importance import IMPORTANCES
 
 
@@ -45,6 +45,8 @@ def put_names_in_form(config: Any) -> None:
     if config.modules_to_save is not None:
         given = config.modules_to_save
         config.modules_to_save = sorted(given) if isinstance(given, set) else list(given)
+    if config.token_blocks is not None:
+        config.token_blocks = sorted(config.token_blocks)
     if isinstance(config.layers_to_transform, (tuple, set)):
         config.layers_to_transform = sorted(config.layers_to_transform)
 
@@ -121,6 +123,23 @@ def check_modules(config: Any) -> None:
         raise ValueError(
             f"layers_pattern is {pattern!r} but layers_to_transform is None, expected both or only the latter: the "
             "pattern says which list the indices count."
+        )
+
+
+def check_tokens(config: Any) -> None:
+    """Raise TypeError or ValueError unless the fields of token selection are valid, alone and together."""
+    check_number("token_keep_rate", config.token_keep_rate, upper=1.0)
+    check_indices("token_blocks", config.token_blocks)
+    if config.token_keep_rate == 0:
+        raise ValueError("token_keep_rate is 0, expected None or a share of the patches above 0 and at most 1.")
+    if config.token_keep_rate is None and config.token_blocks is not None:
+        raise ValueError(
+            f"token_blocks is {config.token_blocks} but token_keep_rate is None, expected both or only the latter."
+        )
+    if config.token_keep_rate is not None and config.token_blocks is None and not config.trains_entries:
+        raise ValueError(
+            f"token_keep_rate is {config.token_keep_rate} with a budget of 0 and token_blocks=None, expected the "
+            "blocks by name, say token_blocks=[3, 6, 9]: without entries nothing says where few were selected."
         )
 
 

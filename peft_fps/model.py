@@ -25,6 +25,8 @@ from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
+from peft_fps.tokens.merged_tokens import set_token_keep_rate, settle_token_selection
+from peft_fps.tokens.token_placement import place_token_selection, check_unmixed
 
 
 class FPSModel(InjectionHooks):
@@ -134,6 +136,15 @@ class FPSModel(InjectionHooks):
         """
         set_scale(self.model, adapter_name, scale)
 
+    def set_token_keep_rate(self, keep_rate: float, adapter_name: str | None = None) -> None:
+        """Let another share of the patches stay; 1.0 keeps all. See `peft_fps.set_token_keep_rate`."""
+        set_token_keep_rate(self.model, keep_rate, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see PEFT."""
+        super().delete_adapter(adapter_name)
+        place_token_selection(self.model)
+
     # --- merging ------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -168,6 +179,7 @@ class FPSModel(InjectionHooks):
             self.merge_adapter(adapter_names, safe_merge)
         else:
             unmerge_whole(self.model)
+        settle_token_selection(self.model, merged=merge)
         release_hooks(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
@@ -212,5 +224,7 @@ class FPSModel(InjectionHooks):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
+        if names is not None:
+            check_unmixed(self.model, names)
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield

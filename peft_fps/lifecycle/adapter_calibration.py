@@ -25,9 +25,11 @@ from peft_fps.layers.lookup import (
 )
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.lifecycle.selection_report import selection_report
+from peft_fps.lifecycle.token_choice import chosen_token_blocks
 from peft_fps.lifecycle.unreached import entries_of_reached, warn_of_unreached
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.calibration_record import CalibrationRecord
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 RECORDED = ("importance", "order", "granularity", "seed")
@@ -134,13 +136,18 @@ def calibrate(
     weighted = entry_layers(layers)
     entries = entries_of_reached(model, adapter_name, found.reached)
     scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
-    set_entries(layers, adapter_name, rank(weighted, config, entries, scores), found.reached)
+    selected = rank(weighted, config, entries, scores)
+    token_blocks = chosen_token_blocks(model, config, weighted, scores)
+    set_entries(layers, adapter_name, selected, found.reached)
     unreached = tuple(path for path in layers if path not in found.reached)
     if unreached:
         kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, kind)
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, replace(found.record, unreached=unreached)
+    if state.token_blocks != token_blocks:
+        state.token_blocks = token_blocks
+        place_token_selection(model)
     return selection_report(model, adapter_name)
 
 

@@ -22,6 +22,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, target_layers
 from peft_fps.lifecycle.injection import prepare_injection
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 ADVICE = "Load it under a name of its own with model.load_adapter instead. Nothing was changed."
@@ -71,10 +72,12 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     state.selected, state.calibration, state.saved_inputs = True, record.calibration, config.saved_inputs
     state.unreached.difference_update(record.allocation)
     state.before = state.evaluation = None
+    state.token_keep_rate, state.token_blocks = config.token_keep_rate, record.selecting_blocks
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
             configs[adapter_name] = config
+    place_token_selection(model)
 
 
 def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:

@@ -19,6 +19,7 @@ from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, refe
 from peft_fps.targets.base_parameters import base_parameters
 from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_modules import wrap_whole
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 class InjectionHooks(BaseTuner):
@@ -85,6 +86,7 @@ class InjectionHooks(BaseTuner):
             copy_adapter(self.model, source, adapter_name)
         elif config.record is None:
             select_without_data(self.model, config, adapter_name)
+        place_token_selection(self.model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -45,4 +45,6 @@ def selection_report(model: nn.Module, adapter_name: str | None = None) -> Selec
         budget=config.budget,
         method=describe(config, state),
         unreached=() if state.calibration is None else state.calibration.unreached,
+        token_keep_rate=state.token_keep_rate,
+        token_blocks=state.token_blocks or (),
     )

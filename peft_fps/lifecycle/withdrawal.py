@@ -7,6 +7,7 @@ from torch import nn
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
 from peft_fps.lifecycle.model_hooks import release_hooks
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -36,6 +37,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
             else:
                 del module.modules_to_save[adapter_name]
                 module._adapters.discard(adapter_name)
+    place_token_selection(model)
     left = fps_layers(model)
     paths = {layer.module_path for layer in left.values()}
     for module in model.modules():

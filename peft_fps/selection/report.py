@@ -50,6 +50,8 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        token_keep_rate: share of the patches that stay where tokens are selected. None if none are selected.
+        token_blocks: indices of the blocks that select tokens.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -59,6 +61,8 @@ class SelectionReport:
     budget: float | None
     method: str
     unreached: tuple[str, ...] = ()
+    token_keep_rate: float | None = None
+    token_blocks: tuple[int, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -143,6 +147,12 @@ class SelectionReport:
             "the papers' convention)",
             f"adapter file:           {self.bytes:,} bytes, of these {self.head_bytes:,} for the head",
         ]
+        if self.token_keep_rate is not None:
+            blocks = ", ".join(map(str, self.token_blocks))
+            summary.append(
+                f"tokens:                 {self.token_keep_rate:.1%} of the patches stay in blocks {blocks}, the "
+                "others become one"
+            )
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])
