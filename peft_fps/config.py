@@ -124,6 +124,7 @@ class FPSConfig(SavedConfig):
             Default: the three blocks that hold the smallest share of the best `block_top` of all scores, so those to
             which `granularity="block"` gives the fewest entries; the earlier block where shares are equal. The first
             two and the last block are left out: CLS attention says little early, and the last block saves little.
+            A model of two or three blocks selects in the last but one.
             Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
@@ -233,7 +234,8 @@ class FPSConfig(SavedConfig):
         `peft_fps.presets` says what differs from the sources.
 
         Args:
-            name: `"fps"`, `"gps"`, `"tr-pts"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
+            name: `"fps"`, `"gps"`, `"tr-pts"` (parameters and tokens, for vision transformers),
+                `"tr-pts-parameters"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
                 `"super-tuning"`.
             overrides: fields to replace. `budget` or `per_neuron` replaces both. Another `importance` starts from the
                 defaults of the fields that belong to an importance.

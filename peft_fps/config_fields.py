@@ -5,7 +5,14 @@ Every error names the field, what was found and what is expected.
 
 from typing import Any
 
-from peft_fps.checkpoint.field_checks import check_choice, check_indices, check_names, check_number, check_regex, check_type
+from peft_fps.checkpoint.field_checks import (
+    check_choice,
+    check_indices,
+    check_names,
+    check_number,
+    check_regex,
+    check_type,
+)
 from peft_fps.importance import IMPORTANCES
 
 

@@ -26,7 +26,7 @@ from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
 from peft_fps.tokens.merged_tokens import set_token_keep_rate, settle_token_selection
-from peft_fps.tokens.token_placement import place_token_selection, check_unmixed
+from peft_fps.tokens.token_placement import check_unmixed, place_token_selection
 
 
 class FPSModel(InjectionHooks):

@@ -6,7 +6,7 @@ as before. Where every patch stays, the block's own forward runs.
 """
 
 import sys
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -125,9 +125,7 @@ class ScoringAttention(Switched):
             attention.config._attn_implementation, type(self).eager_attention
         )
         dropout = attention.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, None, dropout=dropout, scaling=attention.scaling, **kwargs
-        )
+        attended, weights = attend(self, query, key, value, None, dropout=dropout, scaling=attention.scaling, **kwargs)
         attended = attention.o_proj(attended.reshape(*shape, -1).contiguous())
         return attended, weights, cls_attention(query[:, :, 0], key, attention.scaling)
 
@@ -177,7 +175,7 @@ class UnmaskedEmbeddings(Switched):
         return super().forward(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def derived_class(plain: type[nn.Module], kind: type[Switched]) -> type[Switched]:
     """Return the class that takes the place of `plain`, with the forward of `kind`. It has the name of `plain`."""
     members: dict[str, Any] = {"__module__": plain.__module__, "plain_class": plain, "kind": kind}

@@ -71,16 +71,11 @@ def check_token_selection(model: nn.Module, blocks: Sequence[int] | None) -> Non
         blocks: indices of the blocks that are to do it; None if they are chosen later.
 
     Raises:
-        ValueError: they cannot, there is no such block, or there are too few blocks to choose from.
+        ValueError: they cannot, or there is no such block.
     """
     trunk = vision_trunk(model)
     if blocks is not None:
         check_blocks(trunk, blocks)
-    elif not eligible(len(trunk.blocks)):
-        raise ValueError(
-            f"token_blocks is None, and the model has {len(trunk.blocks)} blocks, expected at least 4 to choose from. "
-            "Name blocks with token_blocks=[...]. Nothing was changed."
-        )
 
 
 def check_blocks(trunk: VisionTrunk, blocks: Sequence[int]) -> None:
@@ -97,16 +92,22 @@ def check_unmixed(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Raise ValueError if a batch is to mix adapters of which one selects tokens, so that sequences would differ."""
     if selecting := sorted(_guides(model).keys() & set(adapter_names)):
         raise ValueError(
-            f"adapter_names holds {selecting}, which select tokens (token_keep_rate), expected adapters that keep all, "
+            f"adapter_names holds {selecting}, which select tokens (token_keep_rate), expected adapters without, "
             "since the sequences of one batch have one length. Run their samples as batches of their own, with "
             "model.set_adapter(name)."
         )
 
 
 def eligible(blocks: int) -> range:
-    """Return the indices among which blocks are chosen: without the first two, whose CLS attention says little of the
-    patches, and without the last, which saves little."""
-    return range(2, blocks - 1)
+    """Return the indices among which blocks are chosen to select tokens, at least one.
+
+    The first two are left out, since their CLS attention says little of the patches, and the last one, which saves
+    little. A model of two or three blocks has the last but one alone.
+
+    Args:
+        blocks: number of blocks.
+    """
+    return range(max(0, min(2, blocks - 2)), max(1, blocks - 1))
 
 
 def fixed_rate(block: nn.Module) -> float | None:

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
+from peft_fps.tokens.token_placement import eligible
 from tests.helpers import config, fill, normal
 from tests.tokens.vision_models import build, logits, naive_logits
 
@@ -132,7 +133,9 @@ def test_saving_and_loading_keep_the_blocks(tmp_path: Path) -> None:
 def test_a_refused_file_leaves_the_plain_model(tmp_path: Path) -> None:
     adapted().save_pretrained(str(tmp_path))
     state = tmp_path / "adapter_config.json"
-    state.write_text(state.read_text().replace('"selecting_blocks": [\n      1,\n      3\n    ]', '"selecting_blocks": [9]'))
+    state.write_text(
+        state.read_text().replace('"selecting_blocks": [\n      1,\n      3\n    ]', '"selecting_blocks": [9]')
+    )
     model = build("vit")
     with pytest.raises(ValueError, match=r"token_blocks names \[9\], expected indices from 0 to 4"):
         PeftModel.from_pretrained(model, str(tmp_path))
@@ -173,6 +176,7 @@ def test_a_combination_needs_one_setting() -> None:
         model.base_model.add_weighted_adapter(["default", "all"], [0.5, 0.5], "other")
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
 def test_a_compiled_model_follows_the_adapters() -> None:
     torch._dynamo.reset()
     model = adapted()
@@ -199,3 +203,8 @@ def test_training_reaches_the_values_through_the_selection() -> None:
     rows = torch.repeat_interleave(torch.arange(16), layer.fps_row_counts["default"])
     expected = dense[rows, layer.fps_columns["default"].long()]
     torch.testing.assert_close(layer.fps_values["default"].grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("blocks", "indices"), [(12, range(2, 11)), (4, [2]), (3, [1]), (2, [0]), (1, [0])])
+def test_the_first_two_and_the_last_block_are_not_chosen(blocks: int, indices: Any) -> None:
+    assert list(eligible(blocks)) == list(indices)

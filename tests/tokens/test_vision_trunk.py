@@ -83,19 +83,13 @@ def test_refused_with_the_reason_and_nothing_changed(name: str) -> None:
     assert classes == [type(module) for module in model.modules()]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"token_blocks": [1, 5]}, r"token_blocks names \[5\], expected indices from 0 to 4"),
-        ({}, "token_blocks is None, and the model has 3 blocks, expected at least 4"),
-    ],
-)
-def test_blocks_that_a_model_lacks_are_refused(options: dict[str, Any], message: str) -> None:
-    config = transformers.ViTConfig(**sizes(intermediate_size=24) | {"num_hidden_layers": 5 if options else 3})
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(transformers.ViTForImageClassification(config), FPSConfig(token_keep_rate=0.5, **options))
+def test_blocks_that_a_model_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"token_blocks names \[5\], expected indices from 0 to 4"):
+        get_peft_model(vit(), FPSConfig(token_keep_rate=0.5, token_blocks=[1, 5]))
 
 
 def test_a_model_with_a_cls_head_of_one_s_own_is_taken() -> None:
-    model = get_peft_model(build("dinov2"), FPSConfig(importance="magnitude", token_keep_rate=0.5, token_blocks=[2], bias="none"))
+    model = get_peft_model(
+        build("dinov2"), FPSConfig(importance="magnitude", token_keep_rate=0.5, token_blocks=[2], bias="none")
+    )
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
