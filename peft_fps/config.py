@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
 from peft_fps.config_fields import (
+    FilledIn,
     check_budget,
     check_information,
     check_modules,
@@ -22,21 +23,6 @@ from peft_fps.registration import fps_type
 DEFAULT_BUDGET = 0.0077
 
 
-@dataclass(frozen=True)
-class FilledIn:
-    """Values that a model has put into fields of its config that the user had left open.
-
-    One config may serve several models. The next one replaces these values, and keeps those that the user gave.
-
-    Attributes:
-        target_modules: names of the modules that the model targets by default.
-        modules_to_save: names of the modules of the model's head.
-    """
-
-    target_modules: set[str] | None = None
-    modules_to_save: list[str] | None = None
-
-
 @dataclass
 class FPSConfig(SavedConfig):
     """Settings of an FPS adapter: how many weights it trains, which ones, and how they are chosen.
@@ -45,8 +31,8 @@ class FPSConfig(SavedConfig):
     times input activation (Feedforward-based Parameter Selection, arXiv 2510.27359). An entry is one selected weight.
 
     The arguments come in groups: how many entries (`budget` to `bias`), how they are chosen (`importance` to
-    `init_weights`), which modules (`target_modules` to `modules_to_save`), tokens and training (`saved_inputs` to `recipe`), and
-    files (`check_base` to the end), of which saving fills in `record`.
+    `init_weights`), which modules (`target_modules` to `modules_to_save`), tokens and training (`saved_inputs` to
+    `recipe`), and files (`check_base` to the end), of which saving fills in `record`.
 
     Args:
         budget: largest share of the base model's parameters to train, from 0 to 1. Entries and bias deltas count; the
@@ -126,6 +112,13 @@ class FPSConfig(SavedConfig):
             two and the last block are left out: CLS attention says little early, and the last block saves little.
             A model of two or three blocks selects in the last but one.
             Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
+        token_gate: `"threshold"` lets the change of a module count only at positions where it is at least τ times as
+            long as the base layer's product, with one learned τ per module (TS-PEFT, arXiv 2511.16147). τ starts at 0,
+            where every position passes, and does not count in the budget. Its surrogate gradient and sparsity term are
+            ours; see `peft_fps.layers.token_gate`. Such an adapter depends on the input: it cannot be merged or
+            combined, and saves no time. `selection_report(probe=data)` says how many positions pass. Default: None.
+        token_gate_penalty: weight λ of the share of positions that pass, in the loss. Its gradient is added in
+            backward, so a loss scaler (float16) and gradient accumulation do not scale it.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
             `"warn"`. It is an argument of loading and not part of files:
@@ -172,6 +165,8 @@ class FPSConfig(SavedConfig):
     seed: int = 0
     token_keep_rate: float | None = None
     token_blocks: list[int] | None = None
+    token_gate: Literal["threshold"] | None = None
+    token_gate_penalty: float = 1e-3
     format_version: int = FORMAT_VERSION
     check_base: Literal["error", "warn"] = "error"
     plugin: str = "peft_fps"
@@ -209,14 +204,9 @@ class FPSConfig(SavedConfig):
         check_information(self)
         check_tokens(self)
         put_names_in_form(self)
-        flat = {
-            "allocation": allocation,
-            "calibration": calibration,
-            "base_fingerprint": base_fingerprint,
-            "whole_tensors": whole_tensors,
-            "tensors_sha256": tensors_sha256,
-            "pickled": pickled,
-        }
+        names = ("allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled")
+        held = (allocation, calibration, base_fingerprint, whole_tensors, tensors_sha256, pickled)
+        flat = dict(zip(names, held, strict=True))
         self.record = record_from(self.record, flat)
         if self.record is not None and self.modules_to_save and self.record.whole_tensors is None:
             raise ValueError(

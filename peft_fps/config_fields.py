@@ -3,6 +3,7 @@
 Every error names the field, what was found and what is expected.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from peft_fps.checkpoint.field_checks import (
@@ -24,11 +25,27 @@ CHOICES = {
     "granularity": ("neuron", "layer", "model", "block", "row", "column"),
     "bias": ("none", "all", "with_norms"),
     "saved_inputs": ("rebuild", "columns", "bfloat16"),
+    "token_gate": (None, "threshold"),
     "check_base": ("error", "warn"),
 }
 """Fields that allow a few words."""
 
 FLAGS = ("weight_magnitude", "init_weights", "inference_mode")
+
+
+@dataclass(frozen=True)
+class FilledIn:
+    """Values that a model has put into fields of its config that the user had left open.
+
+    One config may serve several models. The next one replaces these values, and keeps those that the user gave.
+
+    Attributes:
+        target_modules: names of the modules that the model targets by default.
+        modules_to_save: names of the modules of the model's head.
+    """
+
+    target_modules: set[str] | None = None
+    modules_to_save: list[str] | None = None
 
 
 def read_empty_values(config: Any) -> None:
@@ -137,6 +154,7 @@ def check_tokens(config: Any) -> None:
     """Raise TypeError or ValueError unless the fields of token selection are valid, alone and together."""
     check_number("token_keep_rate", config.token_keep_rate, upper=1.0)
     check_indices("token_blocks", config.token_blocks)
+    check_number("token_gate_penalty", config.token_gate_penalty, optional=False)
     if config.token_keep_rate == 0:
         raise ValueError("token_keep_rate is 0, expected None or a share of the patches above 0 and at most 1.")
     if config.token_keep_rate is None and config.token_blocks is not None:

@@ -66,9 +66,9 @@ class FPSModel(InjectionHooks):
         """Choose the adapter's entries from data; see `peft_fps.calibrate` for the arguments."""
         return calibrate(self.model, data, **options)
 
-    def selection_report(self, adapter_name: str | None = None) -> SelectionReport:
+    def selection_report(self, adapter_name: str | None = None, *, probe: Any = None) -> SelectionReport:
         """Report the adapter's selection; see `peft_fps.selection_report`."""
-        return selection_report(self.model, adapter_name)
+        return selection_report(self.model, adapter_name, probe=probe)
 
     def add_weighted_adapter(
         self,

@@ -50,6 +50,7 @@ class AdapterState:
         token_keep_rate: share of the patches that stay in the blocks that select tokens, at the moment; None if the
             adapter selects no tokens.
         token_blocks: indices of these blocks; None until they are chosen.
+        gate_penalty: weight of the sparsity term of the adapter's gates; None if it has no gates.
     """
 
     selected: bool = False
@@ -64,6 +65,7 @@ class AdapterState:
     evaluation: Evaluation | None = None
     token_keep_rate: float | None = None
     token_blocks: tuple[int, ...] | None = None
+    gate_penalty: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Conv2d(ProductLayer):
     """
 
     base_class = nn.Conv2d
+    neuron_axis = -3
 
     def _along_neurons(self, bias: Tensor) -> Tensor:
         return bias[:, None, None]

@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_fps.base.substitution import call_with, overrides_forward
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.rebuilt_inputs import keep_input
+from peft_fps.layers.token_gate import passing, relative_magnitude
 from peft_fps.sparse import Kept, Structure, changed_weight, sparse_delta_linear, sparse_linear
 
 
@@ -18,7 +19,10 @@ class ProductLayer(EntryLayer):
     Attributes:
         in_features: as PEFT's layers say it.
         out_features: likewise.
+        neuron_axis: axis of the output that runs over neurons.
     """
+
+    neuron_axis = -1
 
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
@@ -32,6 +36,8 @@ class ProductLayer(EntryLayer):
             return result
         if self.training and torch.is_grad_enabled():
             self._warn_if_unselected(names)
+        if self.fps_threshold is not None and any(name in self.fps_threshold for name in names):
+            return self._gated_forward(names, x, *args, **kwargs)
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
@@ -133,11 +139,53 @@ class ProductLayer(EntryLayer):
         names: list[str],
     ) -> Tensor:
         """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
+        return result + self._change(x, structure, values, bias_deltas, names).to(result.dtype)
+
+    def _change(
+        self, x: Tensor, structure: Structure, values: Tensor, bias_deltas: list[Tensor], names: list[str]
+    ) -> Tensor:
+        """Return what the change makes of `x` beside the base layer, its bias deltas included."""
         dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
         delta = self._delta_product(x.to(dtype), values, structure, self._kept(x, dtype, values, structure, names))
         for bias in bias_deltas:
             delta = delta + self._along_neurons(bias)
-        return result + delta.to(result.dtype)
+        return delta
+
+    # --- gates ------------------------------------------------------------------------------------------------------
+
+    def _gated_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add every adapter's change to what the base layer makes of `x`, at the positions where it counts."""
+        plain: Tensor = self.base_layer(x, *args, **kwargs)
+        result = plain
+        for name in names:
+            change = self.change_alone(name, x).to(result.dtype)
+            if (threshold := self.threshold(name)) is not None:
+                penalty = self.fps_state[name].gate_penalty or 0.0
+                magnitude = self.relative_change(change, plain)
+                change = change * passing(magnitude, threshold, penalty if self.training else 0.0).to(change.dtype)
+            result = result + change
+        return result
+
+    @property
+    def adds_its_change(self) -> bool:
+        """Whether the change adds to the base layer's output, so that it can be told from it."""
+        return not self._overridden
+
+    def change_alone(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return M(x), what an adapter adds to the base layer's output, without a gate, in the output's shape."""
+        structure, values = self.applied([adapter_name])
+        return self._change(x, structure, values, self._bias_deltas([adapter_name]), [adapter_name])
+
+    def relative_change(self, change: Tensor, plain: Tensor) -> Tensor:
+        """Return r = ‖M(x)‖ / ‖W₀x‖ of every position, without gradient.
+
+        Args:
+            change: M(x).
+            plain: the base layer's output, bias included.
+        """
+        bias = getattr(self.base_layer, "bias", None)
+        product = plain if bias is None else plain - self._along_neurons(bias)
+        return relative_magnitude(change, product, self.neuron_axis)
 
     def _cast_dtype(self, x: Tensor, values: Tensor) -> torch.dtype:
         # peft.helpers.disable_input_dtype_casting clears the flag

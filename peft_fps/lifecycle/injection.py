@@ -19,6 +19,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
+from peft_fps.targets.target_checks import check_gated
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
 from peft_fps.tokens.token_placement import check_token_selection
@@ -92,6 +93,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     check_whole_modules_apart(model, config, found.whole, names)
     planned = plan(model, config, head, names, saved_names)
     check_whole_tensors(model, config, found.whole)
+    check_gated(model, config, names)
     warn_of_untrained_head(head, config, names, found.whole)
     return replace(found, plan=planned)
 
@@ -194,6 +196,7 @@ def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:
         saved_inputs=config.saved_inputs,
         token_keep_rate=config.token_keep_rate,
         token_blocks=_token_blocks(config),
+        gate_penalty=None if config.token_gate is None else config.token_gate_penalty,
         before=None if record is None else Before.of(model),
     )
 

@@ -72,9 +72,9 @@ def _check_token_blocks(config: FPSConfig, layers: Mapping[str, FPSLayer], adapt
     chosen = config.token_keep_rate is None or config.token_blocks is not None or config.record is not None
     if not chosen and not all(layer.fps_state[adapter_name].selected for layer in layers.values()):
         raise ValueError(
-            f"token_blocks is None, and adapter {adapter_name!r} is not calibrated, expected the indices of the blocks "
-            "that select tokens, which an adapter's tensors do not say. Make the adapter with token_blocks=[...], as "
-            "selecting_blocks in the saved adapter_config.json names them. Nothing was loaded."
+            f"token_blocks is None, and adapter {adapter_name!r} is not calibrated, expected the indices of the "
+            "blocks that select tokens, which an adapter's tensors do not say. Make the adapter with "
+            "token_blocks=[...], as selecting_blocks in the saved adapter_config.json names them. Nothing was loaded."
         )
 
 

@@ -94,6 +94,11 @@ def _checked_layers(tuner: Any, how: Combination, adapter_name: Any) -> dict[str
             )
         for name in _carried(layer, how):
             layer.check_tensors(name)
+            if layer.threshold(name) is not None:
+                raise ValueError(
+                    f"{path}: adapter {name!r} has a gate (token_gate), expected adapters without: a sum of changes "
+                    "cannot say where each of them counts. Nothing was changed."
+                )
     return {path: layer for path, layer in layers.items() if _carried(layer, how)}
 
 

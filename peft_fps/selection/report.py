@@ -15,6 +15,10 @@ class LayerSelection:
         entries: number of selected entries.
         biases: number of bias deltas.
         bytes: bytes of its tensors in the adapter file.
+        relative_change: mean of ‖M(x)‖ / ‖W₀x‖ over the positions of probed data, M the change of the adapter. None
+            without a probe, and where the data did not reach the module.
+        passing: share of these positions at which the change counts. 1 without a gate, None where
+            `relative_change` is.
     """
 
     module: str
@@ -23,6 +27,8 @@ class LayerSelection:
     entries: int
     biases: int
     bytes: int
+    relative_change: float | None = field(default=None, kw_only=True)
+    passing: float | None = field(default=None, kw_only=True)
 
     @property
     def share(self) -> float:
@@ -100,7 +106,11 @@ class SelectionReport:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
-        rows = [("module", "neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")]
+        probed = any(layer.relative_change is not None for layer in self.layers)
+        more = ("change", "passing") if probed else ()
+        rows: list[tuple[str, ...]] = [
+            ("module", "neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes", *more)
+        ]
         for layer in self.layers:
             rows.append(
                 (
@@ -112,6 +122,7 @@ class SelectionReport:
                     f"{layer.share:.3%}",
                     f"{layer.biases:,}",
                     f"{layer.bytes:,}",
+                    *(_probed(layer) if probed else ()),
                 )
             )
         neurons = sum(layer.neurons for layer in self.layers if not isinstance(layer, NormSelection))
@@ -126,6 +137,7 @@ class SelectionReport:
                 f"{self.entries / weights:.3%}" if weights else "",
                 f"{self.biases:,}",
                 f"{self.bytes - self.head_bytes:,}",
+                *("",) * len(more),
             )
         )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -156,3 +168,9 @@ class SelectionReport:
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])
+
+
+def _probed(layer: LayerSelection) -> tuple[str, str]:
+    if layer.relative_change is None or layer.passing is None:
+        return "", ""
+    return f"{layer.relative_change:.4f}", f"{layer.passing:.1%}"

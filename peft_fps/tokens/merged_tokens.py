@@ -138,7 +138,8 @@ def apply_noted_selection(model: Any) -> None:
     except (AttributeError, TypeError, ValueError) as error:
         remove_token_selection(model)  # which a part of the model may have got already
         warnings.warn(
-            f"{KEY} in the config is not applied, so the model runs on all tokens, which it was not trained on: {error}",
+            f"{KEY} in the config is not applied, so the model runs on all tokens, which it was not "
+            f"trained on: {error}",
             stacklevel=2,
         )
 
