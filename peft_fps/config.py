@@ -114,7 +114,7 @@ class FPSConfig(SavedConfig):
             Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
         token_gate: `"threshold"` lets the change of a module count only at positions where it is at least τ times as
             long as the base layer's product, with one learned τ per module (TS-PEFT, arXiv 2511.16147). τ starts at 0,
-            where every position passes, and does not count in the budget. Its surrogate gradient and sparsity term are
+            where every position passes, and counts in the budget. Its surrogate gradient and sparsity term are
             ours; see `peft_fps.layers.token_gate`. Such an adapter depends on the input: it cannot be merged or
             combined, and saves no time. `selection_report(probe=data)` says how many positions pass. Default: None.
         token_gate_penalty: weight λ of the share of positions that pass, in the loss. Its gradient is added in

@@ -19,6 +19,8 @@ def merge(
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
+    Only if the adapter selects tokens, which a warning says, import peft_fps before the model is loaded.
+
     Adapter and base model are checked as on loading. It takes the memory of one copy of the model, in --dtype, and
     of the adapter. The output head is the adapter's if it was saved with one; names of classes are the base model's
     if it has as many, else LABEL_0, LABEL_1 and so on. Exit code 1 means that something could not be used; nothing is

@@ -110,6 +110,11 @@ def eligible(blocks: int) -> range:
     return range(max(0, min(2, blocks - 2)), max(1, blocks - 1))
 
 
+def quarter_blocks(blocks: int) -> list[int]:
+    """Return the blocks after a quarter, half and three quarters of all: 3, 6 and 9 of 12, as TR-PTS's code has it."""
+    return sorted({blocks * quarter // 4 for quarter in (1, 2, 3)})
+
+
 def fixed_rate(block: nn.Module) -> float | None:
     """Return the share of the patches that a block keeps whatever the adapters are; None if there is none."""
     return block.token_switch.fixed if isinstance(block, SelectingBlock) else None
