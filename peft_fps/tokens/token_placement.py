@@ -90,7 +90,8 @@ def check_blocks(trunk: VisionTrunk, blocks: Sequence[int]) -> None:
 
 def check_unmixed(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Raise ValueError if a batch is to mix adapters of which one selects tokens, so that sequences would differ."""
-    if selecting := sorted(_guides(model).keys() & set(adapter_names)):
+    selecting = [name for name in _guides(model) if name in adapter_names]
+    if selecting:
         raise ValueError(
             f"adapter_names holds {selecting}, which select tokens (token_keep_rate), expected adapters without, "
             "since the sequences of one batch have one length. Run their samples as batches of their own, with "

@@ -94,15 +94,6 @@ def test_copies_and_pickles_select_too() -> None:
         assert not torch.equal(logits(other(IMAGES)), logits(model(IMAGES)))
 
 
-def test_a_compiled_model_follows_the_share() -> None:
-    torch._dynamo.reset()
-    model = selecting("vit")
-    compiled = torch.compile(model, backend="eager")
-    for rate in (RATE, 1.0, 0.3):
-        set_token_keep_rate(model, rate)
-        assert torch.equal(logits(compiled(IMAGES)), logits(model(IMAGES)))
-
-
 def test_masks_are_refused_by_the_block_that_they_meet() -> None:
     mask = torch.ones(3, 17)
     mask[:, -1] = 0

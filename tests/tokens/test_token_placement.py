@@ -177,16 +177,18 @@ def test_a_combination_needs_one_setting() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
-def test_a_compiled_model_follows_the_adapters() -> None:
+def test_a_compiled_block_follows_the_adapters() -> None:
     torch._dynamo.reset()
-    model = adapted()
-    model.add_adapter("all", adapter(None))
-    compiled = torch.compile(model, backend="eager")
-    for name in ("default", "all", "default"):
-        model.set_adapter(name)
-        torch.testing.assert_close(output(compiled), output(model))
-    with model.disable_adapter():
-        torch.testing.assert_close(output(compiled), output(build("vit")))
+    model, states = adapted(target_modules=["layers.1.mlp.fc1"]), normal(2, 17, 16)
+    block = model.base_model.model.vit.layers[1]
+    compiled = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        assert compiled(states).shape[1] == 10
+        torch.testing.assert_close(compiled(states), block(states))
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(states), build("vit").vit.layers[1](states))
+        model.set_token_keep_rate(0.3)
+        torch.testing.assert_close(compiled(states), block(states))
 
 
 def test_training_reaches_the_values_through_the_selection() -> None:

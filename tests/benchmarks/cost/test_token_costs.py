@@ -23,7 +23,6 @@ def test_steps_memory_and_inference_of_every_keep_rate(workload: Workload, monke
     assert list(row.raw["step"]) == list(row.raw["bytes"]) == list(TOKEN_METHODS)
     assert list(row.raw["inference"]) == [f"keep-{rate:g}" for rate in KEEP_RATES]
     saved = [row.raw["bytes"][f"keep-{rate:g}"]["saved"] for rate in KEEP_RATES]
-    assert saved == sorted(saved, reverse=True)
     assert saved[-1] < saved[0]
     figures = {figure.what: figure.value for figure in row.figures}
     inference = row.raw["inference"]
