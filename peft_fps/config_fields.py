@@ -25,7 +25,6 @@ CHOICES = {
     "granularity": ("neuron", "layer", "model", "block", "row", "column"),
     "bias": ("none", "all", "with_norms"),
     "saved_inputs": ("rebuild", "columns", "bfloat16"),
-    "token_gate": (None, "threshold"),
     "check_base": ("error", "warn"),
 }
 """Fields that allow a few words."""
@@ -154,6 +153,8 @@ def check_tokens(config: Any) -> None:
     """Raise TypeError or ValueError unless the fields of token selection are valid, alone and together."""
     check_number("token_keep_rate", config.token_keep_rate, upper=1.0)
     check_indices("token_blocks", config.token_blocks)
+    if config.token_gate is not None:
+        check_choice("token_gate", config.token_gate, ("threshold",))
     check_number("token_gate_penalty", config.token_gate_penalty, optional=False)
     if config.token_keep_rate == 0:
         raise ValueError("token_keep_rate is 0, expected None or a share of the patches above 0 and at most 1.")

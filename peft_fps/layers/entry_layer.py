@@ -31,7 +31,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
     """
 
-    adapter_layer_names = ("fps_values", "fps_bias")
+    adapter_layer_names: tuple[str, ...] = ("fps_values", "fps_bias")
     index_names = ("fps_columns", "fps_row_counts")
     other_param_names = (*index_names, *FPSLayer.other_param_names)
     fps_values: nn.ParameterDict

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_fps.checkpoint.field_checks import check_indices, check_number
+from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.lookup import base_model, fps_layers
 from peft_fps.tokens.token_placement import fix_token_selection, remove_token_selection, selecting_blocks
 from peft_fps.tokens.vision_trunk import ARCHITECTURES, class_name
@@ -57,7 +58,7 @@ def set_token_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | 
     _check_rate(keep_rate)
     layers = fps_layers(model).values()
     if not layers and adapter_name is None:
-        switches = [module.token_switch for module in model.modules() if hasattr(module, "token_switch")]
+        switches: list[Any] = [module.token_switch for module in model.modules() if hasattr(module, "token_switch")]
         for switch in switches:
             switch.fixed = float(keep_rate)
         if not switches:
@@ -66,7 +67,7 @@ def set_token_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | 
                 "blocks chosen with peft_fps.select_tokens."
             )
         return
-    states = {}
+    states: dict[str, AdapterState] = {}
     for layer in layers:
         names = layer.merged_adapters or layer.active_adapters if adapter_name is None else [adapter_name]
         states |= {name: layer.fps_state[name] for name in names if name in layer.fps_state}

@@ -176,7 +176,7 @@ class UnmaskedEmbeddings(Switched):
 
 
 @cache
-def derived_class(plain: type[nn.Module], kind: type[Switched]) -> type[Switched]:
+def derived_class(plain: Any, kind: Any) -> Any:
     """Return the class that takes the place of `plain`, with the forward of `kind`. It has the name of `plain`."""
     members: dict[str, Any] = {"__module__": plain.__module__, "plain_class": plain, "kind": kind}
     if issubclass(kind, ScoringAttention):
