@@ -65,5 +65,5 @@ class ThresholdGate(torch.autograd.Function):
 
 def passing(magnitude: Tensor, threshold: Tensor, penalty: float) -> Tensor:
     """Return where a change counts: 1 where r ≥ τ, else 0. See `ThresholdGate` for the arguments."""
-    result: Tensor = ThresholdGate.apply(magnitude, threshold, penalty)  # type: ignore[no-untyped-call]
+    result: Tensor = ThresholdGate.apply(magnitude, threshold, penalty)
     return result

@@ -6,7 +6,6 @@ as before. Where every patch stays, the block's own forward runs.
 """
 
 import sys
-from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -175,9 +174,18 @@ class UnmaskedEmbeddings(Switched):
         return super().forward(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
 
 
-@cache
-def derived_class(plain: Any, kind: Any) -> Any:
+DERIVED: dict[tuple[type, type], Any] = {}
+"""Classes that were made so far, by the two that they were made from."""
+
+
+def derived_class(plain: type[nn.Module], kind: type[Switched]) -> Any:
     """Return the class that takes the place of `plain`, with the forward of `kind`. It has the name of `plain`."""
+    if (plain, kind) not in DERIVED:
+        DERIVED[plain, kind] = _derived(plain, kind)
+    return DERIVED[plain, kind]
+
+
+def _derived(plain: type[nn.Module], kind: type[Switched]) -> Any:
     members: dict[str, Any] = {"__module__": plain.__module__, "plain_class": plain, "kind": kind}
     if issubclass(kind, ScoringAttention):
         members["eager_attention"] = staticmethod(sys.modules[plain.__module__].__dict__["eager_attention_forward"])
