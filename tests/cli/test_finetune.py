@@ -191,6 +191,7 @@ TRAINED = {
 
 
 @pytest.mark.usefixtures("no_picture")
+@pytest.mark.filterwarnings("ignore:The merged model goes on selecting tokens:UserWarning")
 @pytest.mark.parametrize("preset", TRAINED)
 def test_every_preset_fine_tunes(image_folder, tiny_model, tmp_path, preset):
     arguments = ["--model", tiny_model, "--data", image_folder, "--preset", preset, "--epochs", 1]
