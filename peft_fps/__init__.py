@@ -22,6 +22,7 @@ from peft_fps.model import FPSModel
 from peft_fps.registration import register
 from peft_fps.saved_selection import Selection
 from peft_fps.selection import LayerSelection, SelectionReport
+from peft_fps.tokens.merged_tokens import select_tokens, set_token_keep_rate, watch_new_models
 from peft_fps.training import FPSCallback
 
 
@@ -44,7 +45,10 @@ __all__ = [
     "push_adapter",
     "rescale_adapter_scale",
     "save_adapter",
+    "select_tokens",
     "selection_report",
+    "set_token_keep_rate",
 ]
 
 register(FPSConfig, FPSModel)
+watch_new_models()

@@ -5,10 +5,12 @@ from typing import Any, Literal
 
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
 from peft_fps.config_fields import (
+    FilledIn,
     check_budget,
     check_information,
     check_modules,
     check_selection,
+    check_tokens,
     put_names_in_form,
     read_empty_values,
 )
@@ -21,23 +23,6 @@ from peft_fps.registration import fps_type
 DEFAULT_BUDGET = 0.0077
 
 
-@dataclass(frozen=True)
-class FilledIn:
-    """Values that a model has put into fields of its config that the user had left open.
-
-    One config may serve several models. The next one replaces these values, and keeps those that the user gave.
-
-    Attributes:
-        target_modules: names of the modules that the model targets by default.
-        modules_to_save: names of the modules of the model's head.
-        target_parameters: paths of the parameters that the model targets by default.
-    """
-
-    target_modules: set[str] | None = None
-    modules_to_save: list[str] | None = None
-    target_parameters: list[str] | None = None
-
-
 @dataclass
 class FPSConfig(SavedConfig):
     """Settings of an FPS adapter: how many weights it trains, which ones, and how they are chosen.
@@ -46,8 +31,8 @@ class FPSConfig(SavedConfig):
     times input activation (Feedforward-based Parameter Selection, arXiv 2510.27359). An entry is one selected weight.
 
     The arguments come in groups: how many entries (`budget` to `bias`), how they are chosen (`importance` to
-    `init_weights`), which modules (`target_modules` to `modules_to_save`), training (`saved_inputs` to `recipe`), and
-    files (`check_base` to the end), of which saving fills in `record`.
+    `init_weights`), which modules (`target_modules` to `modules_to_save`), tokens and training (`saved_inputs` to
+    `recipe`), and files (`check_base` to the end), of which saving fills in `record`.
 
     Args:
         budget: largest share of the base model's parameters to train, from 0 to 1. Entries and bias deltas count; the
@@ -120,6 +105,27 @@ class FPSConfig(SavedConfig):
             `"columns"`. `"columns"`: a copy of the columns that a selected entry reads, shared by layers that read one
             tensor, such as query, key and value. Both give the same gradients, bit for bit. `"bfloat16"`: that copy in
             bfloat16, with gradients of the values that are as exact as bfloat16.
+        token_keep_rate: share of the image patches that stay in a vision transformer (TR-PTS), above 0 and at most 1.
+            In some blocks, behind attention, the patches with the most attention from the CLS token stay, and the
+            others become one token, their mean weighted by that attention. This saves time in training and at
+            inference, before and after merging, and changes what the model computes. It is off while entries are
+            chosen. `model.set_token_keep_rate(1.0)` switches it off for the moment. Several active adapters: the
+            smallest share counts. For models that read the CLS token alone: transformers' ViT, DeiT and DINOv2, timm's
+            VisionTransformer. Not with attention masks or masked patches; hidden states differ in length between
+            blocks. Default: None, all patches stay.
+        token_blocks: indices of the blocks that select tokens, from 0. TR-PTS's public code has `[3, 6, 9]` of 12.
+            Default: the three blocks that hold the smallest share of the best `block_top` of all scores, so those to
+            which `granularity="block"` gives the fewest entries; the earlier block where shares are equal. The first
+            two and the last block are left out: CLS attention says little early, and the last block saves little.
+            A model of two or three blocks selects in the last but one.
+            Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
+        token_gate: `"threshold"` lets the change of a module count only at positions where it is at least τ times as
+            long as the base layer's product, with one learned τ per module (TS-PEFT, arXiv 2511.16147). τ starts at 0,
+            where every position passes, and counts in the budget. Its surrogate gradient and sparsity term are
+            ours; see `peft_fps.layers.token_gate`. Such an adapter depends on the input: it cannot be merged or
+            combined, and saves no time. `selection_report(probe=data)` says how many positions pass. Default: None.
+        token_gate_penalty: weight λ of the share of positions that pass, in the loss. Its gradient is added in
+            backward, so a loss scaler (float16) and gradient accumulation do not scale it.
         recipe: training arguments that a preset recommends: `TrainingArguments(**config.recipe)`.
         check_base: what to do when an adapter is loaded onto another base model than it was made from: `"error"` or
             `"warn"`. It is an argument of loading and not part of files:
@@ -165,6 +171,10 @@ class FPSConfig(SavedConfig):
     saved_inputs: Literal["rebuild", "columns", "bfloat16"] = "rebuild"
     init_weights: bool = True
     seed: int = 0
+    token_keep_rate: float | None = None
+    token_blocks: list[int] | None = None
+    token_gate: Literal["threshold"] | None = None
+    token_gate_penalty: float = 1e-3
     format_version: int = FORMAT_VERSION
     check_base: Literal["error", "warn"] = "error"
     plugin: str = "peft_fps"
@@ -200,15 +210,11 @@ class FPSConfig(SavedConfig):
         check_selection(self)
         check_modules(self)
         check_information(self)
+        check_tokens(self)
         put_names_in_form(self)
-        flat = {
-            "allocation": allocation,
-            "calibration": calibration,
-            "base_fingerprint": base_fingerprint,
-            "whole_tensors": whole_tensors,
-            "tensors_sha256": tensors_sha256,
-            "pickled": pickled,
-        }
+        names = ("allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled")
+        held = (allocation, calibration, base_fingerprint, whole_tensors, tensors_sha256, pickled)
+        flat = dict(zip(names, held, strict=True))
         self.record = record_from(self.record, flat)
         if self.record is not None and self.modules_to_save and self.record.whole_tensors is None:
             raise ValueError(
@@ -226,7 +232,8 @@ class FPSConfig(SavedConfig):
         `peft_fps.presets` says what differs from the sources.
 
         Args:
-            name: `"fps"`, `"gps"`, `"tr-pts"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
+            name: `"fps"`, `"gps"`, `"tr-pts"` (parameters and tokens, for vision transformers),
+                `"tr-pts-parameters"`, `"fish-mask"`, `"far"`, `"diff-pruning"`, `"bitfit"`, `"neuroada"` or
                 `"super-tuning"`.
             overrides: fields to replace. `budget` or `per_neuron` replaces both. Another `importance` starts from the
                 defaults of the fields that belong to an importance.
@@ -237,7 +244,11 @@ class FPSConfig(SavedConfig):
         return cls(**preset_settings(name, overrides))
 
     @property
+    def trains_entries(self) -> bool:
+        """Whether there are entries, and not biases alone."""
+        return (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the entries depend on data."""
-        entries = (self.per_neuron if self.budget is None else self.budget) != 0 or any(self.budget_pattern.values())
-        return IMPORTANCES[self.importance].needs != "nothing" and entries
+        return IMPORTANCES[self.importance].needs != "nothing" and self.trains_entries

@@ -3,9 +3,17 @@
 Every error names the field, what was found and what is expected.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-from peft_fps.checkpoint.field_checks import check_choice, check_names, check_number, check_regex, check_type
+from peft_fps.checkpoint.field_checks import (
+    check_choice,
+    check_indices,
+    check_names,
+    check_number,
+    check_regex,
+    check_type,
+)
 from peft_fps.importance import IMPORTANCES
 
 
@@ -22,6 +30,23 @@ CHOICES = {
 """Fields that allow a few words."""
 
 FLAGS = ("weight_magnitude", "init_weights", "inference_mode")
+
+
+@dataclass(frozen=True)
+class FilledIn:
+    """Values that a model has put into fields of its config that the user had left open.
+
+    One config may serve several models. The next one replaces these values, and keeps those that the user gave.
+
+    Attributes:
+        target_modules: names of the modules that the model targets by default.
+        modules_to_save: names of the modules of the model's head.
+        target_parameters: paths of the parameters that the model targets by default.
+    """
+
+    target_modules: set[str] | None = None
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
 
 def read_empty_values(config: Any) -> None:
@@ -50,6 +75,8 @@ def put_names_in_form(config: Any) -> None:
         given = getattr(config, name)
         if given is not None:
             setattr(config, name, sorted(given) if isinstance(given, set) else list(given))
+    if config.token_blocks is not None:
+        config.token_blocks = sorted(config.token_blocks)
     if isinstance(config.layers_to_transform, (tuple, set)):
         config.layers_to_transform = sorted(config.layers_to_transform)
 
@@ -127,6 +154,26 @@ def check_modules(config: Any) -> None:
         raise ValueError(
             f"layers_pattern is {pattern!r} but layers_to_transform is None, expected both or only the latter: the "
             "pattern says which list the indices count."
+        )
+
+
+def check_tokens(config: Any) -> None:
+    """Raise TypeError or ValueError unless the fields of token selection are valid, alone and together."""
+    check_number("token_keep_rate", config.token_keep_rate, upper=1.0)
+    check_indices("token_blocks", config.token_blocks)
+    if config.token_gate is not None:
+        check_choice("token_gate", config.token_gate, ("threshold",))
+    check_number("token_gate_penalty", config.token_gate_penalty, optional=False)
+    if config.token_keep_rate == 0:
+        raise ValueError("token_keep_rate is 0, expected None or a share of the patches above 0 and at most 1.")
+    if config.token_keep_rate is None and config.token_blocks is not None:
+        raise ValueError(
+            f"token_blocks is {config.token_blocks} but token_keep_rate is None, expected both or only the latter."
+        )
+    if config.token_keep_rate is not None and config.token_blocks is None and not config.trains_entries:
+        raise ValueError(
+            f"token_keep_rate is {config.token_keep_rate} with a budget of 0 and token_blocks=None, expected the "
+            "blocks by name, say token_blocks=[3, 6, 9]: without entries nothing says where few were selected."
         )
 
 

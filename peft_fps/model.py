@@ -26,6 +26,8 @@ from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
+from peft_fps.tokens.merged_tokens import set_token_keep_rate, settle_token_selection
+from peft_fps.tokens.token_placement import check_unmixed, place_token_selection
 
 
 class FPSModel(InjectionHooks):
@@ -65,9 +67,9 @@ class FPSModel(InjectionHooks):
         """Choose the adapter's entries from data; see `peft_fps.calibrate` for the arguments."""
         return calibrate(self.model, data, **options)
 
-    def selection_report(self, adapter_name: str | None = None) -> SelectionReport:
+    def selection_report(self, adapter_name: str | None = None, *, probe: Any = None) -> SelectionReport:
         """Report the adapter's selection; see `peft_fps.selection_report`."""
-        return selection_report(self.model, adapter_name)
+        return selection_report(self.model, adapter_name, probe=probe)
 
     def add_weighted_adapter(
         self,
@@ -135,6 +137,15 @@ class FPSModel(InjectionHooks):
         """
         set_scale(self.model, adapter_name, scale)
 
+    def set_token_keep_rate(self, keep_rate: float, adapter_name: str | None = None) -> None:
+        """Let another share of the patches stay; 1.0 keeps all. See `peft_fps.set_token_keep_rate`."""
+        set_token_keep_rate(self.model, keep_rate, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see PEFT."""
+        super().delete_adapter(adapter_name)
+        place_token_selection(self.model)
+
     # --- merging ------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -169,6 +180,7 @@ class FPSModel(InjectionHooks):
             self.merge_adapter(adapter_names, safe_merge)
         else:
             unmerge_whole(self.model)
+        settle_token_selection(self.model, merged=merge)
         release_hooks(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
 
@@ -232,5 +244,7 @@ class FPSModel(InjectionHooks):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
+        if names is not None:
+            check_unmixed(self.model, names)
         with nullcontext() if names is None else mixed_batch(self, names, kwargs):
             yield

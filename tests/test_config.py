@@ -230,6 +230,20 @@ WRONG = [
     ("format_version", "1", "integer"),
     ("format_version", True, "integer"),
     ("format_version", None, "integer"),
+    ("token_keep_rate", 0, "above 0 and at most 1"),
+    ("token_keep_rate", 1.5, "between 0 and 1"),
+    ("token_keep_rate", True, "a number between 0 and 1"),
+    ("token_keep_rate", "0.7", "a number between 0 and 1"),
+    ("token_blocks", [3], "token_keep_rate is None"),
+    ("token_blocks", [], "a list of indices, at least one"),
+    ("token_blocks", 3, "a list of indices, at least one"),
+    ("token_blocks", [True], "a list of indices"),
+    ("token_blocks", [-1], "distinct indices of 0 or more"),
+    ("token_blocks", [3, 3], "distinct indices of 0 or more"),
+    ("token_gate", "sigmoid", "one of 'threshold'"),
+    ("token_gate", True, "one of 'threshold'"),
+    ("token_gate_penalty", -1.0, "at least 0"),
+    ("token_gate_penalty", None, "a number of at least 0"),
     ("saved_inputs", "all", "'rebuild', 'columns', 'bfloat16'"),
     ("saved_inputs", None, "'rebuild', 'columns', 'bfloat16'"),
     ("check_base", "ignore", "'error', 'warn'"),
@@ -336,8 +350,21 @@ def test_what_a_calibration_says_beyond_the_known_fields_is_left_out():
 def test_every_field_has_a_wrong_value():
     informative = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}  # PEFT's own
     wrong = {name for name, _, _ in WRONG}
-    assert wrong == {field.name for field in fields(FPSConfig)} - informative | {f.name for f in fields(AdapterRecord)}
-    assert {name for name, _, _ in WRONG_RECORDS} == {field.name for field in fields(AdapterRecord)}
+    of_version_1 = {field.name for field in fields(AdapterRecord)} - {"selecting_blocks"}
+    assert wrong == {field.name for field in fields(FPSConfig)} - informative | of_version_1
+    assert {name for name, _, _ in WRONG_RECORDS} == of_version_1
+
+
+def test_wrong_blocks_in_a_record_are_refused():
+    message = refusal({"record": RECORD | {"selecting_blocks": [3, "4"]}})
+    assert "selecting_blocks is (3, '4'), expected None or a list of indices" in message
+    assert FPSConfig(record=RECORD | {"selecting_blocks": [3]}).record.selecting_blocks == (3,)
+    assert "selecting_blocks" not in FPSConfig(record=RECORD).record.to_json()
+
+
+def test_bitfit_has_no_scores_to_choose_blocks_by():
+    assert "expected the blocks by name" in refusal({"budget": 0, "token_keep_rate": 0.5})
+    assert FPSConfig(budget=0, token_keep_rate=0.5, token_blocks=[4, 2]).token_blocks == [2, 4]
 
 
 @pytest.mark.parametrize("importance", ["activation", "magnitude", "random", "movement", "l0"])

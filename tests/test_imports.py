@@ -27,6 +27,7 @@ LAYERS = (
     "config",
     "config_lookup",
     "targets",
+    "tokens",
     "lifecycle",
     "saved_selection",
     "model",

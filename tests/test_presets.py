@@ -11,16 +11,27 @@ from peft import get_peft_model
 from transformers import TrainingArguments
 
 from peft_fps import FPSConfig, calibrate
-from peft_fps.presets import PRESETS, preset_settings, preset_table, recipe_line
+from peft_fps.presets import PRESETS, preset_settings, recipe_line
+from peft_fps.reproduce.preset_table import preset_table
 from tests.helpers import image_batches, layers_of, selected_columns, tiny_vit
 
 
-NAMES = ["fps", "gps", "tr-pts", "fish-mask", "far", "diff-pruning", "bitfit", "neuroada", "super-tuning"]
+NAMES = [
+    *("fps", "gps", "tr-pts", "tr-pts-parameters", "fish-mask"),
+    *("far", "diff-pruning", "bitfit", "neuroada", "super-tuning"),
+]
 
 SELECTION: dict[str, dict[str, Any]] = {
     "fps": {"importance": "activation", "norm": "l1", "weight_magnitude": True, "per_neuron": 1, "bias": "all"},
     "gps": {"importance": "gradient", "loss": "contrastive", "granularity": "neuron", "per_neuron": 1, "bias": "all"},
-    "tr-pts": {"importance": "fisher", "loss": "task", "granularity": "block", "block_top": 0.03, "bias": "all"},
+    "tr-pts": {
+        "importance": "fisher",
+        "granularity": "block",
+        "block_top": 0.03,
+        "bias": "all",
+        "token_keep_rate": 0.95,
+    },
+    "tr-pts-parameters": {"importance": "fisher", "granularity": "block", "token_keep_rate": None},
     "fish-mask": {"importance": "fisher", "fisher": "example", "granularity": "model", "budget": 0.005},
     "far": {"importance": "movement", "granularity": "row"},
     "diff-pruning": {"importance": "l0", "l0_penalty": 1.25e-7, "selection_learning_rate": 1e-5, "budget": 0.005},
@@ -33,6 +44,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "fps": {"learning_rate": 2e-3, "num_train_epochs": 100, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "gps": {"learning_rate": 2e-3, "num_train_epochs": 100, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "tr-pts": {"learning_rate": 6e-4, "num_train_epochs": 100, "lr_scheduler_type": "cosine", "warmup_steps": 0.2},
+    "tr-pts-parameters": {"learning_rate": 6e-4, "num_train_epochs": 100, "warmup_steps": 0.2},
     "fish-mask": {"per_device_train_batch_size": 16, "max_grad_norm": 1.0},
     "far": {},
     "diff-pruning": {"per_device_train_batch_size": 8, "max_grad_norm": 1.0},
@@ -195,7 +207,12 @@ def test_the_table_says_what_selection_costs() -> None:
     costs = {row[0].strip("`"): row[2] for row in table_rows()[2:]}
     assert [name for name, cost in costs.items() if cost == "none"] == ["bitfit", "neuroada", "super-tuning"]
     assert [name for name, cost in costs.items() if cost == "forward"] == ["fps"]
-    assert [name for name, cost in costs.items() if "backward" in cost] == ["gps", "tr-pts", "fish-mask"]
+    assert [name for name, cost in costs.items() if "backward" in cost] == [
+        "gps",
+        "tr-pts",
+        "tr-pts-parameters",
+        "fish-mask",
+    ]
     assert costs["far"] == "short training, 1 epoch"
     assert costs["diff-pruning"] == "short training, 3 epochs"
 

@@ -21,7 +21,7 @@ from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results, accuracy_table, difference_table
 from peft_fps.cli.app import app
-from peft_fps.presets import preset_table
+from peft_fps.reproduce.preset_table import preset_table
 from peft_fps.reproduce.recipes import recipe_table
 from tests.documents import DOCUMENTS, RESULTS, blocks, broken_links, commands, rows
 from tests.helpers import ROOT, tiny_vit

@@ -31,8 +31,16 @@ class CardSettings(DescribedSettings, Protocol):
     per_neuron: float | None
     budget_pattern: dict[str, float]
     bias: Literal["none", "all", "with_norms"]
+    token_keep_rate: float | None
     task_type: Any
     base_model_name_or_path: str | None
+
+
+SHOWN = (
+    *("importance", "order", "granularity", "bias", "budget", "per_neuron", "budget_pattern"),
+    "token_keep_rate",
+)
+"""Fields of the config that a card shows."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Facts:
         picture: name of a picture of the selection beside the card, None if there is none.
         location: what to load the adapter from, a folder or a repository.
         subfolder: where it lies in there, None for right there.
+        token_blocks: indices of the blocks that select tokens.
     """
 
     settings: Mapping[str, Any]
@@ -97,6 +106,7 @@ class Facts:
     picture: str | None = None
     location: str = "path/or/name/of/this/adapter"
     subfolder: str | None = None
+    token_blocks: tuple[int, ...] = ()
 
     @property
     def labels(self) -> int | None:
@@ -133,10 +143,8 @@ def read_facts(
             raise ValueError(f"{folder} holds no {WEIGHTS}, expected a saved adapter.")
     base_class, task = base_of(config, base)
     return Facts(
-        settings={
-            key: getattr(config, key)
-            for key in ("importance", "order", "granularity", "bias", "budget", "per_neuron", "budget_pattern")
-        },
+        settings={key: getattr(config, key) for key in SHOWN},
+        token_blocks=record.selecting_blocks or (),
         method=describe(config, AdapterState(selected=True, calibration=record.calibration)),
         calibration=None if record.calibration is None else record.calibration.to_json(),
         modules=len(record.allocation),

@@ -44,10 +44,11 @@ def render(facts: Facts) -> str:
     if facts.biases:
         trained += f" and {facts.biases:,} biases"
     base = "its base model" if facts.base_model is None else code(facts.base_model)
+    merged = "a plain model" if not facts.token_blocks else "a plain model that goes on selecting tokens"
     parts = [
         "## FPS adapter",
         f"This adapter changes {trained} of {base}, selected by {plain(facts.method)}. It adds no layers; merged, it "
-        "leaves a plain model.",
+        f"leaves {merged}.",
         "### Loading",
         f"```python\n{loading_snippet(facts)}\n```",
         "### Selection",
@@ -118,6 +119,10 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
             trained = facts.entries + facts.biases
             share = f"{percent(trained / facts.base_parameters)} of {facts.base_parameters:,}"
             rows.append(("together", f"{trained:,}, {share} parameters without the output head"))
+    if facts.token_blocks:
+        blocks = ", ".join(map(str, facts.token_blocks))
+        kept = f"{percent(asked['token_keep_rate'])} of the patches stay in blocks {blocks}, the others become one"
+        rows.append(("tokens", kept))
     if facts.whole:
         numbers = [_product(shape) for shape in facts.whole.values()]
         names = ", ".join(map(code, facts.whole)) if len(numbers) <= NAMED else f"{len(numbers):,} tensors"

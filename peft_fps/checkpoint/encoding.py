@@ -6,6 +6,7 @@
 | `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
 | `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
+| `fps_threshold` | `(1,)` | float32; only with `token_gate` |
 
 A neuron is an output of a linear layer, or an output channel of a convolution. Columns count its inputs from 0, as the
 weight `W` lists them:
@@ -31,9 +32,9 @@ from torch import Tensor
 PREFIX = "fps_"
 """Begins the name of every sparse tensor."""
 
-TENSORS = ("fps_values", "fps_columns", "fps_row_counts", "fps_bias")
+TENSORS = ("fps_values", "fps_columns", "fps_row_counts", "fps_bias", "fps_threshold")
 
-TRAINED = ("fps_values", "fps_bias")
+TRAINED = ("fps_values", "fps_bias", "fps_threshold")
 """Those of them that are parameters."""
 
 PEFT_PREFIX = "base_model.model."

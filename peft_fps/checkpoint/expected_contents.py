@@ -21,7 +21,8 @@ def expected_module(layer: FPSLayer, adapter_name: str, entries: int) -> Expecte
         entries: number of entries that the file is to hold for this module.
     """
     sizes = layer.sizes(adapter_name)
-    return Expected(sizes.neurons, sizes.inputs, entries, adapter_name in layer.fps_bias)
+    gate = layer.threshold(adapter_name) is not None
+    return Expected(sizes.neurons, sizes.inputs, entries, adapter_name in layer.fps_bias, gate)
 
 
 def whole_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -41,3 +41,14 @@ def check_regex(name: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:  # the last two: a huge count, a deep nesting
         raise ValueError(f"{name} holds {pattern!r}, expected a valid regular expression: {error}.") from error
+
+
+def check_indices(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless the value is None or distinct indices, at least one, in a list or tuple."""
+    if value is None:
+        return
+    wrong = not isinstance(value, (list, tuple)) or not value
+    if wrong or any(isinstance(index, bool) or not isinstance(index, int) for index in value):
+        raise TypeError(f"{name} is {value!r}, expected None or a list of indices, at least one.")
+    if min(value) < 0 or len(set(value)) < len(value):
+        raise ValueError(f"{name} is {value!r}, expected distinct indices of 0 or more.")

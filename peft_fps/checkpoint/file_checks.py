@@ -38,12 +38,14 @@ class Expected:
         inputs: fan-in.
         entries: number of selected entries.
         bias: whether there is a bias delta.
+        gate: whether there is the threshold of a gate.
     """
 
     neurons: int
     inputs: int
     entries: int
     bias: bool
+    gate: bool = False
 
 
 def check_contents(
@@ -91,7 +93,8 @@ def check_adapter_tensors(
     found = 0
     for name, wanted in expected.items():
         tensors = modules.get(name, {})
-        names = {"fps_values", "fps_columns", "fps_row_counts"} | ({"fps_bias"} if wanted.bias else set())
+        names = {"fps_values", "fps_columns", "fps_row_counts"}
+        names |= ({"fps_bias"} if wanted.bias else set()) | ({"fps_threshold"} if wanted.gate else set())
         if set(tensors) != names:
             raise ValueError(
                 f"{name}: the adapter file holds {sorted(tensors) or 'nothing'}, expected {sorted(names)}. {REMEDY}"
@@ -123,6 +126,8 @@ def _check_module(tensors: Mapping[str, Tensor], wanted: Expected, total_only: b
         )
     if wanted.bias:
         _check_trained("fps_bias", tensors["fps_bias"], torch.Size([wanted.neurons]))
+    if wanted.gate:
+        _check_trained("fps_threshold", tensors["fps_threshold"], torch.Size([1]))
 
 
 def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

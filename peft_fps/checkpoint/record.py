@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from peft_fps.checkpoint.field_checks import check_names, check_type
+from peft_fps.checkpoint.field_checks import check_indices, check_names, check_type
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.selection.module_sizes import ModuleSizes
 
@@ -79,6 +79,7 @@ class AdapterRecord:
         whole_tensors: names of the tensors of the modules that are saved whole; None if the file does not say.
         tensors_sha256: digest of the sparse tensors, see `tensors_digest`; None if the file does not say.
         pickled: whether the tensors were saved with `safe_serialization=False`. Only then a pickled file is loaded.
+        selecting_blocks: indices of the blocks that select tokens; None if the adapter selects none.
 
     Raises:
         TypeError, ValueError: names the field, what was found and what is expected.
@@ -90,6 +91,7 @@ class AdapterRecord:
     whole_tensors: tuple[str, ...] | None = None
     tensors_sha256: str | None = None
     pickled: bool = False
+    selecting_blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_fingerprint_form("base_fingerprint", self.base_fingerprint)
@@ -97,13 +99,15 @@ class AdapterRecord:
         if self.tensors_sha256 is not None:
             check_type("tensors_sha256", self.tensors_sha256, str, "None or a string")
         check_type("pickled", self.pickled, bool, "True or False")
+        check_indices("selecting_blocks", self.selecting_blocks)
 
     def renamed(self, names: Iterable[str]) -> "AdapterRecord":
         """Return the record with its modules under other names, in the same order."""
         return replace(self, allocation=dict(zip(names, self.allocation.values(), strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain data."""
+        """Return the record as plain data. Versions without token selection read it where none is asked for."""
+        blocks = {} if self.selecting_blocks is None else {"selecting_blocks": list(self.selecting_blocks)}
         return {
             "allocation": allocation_to_json(self.allocation),
             "calibration": None if self.calibration is None else self.calibration.to_json(),
@@ -111,6 +115,7 @@ class AdapterRecord:
             "whole_tensors": None if self.whole_tensors is None else list(self.whole_tensors),
             "tensors_sha256": self.tensors_sha256,
             "pickled": self.pickled,
+            **blocks,
         }
 
     @classmethod
@@ -133,6 +138,7 @@ class AdapterRecord:
             if value.get("allocation") is None:
                 raise ValueError(f"{within}allocation is None, expected the sizes of every module.")
             calibration, tensors = value.get("calibration"), value.get("whole_tensors")
+            blocks = value.get("selecting_blocks")
             allocation = allocation_from_json(value["allocation"], f"{within}allocation")
             if calibration is not None:
                 calibration = CalibrationRecord.from_json(calibration, f"{within}calibration")
@@ -143,6 +149,7 @@ class AdapterRecord:
                 tuple(tensors) if isinstance(tensors, list) else tensors,
                 value.get("tensors_sha256"),
                 value.get("pickled", False),
+                tuple(blocks) if isinstance(blocks, list) else blocks,
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} {REMEDY}") from error

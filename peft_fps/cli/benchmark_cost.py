@@ -13,8 +13,8 @@ from peft_fps.cli.terminal import Verbose, errors_told, say, show_log, show_text
 from peft_fps.vision.option_types import OUTPUT, described
 
 
-ROWS = ("step", "memory", "selection", "importance", "merge", "switch", "inference", "file", "attach")
-DEFAULT_ROWS = ",".join(row for row in ROWS if row != "importance")
+ROWS = ("step", "memory", "selection", "importance", "merge", "switch", "inference", "file", "attach", "tokens")
+DEFAULT_ROWS = ",".join(row for row in ROWS if row not in ("importance", "tokens"))
 FOLDER = Path("runs/cost")
 
 
@@ -37,7 +37,8 @@ Rows = Annotated[
         "step: seconds of a training step of ten methods. memory: bytes of the same. selection: choosing the "
         "weights, beside bare forward passes and gradients. merge: merging and unmerging. switch: another loaded "
         "adapter. inference: with an adapter that is not merged. file: bytes on disk. attach: adding and loading. "
-        "Only if named: importance: choosing the weights by every importance.",
+        "Only if named: importance: choosing the weights by every importance. tokens: steps, memory and inference of "
+        "FPS with token selection, beside LoRA and the floor; of vision transformers.",
         MEASURED,
         metavar="ROW,ROW...",
         callback=known_rows,

@@ -15,7 +15,7 @@ from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, 
 
 SHOWN = (
     *("importance", "order", "norm", "weight_magnitude", "loss", "granularity", "budget", "per_neuron", "bias"),
-    *("seed", "task_type", "format_version"),
+    *("token_keep_rate", "token_gate", "seed", "task_type", "format_version"),
 )
 """Fields of the config in the table; --json has all."""
 
@@ -118,6 +118,8 @@ def _facts(found: Inspection, plain: dict[str, Any], adapter: str) -> Table:
     table.add_row("selected by", escape(found.method))
     settings = {name: found.settings[name] for name in SHOWN if found.settings.get(name) is not None}
     table.add_row("config", escape(", ".join(f"{name}={value!r}" for name, value in settings.items())))
+    if found.record is not None and found.record.selecting_blocks is not None:
+        table.add_row("tokens selected in blocks", ", ".join(map(str, found.record.selecting_blocks)))
     record = plain["calibration"]
     known = ", ".join(f"{key}={value!r}" for key, value in record.items()) if record else "none"
     table.add_row("calibration", escape(known))

@@ -19,6 +19,8 @@ def merge(
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
+    Only if the adapter selects tokens, which a warning says, import peft_fps before the model is loaded.
+
     Adapter and base model are checked as on loading. The base model's safetensors files are merged one after the
     other, in the memory of the largest of them, in --dtype, and of the adapter. Where that is impossible (pickled or
     quantised weights, targets that transformers joins or splits on loading), the model is loaded whole, in the memory

@@ -4,7 +4,8 @@
 |---|---|
 | `fps_layer` | `FPSLayer`, what every tuner layer is |
 | `entry_layer`, `norm` | its two kinds: with sparse entries of the weight, and with a bias delta alone |
-| `sparse_product`, `linear`, `convolution`, `packed_layer`, `quantised_linear` | layers with entries, by base layer |
+| `changed_layer`, `sparse_product` | W + ΔW as tensors, and the product with it |
+| `linear`, `convolution`, `embedding`, `packed_layer`, `quantised_linear` | layers with entries, by base layer |
 | `layer_types` | the table that tells which tuner layer a base layer gets |
 | `adapter_state` | what all layers of one adapter share |
 | `placement`, `tensor_checks`, `layer_merge`, `scale`, `entry_structures` | parts of a tuner layer |

@@ -47,6 +47,10 @@ class AdapterState:
         before: an adapter file began to load; None once it has, and for an adapter that came from no file.
         base_parameters: number of parameters of the base model without its output head; None if it was not counted.
         evaluation: the newest evaluation by a Trainer, for the model card; None if there was none.
+        token_keep_rate: share of the patches that stay in the blocks that select tokens, at the moment; None if the
+            adapter selects no tokens.
+        token_blocks: indices of these blocks; None until they are chosen.
+        gate_penalty: weight of the sparsity term of the adapter's gates; None if it has no gates.
     """
 
     selected: bool = False
@@ -59,6 +63,9 @@ class AdapterState:
     before: "Before | None" = None
     base_parameters: int | None = None
     evaluation: Evaluation | None = None
+    token_keep_rate: float | None = None
+    token_blocks: tuple[int, ...] | None = None
+    gate_penalty: float | None = None
 
 
 @dataclass(frozen=True)

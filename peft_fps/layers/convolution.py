@@ -16,6 +16,11 @@ class Convolution(ProductLayer):
     Maps `(batch, in_channels, *size)` to `(batch, out_channels, *size')`, or one example without the batch.
     """
 
+    @property
+    def neuron_axis(self) -> int:  # type: ignore[override]
+        """Axis of the output that runs over neurons."""
+        return -1 - len(self.base_layer.kernel_size)
+
     def _along_neurons(self, bias: Tensor) -> Tensor:
         return bias.view(-1, *[1] * len(self.base_layer.kernel_size))
 

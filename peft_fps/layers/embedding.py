@@ -37,6 +37,11 @@ class Embedding(ProductLayer):
         padding: int | None = base_layer.padding_idx
         return padding
 
+    @property
+    def adds_its_change(self) -> bool:
+        """Whether the change adds to the base layer's output."""
+        return False
+
     def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
         """Return the sum of the named adapters' ΔW; see `ProductLayer`.
 

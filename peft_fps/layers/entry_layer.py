@@ -13,7 +13,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.merge_record import MergeRecord, merge_entries
 from peft_fps.selection import LayerShape
 from peft_fps.selection.module_sizes import ModuleSizes
-from peft_fps.sparse import Layout, check_entries, dense_delta, even_row_counts
+from peft_fps.sparse import Layout, check_entries, check_finite, check_floating, dense_delta, even_row_counts
 
 
 UNLOADED_COLUMN = -1
@@ -32,7 +32,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
         fps_row_counts: per adapter `(neurons,)` int32, entries of each neuron.
     """
 
-    adapter_layer_names = ("fps_values", "fps_bias")
+    adapter_layer_names: tuple[str, ...] = ("fps_values", "fps_bias")
     index_names = ("fps_columns", "fps_row_counts")
     other_param_names = (*index_names, *FPSLayer.other_param_names)
     fps_values: nn.ParameterDict
@@ -94,7 +94,16 @@ class EntryLayer(StructuredLayer, FPSLayer):
         self.fps_values[adapter_name] = nn.Parameter(blank)
         self.fps_columns[adapter_name] = torch.full((entries,), UNLOADED_COLUMN, dtype=torch.int32, device=device)
         self.fps_row_counts[adapter_name] = even_row_counts(entries, neurons).to(device)
+        if state.gate_penalty is not None:
+            self._add_threshold(adapter_name)
         super().update_layer(adapter_name, entries, bias, state, inference_mode)
+
+    def _add_threshold(self, adapter_name: str) -> None:
+        if self.fps_threshold is None:
+            self.fps_threshold = nn.ParameterDict({})
+            self.adapter_layer_names = (*self.adapter_layer_names, "fps_threshold")
+        blank = torch.full((1,), torch.nan, dtype=torch.float32, device=self._adapter_device())
+        self.fps_threshold[adapter_name] = nn.Parameter(blank)
 
     def set_selection(self, adapter_name: str, columns: Tensor, row_counts: Tensor) -> None:
         """Give the adapter new entries and zero changes.
@@ -167,6 +176,9 @@ class EntryLayer(StructuredLayer, FPSLayer):
     def _check_form(self, adapter_name: str) -> None:
         columns, row_counts = self.fps_columns[adapter_name], self.fps_row_counts[adapter_name]
         check_entries(columns, row_counts, self.shape.neurons, self.shape.inputs, self.fps_values[adapter_name])
+        if (threshold := self.threshold(adapter_name)) is not None:
+            check_floating("fps_threshold", threshold, torch.Size([1]))
+            check_finite("fps_threshold", threshold)
         super()._check_form(adapter_name)
 
     def _merge_into(self, base: Any, name: str) -> MergeRecord:

@@ -45,6 +45,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
             setattr(self, name, nn.ParameterDict({}))
         for name in self.index_names:
             setattr(self, name, BufferDict(persistent=True))
+        self.fps_threshold = None
         self.fps_state: dict[str, AdapterState] = {}
         self.scaling: dict[str, float] = {}
         self._disable_adapters = False

@@ -41,6 +41,8 @@ class MergingLayer(PlacedLayer):
         if adapter_names is not None and not adapter_names:
             return
         check_distinct(adapter_names or ())
+        for name in adapter_names or self.active_adapters:
+            self.check_mergeable(name)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_state]
         if names:
             self._check_at_hand("merge into")
@@ -60,6 +62,15 @@ class MergingLayer(PlacedLayer):
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         """Add the adapter's changes, times its scale, to a base layer in place."""
         raise NotImplementedError
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter has a gate here, whose change depends on the input."""
+        if self.threshold(adapter_name) is not None:
+            raise ValueError(
+                f"{self.module_path}: adapter {adapter_name!r} has a gate (token_gate), expected one without: "
+                "at which positions its change counts depends on the input, so no weight can hold it. Keep the "
+                "adapter unmerged. Nothing was merged."
+            )
 
     def check_finite(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter's values or bias deltas hold NaN or infinity."""

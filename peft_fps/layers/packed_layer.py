@@ -38,6 +38,11 @@ class PackedLayer(ProductLayer):
         """Return how the matrices are stored: one after the other."""
         return Layout(base_layer.transposed, groups=base_layer.matrices, stacked=base_layer.weight.dim() == 3)
 
+    @property
+    def adds_its_change(self) -> bool:
+        """Whether the change adds to the base layer's output."""
+        return False
+
     def _matrix(self, first: int, last: int) -> Tensor:
         weight = self.base_layer.stacked.detach()
         each = self.shape.neurons // self.matrices

@@ -21,12 +21,19 @@ class PlacedLayer(BaseTunerLayer):
         adapter_layer_names: names of the attributes that hold trained tensors by adapter.
         index_names: names of the attributes that hold integer tensors by adapter.
         fps_state: what the layers of each adapter share, by the names of the adapters that this layer has.
+        fps_threshold: per adapter with gates `(1,)`, the threshold; None until there is such an adapter.
     """
 
     base_layer: Any
     module_path: str
     index_names: tuple[str, ...] = ()
     fps_state: dict[str, AdapterState]
+    fps_threshold: nn.ParameterDict | None
+
+    def threshold(self, adapter_name: str) -> nn.Parameter | None:
+        """Return the threshold `(1,)` of the adapter's gate; None if it has no gate here."""
+        held = self.fps_threshold
+        return None if held is None or adapter_name not in held else held[adapter_name]
 
     @property
     def weight_tensor(self) -> Tensor:

@@ -1,28 +1,28 @@
 """The forward of FPS layers with sparse changes: multiply with W + ΔW, or beside a base layer that runs as it is."""
 
 import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_fps.base.substitution import call_with, overrides_forward
-from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.changed_layer import ChangedLayer
 from peft_fps.layers.rebuilt_inputs import keep_input
-from peft_fps.layers.sample_names import named_calls, names_for
-from peft_fps.layers.tensors_as_read import as_read
+from peft_fps.layers.token_gate import passing, relative_magnitude
 from peft_fps.sparse import Kept, Structure, changed_weight, sparse_delta_linear, sparse_linear
 
 
-class ProductLayer(EntryLayer):
+class ProductLayer(ChangedLayer):
     """A base layer whose weight is multiplied as W + ΔW; the products are those of a linear layer.
 
     Attributes:
         in_features: as PEFT's layers say it.
         out_features: likewise.
+        neuron_axis: axis of the output that runs over neurons.
     """
+
+    neuron_axis = -1
 
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
@@ -35,6 +35,8 @@ class ProductLayer(EntryLayer):
             result: Tensor = base(x, *args, **kwargs)
             return result
         self._warn_before_training(names)
+        if self.fps_threshold is not None and any(name in self.fps_threshold for name in names):
+            return self._gated_forward(names, x, *args, **kwargs)
         structure, values = self.applied(names)
         bias_deltas = self._bias_deltas(names)
         if not self._owns_forward(base):
@@ -59,67 +61,6 @@ class ProductLayer(EntryLayer):
         kept = self._kept(x, dtype, values, structure, names)
         bias = None if bias is None else bias.to(dtype)
         return self._product(x.to(dtype), values, bias, structure, kept, *args, **kwargs)
-
-    def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
-        """Return the sum of the named adapters' ΔW, each times its scale.
-
-        Args:
-            names: of one adapter at least.
-
-        Returns:
-            Where its entries lie, and their values `(nnz,)`.
-        """
-        if len(names) == 1:
-            values = self.fps_values[names[0]]
-            return self.structure(names[0]), values if self.scaling[names[0]] == 1 else self.scaled(values, names[0])
-        united, places = self.united_structure(names)
-        scaled = [self.scaled(self.fps_values[name], name) for name in names]
-        values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
-        return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
-
-    # --- what models read off the layer -----------------------------------------------------------------------------
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight with which the layer computes: W + ΔW of the active adapters, with gradients for ΔW."""
-
-        def changed(names: list[str]) -> Tensor:
-            structure, values = self.applied(names)
-            return changed_weight(self.base_layer.weight, values, structure)
-
-        return self._as_read("weight", changed)
-
-    @property
-    def bias(self) -> Tensor:
-        """The bias with which the layer computes, None if it has none."""
-
-        def changed(names: list[str]) -> Tensor:
-            deltas = self._bias_deltas(names)
-            return self._changed_bias(deltas) if deltas else self.base_layer.bias
-
-        return self._as_read("bias", changed)
-
-    def _as_read(self, own: str, changed: Callable[[list[str]], Tensor]) -> Tensor:
-        names = names_for(self) if named_calls.running else None
-        held: Tensor = getattr(self.base_layer, own)
-        if held is None or self.disable_adapters or self.merged:
-            if held is not None and self.disable_adapters and self.merged:
-                held = getattr(self._unmerged(), own)
-            return held
-        carried = {name for name in names or self.active_adapters if self.carries(name)}
-        if not carried:
-            return held
-        if names is not None and len(set(names)) > 1:
-            return as_read(held, partial(self._refuse_to_mix, own))
-        active = [name for name in self.active_adapters if name in carried] if names is None else [*carried]
-        return as_read(held, partial(changed, active))
-
-    def _refuse_to_mix(self, own: str) -> Tensor:
-        raise ValueError(
-            f"{self.module_path}: the model computes with the {own} that it reads off the layer, expected one that "
-            "calls the layer, which adapter_names of several adapters needs. Run the samples of each adapter as a "
-            "batch of their own."
-        )
 
     # --- the product with W + ΔW, of a linear layer -----------------------------------------------------------------
 
@@ -192,15 +133,6 @@ class ProductLayer(EntryLayer):
             tensors["bias"] = self._changed_bias(bias_deltas)
         return call_with(base, tensors, x, *args, **kwargs)
 
-    def _changed_bias(self, deltas: list[Tensor]) -> Tensor:
-        """Return b + Δb, formed in float32 or float64 and rounded once, in the shape and dtype of b."""
-        bias: Tensor = self.base_layer.bias
-        exact = torch.promote_types(bias.dtype, torch.float32)
-        result = bias.to(exact)
-        for delta in deltas:
-            result = result + delta.to(exact).view(bias.shape)
-        return result.to(bias.dtype)
-
     def _beside_base(
         self,
         result: Tensor,
@@ -213,12 +145,62 @@ class ProductLayer(EntryLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
+        return result + self._change(structure, values, bias_deltas, names, x, *args, **kwargs).to(result.dtype)
+
+    def _change(
+        self,
+        structure: Structure,
+        values: Tensor,
+        bias_deltas: list[Tensor],
+        names: list[str],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return what the change makes of `x` beside the base layer, its bias deltas included."""
         dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
         kept = self._kept(x, dtype, values, structure, names)
         delta = self._delta_product(x.to(dtype), values, structure, kept, *args, **kwargs)
         for bias in bias_deltas:
             delta = delta + self._along_neurons(bias)
-        return result + delta.to(result.dtype)
+        return delta
+
+    # --- gates ------------------------------------------------------------------------------------------------------
+
+    def _gated_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add every adapter's change to what the base layer makes of `x`, at the positions where it counts."""
+        plain: Tensor = self.base_layer(x, *args, **kwargs)
+        result = plain
+        for name in names:
+            change = self.change_alone(name, x, *args, **kwargs).to(result.dtype)
+            if (threshold := self.threshold(name)) is not None:
+                penalty = self.fps_state[name].gate_penalty or 0.0
+                magnitude = self.relative_change(change, plain)
+                change = change * passing(magnitude, threshold, penalty if self.training else 0.0).to(change.dtype)
+            result = result + change
+        return result
+
+    @property
+    def adds_its_change(self) -> bool:
+        """Whether the change adds to the base layer's output, so that it can be told from it."""
+        return not self._overridden
+
+    def change_alone(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return M(x), what an adapter adds to the base layer's output, without a gate, in the output's shape."""
+        structure, values = self.applied([adapter_name])
+        deltas = self._bias_deltas([adapter_name])
+        return self._change(structure, values, deltas, [adapter_name], x, *args, **kwargs)
+
+    def relative_change(self, change: Tensor, plain: Tensor) -> Tensor:
+        """Return r = ‖M(x)‖ / ‖W₀x‖ of every position, without gradient.
+
+        Args:
+            change: M(x).
+            plain: the base layer's output, bias included.
+        """
+        bias = getattr(self.base_layer, "bias", None)
+        product = plain if bias is None else plain - self._along_neurons(bias)
+        return relative_magnitude(change, product, self.neuron_axis)
 
     def _cast_dtype(self, x: Tensor, values: Tensor) -> torch.dtype:
         # peft.helpers.disable_input_dtype_casting clears the flag

@@ -27,6 +27,7 @@ from peft_fps.layers.lookup import (
 )
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.lifecycle.selection_report import selection_report
+from peft_fps.lifecycle.token_choice import chosen_token_blocks
 from peft_fps.lifecycle.unreached import (
     entries_of_reached,
     warn_of_idle_experts,
@@ -35,6 +36,7 @@ from peft_fps.lifecycle.unreached import (
 )
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.calibration_record import CalibrationRecord
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 RECORDED = ("importance", "order", "granularity", "seed")
@@ -140,7 +142,9 @@ def calibrate(
     weighted = entry_layers(layers)
     entries = entries_of_reached(model, adapter_name, found.reached)
     scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
-    set_entries(layers, adapter_name, rank(weighted, config, entries, scores), found.reached)
+    selected = rank(weighted, config, entries, scores)
+    token_blocks = chosen_token_blocks(model, config, weighted, scores)
+    set_entries(layers, adapter_name, selected, found.reached)
     unreached = tuple(path for path in layers if path not in found.reached)
     if unreached:
         kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
@@ -148,6 +152,9 @@ def calibrate(
     warn_of_idle_experts(layers, found.evidence)
     state = next(iter(layers.values())).fps_state[adapter_name]
     state.selected, state.calibration = True, replace(found.record, unreached=unreached)
+    if state.token_blocks != token_blocks:
+        state.token_blocks = token_blocks
+        place_token_selection(model)
     return replace(selection_report(model, adapter_name), unseen=_unseen(weighted, adapter_name, found.evidence))
 
 

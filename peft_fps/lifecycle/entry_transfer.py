@@ -74,6 +74,12 @@ def give_entries(
     config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     base = base_model(model)
     check_selectable(layers, adapter_name, discard_values)
+    if config.token_keep_rate is not None and config.token_blocks is None:
+        raise ValueError(
+            f"adapter {adapter_name!r}: token_blocks is None, expected the indices of the blocks that select tokens, "
+            "since a selection holds no scores to choose them by. Add the adapter with token_blocks=[...]. Nothing "
+            "was changed."
+        )
     given = current_names(base, modules)
     unreached = set(current_names(base, dict.fromkeys(record.unreached))) - given.keys()
     check_same_modules(

@@ -22,6 +22,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, target_layers
 from peft_fps.lifecycle.injection import prepare_injection
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 ADVICE = "Load it under a name of its own with model.load_adapter instead. Nothing was changed."
@@ -71,10 +72,13 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     state.selected, state.calibration, state.saved_inputs = True, record.calibration, config.saved_inputs
     state.unreached.difference_update(record.allocation)
     state.before = state.evaluation = None
+    state.gate_penalty = None if config.token_gate is None else config.token_gate_penalty
+    state.token_keep_rate, state.token_blocks = config.token_keep_rate, record.selecting_blocks
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
             configs[adapter_name] = config
+    place_token_selection(model)
 
 
 def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
@@ -104,6 +108,11 @@ def _checked_config(
         raise ValueError(
             f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
             f"{ADVICE}"
+        )
+    if found.token_gate != old.token_gate:
+        raise ValueError(
+            f"The saved adapter has token_gate={found.token_gate!r}, expected {old.token_gate!r} as the adapter "
+            f"that it replaces has. {ADVICE}"
         )
     whole, present = set(found.record.whole_tensors or ()), set(whole_keys(model, adapter_name))
     if whole != present:

@@ -12,19 +12,20 @@ from torch import nn
 from peft_fps.base.head import Head, find_head
 from peft_fps.base.packed_weight import close_modules, opened_modules
 from peft_fps.base.renamed_modules import current_names
-from peft_fps.checkpoint.record import AdapterRecord
+from peft_fps.checkpoint.record import REMEDY, AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.opened_targets import names_path, opened_targets
 from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
+from peft_fps.targets.target_checks import check_gated
 from peft_fps.targets.target_parameters import default_parameters
 from peft_fps.targets.tied_weights import check_tied_uses
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
 from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
+from peft_fps.tokens.token_placement import check_token_selection
 
 
 DUMMY = DUMMY_TARGET_MODULES.lower()
@@ -89,6 +90,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
         ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
     """
     _check_task(model, config)
+    _check_tokens(model, config)
     head = find_head(model)
     _settle_targets(model, config, head)
     config.modules_to_save = with_whole_head(model, config, head.modules)
@@ -106,6 +108,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     check_tied_uses(model, names, found.whole)
     planned = plan(model, config, head, names, saved_names)
     check_whole_tensors(model, config, found.whole)
+    check_gated(model, config, names)
     warn_of_untrained_head(head, config, names, found.whole)
     warn_of_left_out(model, config, head, found.whole)
     return replace(found, plan=planned)
@@ -123,6 +126,26 @@ def _check_task(model: nn.Module, config: FPSConfig) -> None:
             f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
             f"{type(model).__name__}. Leave task_type out, or load the model with its head."
         )
+
+
+def _check_tokens(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if the config asks for token selection and the model cannot do with some of its patches."""
+    if config.token_keep_rate is None:
+        return
+    blocks = _token_blocks(config)
+    if blocks is None and config.record is not None:
+        raise ValueError(
+            f"record.selecting_blocks is None beside token_keep_rate={config.token_keep_rate}, expected the indices "
+            f"of the blocks that select tokens. {REMEDY}"
+        )
+    check_token_selection(model, blocks)
+
+
+def _token_blocks(config: FPSConfig) -> tuple[int, ...] | None:
+    """Return the blocks that select tokens, as the record or else the user says; None if a choice is still to come."""
+    if config.record is not None:
+        return config.record.selecting_blocks
+    return None if config.token_blocks is None else tuple(config.token_blocks)
 
 
 def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
@@ -197,35 +220,11 @@ def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:
         selected=record is not None or not config.needs_calibration,
         calibration=None if record is None else record.calibration,
         saved_inputs=config.saved_inputs,
+        token_keep_rate=config.token_keep_rate,
+        token_blocks=_token_blocks(config),
+        gate_penalty=None if config.token_gate is None else config.token_gate_penalty,
         before=None if record is None else Before.of(model),
     )
-
-
-def adapted(parent: nn.Module, name: str, target: nn.Module, path: str, active: list[str]) -> FPSLayer:
-    """Return the FPS layer of a module. A module without one is replaced by a new layer around it.
-
-    Args:
-        parent: holds the module.
-        name: of the module in its parent.
-        target: the module.
-        path: of the module in the base model.
-        active: names of the active adapters.
-    """
-    if isinstance(target, FPSLayer):
-        return target
-    kind = layer_class(target)
-    assert kind is not None, path
-    layer = kind(target, path)
-    layer.set_adapter(active, inference_mode=True)
-    setattr(parent, name, layer)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # its fused path reads the weight without calling the layer; any hook makes it step aside
-        layer.register_forward_pre_hook(_no_op)
-    return layer
-
-
-def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
-    return None
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.lifecycle.adapted_module import adapted
 from peft_fps.lifecycle.initial_entries import select_without_data
-from peft_fps.lifecycle.injection import Injection, adapted, config_withdrawn_on_failure, new_state, prepare_injection
+from peft_fps.lifecycle.injection import Injection, config_withdrawn_on_failure, new_state, prepare_injection
 from peft_fps.lifecycle.model_hooks import attach_hooks
 from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
 from peft_fps.targets.base_parameters import base_parameters
 from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_modules import wrap_whole
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 class InjectionHooks(BaseTuner):
@@ -88,6 +90,7 @@ class InjectionHooks(BaseTuner):
             copy_adapter(self.model, source, adapter_name)
         elif config.record is None:
             select_without_data(self.model, config, adapter_name)
+        place_token_selection(self.model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -39,6 +39,7 @@ def load_state(
     layers = target_layers(model, adapter_name)
     wholes = whole_keys(model, adapter_name)
     names = {key: name for name, key in wholes.items()}
+    _check_token_blocks(config, layers, adapter_name)
     try:
         contents = Contents.of((names.get(key, key), tensor) for key, tensor in state_dict.items())
         contents = replace(contents, modules=current_names(base_model(model), contents.modules))
@@ -61,6 +62,20 @@ def load_state(
             if name in tensors:
                 result[f"{full_names[path]}.{name}.{adapter_name}"] = decode(name, tensors[name])
     return result
+
+
+def _check_token_blocks(config: FPSConfig, layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
+    """Raise ValueError if an adapter is to load tensors whose blocks that select tokens were chosen elsewhere.
+
+    PEFT reads no config when it loads into an adapter that is there, and the tensors do not say.
+    """
+    chosen = config.token_keep_rate is None or config.token_blocks is not None or config.record is not None
+    if not chosen and not all(layer.fps_state[adapter_name].selected for layer in layers.values()):
+        raise ValueError(
+            f"token_blocks is None, and adapter {adapter_name!r} is not calibrated, expected the indices of the "
+            "blocks that select tokens, which an adapter's tensors do not say. Make the adapter with "
+            "token_blocks=[...], as selecting_blocks in the saved adapter_config.json names them. Nothing was loaded."
+        )
 
 
 def _split_is_free(config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer]) -> bool:

@@ -93,6 +93,8 @@ def check_before_merge(
         for name in (layer.active_adapters if adapter_names is None else adapter_names)
         if name in layer.fps_state
     ]
+    for layer, name in pairs:
+        layer.check_mergeable(name)
     check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
     for layer, name in pairs if safe_merge else ():
         layer.check_finite(name)

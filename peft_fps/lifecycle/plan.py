@@ -98,6 +98,7 @@ def allocate_entries(
         ValueError: the budget does not fit.
     """
     biases = 0 if config.bias == "none" else biases
+    biases += len(shapes) if config.token_gate is not None else 0  # thresholds, one per module
     patterns = {
         pattern: value
         for pattern, value in config.budget_pattern.items()

@@ -61,6 +61,7 @@ def config_of_copy(model: nn.Module, config: FPSConfig, adapter_name: str) -> FP
             allocation={path: layer.sizes(adapter_name) for path, layer in layers.items()},
             calibration=state.calibration,
             whole_tensors=tuple(whole_tensors(model, wholes)),
+            selecting_blocks=state.token_blocks,
         ),
         init_weights=True,
     )

@@ -67,6 +67,7 @@ def saved_state(
         tensors_sha256=tensors_digest(
             {plain_name(key.removesuffix(f".{adapter_name}")): tensor for key, tensor in result.items()}
         ),
+        selecting_blocks=state.token_blocks,
     )
     # several adapters may share one config object, so each hands over its own record just before it is saved
     config.to_save = SavedAdapter(record, state.base_parameters, state.evaluation)

@@ -47,6 +47,7 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
     """Add the combination to the model of an `FPSModel`; see `FPSModel.add_weighted_adapter`."""
     model: nn.Module = tuner.model
     layers = _checked_layers(tuner, how, adapter_name)
+    token_blocks = _token_blocks(tuner, how, layers)
     wholes = _whole_modules(model, how.adapters, whole_from)
     combined = {path: _combine_layer(layer, how) for path, layer in layers.items()}
     configs = [tuner.peft_config[name] for name in how.adapters]
@@ -60,6 +61,7 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
         },
         calibration=how.record(),
         whole_tensors=tuple(given),
+        selecting_blocks=token_blocks,
     )
     config = _combined_config(model, configs, layers, record, list(names))
     tuner.peft_config[adapter_name] = config
@@ -92,7 +94,27 @@ def _checked_layers(tuner: Any, how: Combination, adapter_name: Any) -> dict[str
             )
         for name in _carried(layer, how):
             layer.check_tensors(name)
+            if layer.threshold(name) is not None:
+                raise ValueError(
+                    f"{path}: adapter {name!r} has a gate (token_gate), expected adapters without: a sum of changes "
+                    "cannot say where each of them counts. Nothing was changed."
+                )
     return {path: layer for path, layer in layers.items() if _carried(layer, how)}
+
+
+def _token_blocks(tuner: Any, how: Combination, layers: Mapping[str, FPSLayer]) -> tuple[int, ...] | None:
+    """Return the blocks in which the adapters select tokens, None without any. Raise ValueError if they differ."""
+    settings = {}
+    for name in how.adapters:
+        states = [layer.fps_state[name] for layer in layers.values() if name in layer.fps_state]
+        blocks = states[0].token_blocks if states else None
+        settings[name] = (tuner.peft_config[name].token_keep_rate, blocks)
+    if len(set(settings.values())) > 1:
+        raise ValueError(
+            f"The adapters differ in token_keep_rate and token_blocks ({settings}), expected the same, since one "
+            "adapter selects tokens in one way. Nothing was changed."
+        )
+    return next(iter(settings.values()))[1]
 
 
 def _carried(layer: FPSLayer, how: Combination) -> list[str]:

@@ -9,6 +9,7 @@ from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
 from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
 from peft_fps.lifecycle.model_hooks import release_hooks
+from peft_fps.tokens.token_placement import place_token_selection
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -39,6 +40,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
                 del module.modules_to_save[adapter_name]
                 module._adapters.discard(adapter_name)
     close_modules(model)
+    place_token_selection(model)
     left = fps_layers(model)
     unfollow_tied_uses(model)
     follow_tied_uses(model)  # of the embeddings that other adapters change

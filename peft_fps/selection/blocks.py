@@ -4,10 +4,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import TypeVar
 
 from peft_fps.selection.budget_allocation import LayerShape, exact
 from peft_fps.selection.candidate import Candidate
 from peft_fps.selection.model_wide import best_of_all
+
+
+Block = TypeVar("Block", str, int)
+"""A block by its path or index."""
 
 
 def block_of(path: str) -> str | None:
@@ -38,17 +43,31 @@ def block_entries(candidates: Mapping[str, Candidate], block_top: float) -> dict
     total = sum(candidate.entries for candidate in candidates.values())
     if not total:
         return dict.fromkeys(candidates, 0)
-    weights, best = Counter[str](), Counter[str]()
+    blocks = {name: block_of(name) for name in candidates}
+    of_block = best_shares(candidates, block_top, blocks)
+    shares = {name: Fraction(0) if block is None else of_block[block] for name, block in blocks.items()}
+    return entries_by_share({name: candidate.shape for name, candidate in candidates.items()}, shares, total)
+
+
+def best_shares(
+    candidates: Mapping[str, Candidate], block_top: float, blocks: Mapping[str, Block | None]
+) -> dict[Block, Fraction]:
+    """Return the share of each block's weights that is among the best scores of the model.
+
+    Args:
+        candidates: layers by module path.
+        block_top: share of all scored weights that are the best, those outside any block included. At least one.
+        blocks: the block of each layer, by module path; None for a layer outside any.
+    """
+    weights, best = Counter[Block](), Counter[Block]()
     sizes = {name: candidate.shape.weights for name, candidate in candidates.items()}
     count = max(1, int(exact(block_top) * sum(sizes.values())))
     for name, positions in best_of_all(candidates, count):
-        block = block_of(name)
+        block = blocks[name]
         if block is not None:
             weights[block] += sizes[name]
             best[block] += positions.numel()
-    blocks = {name: block_of(name) for name in candidates}
-    shares = {name: Fraction(0) if b is None else Fraction(best[b], weights[b]) for name, b in blocks.items()}
-    return entries_by_share({name: candidate.shape for name, candidate in candidates.items()}, shares, total)
+    return {block: Fraction(best[block], size) for block, size in weights.items()}
 
 
 def entries_by_share(layers: Mapping[str, LayerShape], shares: Mapping[str, Fraction], total: int) -> dict[str, int]:

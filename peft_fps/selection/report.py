@@ -16,6 +16,10 @@ class LayerSelection:
         entries: number of selected entries.
         biases: number of bias deltas.
         bytes: bytes of its tensors in the adapter file.
+        relative_change: mean of ‖M(x)‖ / ‖W₀x‖ over the positions of probed data, M the change of the adapter. None
+            without a probe, and where the data did not reach the module.
+        passing: share of these positions at which the change counts. 1 without a gate, None where
+            `relative_change` is.
     """
 
     module: str
@@ -24,6 +28,8 @@ class LayerSelection:
     entries: int
     biases: int
     bytes: int
+    relative_change: float | None = field(default=None, kw_only=True)
+    passing: float | None = field(default=None, kw_only=True)
 
     @property
     def share(self) -> float:
@@ -51,6 +57,8 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        token_keep_rate: share of the patches that stay where tokens are selected. None if none are selected.
+        token_blocks: indices of the blocks that select tokens.
         tied: paths of modules that share the weight of an adapted embedding and compute with its changes, by path of
             the embedding.
         unseen: number of entries at tokens that the calibration data did not hold, by path of the embedding. Only the
@@ -66,6 +74,8 @@ class SelectionReport:
     budget: float | None
     method: str
     unreached: tuple[str, ...] = ()
+    token_keep_rate: float | None = None
+    token_blocks: tuple[int, ...] = ()
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unseen: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, float] = field(default_factory=dict)
@@ -106,7 +116,11 @@ class SelectionReport:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
-        rows = [("module", "neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes")]
+        probed = any(layer.relative_change is not None for layer in self.layers)
+        more = ("change", "passing") if probed else ()
+        rows: list[tuple[str, ...]] = [
+            ("module", "neurons", "fan-in", "entries", "per neuron", "share", "biases", "bytes", *more)
+        ]
         for layer in self.layers:
             rows.append(
                 (
@@ -118,6 +132,7 @@ class SelectionReport:
                     f"{layer.share:.3%}",
                     f"{layer.biases:,}",
                     f"{layer.bytes:,}",
+                    *(_probed(layer) if probed else ()),
                 )
             )
         neurons = sum(layer.neurons for layer in self.layers if not isinstance(layer, NormSelection))
@@ -132,6 +147,7 @@ class SelectionReport:
                 f"{self.entries / weights:.3%}" if weights else "",
                 f"{self.biases:,}",
                 f"{self.bytes - self.head_bytes:,}",
+                *("",) * len(more),
             )
         )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -153,6 +169,12 @@ class SelectionReport:
             "the papers' convention)",
             f"adapter file:           {self.bytes:,} bytes, of these {self.head_bytes:,} for the head",
         ]
+        if self.token_keep_rate is not None:
+            blocks = ", ".join(map(str, self.token_blocks))
+            summary.append(
+                f"tokens:                 {self.token_keep_rate:.1%} of the patches stay in blocks {blocks}, the "
+                "others become one"
+            )
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
         for embedding, uses in self.tied.items():
@@ -162,3 +184,9 @@ class SelectionReport:
         names = [f"{name} ({share:.1%})" for name, share in self.left_out.items()]
         summary.append(f"left out, above 1 % of the model: {', '.join(names) or 'nothing'}")
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *summary])
+
+
+def _probed(layer: LayerSelection) -> tuple[str, str]:
+    if layer.relative_change is None or layer.passing is None:
+        return "", ""
+    return f"{layer.relative_change:.4f}", f"{layer.passing:.1%}"

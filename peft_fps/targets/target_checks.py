@@ -1,5 +1,6 @@
 """What is checked of an adapter's name and of its targets before anything changes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners._buffer_dict import BufferDict
@@ -11,6 +12,7 @@ from peft_fps.base.module_names import bare
 from peft_fps.base.opening import module_at
 from peft_fps.base.packed_weight import OpenedModule, PackedWeight
 from peft_fps.base.quantisation import check_quantised, quantisation, stored_weight
+from peft_fps.base.substitution import overrides_forward
 from peft_fps.checkpoint import PEFT_PREFIX, PREFIX, TENSORS
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
@@ -155,6 +157,36 @@ def _check_at_hand(model: nn.Module, name: str, weight: Tensor) -> None:
             "adapter's values along, where the method cannot reach them. Load the base model anew, and del "
             "model.hf_device_map before PeftModel.from_pretrained."
         )
+
+
+def check_gated(model: nn.Module, config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if gates are asked for, and a target does nothing that can be told from its change.
+
+    Such are quantised layers, those with a forward of their own, embeddings, and weights that no layer owns.
+
+    Args:
+        model: base model, with or without adapters.
+        config: of the adapter.
+        names: paths of its targets.
+    """
+    for name in names if config.token_gate is not None else ():
+        base: Any = bare(module_at(model, name))
+        found = (
+            "is quantised"
+            if quantisation(base) is not None
+            else "is multiplied by the module that owns it"
+            if isinstance(base, PackedWeight)
+            else "looks tokens up"
+            if isinstance(base, nn.Embedding)
+            else "has a forward of its own"
+            if overrides_forward(base)
+            else None
+        )
+        if found is not None:
+            raise ValueError(
+                f"{name}: the {type(base).__name__} {found}, expected a plain layer with token_gate, whose change is "
+                "compared with the layer's own product. Leave it out with exclude_modules. Nothing was changed."
+            )
 
 
 def check_untied(model: nn.Module, names: list[str]) -> None:

@@ -60,6 +60,7 @@ def test_decode_undoes_encode(selection: tuple[int, list[list[int]]], dtype: tor
         "fps_columns": columns.to(torch.int32),
         "fps_row_counts": row_counts.to(torch.int32),
         "fps_bias": torch.linspace(-2, 2, len(rows)).to(dtype),
+        "fps_threshold": torch.tensor([0.25]),
     }
     assert set(held) == set(TENSORS)
     for name, tensor in held.items():

@@ -180,6 +180,7 @@ TRAINED = {
     "fps": ("activation", "neuron", 0.002, 16),
     "gps": ("gradient", "neuron", 0.002, 16),
     "tr-pts": ("fisher", "block", 0.0006, 32),
+    "tr-pts-parameters": ("fisher", "block", 0.0006, 32),
     "fish-mask": ("fisher", "model", None, 16),
     "far": ("movement", "row", None, 16),
     "diff-pruning": ("l0", "model", None, 8),
@@ -190,6 +191,7 @@ TRAINED = {
 
 
 @pytest.mark.usefixtures("no_picture")
+@pytest.mark.filterwarnings("ignore:The merged model goes on selecting tokens:UserWarning")
 @pytest.mark.parametrize("preset", TRAINED)
 def test_every_preset_fine_tunes(image_folder, tiny_model, tmp_path, preset):
     arguments = ["--model", tiny_model, "--data", image_folder, "--preset", preset, "--epochs", 1]
@@ -324,7 +326,7 @@ def test_a_model_that_would_be_overwritten_is_refused(image_folder, tiny_model, 
         (["--learning-rate", "0"], 2, "0.0 is not a positive number"),
         (["--learning-rate", "nan"], 2, "nan is not a positive number"),
         (["--importance", "astrology"], 2, "astrology"),
-        (["--preset", "alchemy"], 2, "'alchemy' is none of fps, gps, tr-pts, fish-mask, far"),
+        (["--preset", "alchemy"], 2, "'alchemy' is none of fps, gps, tr-pts, tr-pts-parameters,"),
         (["--preset", "gps", "--budget", "0.1", "--per-neuron", "2"], 1, "budget=0.1 and per_neuron=2.0 were both"),
         (["--loss", "contrastive"], 1, "loss='contrastive' was given with importance='activation'"),
         (["--precision", "fp8"], 2, "fp8"),

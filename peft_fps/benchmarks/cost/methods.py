@@ -15,6 +15,8 @@ from peft_fps.benchmarks.cost.random_models import batches, copy_model
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.config import FPSConfig
 from peft_fps.layers.lookup import entry_layers, fps_layers
+from peft_fps.tokens.token_placement import quarter_blocks
+from peft_fps.tokens.vision_trunk import vision_trunk
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
@@ -166,3 +168,33 @@ METHODS: dict[str, Method] = {
     "fps-bfloat16": Method("FPS, bfloat16", _saving("bfloat16")),
 }
 """All methods, in the order of the tables; the last two name a value of `saved_inputs`."""
+
+
+def selecting_tokens(keep_rate: float) -> Callable[[PreTrainedModel, Workload], nn.Module]:
+    """Return a builder for FPS that lets a share of the patches stay, 1 for all of them."""
+
+    def build(base: PreTrainedModel, workload: Workload) -> nn.Module:
+        options: dict[str, Any] = {}
+        if keep_rate < 1:
+            options = {"token_keep_rate": keep_rate, "token_blocks": blocks_of(base)}
+        model: nn.Module = fps(base, workload, **options)
+        return model
+
+    return build
+
+
+def blocks_of(base: PreTrainedModel) -> list[int]:
+    """Return the blocks that select tokens, see `quarter_blocks`."""
+    return quarter_blocks(len(vision_trunk(base).blocks))
+
+
+KEEP_RATES = (1.0, 0.9, 0.7, 0.5)
+
+TOKEN_METHODS: dict[str, Method] = {
+    "floor": METHODS["floor"],
+    "lora": METHODS["lora"],
+    **{f"keep-{rate:g}": Method(f"FPS, keep rate {rate:g}", selecting_tokens(rate)) for rate in KEEP_RATES},
+}
+"""The methods that the row of token selection compares."""
+
+ALL_METHODS = METHODS | TOKEN_METHODS

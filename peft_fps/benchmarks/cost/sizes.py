@@ -47,7 +47,7 @@ def bytes_of(name: str, workload: Workload) -> dict[str, int]:
     """Return the bytes of a method, to be called in a process that has done nothing else.
 
     Args:
-        name: key of the method in `METHODS`.
+        name: key of the method in `ALL_METHODS`.
         workload: what to train.
 
     Returns:

@@ -19,6 +19,7 @@ from peft_fps.benchmarks.cost.timings import (
     measure_steps,
     measure_switching,
 )
+from peft_fps.benchmarks.cost.token_costs import measure_tokens
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.benchmarks.machine import describe
 from peft_fps.benchmarks.malloc import give_back
@@ -36,6 +37,7 @@ ROWS: dict[str, Callable[[Workload], Row]] = {
     "inference": measure_inference,
     "file": measure_files,
     "attach": measure_attaching,
+    "tokens": measure_tokens,
 }
 """All rows, in the order of the tables."""
 

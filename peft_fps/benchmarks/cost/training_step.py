@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_fps.benchmarks.cost.methods import METHODS
+from peft_fps.benchmarks.cost.methods import ALL_METHODS
 from peft_fps.benchmarks.cost.random_models import batches
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.benchmarks.environment import switched
@@ -17,16 +17,16 @@ class Training:
     The learning rate is 0, which costs what any other costs, so that methods can share the memory of their weights.
 
     Args:
-        name: key of the method in `METHODS`.
+        name: key of the method in `ALL_METHODS`.
         base: the model to fine-tune, which is not changed.
         workload: batch size and precision.
     """
 
     def __init__(self, name: str, base: PreTrainedModel, workload: Workload) -> None:
         self.workload = workload
-        self.environment = METHODS[name].environment
+        self.environment = ALL_METHODS[name].environment
         with switched(self.environment):
-            self.model = METHODS[name].build(base, workload)
+            self.model = ALL_METHODS[name].build(base, workload)
         trained = trained_parameters(self.model)
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
         (self.batch,) = batches(base, workload.batch_size)

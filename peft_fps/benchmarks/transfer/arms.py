@@ -13,6 +13,8 @@ from peft_fps.base.head import output_head
 from peft_fps.benchmarks.transfer.class_scores import SCORES
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.tokens.token_placement import quarter_blocks
+from peft_fps.tokens.vision_trunk import vision_trunk
 
 
 FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
@@ -63,6 +65,16 @@ def selecting(**options: Any) -> Build:
     def build(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
         budget = {} if share is None else {"budget": share}
         return FPSConfig(**({"bias": "none"} | budget | options), seed=seed)
+
+    return build
+
+
+def selecting_at_quarters(**options: Any) -> Build:
+    """Return a method of this package that selects tokens in the blocks of TR-PTS's code, 4, 7 and 10 of 12."""
+
+    def build(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+        blocks = quarter_blocks(len(vision_trunk(base).blocks))
+        return selecting(token_blocks=blocks, **options)(base, share, seed)
 
     return build
 
@@ -162,6 +174,21 @@ ARMS: dict[str, Arm] = {
         f"fps-{images}-images": Arm(f"FPS, {images} images", selecting(), tuned_as="fps", images=images)
         for images in (8, 32, 128)
     },
+    **{
+        f"keep-{rate:g}-biases": Arm(
+            f"FPS, with biases, keep rate {rate:g}", selecting(bias="all", token_keep_rate=rate), tuned_as="fps"
+        )
+        for rate in (0.9, 0.7, 0.5)
+    },
+    **{
+        f"keep-{rate:g}-fixed-biases": Arm(
+            f"FPS, with biases, keep rate {rate:g}, fixed blocks",
+            selecting_at_quarters(bias="all", token_keep_rate=rate),
+            tuned_as="fps",
+        )
+        for rate in (0.9, 0.7, 0.5)
+    },
+    "gate-biases": Arm("FPS, with biases, gated", selecting(bias="all", token_gate="threshold"), tuned_as="fps"),
     "fps-augmented": Arm("FPS, augmented images", selecting(), tuned_as="fps", augmented=True),
     **{
         f"try-{score}": Arm(f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", score=score)

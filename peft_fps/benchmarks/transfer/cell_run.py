@@ -20,6 +20,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
+from peft_fps.benchmarks.transfer.soft_score import extra_operations
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
@@ -69,6 +70,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         "train": _training_bytes(model, setting, task, collator),
         "adapter": _file_bytes(model),  # now, since values that have diverged cannot be saved
     }
+    operations = extra_operations(model, collator([task.splits["train"][0]])["pixel_values"])
 
     recipe = RECIPE | {
         "learning_rate": cell.learning_rate,
@@ -102,6 +104,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         seconds=seconds,
         bytes=held,
         loss=loss,
+        operations=operations,
     )
 
 
@@ -219,4 +222,5 @@ def _linear_head(cell: Cell, setting: Setting, task: Task) -> Record:
         seconds=seconds,
         bytes={"select": 0, "train": sum(f.numel() * f.element_size() for f in features.values()), "adapter": 0},
         loss=None,
+        operations=0.0,
     )

@@ -9,6 +9,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
 from peft_fps.benchmarks.transfer.estimates import Estimate, over_seeds, paired
 from peft_fps.benchmarks.transfer.plan import chosen_rate, trials
+from peft_fps.benchmarks.transfer.soft_score import soft_score
 from peft_fps.benchmarks.transfer.tasks import rank
 
 
@@ -178,9 +179,12 @@ def rate_table(results: Results) -> TextTable:
 def cost_table(results: Results) -> TextTable:
     """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file.
 
-    Of methods that have a choice, cells of the share at which learning rates are chosen, which all of them have.
+    Of methods that have a choice, cells of the share at which learning rates are chosen, which all of them have. PSCP
+    stands there where full fine-tuning, whose costs are its constants, was run, and the cells say what a forward pass
+    takes.
     """
     lines = []
+    scored = _scored(results)
     for row in results.of_share(results.tuned_share):
         records = results.rows[row]
         lines.append(
@@ -191,11 +195,35 @@ def cost_table(results: Results) -> TextTable:
                 f"{median(record.seconds['train'] for record in records):.0f}",
                 f"{median(record.bytes['train'] for record in records) / MIB:.1f}",
                 f"{max(record.bytes['adapter'] for record in records) / 1024:,.0f}",
+                *((scored[row],) if row in scored else ("",) * bool(scored)),
             )
         )
-    header = ("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB")
+    header = (
+        *("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB"),
+        *(("PSCP",) if scored else ()),
+    )
     title = f"What the methods cost here, at {results.tuned_share:.2%} (cells run side by side: the times are a hint)"
     return TextTable(title, header, tuple(lines))
+
+
+def _scored(results: Results) -> dict[RowKey, str]:
+    """Return PSCP in percent of every row that has run on all tasks; see `soft_score`."""
+    rows = results.of_share(results.tuned_share)
+    full = results.rows.get(("full", None), [])
+    most = median(record.bytes["train"] for record in full) if full else 0
+    found = {}
+    for row in rows if most else ():
+        records = results.rows[row]
+        operations = [record.operations for record in records if record.operations is not None]
+        if operations and results.seeds(row):
+            value = soft_score(
+                over_seeds(results.accuracies(row), results.tasks).mean,
+                mean(record.trained / record.backbone for record in records),
+                mean(operations),
+                median(record.bytes["train"] for record in records) / most,
+            )
+            found[row] = f"{100 * value:.1f}"
+    return found
 
 
 def show(estimate: Estimate) -> str:

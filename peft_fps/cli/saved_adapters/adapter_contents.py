@@ -134,6 +134,7 @@ class Inspection:
             },
             "method": self.method,
             "calibration": record and record["calibration"],
+            "selecting_blocks": record and record.get("selecting_blocks"),
             "config": self.settings,
             "modules": [asdict(layer) | {"share": layer.share} for layer in layers],
             "heads": {

@@ -126,5 +126,6 @@ def _check_entries(config: FPSConfig, record: AdapterRecord, tensors: Mapping[st
     for module, size in record.allocation.items():
         # whether a layer has a bias is the base model's to say; a norm is there for its bias alone
         bias = config.bias != "none" and (size.is_norm or "fps_bias" in tensors.get(module, {}))
-        expected[module] = Expected(size.neurons, size.inputs, size.entries, bias)
+        gate = config.token_gate is not None and not size.is_norm
+        expected[module] = Expected(size.neurons, size.inputs, size.entries, bias, gate)
     check_adapter_tensors(tensors, expected, total_only=config.granularity not in ("neuron", "layer"))

@@ -163,6 +163,19 @@ def test_costs_are_medians_over_cells_and_the_largest_file():
     )
 
 
+def test_the_soft_score_stands_beside_the_costs_where_full_fine_tuning_was_run():
+    def sizes(step):
+        return {"select": 0, "train": step, "adapter": 0}
+
+    fps = chosen("fps", test=0.8, bytes=sizes(50), operations=-0.25, trained=100)
+    full = chosen("full", test=0.6, bytes=sizes(200), operations=0.0, trained=1000)
+    table = cost_table(Results([*fps, *full], SETTING))
+    assert table.header[-1] == "PSCP"
+    expected = {"FPS": 80 / (1.1 * 0.75 * 1.25), "full fine-tuning": 60 / (2 * 1 * 2)}
+    assert {line[0]: line[-1] for line in table.lines} == {name: f"{value:.1f}" for name, value in expected.items()}
+    assert cost_table(Results(fps, SETTING)).header[-1] == "largest file, KiB"
+
+
 def test_costs_are_of_the_cells_at_the_chosen_rate():
     slow = [
         record(
