@@ -17,6 +17,11 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# `torch.manual_seed` keeps a stack trace for every kind of accelerator, for the day on which it is there
+for accelerator in (torch.cuda, torch.xpu, torch.mtia):
+    if not accelerator.is_available():
+        accelerator.manual_seed_all = lambda seed: None
+
 # saving an adapter compiles the same template of a model card each time, which takes longer than the saving itself
 jinja2.Environment.compile = lru_cache(64)(jinja2.Environment.compile)
 
