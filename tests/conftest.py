@@ -62,6 +62,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
+LONG = (
+    "notebooks/",
+    "tests/test_quality.py",
+    "tests/minimum_versions/",
+    "tests/training/test_distributed.py",
+    "tests/test_minilm.py",
+    "tests/hub/",
+    "tests/test_readme.py",
+    "tests/cli/test_finetune.py",
+    "tests/benchmarks/",
+    "tests/layers/test_entry_structures.py",
+)
+"""Where the tests are that take longest, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that at the end no process waits for another one's."""
+    items.sort(key=lambda item: next((i for i, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _left_out_of_garbage_collection() -> None:
     """Leave out what imports and earlier modules have made: a Trainer collects at the end of every training."""
