@@ -17,6 +17,11 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# `torch.manual_seed` keeps a stack trace for every kind of accelerator, for the day on which it is there
+for accelerator in (torch.cuda, torch.xpu, torch.mtia):
+    if not accelerator.is_available():
+        accelerator.manual_seed_all = lambda seed: None
+
 # saving an adapter compiles the same template of a model card each time, which takes longer than the saving itself
 jinja2.Environment.compile = lru_cache(64)(jinja2.Environment.compile)
 
@@ -55,6 +60,26 @@ settings.load_profile("peft_fps")
 def pytest_configure(config: pytest.Config) -> None:
     # peft asks every transformers model for the property under its old name
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+LONG = (
+    "notebooks/",
+    "tests/test_quality.py",
+    "tests/minimum_versions/",
+    "tests/training/test_distributed.py",
+    "tests/test_minilm.py",
+    "tests/hub/",
+    "tests/test_readme.py",
+    "tests/cli/test_finetune.py",
+    "tests/benchmarks/",
+    "tests/layers/test_entry_structures.py",
+)
+"""Where the tests are that take longest, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that at the end no process waits for another one's."""
+    items.sort(key=lambda item: next((i for i, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -318,6 +319,24 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     after = snapshot(model)
     for part, expected in before.items():
         assert after[part] == expected, part
+
+
+def assert_threads_do_not_mix(model: nn.Module, inputs: list[Tensor]) -> None:
+    """Each input in a thread of its own, at the same time: the results are those of one after the other."""
+    expected, before, wrong = [deepcopy(model)(x) for x in inputs], base_bytes(model), []
+    start = threading.Barrier(len(inputs))
+
+    def run(x: Tensor, wanted: Tensor) -> None:
+        start.wait()
+        wrong.extend(i for i in range(50) if not torch.equal(model(x), wanted))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert base_bytes(model) == before
 
 
 # --- selections -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.layers.layer_types import layer_class
 from tests.helpers import (
     adapted,
+    assert_threads_do_not_mix,
     base_bytes,
     config,
     dense_change,
@@ -572,22 +572,7 @@ def test_a_whole_transformer_compiles_without_a_graph_break():
 def test_forwards_in_two_threads(names: tuple[str, ...]):
     model = with_three()
     activate(model, *names)
-    inputs = [normal(50, 10, seed=seed) for seed in range(2)]
-    expected = [copy.deepcopy(model)(x) for x in inputs]
-    before, wrong = base_bytes(model), []
-    start = threading.Barrier(2)
-
-    def run(x: Tensor, wanted: Tensor) -> None:
-        start.wait()
-        wrong.extend(i for i in range(50) if not torch.equal(model(x), wanted))
-
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert base_bytes(model) == before
+    assert_threads_do_not_mix(model, [normal(50, 10, seed=seed) for seed in range(2)])
 
 
 # --- places that need care ------------------------------------------------------------------------------------------

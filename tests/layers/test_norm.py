@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from peft_fps.layers.norm import Norm
 from peft_fps.selection import NormSelection
 from tests.helpers import (
     adapted,
+    assert_threads_do_not_mix,
     base_bytes,
     bits,
     config,
@@ -782,22 +782,7 @@ def test_compiled_models_compute_the_same_without_a_graph_break(kind: str, warm:
 
 @pytest.mark.parametrize("kind", ["plain", "channels first"])
 def test_forwards_in_two_threads(kind: str) -> None:
-    model = with_norms(around(kind))
-    xs = [normal(*KINDS[kind][1], seed=seed) for seed in range(2)]
-    expected, before, wrong = [copy.deepcopy(model)(x) for x in xs], base_bytes(model), []
-    start = threading.Barrier(2)
-
-    def run(x: Tensor, wanted: Tensor) -> None:
-        start.wait()
-        wrong.extend(i for i in range(50) if not torch.equal(model(x), wanted))
-
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(xs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert base_bytes(model) == before
+    assert_threads_do_not_mix(with_norms(around(kind)), [normal(*KINDS[kind][1], seed=seed) for seed in range(2)])
 
 
 @pytest.mark.parametrize("gradients", [True, False])
