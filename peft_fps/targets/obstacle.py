@@ -48,7 +48,7 @@ def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str 
         )
     if not overrides_forward(module):
         return None
-    if _is_offloaded(module):
+    if is_offloaded(module):
         return "it has a forward of its own and is offloaded by accelerate, expected its weight at hand"
     if module.weight.device.type == "meta":
         return None
@@ -63,7 +63,8 @@ def obstacle(module: Any, own: str = "weight", *, certain: bool = False) -> str 
     return None
 
 
-def _is_offloaded(module: Any) -> bool:
+def is_offloaded(module: Any) -> bool:
+    """Return whether accelerate offloads a module's own parameters."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
