@@ -32,8 +32,7 @@ class Observed:
     Attributes:
         module: the module that the model calls with the layer's input.
         base: the linear layer or convolution that multiplies this input with its weight.
-        groups: number of groups of neurons that read different inputs. 1 except in grouped convolutions and in
-            stacked weights.
+        groups: number of groups of neurons that read different inputs; 1 but in grouped or packed weights.
         inputs: fan-in of a neuron.
         own_forward: whether the base layer overrides forward and may change its input before it multiplies.
     """
@@ -48,8 +47,8 @@ class Observed:
 class Collector:
     """Context in which every call of the given layers within a batch adds to the layer's input statistics.
 
-    Layers that read one tensor, such as query, key and value projections, share its reduction. Calls between two
-    batches do not count, because the model itself may generate the data.
+    Layers that read one tensor, such as query and key projections, share its reduction. Calls between two batches do
+    not count, because the model itself may generate the data.
 
     Attributes:
         statistics: input statistics of the layers that were called, by module path.
@@ -63,9 +62,7 @@ class Collector:
 
     def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self._layers = layers
-        self._norm = norm
-        self._model = model
+        self._layers, self._norm, self._model = layers, norm, model
         self._forward: Callable[..., Any] | None = None
         self._within = False
         self._batch: Mapping[str, Any] = {}
@@ -80,9 +77,9 @@ class Collector:
         for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in packed):
             if layer.own_forward:
                 self._watch(path, layer.base)
-                continue
-            hook = self._hook(path, layer.base)
-            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                hook = self._hook(path, layer.base)
+                self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         if self._model is not None:
             # not a hook, because PEFT calls the forward of the base model without its hooks
             self._forward = vars(self._model).get("forward")
@@ -182,14 +179,12 @@ class Collector:
 
     def _add_matrix(self, weight: PackedWeight, path: str, matrix: int, x: Tensor, rows: Rows | None = None) -> None:
         """Add inputs of one matrix of the stacked weight at `path`; see `Receive`."""
-        if not self._within or x.numel() == 0:
-            return
-        mask = self._mask(path, x if rows is None else rows.of)
-        if mask is not None:
-            mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
-        found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
-        add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
-        self._touched[path] = None
+        if self._within and x.numel():
+            if (mask := self._mask(path, x if rows is None else rows.of)) is not None:
+                mask = mask.reshape(-1)[slice(None) if rows is None else rows.index]
+            found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
+            add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
+            self._touched[path] = None
 
     def _add(self, path: str, base: nn.Module, x: Tensor) -> None:
         """Add an input to the statistics of a layer.
