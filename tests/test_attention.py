@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,13 @@ def test_several_adapters() -> None:
     kinds = {path: type(layer) for path, layer in layers_of(model).items()}
     assert kinds["cross.out_proj"] is PackedLayer
     assert set(model.base_model.targeted_module_names) == set(kinds)
+
+
+def test_offloaded_attention_is_named_and_left_alone() -> None:
+    base = encoder()
+    vars(base.cross)["_hf_hook"] = SimpleNamespace(offload=True)
+    with pytest.warns(
+        UserWarning, match=r"2 of \d+ layers are left out .*: cross\.out_proj: an attention .* offloaded"
+    ):
+        model = adapted(base)
+    assert {path.rpartition(".")[0] for path in packed_layers(model)} == {"block.self_attn"}

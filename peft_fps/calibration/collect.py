@@ -48,8 +48,8 @@ class Observed:
 class Collector:
     """Context in which every call of the given layers within a batch adds to the layer's input statistics.
 
-    Layers that read one tensor, such as query, key and value projections, share its reduction. Calls between two
-    batches do not count, because the model itself may generate the data.
+    Layers that read one tensor, such as query and key projections, share its reduction. Calls between two batches do
+    not count, because the model itself may generate the data.
 
     Attributes:
         statistics: input statistics of the layers that were called, by module path.
@@ -63,9 +63,7 @@ class Collector:
 
     def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self._layers = layers
-        self._norm = norm
-        self._model = model
+        self._layers, self._norm, self._model = layers, norm, model
         self._forward: Callable[..., Any] | None = None
         self._within = False
         self._batch: Mapping[str, Any] = {}

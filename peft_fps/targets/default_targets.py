@@ -12,10 +12,10 @@ from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.norm import is_biased_norm
 from peft_fps.targets.base_parameters import named_base_modules
-from peft_fps.targets.obstacle import obstacle
+from peft_fps.targets.obstacle import is_offloaded, obstacle
 
 
-READ_UNCALLED = "torch.nn.MultiheadAttention reads it without calling it, in a forward or with tensors of its own"
+READ_UNCALLED = "an attention reads it without calling it that is offloaded, or has a forward or tensors of its own"
 
 
 def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
@@ -58,6 +58,7 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         f"{name}.{own}"
         for name, part in attentions.items()
         if name and has_projections(part) and not f"{name}.".startswith(inside)
+        if not (is_offloaded(part) or is_offloaded(part.out_proj))
         for own in PROJECTIONS
         if in_wanted_block(f"{name}.{own}", config)
     }

@@ -15,6 +15,7 @@ from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import LAYERS, layer_class
 from peft_fps.targets.base_parameters import count_base_parameters, named_base_modules
 from peft_fps.targets.default_targets import in_wanted_block
+from peft_fps.targets.obstacle import is_offloaded
 
 
 def default_parameters(model: nn.Module, config: FPSConfig, head: Head) -> list[str]:
@@ -127,7 +128,7 @@ def parameter_obstacle(model: nn.Module, path: str) -> str | None:
             f"it has dtype {weight.dtype} and shape {tuple(weight.shape)}, expected a floating tensor of three "
             "dimensions, one matrix per expert"
         )
-    if getattr(getattr(owner, "_hf_hook", None), "offload", False):
+    if is_offloaded(owner):
         return "accelerate offloads it, expected a tensor at hand"
     layers = [name for name, part in owner.named_modules() if name and layer_class(part) is not None]
     if layers and not attention:
