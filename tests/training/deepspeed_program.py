@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -73,4 +72,9 @@ def main(folder: Path) -> None:
         trainer(adapted(), folder / "3", 3).train()
     except ValueError as error:
         (folder / f"refused{dist.get_rank()}.txt").write_text(str(error))
-    torch.distributed.destroy_process_group()
+    model = adapted()
+    model.calibrate([{"pixel_values": Images().pixels[dist.get_rank() :: 2]}], progress=False)
+    training = trainer(model, folder / "3", 3)
+    training.train()
+    training.save_model(str(folder / "3" / "adapter"))
+    dist.destroy_process_group()

@@ -42,6 +42,13 @@ def test_training_resumes_where_it_was(stage, two):
         assert torch.equal(tensor, files[1][name]), name
 
 
+def test_partitioned_models_train_and_save_what_was_calibrated_before(two):
+    partitioned, plain = (load_file(two / stage / "adapter" / "adapter_model.safetensors") for stage in ("3", "1"))
+    assert partitioned.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(partitioned[name], tensor, rtol=1e-2, atol=1e-4)
+
+
 def test_partitioned_models_are_refused_with_what_to_do(two):
     for rank in range(2):
         refusal = (two / f"refused{rank}.txt").read_text()
