@@ -5,6 +5,7 @@ FSDP2 (`torch.distributed.fsdp.fully_shard`) replaces every parameter by a DTens
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,11 @@ def has_shards(module: nn.Module) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, which shares its memory, or a whole tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    detached: Any = tensor.detach()
+    part: Tensor = detached.to_local()
+    return part
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -34,8 +39,9 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type  # FSDP's offloading keeps the parts elsewhere
-    detached = tensor.detach()
-    return (detached if detached.device.type == kind else detached.to(kind)).full_tensor()
+    detached: Any = tensor.detach()
+    gathered: Tensor = (detached if detached.device.type == kind else detached.to(kind)).full_tensor()
+    return gathered
 
 
 def sharded_like(tensor: Tensor, sharded: Tensor) -> Tensor:

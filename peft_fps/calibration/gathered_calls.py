@@ -6,6 +6,7 @@ runs, and they wait for ever for a process that has failed.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def gathered_in_turn(layers: Mapping[str, Any], scores: Mapping[str, Score]) -> 
         return scores[path](first, last)
 
     try:
-        yield {path: (lambda first, last, path=path: in_turn(path, first, last)) for path in scores}
+        yield {path: partial(in_turn, path) for path in scores}
     finally:
         while turn:
             turn.pop().close()

@@ -80,7 +80,7 @@ def reading_ends_together(loader: Any) -> Iterator[None]:
             failures.append(error)
             return fetch(iter(()))
 
-    loader._fetch_batches = fetch_or_end  # type: ignore[method-assign]
+    loader._fetch_batches = fetch_or_end
     try:
         yield
     except Exception:  # of accelerate, if not even the first batch came

@@ -41,7 +41,8 @@ def shares() -> list[list[dict[str, Tensor]]]:
 
 
 def adapted(**options: Any) -> Any:
-    return get_peft_model(tiny_vit(), FPSConfig(**({"budget": 0.05, "bias": "with_norms"} | options)))
+    settings: dict[str, Any] = {"budget": 0.05, "bias": "with_norms"}
+    return get_peft_model(tiny_vit(), FPSConfig(**(settings | options)))
 
 
 def sharded(model: Any) -> Any:
@@ -86,7 +87,7 @@ def outputs(model: Any) -> Tensor:
         return model.eval()(pixel_values=pixels_and_labels()[0]).logits
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_state(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
@@ -160,14 +161,14 @@ def refuse(folder: Path, rank: int) -> None:
         "model": lambda: sharded(adapted(granularity="model")).calibrate(data, progress=False),
         "load": lambda: sharded(adapted(budget=0.06)).load_adapter(folder / "adapter", "default"),
         "apply": lambda: Selection.of(adapted()).apply(sharded(adapted(budget=0.06))),
-        "hotswap": lambda: hotswap_adapter(sharded(adapted()), folder / "adapter", "default"),
+        "hotswap": lambda: hotswap_adapter(sharded(adapted()), str(folder / "adapter"), "default"),
         "second": lambda: sharded(adapted()).add_adapter("second", FPSConfig(budget=0.05)),
         "combine": lambda: sharded(adapted()).add_weighted_adapter(["default"], [1.0], "second"),
     }
     (folder / f"refused{rank}.json").write_text(json.dumps({name: outcome(case) for name, case in cases.items()}))
 
 
-def sharded_base() -> nn.Module:
+def sharded_base() -> Any:
     base = tiny_vit()
     return fully_shard(base, mesh=init_device_mesh("cpu", (2,)))
 
@@ -252,6 +253,6 @@ def launched(folder: Path, program: str, variables: dict[str, str]) -> None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = prepare  # type: ignore[method-assign]
+    AcceleratorState.__init__ = prepare
     runpy.run_path(program, run_name="__main__")
     dist.destroy_process_group()
