@@ -15,6 +15,7 @@ DOCUMENTS = {
         ROOT / "CHANGELOG.md",
         RESULTS / "README.md",
         ROOT / "peft_fps" / "reproduce" / "README.md",
+        ROOT / "peft_fps" / "training" / "README.md",
         *sorted((ROOT / ".github").glob("*.md")),  # not part of a source distribution
     )
 }

@@ -41,7 +41,9 @@ def run_together(target: Callable[..., None], *arguments: Any, count: int = 2) -
     """
     context = multiprocessing.get_context(START)
     if START == "forkserver":
-        context.set_forkserver_preload(["tests.helpers", "tests.training.ddp_program"])
+        context.set_forkserver_preload(
+            ["tests.helpers", "tests.training.ddp_program", "tests.training.sharded_program"]
+        )
     variables = variables_of_a_group(count)
     with TemporaryDirectory() as folder:
         processes = [

@@ -3,6 +3,7 @@
 from peft_fps.calibration.batches import batches, single_examples
 from peft_fps.calibration.calls import Run, feed, fits, run_model
 from peft_fps.calibration.collect import Collector, Observed
+from peft_fps.calibration.gathered_calls import gathered_in_turn
 from peft_fps.calibration.observe import observe
 from peft_fps.calibration.passes import Pass, device_of
 from peft_fps.calibration.preserve import undisturbed
@@ -24,6 +25,7 @@ __all__ = [
     "failing_together",
     "feed",
     "fits",
+    "gathered_in_turn",
     "is_distributed",
     "observe",
     "run_model",

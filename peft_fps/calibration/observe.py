@@ -1,15 +1,18 @@
 """The forward pass over data that gathers input statistics, batch by batch."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from peft_fps.base.packed_weight import PackedWeight
+from peft_fps.base.sharded import has_shards
 from peft_fps.calibration.calls import Run, feed
 from peft_fps.calibration.collect import Collector, Observed
+from peft_fps.calibration.gathered_calls import gathered_in_calls
 from peft_fps.calibration.passes import Pass, device_of
 from peft_fps.calibration.preserve import undisturbed
 from peft_fps.calibration.statistics import InputStatistics, wide_dtype
@@ -22,6 +25,7 @@ def observe(
     """Run the model on data and return the input statistics of the layers that the data reaches.
 
     Under torch.distributed each process has its own data, which may be empty. All processes return the sums over all.
+    A sharded model runs in step, with one module's parameters gathered at a time.
 
     Args:
         model: model that runs on every batch. It is unchanged afterwards, after an error too.
@@ -38,10 +42,13 @@ def observe(
         TypeError: the data is of an unknown kind.
     """
     device = device_of(model)
-    with undisturbed(model), Collector(layers, norm, model) as collector:
+    with undisturbed(model), gathered_in_calls(model, device), Collector(layers, norm, model) as collector:
         data.start(device)
-        with closing(iter(data)) as passing:
-            for index, batch in passing:
+        with closing(data.in_step(device) if has_shards(model) else _own(data)) as passing:
+            for index, batch, counts_here in passing:
+                if not counts_here:
+                    feed(model, batch, device, run)
+                    continue
                 collector.start_batch(batch, model)
                 data.counts["examples"] += feed(model, batch, device, run)
                 collector.check_batch(index)
@@ -49,6 +56,13 @@ def observe(
         if is_distributed():
             return _sum_over_processes(collector.statistics, layers, device), counts
     return collector.statistics, counts
+
+
+def _own(data: Pass) -> Generator[tuple[int, Any, bool], None, None]:
+    """Yield what `Pass.in_step` yields, of this process alone."""
+    with closing(iter(data)) as passing:
+        for index, batch in passing:
+            yield index, batch, True
 
 
 def _sum_over_processes(

@@ -1,6 +1,7 @@
 """Passes over data with a progress bar, batch by batch."""
 
 from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,8 +12,10 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_fps.base.sharded import compute_device
 from peft_fps.calibration.batches import batches
-from peft_fps.calibration.together import agree, is_distributed
+from peft_fps.calibration.shares import loader_of, reading_ends_together, without_repeats
+from peft_fps.calibration.together import agree, is_distributed, shared_object
 
 
 NO_BATCH = "The calibration data holds no batch, expected at least one. Nothing was changed."
@@ -55,6 +58,7 @@ class Pass:
         if self.data is None:
             raise ValueError(f"{self.purpose} needs data, found None. Pass the training DataLoader to calibrate.")
         self._source = batches(self.data, self.collator, self.batch_size)
+        self._in_step = False
         if self.epochs > 1 and iter(self._source) is self._source:
             raise ValueError(
                 f"{self.purpose} needs {self.epochs} passes over the data, found an iterator, which gives one. Pass a "
@@ -66,17 +70,46 @@ class Pass:
         total = None if length is None else length * self.epochs
         with tqdm(total=total, disable=not self.progress, desc="Calibrating", unit="batch") as bar:
             for _ in range(self.epochs):
-                source = islice(self._source, self.num_batches)
-                for batch in source:
-                    try:
-                        yield self.counts["batches"], batch
-                    except GeneratorExit:  # the code that runs the model has failed
-                        self._keep_in_step(source)
-                        raise
+                for batch in self._shares():
+                    yield self.counts["batches"], batch
                     self.counts["batches"] += 1
                     bar.update()
         if not self.counts["batches"] and not is_distributed():
             raise ValueError(NO_BATCH)
+
+    def _shares(self) -> Generator[Any, None, None]:
+        """Yield the batches of one pass, without what was added to them so that all processes have as many."""
+        loader, source = loader_of(self._source), islice(self._source, self.num_batches)
+        with reading_ends_together(loader):
+            for batch in source:
+                own = without_repeats(loader, batch) if is_distributed() else batch
+                if own is None:
+                    continue
+                try:
+                    yield own
+                except GeneratorExit:  # the code that runs the model has failed
+                    self._keep_in_step(source)
+                    raise
+
+    def in_step(self, device: torch.device) -> Generator[tuple[int, Any, bool], None, None]:
+        """Iterate over the batches of all processes side by side, since a sharded model runs in all of them or none.
+
+        A process that has no batch left gets one of another process, so that it can take part.
+
+        Args:
+            device: device of collective operations.
+
+        Yields:
+            Index of the batch, the batch, and whether it is this process's own and counts here.
+        """
+        self._in_step = True
+        with closing(iter(self)) as passing:
+            while True:
+                item = next(passing, None)
+                batch, owner = shared_object(None if item is None else item[1], item is not None, device)
+                if owner is None:
+                    return
+                yield (self.counts["batches"], batch, False) if item is None else (*item, True)
 
     def start(self, device: torch.device) -> None:
         """Wait until all processes of a distributed run are ready to read their data.
@@ -110,14 +143,15 @@ class Pass:
 
     def _keep_in_step(self, source: Iterable[Any]) -> None:
         """Read the rest of the data if one process reads for all, so that the other processes get their batches."""
-        if is_distributed() and isinstance(self._source, DataLoaderDispatcher):
+        # in step, the others have stopped reading too
+        if is_distributed() and isinstance(loader_of(self._source), DataLoaderDispatcher) and not self._in_step:
             for _ in source:
                 pass
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's inputs: that of its first parameter that is not on meta, else the CPU."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return next((compute_device(p) for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _length(source: Iterable[Any], num_batches: int | None) -> int | None:

@@ -11,6 +11,14 @@ from peft_fps.layers.fps_layer import FPSLayer
 FSDP_PREFIX = "_fsdp_wrapped_module."
 """What FSDP puts before the paths of modules, and leaves out of the keys of a full state dict."""
 
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""What PyTorch's activation checkpointing puts into the paths of modules, and not into the keys of state dicts."""
+
+
+def state_dict_path(path: str) -> str:
+    """Return how the keys of a state dict begin for the module at a path."""
+    return path.removeprefix(FSDP_PREFIX).replace(CHECKPOINTED, "")
+
 
 def expected_module(layer: FPSLayer, adapter_name: str, entries: int) -> Expected:
     """Return what a layer expects of its module's part of the file.
@@ -38,7 +46,7 @@ def whole_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     keys = {}
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            place = path.removeprefix(FSDP_PREFIX)
+            place = state_dict_path(path)
             for name, stored in module.adapter_state_dict_load_map(adapter_name).items():
                 keys[plain_name(f"{place}.{name}").removeprefix(PEFT_PREFIX)] = f"{place}.{stored}"
     return keys

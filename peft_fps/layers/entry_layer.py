@@ -121,7 +121,9 @@ class EntryLayer(StructuredLayer, FPSLayer):
         self.fps_columns[adapter_name] = columns.to(device, torch.int32)
         self.fps_row_counts[adapter_name] = row_counts.to(device, torch.int32)
         self.start_from_zero(adapter_name)
-        if self.is_prepared(adapter_name):  # else the first use derives it
+        if self.is_sharded(adapter_name):
+            self.forget(adapter_name)
+        elif self.is_prepared(adapter_name):  # else the first use derives it
             self.renew(adapter_name)
 
     def resize(self, adapter_name: str, entries: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from peft_fps.base.sharded import is_sharded
+from peft_fps.base.sharded import is_sharded, own_part
 from peft_fps.layers.placement import PlacedLayer
 from peft_fps.sparse import StructureError, check_finite, check_floating, is_jit_tracing
 
@@ -46,7 +46,9 @@ class CheckedLayer(PlacedLayer):
     def _is_blank(self, adapter_name: str) -> bool:
         """Whether the tensors hold what no valid adapter holds."""
         bias = self.fps_bias.get(adapter_name)
-        return bias is not None and bool(bias.detach().isnan().all())
+        if bias is None or (is_sharded(bias) and not own_part(bias).numel()):
+            return False
+        return bool(own_part(bias.detach()).isnan().all())
 
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
@@ -97,6 +99,10 @@ class CheckedLayer(PlacedLayer):
         """Let the next use check the adapter's tensors."""
         raise NotImplementedError
 
+    def is_sharded(self, adapter_name: str) -> bool:
+        """Whether each process holds only a part of what the adapter trains here."""
+        return any(is_sharded(parameter) for parameter in self.adapter_parameters(adapter_name))
+
     def renew(self, adapter_name: str) -> None:
         """Check the adapter's tensors now, after they have changed; invalid ones are refused in use."""
         self.forget(adapter_name)
@@ -130,7 +136,7 @@ class CheckedLayer(PlacedLayer):
 def renew_after_loading(layer: CheckedLayer, incompatible_keys: Any) -> None:
     """Hook on `load_state_dict`: the new tensors of active adapters are checked, and serve compiled forwards too."""
     for name in layer.fps_state:
-        if any(is_sharded(parameter) for parameter in layer.adapter_parameters(name)):
+        if layer.is_sharded(name):
             layer.forget(name)  # to look at it now might wait for processes that load nothing
         elif layer.is_prepared(name) or name in layer.active_adapters:
             layer.renew(name)

@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.base.compiled import run_eagerly
-from peft_fps.base.sharded import check_whole
+from peft_fps.base.sharded import check_whole, has_shards, reshard
 from peft_fps.calibration import InputStatistics, Pass, Run, called_anywhere, calls_noted, device_of, failing_together
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
@@ -43,12 +43,19 @@ RECORDED = ("importance", "order", "granularity", "seed")
 """What of the config is kept with a selection, besides what its importance depends on."""
 
 
+BEFORE_SHARDING = (
+    "Calibrate before the model is sharded, in every process and without FPSCallback, or in one process alone, and "
+    "give the selection to the others (Selection.save, Selection.load)."
+)
+
+
 def _collective(model: nn.Module, data: Any = None, *, adapter_name: str | None = None, **_: Any) -> Any:
     """Return the device on which a calibration meets with other processes, None if it does not."""
     name = adapter_name or active_adapter(model)
     config = adapter_config(model, name)
-    meets = IMPORTANCES[config.importance].needs in ("forward", "backward")
-    return device_of(base_model(model)) if meets and config.needs_calibration else None
+    base = base_model(model)
+    meets = IMPORTANCES[config.importance].needs in ("forward", "backward") and config.needs_calibration
+    return device_of(base) if meets or has_shards(base) else None
 
 
 @failing_together(_collective)
@@ -78,7 +85,11 @@ def calibrate(
     a decoder is read off its own mask, the labels or the padding tokens.
 
     In a distributed run every process brings its own share of the data, which may be empty. All processes get the same
-    selection, or the error of the one that failed, with its rank.
+    selection, or the error of the one that failed, with its rank. What accelerate's loaders repeat in the last batches
+    does not count.
+
+    A model that FSDP2 has sharded is calibrated with the parameters of one module gathered at a time, by an importance
+    that needs no gradients. All processes call this function together. Its modules keep their numbers of entries.
 
     A module that no batch reaches holds nothing, and its part of the budget goes to the others. A warning names it.
     Such modules are unused poolers, experts without a token, layers whose weight the model reads without calling them.
@@ -117,13 +128,11 @@ def calibrate(
     """
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
+    reshard(model)
     check_selectable(layers, adapter_name, discard_values)
-    check_whole(
-        base_model(model),
-        "calibrate",
-        "Calibrate before the model is sharded, in every process and without FPSCallback, or in one process alone, "
-        "and give the selection to the others (Selection.save, Selection.load).",
-    )
+    forward = IMPORTANCES[config.importance].needs in ("nothing", "forward")
+    verb = f"calibrate with importance={config.importance!r}"
+    check_whole(base_model(model), verb, BEFORE_SHARDING, allow_fsdp=forward)
     if config.needs_calibration:
         batches = Pass(
             data,

@@ -2,6 +2,8 @@
 
 from collections.abc import Container, Mapping
 
+from peft_fps.base.sharded import own_part
+from peft_fps.calibration import gathered_in_turn
 from peft_fps.config import FPSConfig
 from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
@@ -34,7 +36,7 @@ def check_selectable(layers: Mapping[str, FPSLayer], adapter_name: str, discard_
                 f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors. Build it without "
                 "low_cpu_mem_usage. Nothing was changed."
             )
-        trained = any(bool(parameter.detach().nan_to_num().any()) for parameter in parameters)
+        trained = any(bool(own_part(parameter.detach()).nan_to_num().any()) for parameter in parameters)
         if trained and not discard_values:
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} holds trained changes, expected none, since choosing "
@@ -58,12 +60,40 @@ def rank(
         Columns `(nnz,)` and row counts `(neurons,)` of each layer, by path.
     """
     barred = {path: layers[path].barred_input(layers[path].base_layer) for path in entries}
-    candidates = {
-        path: without_input(Candidate(layers[path].shape, count, scores[path]), barred[path])
-        for path, count in entries.items()
-    }
-    selected = select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
+    with gathered_in_turn(layers, scores) as scores:
+        candidates = {
+            path: without_input(Candidate(layers[path].shape, count, scores[path]), barred[path])
+            for path, count in entries.items()
+        }
+        selected = select_entries(candidates, config.granularity, block_top=config.block_top, order=config.order)
     return {path: with_input(found, barred[path]) for path, found in selected.items()}
+
+
+def check_sizes_kept(
+    layers: Mapping[str, FPSLayer], adapter_name: str, selected: Mapping[str, Selected], reached: Container[str]
+) -> None:
+    """Check that sharded layers keep the numbers of entries with which they were sharded.
+
+    Args:
+        layers: all that the adapter targets, by module path.
+        adapter_name: its name.
+        selected: as for `set_entries`.
+        reached: likewise.
+
+    Raises:
+        ValueError: a sharded layer would get another number of entries, or a sharded bias delta would come or go.
+    """
+    for path, layer in layers.items():
+        if not layer.is_sharded(adapter_name):
+            continue
+        entries = selected[path][0].numel() if path in reached and path in selected else 0
+        found = layer.sizes(adapter_name).entries
+        if entries != found or (path in reached) != layer.carries(adapter_name):
+            raise ValueError(
+                f"{path}: the selection gives it {entries:,} entries, expected {found:,}, with which it was sharded. "
+                "Modules that no data reaches, and a granularity other than 'neuron' and 'layer', change these "
+                "numbers. Choose the entries before the model is sharded, in every process. Nothing was changed."
+            )
 
 
 def set_entries(
@@ -76,7 +106,11 @@ def set_entries(
         adapter_name: its name.
         selected: columns `(nnz,)` and row counts `(neurons,)` of every layer with entries that is reached.
         reached: paths of the layers in which the adapter is to hold something.
+
+    Raises:
+        ValueError: a sharded layer would get another number of entries. Nothing is changed then.
     """
+    check_sizes_kept(layers, adapter_name, selected, reached)
     for path, layer in layers.items():
         if path not in reached:
             layer.leave_out(adapter_name)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.base.renamed_modules import current_names
+from peft_fps.base.sharded import gathered, reshard
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import Score
@@ -73,6 +74,7 @@ def give_entries(
     """
     config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     base = base_model(model)
+    reshard(model)
     check_selectable(layers, adapter_name, discard_values)
     if config.token_keep_rate is not None and config.token_blocks is None:
         raise ValueError(
@@ -124,8 +126,9 @@ def best_entries(
 
 @torch.no_grad()
 def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
-    weight = layer.weight_rows(0, layer.shape.neurons)
-    return checked_scores(path, score(path, weight), layer.shape)
+    with gathered([layer.base_layer]):
+        weight = layer.weight_rows(0, layer.shape.neurons)
+        return checked_scores(path, score(path, weight), layer.shape)
 
 
 def _rows_of(scores: Tensor) -> Score:

@@ -12,6 +12,7 @@ from torch import nn
 from peft_fps.base.head import Head, find_head
 from peft_fps.base.packed_weight import close_modules, opened_modules
 from peft_fps.base.renamed_modules import current_names
+from peft_fps.base.sharded import check_whole
 from peft_fps.checkpoint.record import REMEDY, AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
@@ -30,6 +31,12 @@ from peft_fps.tokens.token_placement import check_token_selection
 
 DUMMY = DUMMY_TARGET_MODULES.lower()
 """PEFT's word for no target at all."""
+
+
+ATTACH_FIRST = (
+    "Attach the adapter before the model is sharded: get_peft_model or PeftModel.from_pretrained first, then "
+    "fully_shard or accelerator.prepare."
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     """
     _check_task(model, config)
     _check_tokens(model, config)
+    check_whole(model, "attach or swap an adapter", ATTACH_FIRST, allow_zero=True)
     head = find_head(model)
     _settle_targets(model, config, head)
     config.modules_to_save = with_whole_head(model, config, head.modules)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps.base.renamed_modules import current_names
+from peft_fps.base.sharded import reshard, sharded_like
 from peft_fps.checkpoint import REMEDY, TRAINED, Contents, Expected, check_contents, decode
-from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
+from peft_fps.checkpoint.expected_contents import expected_module, state_dict_path, whole_keys
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
@@ -35,7 +36,8 @@ def load_state(
         ValueError: names module and tensor, what was found, what was expected and what to do. An adapter that was
             added to the model only for this file is taken out again.
     """
-    full_names = {layer.module_path: name for name, layer in fps_layers(model).items()}
+    reshard(model)
+    full_names = {layer.module_path: state_dict_path(name) for name, layer in fps_layers(model).items()}
     layers = target_layers(model, adapter_name)
     wholes = whole_keys(model, adapter_name)
     names = {key: name for name, key in wholes.items()}
@@ -54,6 +56,7 @@ def load_state(
     except ValueError:
         withdraw_adapter(model, adapter_name)
         raise
+    _check_room(layers, expected, adapter_name, contents)
     _leave_out([layer for path, layer in layers.items() if path not in expected], adapter_name, len(layers))
     result = {wholes[name]: tensor for name, tensor in contents.wholes.items()}
     for path, tensors in contents.modules.items():
@@ -61,7 +64,27 @@ def load_state(
         for name in layers[path].tensor_names():
             if name in tensors:
                 result[f"{full_names[path]}.{name}.{adapter_name}"] = decode(name, tensors[name])
-    return result
+    return {key: sharded_like(tensor, present[key]) if key in present else tensor for key, tensor in result.items()}
+
+
+def _check_room(
+    layers: Mapping[str, FPSLayer], expected: Mapping[str, Expected], adapter_name: str, contents: Contents
+) -> None:
+    """Raise ValueError if the file needs other sizes or a wider dtype in a layer than those it was sharded with."""
+    for path, layer in layers.items():
+        if not layer.is_sharded(adapter_name):
+            continue
+        tensors = contents.modules.get(path, {})
+        entries = expected[path].entries if path in expected else 0
+        found, dtype = layer.sizes(adapter_name).entries, layer.adapter_parameters(adapter_name)[0].dtype
+        trained = [tensors[name].dtype for name in TRAINED if name in tensors]
+        wider = [kind for kind in trained if torch.promote_types(kind, dtype) != dtype]
+        if entries != found or (path in expected) != layer.carries(adapter_name) or wider:
+            raise ValueError(
+                f"{path}: the adapter file has {entries:,} entries in {trained or 'no dtype'}, expected the {found:,} "
+                f"in {dtype} with which the model was sharded. Load the adapter before the model is sharded. Nothing "
+                "was changed."
+            )
 
 
 def _check_token_blocks(config: FPSConfig, layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
@@ -141,6 +164,6 @@ def _make_room(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]
     state.unreached.discard(layer.module_path)
     state.selected, state.before = True, None
     for name in layer.adapter_layer_names:
-        if name in tensors:
+        if name in tensors and not layer.is_sharded(adapter_name):
             parameter = getattr(layer, name)[adapter_name]
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensors[name].dtype))

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from peft_fps.base.sharded import check_whole
+from peft_fps.base.sharded import check_whole, gathered, has_shards, reshard
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_merge import Undone, check_distinct
 from peft_fps.layers.merge_record import MergeRecord
@@ -28,6 +28,8 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merg
     The tensors of all adapters are checked before the first layer is merged. A layer may still fail: memory runs out,
     or with `safe_merge` a sum overflows. Then the layers before it are unmerged, bit for bit.
 
+    The layers of a model that FSDP2 has sharded are gathered one by one. All processes call this function together.
+
     Args:
         model: has the adapters.
         adapter_names: adapters to merge, in order. None means those that are active in each layer.
@@ -37,9 +39,9 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merg
         TypeError, ValueError: the names are not a list of known and distinct adapters, or a layer cannot be merged.
             Nothing was changed then.
     """
-    check_whole(
-        model, "merge", "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
-    )
+    remedy = "Merge before the model is sharded, or save the adapter and load it onto a whole base model."
+    reshard(model)
+    check_whole(model, "merge", remedy, allow_fsdp=True)
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     check_before_merge(model, layers, adapter_names, safe_merge)
     before = [len(layer.merged_adapters) for layer in layers]
@@ -56,6 +58,7 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merg
 
 def unmerge_whole(model: nn.Module) -> None:
     """Put the originals back in all layers. If one fails, those before it are merged again, bit for bit."""
+    reshard(model)
     merged: list[FPSLayer] = [module for module in model.modules() if isinstance(module, FPSLayer) and module.merged]
     undone: list[tuple[FPSLayer, list[Undone]]] = []
     try:
@@ -96,6 +99,11 @@ def check_before_merge(
     for layer, name in pairs:
         layer.check_mergeable(name)
     check_writable(model, dict.fromkeys(layer for layer, _ in pairs))
+    for layer, name in pairs:
+        if has_shards(layer):
+            with gathered(layer.modules()):
+                layer.check_finite(name) if safe_merge else layer.check_tensors(name)
+    pairs = [(layer, name) for layer, name in pairs if not has_shards(layer)]
     for layer, name in pairs if safe_merge else ():
         layer.check_finite(name)
     for layer, name in pairs:
@@ -106,10 +114,13 @@ def check_before_merge(
 
 
 def _at_hand(layer: FPSLayer, act: Callable[[], Result]) -> Result:
-    """Run `act` while the weight of the layer is at hand if accelerate offloads it.
+    """Run `act` while the weight of the layer is at hand if accelerate offloads it, or if it is sharded.
 
     What `act` raises is raised when the weight has been put away again.
     """
+    if has_shards(layer):
+        with gathered(layer.modules(), keep=True):
+            return act()
     if not (hasattr(layer, "_hf_hook") or hasattr(layer.base_layer, "_hf_hook")):
         return act()
     found: list[Result] = []

@@ -1,16 +1,16 @@
 """What PEFT saves of an adapter: its tensors as they are on disk, and the record of them in the config."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import plain_name
-from peft_fps.base.sharded import is_sharded
+from peft_fps.base.sharded import is_sharded, whole
 from peft_fps.card import SavedAdapter
 from peft_fps.checkpoint import TENSORS, encode, no_entries, tensors_digest
-from peft_fps.checkpoint.expected_contents import FSDP_PREFIX, whole_keys
+from peft_fps.checkpoint.expected_contents import state_dict_path, whole_keys
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
@@ -33,7 +33,9 @@ def saved_state(
         model: has the adapter.
         config: of the adapter; gets the record.
         adapter_name: name of the adapter.
-        state_dict: of the model, or the full one that was gathered from a sharded model.
+        state_dict: of the model, or the full one that was gathered from a sharded model. Sharded tensors in it are
+            gathered one by one, and those of modules that are trained whole are replaced by whole ones. All processes
+            call this function together then.
 
     Returns:
         The sparse tensors by their keys in the model, which hold the adapter's name.
@@ -44,11 +46,12 @@ def saved_state(
     result: dict[str, Tensor] = {}
     allocation: dict[str, ModuleSizes] = {}
     state = AdapterState()
+    _gather_wholes(model, adapter_name, state_dict)
     for full_name, layer in fps_layers(model).items():
         if not layer.carries(adapter_name):
             continue
-        keys = {name: f"{full_name.removeprefix(FSDP_PREFIX)}.{name}.{adapter_name}" for name in TENSORS}
-        tensors = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        keys = {name: f"{state_dict_path(full_name)}.{name}.{adapter_name}" for name in TENSORS}
+        tensors = {name: whole(state_dict[key]) for name, key in keys.items() if key in state_dict}
         if isinstance(layer, Norm):
             tensors |= no_entries(tensors["fps_bias"])
         _check_tensors(layer, adapter_name, tensors)
@@ -88,24 +91,26 @@ def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: Adapter
         )
 
 
+def _gather_wholes(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Gather the modules that are trained whole into the state dict, from which PEFT takes them."""
+    for key in whole_keys(model, adapter_name).values():
+        if key in state_dict and is_sharded(state_dict[key]) and isinstance(state_dict, MutableMapping):
+            state_dict[key] = whole(state_dict[key])
+
+
 def _check_tensors(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless a layer's tensors are valid.
 
     Args:
         layer: has the adapter.
         adapter_name: name of the adapter.
-        tensors: of the state dict, by name. Only those of a sharded layer are checked here; of other layers, the
-            tensors in the layer itself.
+        tensors: of the state dict, by name, as a whole. Only those of a sharded layer are checked here; of other
+            layers, the tensors in the layer itself.
     """
-    if not any(is_sharded(parameter) for parameter in layer.adapter_parameters(adapter_name)):
+    if not layer.is_sharded(adapter_name):
         layer.check_tensors(adapter_name)
         return
     where = f"{layer.module_path}: adapter {adapter_name!r}"
-    if any(is_sharded(tensor) for tensor in tensors.values()):
-        raise ValueError(
-            f"{where} has its tensors sharded between processes (DTensors), expected whole ones to save. Gather a "
-            "full state dict (accelerator.get_state_dict does) and pass it as state_dict=. Nothing was changed."
-        )
     values, columns, counts = (tensors[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))
     try:
         sizes = layer.sizes(adapter_name)

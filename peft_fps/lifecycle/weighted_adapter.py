@@ -8,6 +8,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from peft_fps.base.sharded import check_whole
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
@@ -46,6 +47,7 @@ class _Combined:
 def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_from: str | None) -> None:
     """Add the combination to the model of an `FPSModel`; see `FPSModel.add_weighted_adapter`."""
     model: nn.Module = tuner.model
+    check_whole(model, "combine adapters", "Combine them before the model is sharded, or on a whole base model.")
     layers = _checked_layers(tuner, how, adapter_name)
     token_blocks = _token_blocks(tuner, how, layers)
     wholes = _whole_modules(model, how.adapters, whole_from)

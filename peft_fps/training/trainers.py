@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
+from peft_fps.base.sharded import has_shards
 from peft_fps.calibration import fits, run_model
 from peft_fps.layers.lookup import base_model
 
@@ -43,21 +44,24 @@ class AsTrained:
         model: model of the trainer.
         data: batches of the trainer.
         plainly: run the model itself on batches that hold what its forward takes. This suffices if no loss is needed.
+
+    Attributes:
+        loader: the trainer's batches as they are.
     """
 
     def __init__(self, trainer: "Trainer", model: nn.Module, data: Any, plainly: bool) -> None:
         self._trainer = trainer
         self._model = model
-        self._data = data
+        self.loader = data
         self._plainly = plainly
 
     def __iter__(self) -> Iterator[Any]:
         base = base_model(self._model)
-        for batch in self._data:
+        for batch in self.loader:
             yield batch if self._plainly and fits(base, batch) else self._trainer._prepare_inputs(batch)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.loader)
 
     def run(self, base: nn.Module, batch: Any) -> Any:
         """Return the outputs of the base model, or the trainer's loss as `{"loss": ...}`.
@@ -68,6 +72,13 @@ class AsTrained:
         """
         if self._plainly and fits(base, batch):
             return run_model(base, batch)
+        if has_shards(base):
+            raise ValueError(
+                f"the model is sharded, and the forward of its {type(base).__name__} takes nothing of the trainer's "
+                "batches, expected batches of the model's inputs, since the trainer's loss needs all parameters at "
+                "once. Give FPSCallback(run=...), or call model.calibrate before the Trainer "
+                "is made. Nothing was changed."
+            )
         with self._trainer.compute_loss_context_manager():
             return {"loss": self._trainer.compute_loss(self._model, batch)}
 

@@ -12,11 +12,12 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import default_data_collator
 
 from peft_fps import FPSConfig, Selection
 from tests.helpers import bits, images, layers_of, selected_columns, tiny_vit
 from tests.processes import run_together, variables_of_a_group
-from tests.training import ddp_program, fsdp_program, together_program
+from tests.training import ddp_program, together_program
 
 
 HERE = Path(__file__).parent
@@ -115,6 +116,9 @@ SAYS = {
     "trained already": "in process 1 of 2.*ValueError: .*holds trained changes",
     "model fails where one reads for all": "in process 1 of 2.*RuntimeError: the model has had enough",
     "reader fails where it reads for all": "in process 0 of 2.*RuntimeError: the model has had enough",
+    "reader cannot read": "in process 0 of 2.*OSError: the disk is gone",
+    "reader cannot read anything": "in process 0 of 2.*OSError: the disk is gone",
+    "reader cannot join": "in process 0 of 2.*RuntimeError: You can't use batches of different size",
 }
 
 
@@ -152,22 +156,26 @@ def test_two_processes_select_as_one_does(importance, shares):
     assert shares[0][importance] == shares[1][importance] == {"columns": columns, "report": str(report)}
 
 
+@pytest.mark.parametrize("loader", together_program.LOADERS)
+def test_loaders_that_share_out_examples_select_as_one_process_does(loader, together):
+    count = together_program.EXAMPLES.get(loader, 7)
+    examples = [together_program.Breaking(16)[index] for index in range(count)]
+    model = together_program.model_for("activation")
+    model.calibrate(default_data_collator(examples)["pixel_values"].split(2), progress=False)
+    columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
+    for rank in range(2):
+        found = json.loads((together / f"loaders{rank}.json").read_text())[loader]
+        assert found == {"columns": columns, "examples": count}
+
+
+def test_no_process_waits_for_one_that_is_gone(tmp_path):
+    run_together(together_program.vanish, tmp_path)
+    assert "peer" in (tmp_path / "gone.txt").read_text()
+
+
 def test_two_processes_cannot_calibrate_in_streams(shares):
     assert shares[0]["refusal"] == shares[1]["refusal"]
     assert "several processes" in shares[0]["refusal"]
-
-
-def test_a_sharded_model_trains_alike_and_refuses_what_needs_whole_weights(tmp_path):
-    run_together(fsdp_program.main, tmp_path)
-    refusals = json.loads((tmp_path / "refusals.json").read_text())
-    for verb, text in refusals.items():
-        assert text is not None, verb
-        assert re.search(r"(^|ValueError: )[\w.]+: .*sharded.*DTensor", text)
-        assert "Nothing was changed" in text
-    assert "Selection.save" in refusals["calibrate"]
-    assert "before" in refusals["merge"]
-    assert "state_dict" in refusals["save"]
-    assert not (tmp_path / "refused" / "adapter_model.safetensors").exists()
 
 
 def test_partitioned_parameters_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """Run by two processes: calibrations in which one of them has no data, or fails, and write down how each has ended."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from peft import get_peft_model
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from peft_fps import FPSConfig, Selection
 from tests.helpers import bits, image_batches, images, layers_of, selected_columns, snapshot, tiny_vit
@@ -75,6 +76,53 @@ def dispatched(rank: int) -> Any:
     )
 
 
+class Breaking(Dataset[dict[str, Tensor]]):
+    """Cannot be read from the fifth example on, or not at all."""
+
+    def __init__(self, readable: int) -> None:
+        self._readable = readable
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index >= self._readable:
+            raise OSError("the disk is gone")
+        return {"pixel_values": images(1, seed=index)[0], "labels": torch.tensor(index % 5)}
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Examples without a length."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from (Breaking(16)[index] for index in range(self._count))
+
+
+def prepared(data: Any, rank: int, dispatch: bool | None, **options: Any) -> Any:
+    """Batches of two, as accelerate shares them out."""
+    return prepare_data_loader(
+        DataLoader(data, batch_size=2, **options),
+        torch.device("cpu"),
+        num_processes=2,
+        process_index=rank,
+        put_on_device=True,
+        dispatch_batches=dispatch,
+    )
+
+
+def unlike(rank: int) -> Any:
+    """The first process reads for both, and cannot join the batches that it has read."""
+    batches = iter(
+        [torch.ones(2, 3, 16, 16), torch.ones(2, 3, 16, 16), torch.ones(2, 3, 8, 8), torch.ones(2, 3, 16, 16)]
+    )
+    return prepared(
+        Breaking(16), rank, True, collate_fn=lambda _: {"pixel_values": next(batches), "labels": torch.tensor([0, 1])}
+    )
+
+
 Case = tuple[Callable[[int], Any], int, Callable[[Any], None]]
 """From a rank to its data; the process whose model is prepared, and how."""
 
@@ -92,6 +140,9 @@ CASES: dict[str, Case] = {
     "trained already": (own, 1, trained),
     "model fails where one reads for all": (dispatched, 1, lambda model: failing(model, 1)),
     "reader fails where it reads for all": (dispatched, 0, lambda model: failing(model, 0)),
+    "reader cannot read": (lambda rank: prepared(Breaking(5), rank, True), 0, nothing),
+    "reader cannot read anything": (lambda rank: prepared(Breaking(0), rank, True), 0, nothing),
+    "reader cannot join": (unlike, 0, nothing),
     "all is well": (own, 0, nothing),
 }
 
@@ -137,9 +188,47 @@ def run_shares(folder: Path, rank: int) -> None:
     (folder / f"shares{rank}.json").write_text(json.dumps(found))
 
 
+LOADERS: dict[str, Callable[[int], Any]] = {
+    "complete": lambda rank: prepared(Subset(Breaking(16), range(8)), rank, False),
+    "uneven": lambda rank: prepared(Subset(Breaking(16), range(7)), rank, False),
+    "fewer batches than processes": lambda rank: prepared(Subset(Breaking(16), range(1)), rank, False),
+    "dispatched": lambda rank: prepared(Subset(Breaking(16), range(7)), rank, True),
+    "dispatched, one batch over": lambda rank: prepared(Subset(Breaking(16), range(6)), rank, True),
+    "stream": lambda rank: prepared(Stream(7), rank, None),
+    "own streams": lambda rank: DataLoader(Stream(7) if rank else Stream(0), batch_size=2),
+}
+EXAMPLES = {"complete": 8, "fewer batches than processes": 1, "dispatched, one batch over": 6}
+"""Numbers of examples of these loaders. Of the others they are 7."""
+
+
+def run_loaders(folder: Path, rank: int) -> None:
+    """Calibrate on what loaders give to each process, and write down what was selected."""
+    found: dict[str, Any] = {}
+    for name, load in LOADERS.items():
+        model = model_for("activation")
+        model.calibrate(load(rank), progress=False)
+        columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
+        found[name] = {"columns": columns, "examples": Selection.of(model).method["calibration"]["examples"]}
+    (folder / f"loaders{rank}.json").write_text(json.dumps(found))
+
+
+def vanish(folder: Path) -> None:
+    """Let a process be gone without a word in the midst of a calibration."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    model, rank = model_for("activation"), dist.get_rank()
+    if rank == 1:
+        model.base_model.model.vit.register_forward_pre_hook(lambda *_: os._exit(0))
+    try:
+        model.calibrate(own(rank), progress=False)
+    except RuntimeError as error:
+        (folder / "gone.txt").write_text(str(error))
+    os._exit(0)  # without a farewell to the group, whose other process is gone
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     PartialState(cpu=True)  # of accelerate, which finds the group
     run(folder, dist.get_rank())
     run_shares(folder, dist.get_rank())
+    run_loaders(folder, dist.get_rank())
     dist.destroy_process_group()
