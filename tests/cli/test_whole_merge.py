@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.cli.merges import Case, check_same, gated_case, language_case, reference, rewrite, vision_case
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_vit
+from tests.language_models import tiny_mixtral
 
 
 def check_whole(case: Case, caplog: pytest.LogCaptureFixture, reason: str, **options: Any) -> None:
@@ -60,3 +61,13 @@ def test_tied_weights_of_which_the_file_holds_two_versions(tmp_path: Path, caplo
     rewrite(case.base, lambda held: held | {"lm_head.weight": held["transformer.wte.weight"] + 1})
     with pytest.warns(UserWarning, match="no longer tied after merging"):
         check_whole(case, caplog, "lm_head.weight and transformer.wte.weight differ")
+
+
+def test_weights_that_no_layer_owns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = language_case(tiny_mixtral(), tmp_path, target_parameters=["experts.down_proj"], target_modules=["q_proj"])
+    check_whole(case, caplog, "experts.down_proj is no layer of its own")
+
+
+def test_embeddings_that_are_tied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = language_case(tiny_gpt2(), tmp_path, target_modules=["wte"], bias="none")
+    check_whole(case, caplog, "are one tensor")

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fps.base.opening import weight_at
 from peft_fps.base.quantisation import base_weight
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.base.substitution import overrides_forward
@@ -131,6 +132,11 @@ def prepare_shardwise(model: PreTrainedModel, adapter: Inspection, folder: Path,
     ties = tied(model)
     saved_names = current_names(model, {path: path for path in adapter.record.allocation})
     targets = {path: module for path, module in model.named_modules() if path in saved_names}
+    if owned := next((path for path in saved_names if weight_at(model, path) is not None), None):
+        raise WholeModelNeededError(f"{owned} is no layer of its own, but a tensor of the module around it")
+    for first, second in ties:  # such a layer follows the other, which loading refuses for weights that are away
+        if {first.rpartition(".")[0], second.rpartition(".")[0]} & saved_names.keys():
+            raise WholeModelNeededError(f"{first} and {second} are one tensor")
     check_plain(weights, [f"{path}.{own}" for path, module in targets.items() for own in module._parameters])
     check_plain(weights, adapter.heads)
     for path, target in targets.items():
