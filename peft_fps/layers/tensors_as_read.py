@@ -74,6 +74,9 @@ def as_read(frozen: Tensor, changed: Callable[[], Tensor]) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or needs_operators(frozen):
         return changed()
-    result: Tensor = torch.Tensor._make_subclass(ChangedTensor, frozen.detach())
+    held = frozen.detach()
+    if type(held) is not Tensor:  # a DTensor, of which torch makes no subclass; none of its numbers is looked at here
+        held = torch.empty(frozen.shape, dtype=frozen.dtype, device="meta")
+    result: Tensor = torch.Tensor._make_subclass(ChangedTensor, held)
     vars(result).update(frozen=frozen, changed=changed)
     return result

@@ -58,6 +58,8 @@ def test_to_dict_is_plain_data_with_the_derived_figures():
         "entries": 15,
         "biases": 10,
         "bytes": 140,
+        "relative_change": None,
+        "passing": None,
     }
     assert {name: data[name] for name in ("entries", "biases", "trained", "bytes")} == {
         "entries": 1215,

@@ -145,7 +145,9 @@ def prepare_shardwise(model: PreTrainedModel, adapter: Inspection, folder: Path,
         # the adapter's tensors are made on the device that accelerate's hooks name for a weight that is away
         target._hf_hook = SimpleNamespace(offload=True, execution_device=device)
     _make_room(model, adapter.heads)
-    with upstream_deprecations():
+    with upstream_deprecations(), warnings.catch_warnings():
+        # BatchNorm looks for a count in every state dict, and makes one if there is none, as in that of an adapter
+        warnings.filterwarnings("ignore", r"for .*num_batches_tracked: copying from a non-meta parameter", UserWarning)
         adapted: Any = PeftModel.from_pretrained(model, str(adapter.folder))
     for target in targets.values():
         del target._hf_hook

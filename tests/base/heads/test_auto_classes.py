@@ -23,6 +23,10 @@ from peft_fps.targets.target_checks import check_untied
 from tests.helpers import config
 
 
+# weight norm of the positional convolution in models of speech
+pytestmark = pytest.mark.filterwarnings("ignore:.*pos_conv_embed.conv. its weight is computed:UserWarning")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported_models() -> Iterator[None]:
     """Leaves what was imported, most of transformers, out of the garbage collections of later tests."""

@@ -44,6 +44,10 @@ from peft_fps.targets.default_targets import default_targets
 from tests.helpers import adapted, config, layers_of, normal, tiny_llama, tiny_vit, unchanged
 
 
+# weight norm of the positional convolution in models of speech
+pytestmark = pytest.mark.filterwarnings("ignore:.*pos_conv_embed.conv. its weight is computed:UserWarning")
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 FOUR = {"depths": [1, 1, 1, 1]}
