@@ -173,3 +173,22 @@ def test_offloaded_attention_is_named_and_left_alone() -> None:
     ):
         model = adapted(base)
     assert {path.rpartition(".")[0] for path in packed_layers(model)} == {"block.self_attn"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_in_calibration() -> None:
+    """torch's encoder makes them of a padding mask, where gradients are off."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=pad)
+
+    pad = torch.tensor([[False, False, True], [False, False, False]])
+    model = get_peft_model(Nested().eval(), FPSConfig(budget=0.2, bias="none"))
+    with pytest.raises(ValueError, match="nested tensor, expected a dense one.*enable_nested_tensor=False"):
+        model.calibrate([{"x": torch.randn(2, 3, 8), "pad": pad}], progress=False)

@@ -194,7 +194,7 @@ def test_one_name_for_all_samples() -> None:
         assert torch.equal(model(input_ids=ids, adapter_names=["default"] * 3).logits, logits(model))
         plain = model(input_ids=ids, adapter_names=["__base__"] * 3).logits
         torch.testing.assert_close(plain, logits(expert_model("Mixtral")))
-        with pytest.raises(ValueError, match=r"gate_up_proj: adapter_names holds .*expected one name for all samples"):
+        with pytest.raises(ValueError, match=r"gate_up_proj: adapter_names holds .*expected one adapter for all samp"):
             model(input_ids=ids, adapter_names=["default", "__base__", "default"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.attention import Projection
 from peft_fps.base.substitution import twin_with
+from peft_fps.calibration.statistics import check_dense
 
 
 Receive = Callable[[Projection, str, int, Tensor, None], None]
@@ -61,5 +62,6 @@ def heads_of(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _batch_first(x: Tensor, attention: Any) -> Tensor:
+    check_dense(x)
     ordered = x if attention.batch_first or x.dim() == 2 else x.transpose(0, 1)
     return ordered.reshape(-1, x.shape[-1])

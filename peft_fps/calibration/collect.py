@@ -182,6 +182,8 @@ class Collector:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             product = watched.pop()
             product.__exit__(None, None, None)
+            if product.first is None and isinstance(base, nn.Embedding):
+                return  # reads rows of its weight in another way, by numbers that nothing shows
             x, equivalent = product.first or (args[0] if args else next(iter(kwargs.values())), base)
             self._add(path, place, equivalent, x)
 

@@ -59,6 +59,7 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     Returns:
         Sums `(inputs,)` in the dtype of `wide_dtype`, and the number of positions that count.
     """
+    check_dense(x)
     x = x.reshape(-1, x.shape[-1])
     total = x.new_zeros(x.shape[-1], dtype=wide_dtype(x.device))
     kept = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
@@ -91,6 +92,15 @@ def add_rows(
     sums, positions = column_sums(x, norm, mask)
     statistics.sums[group] += sums
     statistics.positions[group] += positions  # type: ignore[index]
+
+
+def check_dense(x: Tensor) -> None:
+    """Raise ValueError for a nested tensor."""
+    if x.is_nested:
+        raise ValueError(
+            "A layer's input is a nested tensor, expected a dense one. Build torch.nn.TransformerEncoder with "
+            "enable_nested_tensor=False. Nothing was changed."
+        )
 
 
 def token_counts(tokens: Tensor, inputs: int, mask: Tensor | None = None) -> tuple[Tensor, int]:

@@ -1,5 +1,6 @@
 """FPS layers over embeddings: tables of rows that tokens are looked up in."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -62,15 +63,21 @@ class Embedding(ProductLayer):
         carried = [[] if self.disable_adapters or not self.carries(name) else [name] for name in adapter_names]
         if all(names == carried[0] for names in carried):
             return self._forward_with(carried[0], x, *args, **kwargs)
-        if looks_up_distances(self.module_path):
-            raise ValueError(
-                f"{self.module_path} looks up distances between positions, which all samples share, and adapter_names "
-                f"holds adapters that change it and others ({sorted(set(adapter_names))}), expected one adapter for "
-                "all samples. Run the samples of each adapter as a batch of their own."
-            )
+        if x.dim() < 2 or looks_up_distances(self.module_path):
+            self._refuse_to_share(adapter_names)
         if len(x) == 1:  # positions that all samples share
             x = x.expand(len(adapter_names), *x.shape[1:])
-        return super()._mixed_forward(x, adapter_names, *args, **kwargs)
+        result = super()._mixed_forward(x, adapter_names, *args, **kwargs)
+        if result.dim() != x.dim() + 1 or len(result) != len(x):
+            self._refuse_to_share(adapter_names)
+        return result
+
+    def _refuse_to_share(self, adapter_names: list[str]) -> None:
+        raise ValueError(
+            f"{self.module_path} looks up positions or distances, which all samples share, and adapter_names holds "
+            f"adapters that change it and others ({sorted(set(adapter_names))}), expected one adapter for all "
+            "samples. Run the samples of each adapter as a batch of their own."
+        )
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -114,8 +121,8 @@ class Embedding(ProductLayer):
 
 
 def looks_up_distances(path: str) -> bool:
-    """Whether an embedding looks up distances between positions, which have no samples; T5's names tell."""
-    return "relative" in path.rpartition(".")[2]
+    """Whether an embedding looks up distances between positions, which have no samples; its name tells."""
+    return re.search(r"relative|(^|_)rel_|distance", path.rpartition(".")[2]) is not None
 
 
 def with_changed_lookups(

@@ -73,8 +73,9 @@ class PackedLayer(ProductLayer):
         names = {BASE if self.disable_adapters or not self.carries(name) else name for name in adapter_names}
         if len(names) > 1:
             raise ValueError(
-                f"{self.module_path}: adapter_names holds {sorted(names)}, expected one name for all samples: tokens "
-                "of all samples reach its matrices together. Run the samples of each adapter as a batch of their own."
+                f"{self.module_path}: adapter_names holds adapters that change it and others "
+                f"({sorted(set(adapter_names))}), expected one adapter for all samples, which it computes together. "
+                "Run the samples of each adapter as a batch of their own."
             )
         return self._forward_with([name for name in names if name != BASE], x)
 

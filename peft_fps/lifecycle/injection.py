@@ -25,7 +25,12 @@ from peft_fps.targets.target_checks import check_gated
 from peft_fps.targets.target_parameters import default_parameters
 from peft_fps.targets.tied_weights import check_tied_uses
 from peft_fps.targets.whole_checks import check_whole_modules_apart, check_whole_tensors
-from peft_fps.targets.whole_modules import warn_of_untrained_head, whole_modules, with_whole_head
+from peft_fps.targets.whole_modules import (
+    warn_of_shared_weights,
+    warn_of_untrained_head,
+    whole_modules,
+    with_whole_head,
+)
 from peft_fps.tokens.token_placement import check_token_selection
 
 
@@ -118,6 +123,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     check_whole_tensors(model, config, found.whole)
     check_gated(model, config, names)
     warn_of_untrained_head(head, config, names, found.whole)
+    warn_of_shared_weights(model, config, found.whole)
     warn_of_left_out(model, config, head, found.whole)
     return replace(found, plan=planned)
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -65,17 +66,18 @@ def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Col
         head: of the model.
         whole: paths of the modules that will be trained whole.
     """
-    targets = config.filled_in.target_modules
+    targets, parameters = config.filled_in.target_modules, config.filled_in.target_parameters
     if config.record is not None or targets is None or config.target_modules != targets:
         return
     modules = dict(named_base_modules(model))
+    advise = partial(_advice, modules, head, list(config.modules_to_save or ()))
     groups: dict[str, list[LeftOut]] = {}
     # a weight that is tied to a covered one has its other name
     for weight in left_out(model, [*targets, *(config.target_parameters or ()), *whole, *_unfit(modules, targets)]):
         owner, _, own = weight.name.rpartition(".")
-        if not in_wanted_block(weight.name, config):
-            continue
-        groups.setdefault(_advice(modules, owner, own, head), []).append(weight)
+        switched_off = parameters != config.target_parameters and _is_packed(modules[owner], own)
+        if in_wanted_block(weight.name, config) and not switched_off:
+            groups.setdefault(advise(owner, own), []).append(weight)
     if groups:
         kinds = "; ".join(f"{_listed(weights)}: {advice}" for advice, weights in groups.items())
         warnings.warn(
@@ -94,29 +96,38 @@ def _unfit(modules: dict[str, nn.Module], targets: Collection[str]) -> list[str]
     ]
 
 
-def _advice(modules: dict[str, nn.Module], owner: str, own: str, head: Head) -> str:
+def _is_packed(module: nn.Module, own: str) -> bool:
+    parameter = module._parameters[own]
+    return "expert" in type(module).__name__.lower() and parameter is not None and parameter.dim() > 1
+
+
+def _advice(modules: dict[str, nn.Module], head: Head, saved: list[str], owner: str, own: str) -> str:
     """Return why a weight is no default target, and the line that trains it.
 
     Args:
         modules: of the base model, by path.
+        head: of the model.
+        saved: modules that are trained whole in any case.
         owner: path of the module that holds the weight.
         own: name of the weight in it.
-        head: of the model.
     """
     module: Any = modules[owner]
-    whole = f"train it whole with modules_to_save=[{owner!r}]"
+    whole = f"train it whole with modules_to_save={[*saved, owner]}"
+    if isinstance(module, nn.Embedding):
+        uses = sum(part._parameters.get(own) is module._parameters[own] for part in modules.values())
+        named = "adapted only where target_modules names it"
+        # a copy that is trained whole would not reach the other uses
+        return f"an embedding, {named}" + (", for all modules that share its weight" if uses > 1 else f"; or {whole}")
     if owner in head.output_embeddings:
         return f"output embeddings; {whole}"
-    if isinstance(module, nn.Embedding):
-        return f"an embedding, adapted only where target_modules names it; or {whole}"
     parent = modules.get(owner.rpartition(".")[0])
     if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
         return "read by torch.nn.MultiheadAttention without calling a layer; use an implementation with linear layers"
-    if "expert" in type(module).__name__.lower() and module._parameters[own].dim() > 1:
-        return "one tensor for the weights of many experts, which FPS cannot adapt"
+    if _is_packed(module, own):
+        return "one tensor for the weights of many experts, in a form that FPS cannot adapt"
     if owner and next(module.children(), None) is None:
-        return f"a {type(module).__name__}, which FPS does not adapt; {whole}"
-    return f"a parameter of {type(module).__name__} itself, which no layer holds"
+        return f"of {type(module).__name__}, a kind that FPS does not adapt; {whole}"
+    return f"of {type(module).__name__} itself, in no layer"
 
 
 def _listed(weights: list[LeftOut]) -> str:

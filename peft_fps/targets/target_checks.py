@@ -169,24 +169,25 @@ def check_gated(model: nn.Module, config: Any, names: Iterable[str]) -> None:
         config: of the adapter.
         names: paths of its targets.
     """
-    for name in names if config.token_gate is not None else ():
-        base: Any = bare(module_at(model, name))
-        found = (
-            "is quantised"
-            if quantisation(base) is not None
-            else "is multiplied by the module that owns it"
-            if isinstance(base, PackedWeight)
-            else "looks tokens up"
-            if isinstance(base, nn.Embedding)
-            else "has a forward of its own"
-            if overrides_forward(base)
-            else None
+    if config.token_gate is None:
+        return
+    unfit = {name: why for name in names if (why := _why_ungated(bare(module_at(model, name))))}
+    if unfit:
+        found = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+        raise ValueError(
+            f"{found}: expected plain layers alone with token_gate, which compares a layer's change with its product. "
+            f"Leave them out with exclude_modules={[*unfit]}. Nothing was changed."
         )
-        if found is not None:
-            raise ValueError(
-                f"{name}: the {type(base).__name__} {found}, expected a plain layer with token_gate, whose change is "
-                "compared with the layer's own product. Leave it out with exclude_modules. Nothing was changed."
-            )
+
+
+def _why_ungated(base: Any) -> str | None:
+    if quantisation(base) is not None:
+        return "quantised"
+    if isinstance(base, PackedWeight):
+        return "multiplied by the module that owns it"
+    if isinstance(base, nn.Embedding):
+        return "looks tokens up"
+    return "has a forward of its own" if overrides_forward(base) else None
 
 
 def check_untied(model: nn.Module, names: list[str]) -> None:

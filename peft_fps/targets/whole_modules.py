@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.base.head import Head
-from peft_fps.base.module_names import LISTS, all_names, named_outside
+from peft_fps.base.module_names import LISTS, all_names, bare, named_outside
 from peft_fps.config import FPSConfig
 from peft_fps.targets.whole_checks import check_trainable_whole, remedy_for
 
@@ -109,6 +109,32 @@ def warn_of_untrained_head(head: Head, config: FPSConfig, adapted: list[str], wh
             "are new. Load a model that has them trained, or move them into a module of their own.",
             stacklevel=2,
         )
+
+
+def warn_of_shared_weights(model: nn.Module, config: FPSConfig, whole: list[str]) -> None:
+    """Warn of modules that share a weight with one that is trained whole, and will not follow it.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter. One with a record gets no warning.
+        whole: paths of the modules that will be trained whole.
+    """
+    if config.record is not None:
+        return
+    holders: dict[int, list[str]] = {}
+    for path, module in named_outside(model):
+        for parameter in bare(module).parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(path)
+    for path in whole:
+        tensors = {id(parameter) for parameter in bare(model.get_submodule(path)).parameters()}
+        others = [name for key in tensors for name in holders.get(key, ()) if not _inside(name, whole)]
+        if others:
+            warnings.warn(
+                f"{path}, which is trained whole (modules_to_save), shares a weight with {_listed(sorted(others))} "
+                "(tied weights). These keep the frozen weight and do not follow what is trained. If it is an "
+                "embedding, name it in target_modules instead: its changes count wherever its weight is used.",
+                stacklevel=2,
+            )
 
 
 def wrap_whole(model: nn.Module, names: list[str], adapter_name: str, *, inference_mode: bool, activate: bool) -> None:

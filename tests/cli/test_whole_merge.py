@@ -1,5 +1,6 @@
 """`peft-fps merge` of base models that it has to load whole: it says why, and writes the same."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,12 @@ def test_weights_that_no_layer_owns(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_embeddings_that_are_tied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = language_case(tiny_gpt2(), tmp_path, target_modules=["wte"], bias="none")
     check_whole(case, caplog, "are one tensor")
+
+
+def test_an_adapter_that_selects_tokens(tmp_path: Path) -> None:
+    """Of the merged model, transformers' config says where it goes on selecting."""
+    case = vision_case(tmp_path, token_keep_rate=0.5, token_blocks=[0])
+    with pytest.warns(UserWarning, match="import peft_fps"):
+        assert "selects tokens" in case.merged()["loaded_whole"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["fps_token_keep_rates"]

@@ -404,6 +404,43 @@ def test_distances_between_positions_are_not_mixed() -> None:
 
     model = with_two(Distances, ["relative_bias"])
     square = IDS[:, :2]
-    with pytest.raises(ValueError, match=r"relative_bias looks up distances between positions.*batch of their own"):
+    with pytest.raises(ValueError, match=r"relative_bias looks up positions or distances.*batch of their own"):
         model(square, adapter_names=["a", "b"])
     assert torch.equal(model(square, adapter_names=["a", "a"]), model(square))
+
+
+class Positions(nn.Module):
+    """Adds a row for each position, as many as the batch has samples; with or without a batch axis."""
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        super().__init__()
+        self.words, self.rows = nn.Embedding(TOKENS, WIDTH), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = type(self.rows).forward is not nn.Embedding.forward and not hasattr(self.rows, "fps_values")
+        return self.words(x) + self.rows(x if own or hasattr(self.rows, "reads") else torch.arange(x.shape[1]))
+
+
+class WithoutBatch(nn.Embedding):
+    """As Whisper's decoder's positions."""
+
+    reads = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight[: input.shape[1]]
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, WithoutBatch])
+def test_positions_that_all_samples_share_are_not_mixed(layer: type[nn.Embedding]) -> None:
+    model = with_two(lambda: Positions(layer(TOKENS, WIDTH)), ["rows"])
+    square = IDS[:, :2]
+    with pytest.raises(ValueError, match=r"rows looks up positions or distances, which all samples share"):
+        model(square, adapter_names=["a", "b"])
+    assert torch.equal(model(square, adapter_names=["a", "a"]), model(square))
+
+
+def test_calibration_does_not_count_tokens_where_nothing_is_looked_up() -> None:
+    asked = config(target_modules=["rows", "words"], importance="activation")
+    model = get_peft_model(Positions(WithoutBatch(TOKENS, WIDTH)).eval(), asked)
+    with pytest.warns(UserWarning, match=r"saw no input during calibration and will not be trained: rows"):
+        model.calibrate([IDS], progress=False)

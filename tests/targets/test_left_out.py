@@ -11,6 +11,7 @@ from torch import nn
 from peft_fps import FPSConfig
 from peft_fps.targets.left_out import left_out
 from tests.helpers import tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit
+from tests.language_models import tiny_mixtral
 
 
 class Parts(nn.Module):
@@ -61,7 +62,10 @@ def test_default_targets_name_what_they_leave_out_once(build: Callable[[], Any])
     assert expected
     for name in expected:
         assert f"{name} (" in texts[0]
-        assert f"modules_to_save=['{name.removesuffix('.weight')}']" in texts[0]
+        tied = build is tiny_gpt2 and name == "transformer.wte.weight"
+        line = f"{name.removesuffix('.weight')!r}]"  # after the head, which is trained whole as it is
+        assert (line in texts[0]) == (not tied)
+    assert build is not tiny_gpt2 or "for all modules that share its weight" in texts[0]
 
 
 def test_who_chooses_is_not_told() -> None:
@@ -95,3 +99,7 @@ def test_a_report_says_if_nothing_is_left_out() -> None:
     assert str(report).splitlines()[-1] == "left out, above 1 % of the model: nothing"
     vit = get_peft_model(tiny_vit(), FPSConfig(budget=0.05)).selection_report()
     assert set(vit.left_out) <= {"vit.embeddings.position_embeddings", "vit.embeddings.cls_token"}
+
+
+def test_experts_that_are_switched_off_are_not_said_to_be_unfit() -> None:
+    assert not any("experts" in text for text in said(tiny_mixtral(), target_parameters=[]))

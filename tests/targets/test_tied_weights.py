@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from tests.helpers import adapted, bits, config, dense_change, layers_of, tiny_gpt2, tiny_llama, tokens, unchanged
+from tests.language_models import tiny_t5
 
 
 TOKENS, WIDTH = 9, 4
@@ -106,3 +107,8 @@ def test_an_offloaded_embedding_of_its_own_computes_with_its_changes() -> None:
     with torch.no_grad(), layer.weight_at_hand():
         plain.model.embed_tokens.weight += dense_change(layer).float()
     torch.testing.assert_close(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
+
+
+def test_a_copy_that_other_modules_do_not_follow_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"shared, which is trained whole .* decoder.embed_tokens.* target_modules"):
+        get_peft_model(tiny_t5(), config(modules_to_save=["shared"]))

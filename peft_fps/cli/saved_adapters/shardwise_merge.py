@@ -128,6 +128,8 @@ def prepare_shardwise(model: PreTrainedModel, adapter: Inspection, folder: Path,
     """
     assert adapter.config is not None
     assert adapter.record is not None
+    if adapter.config.token_keep_rate is not None:
+        raise WholeModelNeededError("the adapter selects tokens, as the merged model then does")
     weights = stored_weights(model, folder)
     ties = tied(model)
     saved_names = current_names(model, {path: path for path in adapter.record.allocation})
