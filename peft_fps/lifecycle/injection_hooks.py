@@ -1,5 +1,6 @@
 """What PEFT calls while it adds an adapter to a model: the part of the tuner that injects."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftConfig
@@ -71,7 +72,7 @@ class InjectionHooks(BaseTuner):
                 check_adapter_name(self.model, adapter_name)
                 config.to_save = None  # left by an earlier save
                 self._state = new_state(self.model, config)
-                self._stored = None if state_dict is None else {_module_of(key) for key in state_dict}
+                self._stored = None if state_dict is None else _modules_of(state_dict)
                 self._injected = adapter_name
                 if state_dict is None:
                     config.check_complete()
@@ -159,5 +160,6 @@ class InjectionHooks(BaseTuner):
         pass
 
 
-def _module_of(key: str) -> str:
-    return plain_name(key.rsplit(f".{PREFIX}", 1)[0])
+def _modules_of(keys: Iterable[str]) -> set[str]:
+    """Return the paths of the modules of which a state dict has an adapter's tensors. Other keys are of the head."""
+    return {plain_name(key.rsplit(f".{PREFIX}", 1)[0]) for key in keys if f".{PREFIX}" in key}

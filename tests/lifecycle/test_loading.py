@@ -40,6 +40,7 @@ from tests.helpers import (
     layers_of,
     normal,
     start_python,
+    tiny_bert,
     tiny_gpt2,
     tiny_mlp,
     tiny_vit,
@@ -145,6 +146,14 @@ def _transformers_state_dict(base: nn.Module, folder: Path, name: str) -> nn.Mod
         adapter_state_dict=_without_prefix(folder), peft_config=PeftConfig.from_pretrained(folder), adapter_name=name
     )
     return base.eval()
+
+
+def test_tensors_of_a_head_in_a_state_dict_name_no_target() -> None:
+    source = adapted(tiny_bert())
+    state = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(source).items()}
+    assert "classifier.bias" in state
+    model = inject_adapter_in_model(config(), tiny_bert(), state_dict=state)
+    assert layers_of(model).keys() == layers_of(source).keys()
 
 
 PEFT_DOORS: dict[str, Callable[[nn.Module, Path, str], nn.Module]] = {
