@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_fps.base.head import Head
+from peft_fps.base.module_names import bare
 from peft_fps.config import FPSConfig
 from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.targets.base_parameters import base_parameters, named_base_modules
@@ -69,7 +70,7 @@ def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Col
     targets, parameters = config.filled_in.target_modules, config.filled_in.target_parameters
     if config.record is not None or targets is None or config.target_modules != targets:
         return
-    modules = dict(named_base_modules(model))
+    modules = {name: bare(module) for name, module in named_base_modules(model)}
     advise = partial(_advice, modules, head, list(config.modules_to_save or ()))
     groups: dict[str, list[LeftOut]] = {}
     # a weight that is tied to a covered one has its other name

@@ -103,3 +103,10 @@ def test_a_report_says_if_nothing_is_left_out() -> None:
 
 def test_experts_that_are_switched_off_are_not_said_to_be_unfit() -> None:
     assert not any("experts" in text for text in said(tiny_mixtral(), target_parameters=[]))
+
+
+def test_a_head_that_another_adapter_trains_whole() -> None:
+    model = get_peft_model(tiny_bert(), FPSConfig(budget=0.05))
+    with pytest.warns(UserWarning, match="stay frozen"):
+        model.add_adapter("other", FPSConfig(budget=0.05, modules_to_save=[]))
+    assert not any("classifier" in name for name in model.selection_report("default").left_out)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 import transformers
 from peft import get_peft_model
@@ -12,7 +11,7 @@ from torch import nn
 from peft_fps import FPSConfig
 from peft_fps.tokens.vision_trunk import vision_trunk
 from tests.helpers import snapshot, tiny_bert
-from tests.tokens.vision_models import MODELS, PROTECTED, build, sizes, timm_vit, vit
+from tests.tokens.vision_models import MODELS, PROTECTED, build, sizes, timm, timm_vit, vit
 
 
 @pytest.mark.parametrize("name", MODELS)

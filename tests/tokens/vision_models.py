@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import timm
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+
+timm = pytest.importorskip("timm", reason="timm is not installed; pip install timm", exc_type=ImportError)
 
 
 RATE, BLOCKS = 0.55, (1, 3)
