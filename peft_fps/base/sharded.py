@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from peft_fps.base.packed_weight import opened_modules
 from peft_fps.base.quantisation import quantisation
 
 
@@ -75,11 +76,17 @@ def check_whole(
 
     Raises:
         ValueError: a parameter is sharded by FSDP2 or tensor parallelism (a DTensor), or partitioned by DeepSpeed's
-            ZeRO stage 3. Or it is quantised and sharded.
+            ZeRO stage 3. Or it is sharded and quantised, or a packed weight that an adapter changes.
     """
+    packed = tuple(f"{path}." for path, _ in opened_modules(model))
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            found = _found(module, parameter, allow_fsdp, allow_zero)
+            if isinstance(parameter, DTensor) and f"{name}.".startswith(packed):
+                found: str | None = (
+                    "one of packed experts or attention that an adapter changes, and sharded (a DTensor)"
+                )
+            else:
+                found = _found(module, parameter, allow_fsdp, allow_zero)
             if found is not None:
                 raise ValueError(
                     f"{name}: the parameter is {found}, expected a whole one to {verb}. {remedy} Nothing was changed."

@@ -39,10 +39,10 @@ def _hook(path: str, weight: Projection, receive: Receive) -> Any:
     def of_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         for matrix, name in enumerate(("query", "key", "value")):
-            receive(weight, path, matrix, _batch_first(named[name], module), None)
+            receive(weight, path, matrix, _batch_first(named[name], module, path), None)
 
     def of_heads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        receive(weight, path, 0, _batch_first(heads_of(module, *args, **kwargs), module), None)
+        receive(weight, path, 0, _batch_first(heads_of(module, *args, **kwargs), module, path), None)
 
     return of_arguments if weight.own == "in_proj" else of_heads
 
@@ -61,7 +61,7 @@ def heads_of(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def _batch_first(x: Tensor, attention: Any) -> Tensor:
-    check_dense(x)
+def _batch_first(x: Tensor, attention: Any, path: str) -> Tensor:
+    check_dense(path, x)
     ordered = x if attention.batch_first or x.dim() == 2 else x.transpose(0, 1)
     return ordered.reshape(-1, x.shape[-1])

@@ -17,7 +17,7 @@ from peft_fps.calibration.expert_inputs import Rows
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import watch_packed
 from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
-from peft_fps.calibration.statistics import InputStatistics, add_rows, column_sums, token_counts
+from peft_fps.calibration.statistics import InputStatistics, add_rows, check_dense, column_sums, token_counts
 from peft_fps.calibration.tap_sums import convolution_sums
 
 
@@ -210,6 +210,7 @@ class Collector:
             base: linear layer or convolution that multiplies the input with its weight, or embedding that looks it up.
             x: the input; `(..., inputs)` of a linear layer.
         """
+        check_dense(path, x)
         if x.numel() == 0:  # an expert to which no token was routed
             return
         sums, positions = self._reduce(place, base, x)

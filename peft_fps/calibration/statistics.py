@@ -59,7 +59,6 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     Returns:
         Sums `(inputs,)` in the dtype of `wide_dtype`, and the number of positions that count.
     """
-    check_dense(x)
     x = x.reshape(-1, x.shape[-1])
     total = x.new_zeros(x.shape[-1], dtype=wide_dtype(x.device))
     kept = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
@@ -94,11 +93,11 @@ def add_rows(
     statistics.positions[group] += positions  # type: ignore[index]
 
 
-def check_dense(x: Tensor) -> None:
-    """Raise ValueError for a nested tensor."""
+def check_dense(path: str, x: Tensor) -> None:
+    """Raise ValueError if the input of the module at `path` is a nested tensor."""
     if x.is_nested:
         raise ValueError(
-            "A layer's input is a nested tensor, expected a dense one. Build torch.nn.TransformerEncoder with "
+            f"{path}: its input is a nested tensor, expected a dense one. Build torch.nn.TransformerEncoder with "
             "enable_nested_tensor=False. Nothing was changed."
         )
 

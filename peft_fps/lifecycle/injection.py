@@ -13,12 +13,13 @@ from peft_fps.base.head import Head, find_head
 from peft_fps.base.packed_weight import close_modules, opened_modules
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.base.sharded import check_whole
-from peft_fps.checkpoint.record import REMEDY, AdapterRecord
+from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.lifecycle.opened_targets import names_path, opened_targets
 from peft_fps.lifecycle.plan import Plan, plan
+from peft_fps.lifecycle.token_choice import check_tokens, given_token_blocks
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
 from peft_fps.targets.target_checks import check_gated
@@ -31,7 +32,6 @@ from peft_fps.targets.whole_modules import (
     whole_modules,
     with_whole_head,
 )
-from peft_fps.tokens.token_placement import check_token_selection
 
 
 DUMMY = DUMMY_TARGET_MODULES.lower()
@@ -102,7 +102,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
         ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
     """
     _check_task(model, config)
-    _check_tokens(model, config)
+    check_tokens(model, config)
     check_whole(model, "attach or swap an adapter", ATTACH_FIRST, allow_zero=True)
     head = find_head(model)
     _settle_targets(model, config, head)
@@ -140,26 +140,6 @@ def _check_task(model: nn.Module, config: FPSConfig) -> None:
             f"task_type is {config.task_type!r}, expected a model of transformers for it (with {needed}), found a "
             f"{type(model).__name__}. Leave task_type out, or load the model with its head."
         )
-
-
-def _check_tokens(model: nn.Module, config: FPSConfig) -> None:
-    """Raise ValueError if the config asks for token selection and the model cannot do with some of its patches."""
-    if config.token_keep_rate is None:
-        return
-    blocks = _token_blocks(config)
-    if blocks is None and config.record is not None:
-        raise ValueError(
-            f"record.selecting_blocks is None beside token_keep_rate={config.token_keep_rate}, expected the indices "
-            f"of the blocks that select tokens. {REMEDY}"
-        )
-    check_token_selection(model, blocks)
-
-
-def _token_blocks(config: FPSConfig) -> tuple[int, ...] | None:
-    """Return the blocks that select tokens, as the record or else the user says; None if a choice is still to come."""
-    if config.record is not None:
-        return config.record.selecting_blocks
-    return None if config.token_blocks is None else tuple(config.token_blocks)
 
 
 def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
@@ -235,7 +215,7 @@ def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:
         calibration=None if record is None else record.calibration,
         saved_inputs=config.saved_inputs,
         token_keep_rate=config.token_keep_rate,
-        token_blocks=_token_blocks(config),
+        token_blocks=given_token_blocks(config),
         gate_penalty=None if config.token_gate is None else config.token_gate_penalty,
         before=None if record is None else Before.of(model),
     )

@@ -4,13 +4,34 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from peft_fps.checkpoint.record import REMEDY
 from peft_fps.config import FPSConfig
 from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.selection import Candidate
 from peft_fps.selection.blocks import best_shares
-from peft_fps.tokens.token_placement import CHOSEN, eligible
+from peft_fps.tokens.token_placement import CHOSEN, check_token_selection, eligible
 from peft_fps.tokens.vision_trunk import vision_trunk
+
+
+def check_tokens(model: nn.Module, config: FPSConfig) -> None:
+    """Raise ValueError if the config asks for token selection and the model cannot do with some of its patches."""
+    if config.token_keep_rate is None:
+        return
+    blocks = given_token_blocks(config)
+    if blocks is None and config.record is not None:
+        raise ValueError(
+            f"record.selecting_blocks is None beside token_keep_rate={config.token_keep_rate}, expected the indices "
+            f"of the blocks that select tokens. {REMEDY}"
+        )
+    check_token_selection(model, blocks)
+
+
+def given_token_blocks(config: FPSConfig) -> tuple[int, ...] | None:
+    """Return the blocks that select tokens, as the record or else the user says; None if a choice is still to come."""
+    if config.record is not None:
+        return config.record.selecting_blocks
+    return None if config.token_blocks is None else tuple(config.token_blocks)
 
 
 def chosen_token_blocks(
