@@ -70,7 +70,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         "train": _training_bytes(model, setting, task, collator),
         "adapter": _file_bytes(model),  # now, since values that have diverged cannot be saved
     }
-    operations = extra_operations(model, collator([task.splits["train"][0]])["pixel_values"])
+    operations = extra_operations(model, collator([task.splits["train"][0]]))
 
     recipe = RECIPE | {
         "learning_rate": cell.learning_rate,

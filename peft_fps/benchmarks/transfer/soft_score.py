@@ -2,11 +2,12 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,7 +27,7 @@ def soft_score(accuracy: float, trained: float, operations: float, memory: float
     return accuracy / ((1 + trained) * (1 + operations) * (1 + memory))
 
 
-def extra_operations(model: nn.Module, images: Tensor) -> float:
+def extra_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """Return the operations of a forward pass beyond the base model's, as a share of the base model's.
 
     An adapter is merged for it, unless it has gates. Operations are those that PyTorch's counter knows, products
@@ -34,22 +35,22 @@ def extra_operations(model: nn.Module, images: Tensor) -> float:
 
     Args:
         model: a `PeftModel`, which is not changed, or another model, which has no operations beyond its own.
-        images: `(batch, channels, height, width)`.
+        batch: arguments of the model.
     """
     if not isinstance(model, PeftModel):
         return 0.0
-    plain = _operations(copy.deepcopy(model).unload(), images)
+    plain = _operations(copy.deepcopy(model).unload(), batch)
     adapted: Any = copy.deepcopy(model)
     if not any(getattr(config, "token_gate", None) for config in model.peft_config.values()):
         with warnings.catch_warnings():  # nothing is saved here, so nothing is lost
             warnings.filterwarnings("ignore", "The merged model goes on selecting tokens")
             adapted = adapted.merge_and_unload()
-    return _operations(adapted, images) / plain - 1
+    return _operations(adapted, batch) / plain - 1
 
 
 @torch.no_grad()
-def _operations(model: nn.Module, images: Tensor) -> int:
+def _operations(model: nn.Module, batch: Mapping[str, Any]) -> int:
     counter = FlopCounterMode(display=False)
     with counter:
-        model.eval()(pixel_values=images)
+        model.eval()(**batch)
     return counter.get_total_flops()

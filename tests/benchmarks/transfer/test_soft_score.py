@@ -1,5 +1,7 @@
 """PSCP, and the operations that it counts."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,13 +9,17 @@ from torch import nn
 
 from peft_fps import FPSConfig
 from peft_fps.benchmarks.transfer.soft_score import extra_operations, soft_score
-from tests.helpers import images, tiny_vit
+from tests.helpers import tiny_vit
 
 
 def test_the_score_without_costs_is_the_accuracy() -> None:
     assert soft_score(0.8, 0.0, 0.0, 0.0) == 0.8
     assert soft_score(0.8, 1.0, 0.0, 1.0) == pytest.approx(0.2)
     assert soft_score(0.8, 0.0, -0.2, 0.0) == pytest.approx(1.0)
+
+
+def one_image(size: int = 16) -> dict[str, Any]:
+    return {"pixel_values": torch.zeros(1, 3, size, size), "interpolate_pos_encoding": size != 16}
 
 
 def products(tokens: list[int], width: int = 32, hidden: int = 64) -> int:
@@ -25,25 +31,26 @@ def products(tokens: list[int], width: int = 32, hidden: int = 64) -> int:
 def test_operations_saved_are_those_of_the_tokens_that_are_left_out() -> None:
     config = FPSConfig(per_neuron=1, importance="magnitude", token_keep_rate=0.5, token_blocks=[0])
     model = get_peft_model(tiny_vit(), config)
-    found = extra_operations(model, images(1))
+    found = extra_operations(model, one_image())
     patches, head = 16 * 48 * 32, 32 * 5
     whole = products([17, 17, 17, 17]) + patches + head
     fewer = products([17, 10, 10, 10]) + patches + head
     assert found == pytest.approx(fewer / whole - 1, abs=0.02)  # fusing and scoring have a few products too
     assert found < -0.2
+    assert extra_operations(model, one_image(24)) < -0.2  # of an image of another size
 
 
 def test_merged_adapters_take_no_more() -> None:
     base = tiny_vit()
     plain = FPSConfig(per_neuron=1, importance="magnitude")
-    assert extra_operations(get_peft_model(tiny_vit(), plain), images(1)) == 0
-    assert extra_operations(get_peft_model(base, LoraConfig(target_modules=["q_proj"])), images(1)) == 0
-    assert extra_operations(nn.Linear(2, 2), torch.zeros(1)) == 0
+    assert extra_operations(get_peft_model(tiny_vit(), plain), one_image()) == 0
+    assert extra_operations(get_peft_model(base, LoraConfig(target_modules=["q_proj"])), one_image()) == 0
+    assert extra_operations(nn.Linear(2, 2), {}) == 0
 
 
 def test_a_gate_cannot_be_merged_and_costs_its_change() -> None:
     config = FPSConfig(per_neuron=1, importance="magnitude", token_gate="threshold")
     model = get_peft_model(tiny_vit(), config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert extra_operations(model, images(1)) >= 0
+    assert extra_operations(model, one_image()) >= 0
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
