@@ -30,7 +30,7 @@ TOKENS = 128
 
 
 def vit(layers: int, **sizes: Any) -> ViTForImageClassification:
-    """Return a ViT/16 for 224 px with random weights and a head of 100 classes."""
+    """Return a ViT/16 with random weights and a head of 100 classes, for 224 px unless `sizes` say otherwise."""
     return ViTForImageClassification(ViTConfig(**{"num_hidden_layers": layers, "num_labels": 100, **sizes}))
 
 
@@ -50,6 +50,10 @@ NAMED: dict[str, tuple[int, Callable[[int], PreTrainedModel]]] = {
     "vit-l16": (
         24,
         lambda layers: vit(layers, hidden_size=1024, intermediate_size=4096, num_attention_heads=16),
+    ),
+    "vit-ti16-112px": (
+        12,
+        lambda layers: vit(layers, image_size=112, hidden_size=192, intermediate_size=768, num_attention_heads=3),
     ),
     "decoder-0.5b": (28, decoder),
 }

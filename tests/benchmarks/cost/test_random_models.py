@@ -21,7 +21,11 @@ from peft_fps.benchmarks.cost.workload import Workload
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # embedding, position and class token, 12 d² + 13 d per layer (d = width, MLP 4 d), last norm, head of 100
-    [("vit-b16", 85_798_656 + 768 * 100 + 100), ("vit-l16", 303_301_632 + 1024 * 100 + 100)],
+    [
+        ("vit-b16", 85_798_656 + 768 * 100 + 100),
+        ("vit-l16", 303_301_632 + 1024 * 100 + 100),
+        ("vit-ti16-112px", 5_524_416 - (196 - 49) * 192 + 192 * 100 + 100),
+    ],
 )
 def test_vits_have_the_published_sizes(name, parameters):
     layers, build = NAMED[name]
