@@ -9,8 +9,9 @@ from peft_fps.benchmarks.machine import processor
 from peft_fps.benchmarks.tables import TextTable, titled_markdown
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import RowKey, Setting
+from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
 from peft_fps.benchmarks.transfer.selection_agreement import measure, overlap_table
-from peft_fps.benchmarks.transfer.store import Store
+from peft_fps.benchmarks.transfer.store import Store, read
 from peft_fps.benchmarks.transfer.tasks import task_names
 from peft_fps.benchmarks.transfer.transfer_options import OverlapOptions, TransferOptions, listed
 from peft_fps.benchmarks.transfer.transfer_picture import draw
@@ -46,14 +47,15 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     if fill:
         check_timm_name("--model", setting.model)
         tasks = chosen_tasks(setting, only)
-        store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()})
+        rates = None if options.rates_of is None else _rates_of(options.rates_of, setting)
+        store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()}, rates)
         fill_table(tasks, rows, options.seeds, setting, store, options.jobs)
     elif (options.output / CELLS).exists():
         store = Store(options.output / CELLS, setting, {})
     else:
         raise ValueError(f"--output is {str(options.output)!r}, which holds no {CELLS}: nothing has been run there.")
     shown = [record for record in store.records if only is None or record.cell.task in only]
-    results = Results(shown, setting)
+    results = Results(shown, setting, store.rates)
     found = tables(results, options.baseline)
     written = [options.output / CELLS, options.output / TABLES]
     written[1].write_text("\n\n".join(map(titled_markdown, found)) + "\n", encoding="utf-8")
@@ -64,6 +66,17 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
         except ImportError:
             logger.warning("no picture, since matplotlib is missing: pip install peft-fps[benchmark]")
     return found, written
+
+
+def _rates_of(folder: Path, setting: Setting) -> Rates:
+    """Return the learning rates that another run has chosen.
+
+    Raises:
+        ValueError: there is no run in the folder.
+    """
+    if not (folder / CELLS).exists():
+        raise ValueError(f"--rates-of is {str(folder)!r}, which holds no {CELLS}: nothing has been run there.")
+    return chosen_rates(read(folder / CELLS)[1], setting)
 
 
 def run_overlap(options: OverlapOptions) -> tuple[TextTable, list[Path]]:

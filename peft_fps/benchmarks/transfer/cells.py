@@ -108,7 +108,8 @@ class Record:
         seconds: wall time by stage, `select` and `train`.
         bytes: peak of tensors by stage beyond those that were there before it, and `adapter`, the size of its file.
         loss: mean training loss; None for the linear head, and where training diverged.
-        operations: of a forward pass beyond the base model's, as a share of the base model's; None in older files.
+        operations: of a forward pass beyond the base model's, as a share of the base model's; 0 in
+            older files, whose methods all merge without a trace.
     """
 
     cell: Cell
@@ -121,7 +122,7 @@ class Record:
     seconds: dict[str, float]
     bytes: dict[str, int]
     loss: float | None
-    operations: float | None = None
+    operations: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return one level of plain data, `seconds` and `bytes` aside."""

@@ -6,8 +6,17 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, RowKey, Setting
 
 
+Rates = Mapping[tuple[str, str], float | None]
+"""Chosen learning rates by method and task; variants of a method have its rate."""
+
+
 def pending(
-    tasks: Sequence[str], rows: Sequence[RowKey], seeds: int, setting: Setting, records: Iterable[Record]
+    tasks: Sequence[str],
+    rows: Sequence[RowKey],
+    seeds: int,
+    setting: Setting,
+    records: Iterable[Record],
+    rates: Rates | None = None,
 ) -> list[Cell]:
     """Return the cells that can be run now and are not among the records, in the order of running.
 
@@ -19,14 +28,16 @@ def pending(
         seeds: number of seeds; 0, 1, ... are run.
         setting: says at which share learning rates are chosen.
         records: what is finished.
+        rates: chosen before; there are no trials for these. Default: none.
     """
     validation = {record.cell: record.validation for record in records}
     wanted: dict[Cell, int] = {}
     for place, row in enumerate(rows):
         for task in tasks:
             cells = trials(row[0], task, setting)
-            if all(cell in validation for cell in cells):
-                rate = chosen_rate(row[0], task, setting, validation)
+            known = (rates or {}).get((ARMS[row[0]].tuned_as or row[0], task))
+            if known is not None or all(cell in validation for cell in cells):
+                rate = known or chosen_rate(row[0], task, setting, validation)
                 cells = [Cell(task, *row, seed, rate) for seed in range(seeds)]
             for cell in cells:
                 if cell not in validation:
@@ -59,3 +70,17 @@ def chosen_rate(method: str, task: str, setting: Setting, validation: Mapping[Ce
         trials(method, task, setting), key=lambda cell: (validation[cell], -(cell.learning_rate or 0)), default=None
     )
     return None if best is None else best.learning_rate
+
+
+def chosen_rates(records: Iterable[Record], setting: Setting) -> dict[tuple[str, str], float | None]:
+    """Return the learning rates of all methods on all tasks for which the trials are among the records.
+
+    Variants are left out, since they have the rate of their method.
+    """
+    validation = {record.cell: record.validation for record in records}
+    return {
+        (method, task): chosen_rate(method, task, setting, validation)
+        for method, arm in ARMS.items()
+        for task in dict.fromkeys(cell.task for cell in validation)
+        if arm.tuned_as is None and all(cell in validation for cell in trials(method, task, setting))
+    }

@@ -2,7 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import mean
 from typing import Any
 
 import torch
@@ -11,20 +14,47 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def soft_score(accuracy: float, trained: float, operations: float, memory: float) -> float:
-    """Return P · (1 + M_p / C_p)⁻¹ · (1 + M_f / C_f)⁻¹ · (1 + M_m / C_m)⁻¹, PSCP with every β at 1.
+@dataclass(frozen=True)
+class SoftScore:
+    """What PSCP is made of.
 
     PEFT-Bench's constants are those of language models: 5 · 10⁸ parameters, 10 TFLOPs, 94 GB. Here they are what full
-    fine-tuning of the same model takes, so each cost comes as a share of it. The order of methods depends on β.
+    fine-tuning of the same model takes, so each cost comes as a share of it.
 
-    Args:
+    Attributes:
         accuracy: P.
         trained: M_p / C_p, trained parameters as a share of the backbone's.
         operations: M_f / C_f, operations of a forward pass of the adapted model beyond the base model's, as a share of
             the base model's. Negative where tokens are selected.
         memory: M_m / C_m, peak of a training step as a share of full fine-tuning's.
     """
-    return accuracy / ((1 + trained) * (1 + operations) * (1 + memory))
+
+    accuracy: float
+    trained: float
+    operations: float
+    memory: float
+
+    def value(self, beta_p: float = 1.0, beta_f: float = 1.0, beta_m: float = 1.0) -> float:
+        """Return P (1 + M_p / C_p)^-β_p (1 + M_f / C_f)^-β_f (1 + M_m / C_m)^-β_m; every β is 1 in PEFT-Bench."""
+        costs = (1 + self.trained) ** beta_p * (1 + self.operations) ** beta_f * (1 + self.memory) ** beta_m
+        return self.accuracy / float(costs)
+
+
+def reordered_pairs(scores: Sequence[SoftScore]) -> tuple[float, float, float]:
+    """Return which share of the pairs changes places when β_p, β_f or β_m alone is halved or doubled.
+
+    Args:
+        scores: two at least.
+    """
+    pairs = list(combinations(scores, 2))
+
+    def changed(name: str) -> float:
+        return mean(
+            any((a.value() > b.value()) != (a.value(**{name: beta}) > b.value(**{name: beta})) for beta in (0.5, 2.0))
+            for a, b in pairs
+        )
+
+    return changed("beta_p"), changed("beta_f"), changed("beta_m")
 
 
 def extra_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_fps.benchmarks.transfer.cells import Record, Setting
+from peft_fps.benchmarks.transfer.plan import Rates
 
 
 class Store:
@@ -15,17 +16,20 @@ class Store:
         path: the file; made with the first cell.
         setting: of the table that is to be run.
         facts: the machine and versions, kept in the first line of a new file.
+        rates: learning rates chosen in another run, kept there too. Default: none, or those that the file holds.
 
     Raises:
-        ValueError: the file holds cells of another setting, or is no such file.
+        ValueError: the file holds cells of another setting or at other rates, or is no such file.
     """
 
-    def __init__(self, path: Path, setting: Setting, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path, setting: Setting, facts: dict[str, Any], rates: Rates | None = None) -> None:
         self.path = path
         self.records: list[Record] = []
+        self.rates = dict(rates or {})
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"setting": setting.comparable(), **facts})
+            of_another = {"rates": [[*key, rate] for key, rate in self.rates.items()]} if self.rates else {}
+            self._append({"setting": setting.comparable(), **facts, **of_another})
             return
         header, self.records = read(path)
         found, wanted = header["setting"], setting.comparable()
@@ -33,6 +37,12 @@ class Store:
             raise ValueError(
                 f"{path} holds cells of the setting {found}, expected {wanted}. Choose another --output, or the same "
                 "options."
+            )
+        self.rates = {(method, task): rate for method, task, rate in header.get("rates", [])}
+        if rates is not None and rates != self.rates:
+            raise ValueError(
+                f"{path} holds cells at other learning rates than --rates-of has chosen, expected the same ones. "
+                "Choose another --output, or leave --rates-of out."
             )
         whole = path.read_bytes()
         if not whole.endswith(b"\n"):  # a line that a kill has cut short

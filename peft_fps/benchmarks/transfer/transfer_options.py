@@ -32,6 +32,16 @@ class TransferOptions(Setting):
     ] = "0.0077"
     seeds: Seeds = 3
     baseline: Compared = "gps"
+    rates_of: Annotated[
+        Path | None,
+        described(
+            "An earlier --output whose learning rates are taken, so that these methods need no trials here. Its "
+            "epochs and precision may differ. Kept with the cells.",
+            WHAT,
+            metavar="FOLDER",
+            file_okay=False,
+        ),
+    ] = None
     jobs: Annotated[int, count("Cells at the same time, each a process.", MACHINE)] = 2
     output: Annotated[
         Path,

@@ -1,15 +1,14 @@
 """The cells of a run as tables: accuracies by task, differences to a baseline, learning rates, and costs."""
 
 from collections.abc import Iterable, Sequence
-from itertools import product
 from statistics import mean, median
 
 from peft_fps.benchmarks.tables import MIB, TextTable
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
 from peft_fps.benchmarks.transfer.estimates import Estimate, over_seeds, paired
-from peft_fps.benchmarks.transfer.plan import chosen_rate, trials
-from peft_fps.benchmarks.transfer.soft_score import soft_score
+from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
+from peft_fps.benchmarks.transfer.soft_score import SoftScore, reordered_pairs
 from peft_fps.benchmarks.transfer.tasks import rank
 
 
@@ -19,16 +18,19 @@ class Results:
     Args:
         records: finished cells; those that only served to choose a learning rate are left out.
         setting: of the run.
+        rates: learning rates chosen before, in another run. Default: none.
     """
 
-    def __init__(self, records: Iterable[Record], setting: Setting) -> None:
+    def __init__(self, records: Iterable[Record], setting: Setting, rates: Rates | None = None) -> None:
         everything = list(records)
         self.tuned_share = setting.tuned_share
-        validation = {record.cell: record.validation for record in everything}
-        self.rates: dict[tuple[str, str], float | None] = {}
-        for method, task in product(ARMS, dict.fromkeys(record.cell.task for record in everything)):
-            if all(cell in validation for cell in trials(method, task, setting)):
-                self.rates[method, task] = chosen_rate(method, task, setting, validation)
+        chosen = chosen_rates(everything, setting) | dict(rates or {})
+        self.rates = {
+            (method, task): rate
+            for method, arm in ARMS.items()
+            for (tuned, task), rate in chosen.items()
+            if tuned == (arm.tuned_as or method)
+        }
         self.rows: dict[RowKey, list[Record]] = {}
         for record in everything:
             key, rate = (record.cell.method, record.cell.task), record.cell.learning_rate
@@ -180,11 +182,10 @@ def cost_table(results: Results) -> TextTable:
     """Return medians over cells: seconds and memory of selection and training, and the size of the adapter's file.
 
     Of methods that have a choice, cells of the share at which learning rates are chosen, which all of them have. PSCP
-    stands there where full fine-tuning, whose costs are its constants, was run, and the cells say what a forward pass
-    takes.
+    stands there where full fine-tuning, whose costs are its constants, was run.
     """
     lines = []
-    scored = _scored(results)
+    scores = _scores(results)
     for row in results.of_share(results.tuned_share):
         records = results.rows[row]
         lines.append(
@@ -195,35 +196,45 @@ def cost_table(results: Results) -> TextTable:
                 f"{median(record.seconds['train'] for record in records):.0f}",
                 f"{median(record.bytes['train'] for record in records) / MIB:.1f}",
                 f"{max(record.bytes['adapter'] for record in records) / 1024:,.0f}",
-                *((scored[row],) if row in scored else ("",) * bool(scored)),
+                *((f"{100 * scores[row].value():.1f}",) if row in scores else ("",) * bool(scores)),
             )
         )
     header = (
         *("method", "selection, s", "its peak, MiB", "training, s", "a step's peak, MiB", "largest file, KiB"),
-        *(("PSCP",) if scored else ()),
+        *(("PSCP",) if scores else ()),
     )
     title = f"What the methods cost here, at {results.tuned_share:.2%} (cells run side by side: the times are a hint)"
-    return TextTable(title, header, tuple(lines))
+    return TextTable(title + _sensitivity(list(scores.values())), header, tuple(lines))
 
 
-def _scored(results: Results) -> dict[RowKey, str]:
-    """Return PSCP in percent of every row that has run on all tasks; see `soft_score`."""
-    rows = results.of_share(results.tuned_share)
+def _scores(results: Results) -> dict[RowKey, SoftScore]:
+    """Return what PSCP is made of, for every row that has run on all tasks; nothing without full fine-tuning."""
     full = results.rows.get(("full", None), [])
-    most = median(record.bytes["train"] for record in full) if full else 0
+    if not full:
+        return {}
+    most = median(record.bytes["train"] for record in full)
     found = {}
-    for row in rows if most else ():
-        records = results.rows[row]
-        operations = [record.operations for record in records if record.operations is not None]
-        if operations and results.seeds(row):
-            value = soft_score(
-                over_seeds(results.accuracies(row), results.tasks).mean,
-                mean(record.trained / record.backbone for record in records),
-                mean(operations),
-                median(record.bytes["train"] for record in records) / most,
+    for row in results.of_share(results.tuned_share):
+        if results.seeds(row):
+            records = results.rows[row]
+            found[row] = SoftScore(
+                accuracy=over_seeds(results.accuracies(row), results.tasks).mean,
+                trained=mean(record.trained / record.backbone for record in records),
+                operations=mean(record.operations for record in records),
+                memory=median(record.bytes["train"] for record in records) / most,
             )
-            found[row] = f"{100 * value:.1f}"
     return found
+
+
+def _sensitivity(scores: Sequence[SoftScore]) -> str:
+    """Return half a sentence: how many pairs of methods PSCP orders otherwise with another weight β."""
+    if len(scores) < 2:
+        return ""
+    p, f, m = (f"{share:.0%}" for share in reordered_pairs(scores))
+    return (
+        f"; PSCP with every β at 1: of the pairs of methods, {p} change places when β_p is halved or doubled, {f} for "
+        f"β_f, {m} for β_m"
+    )
 
 
 def show(estimate: Estimate) -> str:

@@ -38,7 +38,7 @@ def fill(tasks: Sequence[str], rows: Sequence[RowKey], seeds: int, setting: Sett
         ProcessPoolExecutor(jobs, mp_context=context, initializer=begin) as pool,
     ):
         # in rounds, since learning rates are known only when the cells are there that they are chosen from
-        while missing := pending(tasks, rows, seeds, setting, store.records):
+        while missing := pending(tasks, rows, seeds, setting, store.records, store.rates):
             futures: list[Future[Record]] = [pool.submit(run_cell, cell, setting) for cell in missing]
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc="cells"):

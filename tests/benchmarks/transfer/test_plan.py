@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, RowKey, Setting
-from peft_fps.benchmarks.transfer.plan import chosen_rate, pending, trials
+from peft_fps.benchmarks.transfer.plan import chosen_rate, chosen_rates, pending, trials
 
 
 TASKS = ["a", "b", "c", "d"]
@@ -72,6 +72,17 @@ def test_variants_take_the_rates_of_their_method(method, tuner):
         Cell("c", method, 0.01, 0, 0.03),
     ]
     assert pending(["a"], [(method, 0.01)], 1, SETTING, []) == [Cell("a", tuner, 0.05, 0, rate) for rate in RATES]
+
+
+def test_rates_chosen_before_need_no_trials():
+    rates = chosen_rates(tuned("fps", "ac"), SETTING)
+    assert rates == {("fps", task): BEST[task] for task in "ac"} | {("linear", task): None for task in "ac"}
+    rows: list[RowKey] = [("fps-l2", 0.05), ("lora", 0.05), ("linear", None)]
+    assert pending(["a", "c"], rows, 1, SETTING, [], rates) == [
+        *(Cell(task, "fps-l2", 0.05, 0, BEST[task]) for task in "ac"),
+        *(cell for task in "ac" for cell in trials("lora", task, SETTING)),
+        *(Cell(task, "linear", None, 0, None) for task in "ac"),
+    ]
 
 
 def test_trials_come_first_then_cells_at_the_best_rate():

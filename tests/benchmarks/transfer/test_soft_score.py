@@ -8,14 +8,22 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_fps import FPSConfig
-from peft_fps.benchmarks.transfer.soft_score import extra_operations, soft_score
+from peft_fps.benchmarks.transfer.soft_score import SoftScore, extra_operations, reordered_pairs
 from tests.helpers import tiny_vit
 
 
-def test_the_score_without_costs_is_the_accuracy() -> None:
-    assert soft_score(0.8, 0.0, 0.0, 0.0) == 0.8
-    assert soft_score(0.8, 1.0, 0.0, 1.0) == pytest.approx(0.2)
-    assert soft_score(0.8, 0.0, -0.2, 0.0) == pytest.approx(1.0)
+def test_the_score_is_the_accuracy_over_the_costs() -> None:
+    assert SoftScore(0.8, 0.0, 0.0, 0.0).value() == 0.8
+    assert SoftScore(0.8, 1.0, 0.0, 1.0).value() == pytest.approx(0.2)
+    assert SoftScore(0.8, 0.0, -0.2, 0.0).value() == pytest.approx(1.0)
+    assert SoftScore(0.8, 1.0, -0.75, 3.0).value(2.0, 0.5, 0.5) == pytest.approx(0.8 / (4 * 0.5 * 2))
+
+
+def test_pairs_that_a_weight_reorders_are_counted() -> None:
+    cheap, dear = SoftScore(0.6, 0.0, 0.0, 0.1), SoftScore(0.8, 0.0, 0.0, 0.4)
+    # 0.545 : 0.571 at β_m = 1, and 0.496 : 0.408 at 2
+    assert reordered_pairs([cheap, dear]) == (0.0, 0.0, 1.0)
+    assert reordered_pairs([cheap, dear, SoftScore(0.1, 0.0, 0.0, 0.0)]) == (0.0, 0.0, pytest.approx(1 / 3))
 
 
 def one_image(size: int = 16) -> dict[str, Any]:

@@ -52,6 +52,16 @@ def test_a_whole_file_is_not_touched(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_rates_of_another_run_stay_with_the_cells(tmp_path):
+    path, rates = tmp_path / "cells.jsonl", {("fps", "a"): 0.01, ("linear", "a"): None}
+    Store(path, SETTING, {}, rates).add(FIRST)
+    before = path.read_bytes()
+    assert Store(path, SETTING, {}).rates == Store(path, SETTING, {}, rates).rates == rates
+    with pytest.raises(ValueError, match="at other learning rates than --rates-of"):
+        Store(path, SETTING, {}, rates | {("fps", "a"): 0.03})
+    assert path.read_bytes() == before
+
+
 def test_another_setting_is_refused_with_both_named(tmp_path):
     path = tmp_path / "cells.jsonl"
     Store(path, SETTING, {}).add(FIRST)
