@@ -11,6 +11,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import RowKey, Setting
 from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
 from peft_fps.benchmarks.transfer.selection_agreement import measure, overlap_table
+from peft_fps.benchmarks.transfer.step_picture import draw_steps, read_steps
 from peft_fps.benchmarks.transfer.store import Store, read
 from peft_fps.benchmarks.transfer.tasks import task_names
 from peft_fps.benchmarks.transfer.transfer_options import OverlapOptions, TransferOptions, listed
@@ -24,7 +25,7 @@ from peft_fps.vision.timm_names import check_timm_name
 
 logger = logging.getLogger(__name__)
 
-CELLS, TABLES, PICTURE = "cells.jsonl", "transfer.md", "transfer.png"
+CELLS, TABLES, PICTURE, STEPS = "cells.jsonl", "transfer.md", "transfer.png", "steps.png"
 
 
 def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Path]]:
@@ -44,6 +45,7 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     check_method("--baseline", options.baseline)
     setting, only = options.setting, _only(options)
     check_share("--tuned-share", setting.tuned_share)
+    seconds = None if options.steps is None else read_steps(options.steps)
     if fill:
         check_timm_name("--model", setting.model)
         tasks = chosen_tasks(setting, only)
@@ -63,6 +65,9 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
         try:
             draw(results, options.output / PICTURE)
             written.append(options.output / PICTURE)
+            if seconds is not None:
+                draw_steps(results, seconds, options.output / STEPS)
+                written.append(options.output / STEPS)
         except ImportError:
             logger.warning("no picture, since matplotlib is missing: pip install peft-fps[benchmark]")
     return found, written

@@ -32,6 +32,16 @@ class TransferOptions(Setting):
     ] = "0.0077"
     seeds: Seeds = 3
     baseline: Compared = "gps"
+    steps: Annotated[
+        Path | None,
+        described(
+            "cost.json of `benchmark cost --rows tokens`: token selection is drawn against its step times, too, as "
+            "steps.png.",
+            WHAT,
+            metavar="FILE",
+            dir_okay=False,
+        ),
+    ] = None
     rates_of: Annotated[
         Path | None,
         described(
