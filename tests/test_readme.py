@@ -149,6 +149,14 @@ def test_the_table_of_costs_is_the_measured_one() -> None:
         ("Merging takes {:.2f} of LoRA's time", "merge", "FPS ÷ LoRA r=16, merge"),
     ):
         assert text.format(figures[row, what]) in " ".join(printed.split())
+    raw = json.loads((RESULTS / "tokens.json").read_text(encoding="utf-8"))["rows"]["tokens"]["raw"]
+    step, inference = (
+        f"{raw[row]['keep-0.7']['median'] / raw[row][other]['median']:.2f}"
+        for row, other in (("step", "lora"), ("inference", "keep-1"))
+    )
+    peak = f"{raw['bytes']['keep-0.7']['peak'] / raw['bytes']['lora']['peak']:.2f}"
+    sentence = f"a step takes {step} of LoRA's time and {peak} of its memory, and inference {inference} of the base's"
+    assert sentence in " ".join(printed.split())
     assert json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))["date"] in printed
 
 

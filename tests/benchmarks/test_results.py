@@ -111,3 +111,20 @@ def test_the_importances_table_is_the_measured_one() -> None:
     for name, peak in raw["peak_bytes"].items():
         time = raw["seconds"][name]["median"] / forward
         assert f"| {name} | {time:.1f} | {peak / 2**20:,.0f} |" in README
+
+
+def test_the_table_of_token_selection_is_the_measured_one() -> None:
+    measured = json.loads((RESULTS / "tokens.json").read_text(encoding="utf-8"))
+    raw = measured["rows"]["tokens"]["raw"]
+    assert measured["evidence"]
+    assert [block + 1 for block in raw["blocks"]] == [4, 7, 10]
+    step = {name: found["median"] for name, found in raw["step"].items()}
+    labels = {"lora": "LoRA r=16", "floor": "frozen floor", "keep-1": "FPS, all patches"}
+    for name, seconds in step.items():
+        label = labels.get(name, f"FPS, keep rate {name.removeprefix('keep-')}")
+        peak, most = raw["bytes"][name]["peak"], raw["bytes"]["lora"]["peak"]
+        figures = f"{seconds:.3f} | {seconds / step['lora']:.2f} | {peak / 2**20:,.0f} | {peak / most:.2f}"
+        assert f"| {label} | {figures} |" in README
+        if name in raw["inference"]:
+            share = raw["inference"][name]["median"] / raw["inference"]["keep-1"]["median"]
+            assert f"| {label} | {figures} | {share:.2f} |" in README
