@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.sample_names import named_calls, names_for
 from peft_fps.layers.tensors_as_read import as_read
 from peft_fps.sparse import Structure, changed_weight
+
+
+class Change(NamedTuple):
+    """What adapters change in a layer together.
+
+    Attributes:
+        names: of the adapters, one at least.
+        structure: where the entries of ΔW lie.
+        values: `(nnz,)` ΔW at these entries.
+        bias_deltas: Δb, the sum of these tensors `(neurons,)`; empty if none has one.
+    """
+
+    names: list[str]
+    structure: Structure
+    values: Tensor
+    bias_deltas: list[Tensor]
 
 
 class ChangedLayer(EntryLayer):
@@ -34,6 +51,10 @@ class ChangedLayer(EntryLayer):
         scaled = [self.scaled(self.fps_values[name], name) for name in names]
         values = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in scaled])
         return united, values.new_zeros(united.positions.numel()).index_add(0, places, values)
+
+    def change_of(self, names: list[str]) -> Change:
+        """Return what the named adapters change, one at least."""
+        return Change(names, *self.applied(names), self._bias_deltas(names))
 
     # --- what models read off the layer -----------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_fps.layers.changed_layer import Change
 from peft_fps.layers.sparse_product import ProductLayer
-from peft_fps.sparse import Geometry, Kept, Layout, Structure, convolve, dense_delta, sparse_convolution
+from peft_fps.sparse import Geometry, Kept, Layout, convolve, dense_delta, sparse_convolution
 
 
 class Convolution(ProductLayer):
@@ -27,29 +28,18 @@ class Convolution(ProductLayer):
     def _features(self) -> tuple[int, int]:
         return self.base_layer.in_channels, self.base_layer.out_channels
 
-    def _kept(
-        self, x: Tensor, dtype: torch.dtype, values: Tensor, structure: Structure, names: list[str]
-    ) -> Kept | None:
+    def _kept(self, change: Change, x: Tensor, dtype: torch.dtype) -> Kept | None:
         return None
 
     def _product(
-        self,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        structure: Structure,
-        kept: Kept | None,
-        *args: Any,
-        **kwargs: Any,
+        self, change: Change, x: Tensor, bias: Tensor | None, kept: Kept | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         x, geometry = self._zero_padded(x, *args, **kwargs)
-        return sparse_convolution(x, self.base_layer.weight, values, bias, structure, geometry)
+        return sparse_convolution(x, self.base_layer.weight, change.values, bias, change.structure, geometry)
 
-    def _delta_product(
-        self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _delta_product(self, change: Change, x: Tensor, kept: Kept | None, *args: Any, **kwargs: Any) -> Tensor:
         x, geometry = self._zero_padded(x, *args, **kwargs)
-        delta = dense_delta(values, structure, self.base_layer.weight.shape).to(x.dtype)
+        delta = dense_delta(change.values, change.structure, self.base_layer.weight.shape).to(x.dtype)
         return convolve(x, delta, None, geometry)
 
     def _zero_padded(self, x: Tensor) -> tuple[Tensor, Geometry]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peft_fps.base.quantisation import is_of_torchao
+from peft_fps.layers.changed_layer import Change
 from peft_fps.layers.sample_names import check_unmerged
 from peft_fps.layers.sparse_product import ProductLayer
 from peft_fps.sparse import Layout, Structure, changed_lookup
@@ -81,43 +82,22 @@ class Embedding(ProductLayer):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def _own_product(
-        self,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        return self._beside_base(self.base_layer(x), x, structure, values, bias_deltas, names)
+    def _own_product(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._beside_base(change, self.base_layer(x), x)
 
-    def _beside_base(
-        self,
-        result: Tensor,
-        x: Tensor,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        return changed_lookup(result, x, values, structure, self.base_layer.padding_idx)
+    def _beside_base(self, change: Change, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return changed_lookup(result, x, change.values, change.structure, self.base_layer.padding_idx)
 
-    def _changed_base(
-        self, structure: Structure, values: Tensor, bias_deltas: list[Tensor], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _changed_base(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer's own forward with W + ΔW in place of its weight.
 
         Where the forward does nothing with the weight but look tokens up, no dense W + ΔW is formed.
         """
         base = self.base_layer
-        result = with_changed_lookups(lambda: base(x, *args, **kwargs), base.weight, values, structure)
+        result = with_changed_lookups(lambda: base(x, *args, **kwargs), base.weight, change.values, change.structure)
         if result is not None:
             return result
-        return super()._changed_base(structure, values, bias_deltas, x, *args, **kwargs)
+        return super()._changed_base(change, x, *args, **kwargs)
 
 
 def looks_up_distances(path: str) -> bool:

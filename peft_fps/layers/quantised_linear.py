@@ -8,12 +8,13 @@ from peft.utils.quantization_utils import TorchaoBackend, get_quantization_kwarg
 from torch import Tensor, nn
 
 from peft_fps.base.quantisation import dense_weight, held_by, put, quantisation, requantised, stored_weight
+from peft_fps.layers.changed_layer import Change
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.merge_record import MergeRecord, add_to_bias
 from peft_fps.layers.sparse_product import ProductLayer
 from peft_fps.selection import LayerShape
-from peft_fps.sparse import Structure, dense_delta, merged_entries
+from peft_fps.sparse import dense_delta, merged_entries
 
 
 class QuantisedLinear(ProductLayer):
@@ -48,24 +49,14 @@ class QuantisedLinear(ProductLayer):
     def _owns_forward(self, base: Any) -> bool:
         return False
 
-    def _beside_base(
-        self,
-        result: Tensor,
-        x: Tensor,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _beside_base(self, change: Change, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
             raise ValueError(
                 f"{self.module_path}: the quantised base layer ({type(stored_weight(self.base_layer)).__name__}) "
                 "gives no gradient to its input, expected one: layers before it would get wrong gradients. "
                 "Quantise the weights alone, not activations, or run inference under torch.no_grad()."
             )
-        return super()._beside_base(result, x, structure, values, bias_deltas, names)
+        return super()._beside_base(change, result, x)
 
     # --- reading --------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from peft_fps.base.substitution import call_with, overrides_forward
-from peft_fps.layers.changed_layer import ChangedLayer
+from peft_fps.layers.changed_layer import Change, ChangedLayer
 from peft_fps.layers.rebuilt_inputs import keep_input
 from peft_fps.layers.token_gate import passing, relative_magnitude
-from peft_fps.sparse import Kept, Structure, changed_weight, sparse_delta_linear, sparse_linear
+from peft_fps.sparse import Kept, changed_weight, sparse_delta_linear, sparse_linear
 
 
 class ProductLayer(ChangedLayer):
@@ -37,59 +37,38 @@ class ProductLayer(ChangedLayer):
         self._warn_before_training(names)
         if self.fps_threshold is not None and any(name in self.fps_threshold for name in names):
             return self._gated_forward(names, x, *args, **kwargs)
-        structure, values = self.applied(names)
-        bias_deltas = self._bias_deltas(names)
+        change = self.change_of(names)
         if not self._owns_forward(base):
-            return self._forward_around(base, structure, values, bias_deltas, names, x, *args, **kwargs)
-        return self._own_product(structure, values, bias_deltas, names, x, *args, **kwargs)
+            return self._forward_around(change, x, *args, **kwargs)
+        return self._own_product(change, x, *args, **kwargs)
 
-    def _own_product(
-        self,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _own_product(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what a base layer that does nothing but its class's product makes of `x` with W + ΔW and b + Δb."""
         dtype = _autocast_dtype(x) or x.dtype
         bias = self.base_layer.bias
-        for delta in bias_deltas:
+        for delta in change.bias_deltas:
             bias = bias + delta
-        kept = self._kept(x, dtype, values, structure, names)
+        kept = self._kept(change, x, dtype)
         bias = None if bias is None else bias.to(dtype)
-        return self._product(x.to(dtype), values, bias, structure, kept, *args, **kwargs)
+        return self._product(change, x.to(dtype), bias, kept, *args, **kwargs)
 
     # --- the product with W + ΔW, of a linear layer -----------------------------------------------------------------
 
-    def _kept(
-        self, x: Tensor, dtype: torch.dtype, values: Tensor, structure: Structure, names: list[str]
-    ) -> Kept | None:
+    def _kept(self, change: Change, x: Tensor, dtype: torch.dtype) -> Kept | None:
         """What a product in `dtype` keeps of the input for backward; None where it is to decide itself."""
-        if not (values.requires_grad and torch.is_grad_enabled()):
+        if not (change.values.requires_grad and torch.is_grad_enabled()):
             return None
-        return keep_input(x, dtype, structure, self.fps_state[names[0]].saved_inputs)
+        return keep_input(x, dtype, change.structure, self.fps_state[change.names[0]].saved_inputs)
 
     def _product(
-        self,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        structure: Structure,
-        kept: Kept | None,
-        *args: Any,
-        **kwargs: Any,
+        self, change: Change, x: Tensor, bias: Tensor | None, kept: Kept | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return `x (W + ΔW)ᵀ + bias`, `(..., neurons)`, of `x` `(..., inputs)` and `bias` `(neurons,)`."""
-        return sparse_linear(x, self.base_layer.weight, values, bias, structure, kept)
+        return sparse_linear(x, self.base_layer.weight, change.values, bias, change.structure, kept)
 
-    def _delta_product(
-        self, x: Tensor, values: Tensor, structure: Structure, kept: Kept | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _delta_product(self, change: Change, x: Tensor, kept: Kept | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return `x ΔWᵀ`, `(..., neurons)`, of `x` `(..., inputs)`."""
-        return sparse_delta_linear(x, values, structure, kept)
+        return sparse_delta_linear(x, change.values, change.structure, kept)
 
     def _along_neurons(self, bias: Tensor) -> Tensor:
         """Shape a `(neurons,)` bias so that it adds to the layer's output."""
@@ -104,64 +83,31 @@ class ProductLayer(ChangedLayer):
         """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""
         return not self._overridden and self._is_bare(base)
 
-    def _forward_around(
-        self,
-        base: Any,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _forward_around(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._overridden:
-            return self._changed_base(structure, values, bias_deltas, x, *args, **kwargs)
-        result = base(x, *args, **kwargs)
-        return self._beside_base(result, x, structure, values, bias_deltas, names, *args, **kwargs)
+            return self._changed_base(change, x, *args, **kwargs)
+        return self._beside_base(change, self.base_layer(x, *args, **kwargs), x, *args, **kwargs)
 
-    def _changed_base(
-        self, structure: Structure, values: Tensor, bias_deltas: list[Tensor], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _changed_base(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer's own forward, whatever it makes of its weight, with W + ΔW and b + Δb in their place.
 
         The dense W + ΔW lives until backward, and its gradient is formed for a moment.
         """
         base = self.base_layer
-        tensors = {"weight": changed_weight(base.weight, values, structure)}
-        if bias_deltas:
-            tensors["bias"] = self._changed_bias(bias_deltas)
+        tensors = {"weight": changed_weight(base.weight, change.values, change.structure)}
+        if change.bias_deltas:
+            tensors["bias"] = self._changed_bias(change.bias_deltas)
         return call_with(base, tensors, x, *args, **kwargs)
 
-    def _beside_base(
-        self,
-        result: Tensor,
-        x: Tensor,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _beside_base(self, change: Change, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
-        return result + self._change(structure, values, bias_deltas, names, x, *args, **kwargs).to(result.dtype)
+        return result + self._added(change, x, *args, **kwargs).to(result.dtype)
 
-    def _change(
-        self,
-        structure: Structure,
-        values: Tensor,
-        bias_deltas: list[Tensor],
-        names: list[str],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _added(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the change makes of `x` beside the base layer, its bias deltas included."""
-        dtype = _autocast_dtype(x) or self._cast_dtype(x, values)
-        kept = self._kept(x, dtype, values, structure, names)
-        delta = self._delta_product(x.to(dtype), values, structure, kept, *args, **kwargs)
-        for bias in bias_deltas:
+        dtype = _autocast_dtype(x) or self._cast_dtype(x, change.values)
+        delta = self._delta_product(change, x.to(dtype), self._kept(change, x, dtype), *args, **kwargs)
+        for bias in change.bias_deltas:
             delta = delta + self._along_neurons(bias)
         return delta
 
@@ -187,9 +133,7 @@ class ProductLayer(ChangedLayer):
 
     def change_alone(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return M(x), what an adapter adds to the base layer's output, without a gate, in the output's shape."""
-        structure, values = self.applied([adapter_name])
-        deltas = self._bias_deltas([adapter_name])
-        return self._change(structure, values, deltas, [adapter_name], x, *args, **kwargs)
+        return self._added(self.change_of([adapter_name]), x, *args, **kwargs)
 
     def relative_change(self, change: Tensor, plain: Tensor) -> Tensor:
         """Return r = ‖M(x)‖ / ‖W₀x‖ of every position, without gradient.
