@@ -18,8 +18,9 @@ from peft_fps.layers.scale import rescale_adapter_scale
 from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.hotswap import hotswap_adapter
 from peft_fps.lifecycle.selection_report import selection_report
+from peft_fps.mixed_model import FPSMixedModel
 from peft_fps.model import FPSModel
-from peft_fps.registration import register
+from peft_fps.registration import register, register_mixed
 from peft_fps.saved_selection import Selection
 from peft_fps.selection import LayerSelection, SelectionReport
 from peft_fps.tokens.merged_tokens import select_tokens, set_token_keep_rate, watch_new_models
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # run from a source folder that is not installed
 __all__ = [
     "FPSCallback",
     "FPSConfig",
+    "FPSMixedModel",
     "FPSModel",
     "LayerSelection",
     "Selection",
@@ -51,4 +53,5 @@ __all__ = [
 ]
 
 register(FPSConfig, FPSModel)
+register_mixed(FPSConfig, FPSMixedModel)
 watch_new_models()

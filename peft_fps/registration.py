@@ -4,10 +4,20 @@ PEFT has no entry point for methods that live outside of it, and its own registr
 `PeftType`. So the member is added first, and every way of looking it up is checked afterwards.
 """
 
+from collections.abc import Callable
 from enum import Enum
+from functools import wraps
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PeftMixedModel
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners import mixed
+from peft.tuners.mixed import MixedModel
 from peft.utils import PeftType, register_peft_method
 
 
@@ -51,9 +61,53 @@ def register(config_cls: type, model_cls: type) -> None:
             )
     tables: tuple[dict[PeftType, Any], ...]
     tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
-    for known in tables:
+    for known in (*tables, PEFT_TYPE_TO_MIXED_MODEL_MAPPING):
         known.pop(member, None)
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def register_mixed(config_cls: type, mixed_cls: type[MixedModel]) -> None:
+    """Let a `PeftMixedModel` take adapters of this package. A second call, after a reload, replaces the first.
+
+    PEFT's mixed tuner knows its methods by name. The tuner of a model becomes a `mixed_cls` when the first of our
+    adapters is added to it. Models without one run PEFT's code alone.
+
+    Args:
+        config_cls: `FPSConfig`.
+        mixed_cls: `FPSMixedModel`.
+    """
+    member = fps_type()
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[member] = mixed_cls
+    for module in (mixed, mixed.model):
+        if member not in module.COMPATIBLE_TUNER_TYPES:
+            module.COMPATIBLE_TUNER_TYPES = (*module.COMPATIBLE_TUNER_TYPES, member)
+    inject, wrap = _peft_own(MixedModel.inject_adapter), _peft_own(PeftMixedModel.set_modules_to_save)
+
+    @wraps(inject)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not MixedModel or not isinstance(self.peft_config[adapter_name], config_cls):
+            inject(self, model, adapter_name, *args, **kwargs)
+            return
+        self.__class__ = mixed_cls
+        try:
+            self.inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.__class__ = MixedModel
+            raise
+
+    @wraps(wrap)
+    def set_modules_to_save(self: Any, peft_config: Any, adapter_name: str) -> None:
+        if not isinstance(peft_config, config_cls):  # ours are wrapped already; PEFT would wrap more by ends of names
+            wrap(self, peft_config, adapter_name)
+
+    patched: Any = MixedModel, PeftMixedModel
+    patched[0].inject_adapter, patched[1].set_modules_to_save = inject_adapter, set_modules_to_save
+
+
+def _peft_own(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of PEFT's as it was before `register_mixed` replaced it."""
+    own: Callable[..., Any] = getattr(method, "__wrapped__", method)
+    return own
 
 
 def _add_member() -> None:

@@ -31,6 +31,7 @@ LAYERS = (
     "lifecycle",
     "saved_selection",
     "model",
+    "mixed_model",
     "training",
     "plots",
     "hub",

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from peft import PeftMixedModel, PeftModel
 from peft.utils import CONFIG_NAME
 
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS
@@ -37,13 +38,15 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **options: Any) -> 
     Other files in the folder stay. Only one process at a time may save to a folder.
 
     Args:
-        model: a `PeftModel`, or any other object with `save_pretrained`.
+        model: a `PeftModel`, a `PeftMixedModel` with FPS and LoRA adapters, or another object with `save_pretrained`.
         folder: where to save; it is created if missing, and a link to a folder stays a link.
         options: arguments of `save_pretrained`, for instance `selected_adapters`.
 
     Raises:
         ValueError: `folder` is a file, is the working directory, or contains it.
     """
+    if isinstance(model, PeftMixedModel):
+        model = _saved_by_peft(model)
     if not options.get("is_main_process", True):  # writes nothing, but may have to take part in gathering
         with TemporaryDirectory() as nowhere:
             model.save_pretrained(nowhere, **options)
@@ -89,6 +92,17 @@ def recover_adapter(folder: str | os.PathLike[str]) -> bool:
         return False
     os.rename(previous, target)
     return True
+
+
+def _saved_by_peft(model: PeftMixedModel) -> PeftModel:
+    """Return a `PeftModel` with the adapters of a mixed model, whose class refuses to save.
+
+    PEFT itself loads an adapter of a mixed model by the code of `PeftModel`; this is the way back.
+    """
+    view = PeftModel.__new__(PeftModel)
+    first = next(iter(model.peft_config))
+    view.__dict__.update(vars(model), _is_prompt_learning=False, active_adapter=first)
+    return view
 
 
 def _replace(target: Path, written: Path) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -19,7 +20,20 @@ def fps_layers(model: nn.Module) -> dict[str, FPSLayer]:
 def base_model(model: nn.Module) -> nn.Module:
     """Return the model inside a `PeftModel` and wrappers of `torch.compile`, or the model itself."""
     model = unwrapped(model)
+    if isinstance(model, PeftMixedModel):
+        return unwrapped(model.base_model.model)
     return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def place_of(model: nn.Module, name: str) -> str:
+    """Return the name of the place that an FPS layer has in a model, which a LoRA layer around it may stand in.
+
+    Args:
+        model: has the layer.
+        name: of the layer.
+    """
+    outer = name.removesuffix(".base_layer")
+    return outer if outer != name and isinstance(model.get_submodule(outer), BaseTunerLayer) else name
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
@@ -53,12 +67,14 @@ def whole_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parame
 
 
 def active_adapter(model: nn.Module) -> str:
-    """Return the name of the one active FPS adapter.
+    """Return the name of the one active FPS adapter. Adapters of other methods do not count.
 
     Raises:
         ValueError: none is active, or several are.
     """
-    active = {name: None for layer in fps_layers(model).values() for name in layer.active_adapters}
+    layers = fps_layers(model).values()
+    known = {name for layer in layers for name in layer.fps_state}
+    active = {name: None for layer in layers for name in layer.active_adapters if name in known}
     if len(active) != 1:
         found = f"the active adapters {sorted(active)}" if active else "no active FPS adapter"
         raise ValueError(f"Found {found}, expected one. Say which one with adapter_name=...")

@@ -22,6 +22,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, target_layers
 from peft_fps.lifecycle.injection import prepare_injection
+from peft_fps.lifecycle.lora_layers import lora_layers_out
 from peft_fps.tokens.token_placement import place_token_selection
 
 
@@ -49,7 +50,8 @@ def hotswap_adapter(
         ValueError: there is no such adapter, it is merged or not loaded; or the saved adapter is damaged, was made for
             other base weights, or has other modules or bias deltas. The model is unchanged then.
     """
-    with torch.inference_mode(False):  # what is written during inference must serve training later
+    # what is written during inference must serve training later
+    with torch.inference_mode(False), lora_layers_out(base_model(model)):
         _swap(unwrapped(model), model_name_or_path, adapter_name, torch_device, kwargs)
 
 

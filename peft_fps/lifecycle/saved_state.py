@@ -15,7 +15,7 @@ from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.lookup import base_model, fps_layers
+from peft_fps.layers.lookup import base_model, fps_layers, place_of
 from peft_fps.layers.norm import Norm
 from peft_fps.lifecycle.plan import fingerprint_of
 from peft_fps.selection.module_sizes import ModuleSizes
@@ -38,7 +38,7 @@ def saved_state(
             call this function together then.
 
     Returns:
-        The sparse tensors by their keys in the model, which hold the adapter's name.
+        The sparse tensors by the keys that they would have without LoRA layers, which hold the adapter's name.
 
     Raises:
         ValueError: the adapter's tensors are not valid. Nothing is written then.
@@ -57,7 +57,10 @@ def saved_state(
         _check_tensors(layer, adapter_name, tensors)
         state = layer.fps_state[adapter_name]
         sizes = allocation[layer.module_path] = layer.sizes(adapter_name)
-        result |= {keys[name]: encode(name, tensor, sizes.inputs) for name, tensor in tensors.items()}
+        place = state_dict_path(place_of(model, full_name))
+        result |= {
+            f"{place}.{name}.{adapter_name}": encode(name, tensor, sizes.inputs) for name, tensor in tensors.items()
+        }
     _warn_of_changed_buffers(model, adapter_name, state)
     record = AdapterRecord(
         allocation=allocation,

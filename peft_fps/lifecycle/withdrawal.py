@@ -5,9 +5,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.base.packed_weight import close_modules
-from peft_fps.layers.lookup import fps_layers
+from peft_fps.layers.lookup import base_model, fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
 from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
+from peft_fps.lifecycle.lora_layers import lora_layers
 from peft_fps.lifecycle.model_hooks import release_hooks
 from peft_fps.tokens.token_placement import place_token_selection
 
@@ -44,7 +45,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
     left = fps_layers(model)
     unfollow_tied_uses(model)
     follow_tied_uses(model)  # of the embeddings that other adapters change
-    paths = {layer.module_path for layer in left.values()}
+    paths = {*(layer.module_path for layer in left.values()), *lora_layers(base_model(model))}
     for module in model.modules():
         if isinstance(module, BaseTuner):
             module.targeted_module_names = [name for name in module.targeted_module_names if name in paths]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, ShiraConfig
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.supertuning import SupertuningConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +21,9 @@ FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 """Learning rates to choose from: for full fine-tuning, for methods that put many entries into few layers, and for
 others that train few numbers."""
 
+QUERIES_VALUES = ("q_proj", "v_proj", "query", "value")
+"""How the paths of the layers of queries and values end."""
+
 Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
 
 
@@ -33,6 +36,8 @@ class Arm:
         build: returns the PEFT config for a model, a share of its backbone to train, and a seed; None for a method
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
+        beside: likewise the config of a LoRA adapter that shares model and budget, for which `build` leaves room; None
+            for a method of one adapter.
         learning_rates: to choose from; none for the linear head, which is fitted.
         score: key of `peft_fps.benchmarks.transfer.class_scores.SCORES`, where that and not the config selects.
         images: training images that selection sees, all if None.
@@ -45,6 +50,7 @@ class Arm:
     label: str
     build: Build | None = None
     budgeted: bool = True
+    beside: Build | None = None
     learning_rates: tuple[float, ...] = FEW
     tuned_as: str | None = None
     score: str | None = None
@@ -108,11 +114,51 @@ def _supertuning(base: PreTrainedModel, share: float | None, seed: int) -> PeftC
     )
 
 
+def _lora_queries_values(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of LoRA of rank 1 on queries and values, without the head."""
+    return LoraConfig(r=1, lora_alpha=1, target_modules=list(_queries_values(base)))
+
+
+def _biases_beside_lora(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+    """Return the config of FPS with biases, with what a rank of 1 on queries and values leaves of the budget."""
+    assert share is not None
+    spent = sum(layer.in_features + layer.out_features for layer in _queries_values(base).values())
+    left = share - spent / count_base_parameters(base)
+    if left <= 0:
+        raise ValueError(
+            f"A rank of 1 on queries and values trains {spent:,} parameters, the budget {share} of a "
+            f"{type(base).__name__} or more, expected room for FPS besides. Raise the budget."
+        )
+    return selecting(bias="all")(base, left, seed)
+
+
+def _queries_values(base: PreTrainedModel) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in linear_layers(base).items() if name.endswith(QUERIES_VALUES)}
+
+
+def attach(arm: Arm, base: PreTrainedModel, share: float | None, seed: int) -> PeftModel | PeftMixedModel:
+    """Return a model with the adapter of a method, or with both of its adapters, which are active together.
+
+    Args:
+        arm: the method, one with an adapter.
+        base: the model, changed in place.
+        share: of its backbone to train; None for methods without a budget.
+        seed: of the adapters.
+    """
+    assert arm.build is not None
+    beside = None if arm.beside is None else arm.beside(base, share, seed)
+    model = get_peft_model(base, arm.build(base, share, seed), mixed=beside is not None)
+    if isinstance(model, PeftMixedModel) and beside is not None:
+        model.add_adapter("lora", beside)
+        model.set_adapter(["default", "lora"])
+    return model
+
+
 def _within(base: PreTrainedModel, share: float | None) -> list[str]:
     """Return the linear layers that a rank of 1 can train within the share: all, or attention's, or fewer of these."""
     assert share is not None
     layers = linear_layers(base)
-    kinds = [("",), ("q_proj", "k_proj", "v_proj", "query", "key", "value"), ("q_proj", "v_proj", "query", "value")]
+    kinds = [("",), (*QUERIES_VALUES, "k_proj", "key"), QUERIES_VALUES]
     for endings in kinds:
         chosen = [name for name in layers if name.endswith(endings)]
         size = sum(layers[name].in_features + layers[name].out_features for name in chosen)
@@ -153,6 +199,9 @@ ARMS: dict[str, Arm] = {
         "magnitude, with biases", selecting(importance="magnitude", bias="all"), tuned_as="magnitude"
     ),
     "fps-biases": Arm("FPS, with biases", selecting(bias="all"), tuned_as="fps"),
+    "fps-biases-lora": Arm(
+        "FPS, with biases, and LoRA", _biases_beside_lora, beside=_lora_queries_values, varies=True
+    ),
     "gps-biases": Arm(
         "GPS, with biases", selecting(importance="gradient", loss="contrastive", bias="all"), tuned_as="gps"
     ),

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftMixedModel, PeftModel
 from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_fps.benchmarks.tensor_memory import peak_bytes
-from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.arms import ARMS, attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
+from peft_fps.checkpoint import save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
@@ -115,9 +116,9 @@ def _prepare(
     arm, start = ARMS[cell.method], time.perf_counter()
     if arm.build is None:
         return base.requires_grad_(True), 0.0, 0
-    config = arm.build(base, cell.share, cell.seed)
     with upstream_deprecations():
-        model = get_peft_model(base, config)
+        model = attach(arm, base, cell.share, cell.seed)
+    config = model.peft_config["default"]
     if not (isinstance(config, FPSConfig) and (config.needs_calibration or arm.score)):
         return model, time.perf_counter() - start, 0
     held = peak_bytes(lambda: select(model, cell, setting, task, collator, 1))
@@ -142,7 +143,7 @@ def select(
     Raises:
         ValueError: the method selects from more images than the task has for training.
     """
-    arm, config, train_split = ARMS[cell.method], model.active_peft_config, task.splits["train"]
+    arm, config, train_split = ARMS[cell.method], model.peft_config["default"], task.splits["train"]
     size = setting.batch_size
     if arm.images is not None:
         if arm.images > len(train_split):
@@ -195,8 +196,8 @@ def _accuracy(predictor: Predictor, model: nn.Module, task: Task, part: str) -> 
 def _file_bytes(model: nn.Module) -> int:
     """Return the size of the safetensors files that a model or its adapter is saved to, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder)
+        if isinstance(model, PeftModel | PeftMixedModel):
+            save_adapter(model, Path(folder) / "adapter")
         else:
             save_model(model, str(Path(folder) / "model.safetensors"))
         return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,10 +64,11 @@ def extra_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
     above all.
 
     Args:
-        model: a `PeftModel`, which is not changed, or another model, which has no operations beyond its own.
+        model: a `PeftModel` or `PeftMixedModel`, which is not changed, or another model, which has no operations
+            beyond its own.
         batch: arguments of the model.
     """
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel | PeftMixedModel):
         return 0.0
     plain = _operations(copy.deepcopy(model).unload(), batch)
     adapted: Any = copy.deepcopy(model)
