@@ -45,7 +45,7 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
       merged LoRA adapter keep a copy of their weight. `disable_adapter` unmerges them.
     - PEFT refuses `save_pretrained` of such a model. `peft_fps.save_adapter(model, folder)` saves all of its adapters,
       each as `PeftModel` would, `"default"` in the folder and others in folders of their own within it.
-      `PeftMixedModel.from_pretrained` and `model.load_adapter` load them in any order, and `PeftModel` loads each alone.
+      `PeftMixedModel.from_pretrained` and `model.load_adapter` load them in any order; `PeftModel` loads each alone.
     - Of PEFT's other methods none, and of LoRA none that does more than to add B A (DoRA, PiSSA, trained biases),
       shares a model with FPS adapters.
     """

@@ -15,9 +15,11 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners import mixed
+from peft.tuners.tuners_utils import BaseTuner
 
 import peft_fps
-from peft_fps import FPSConfig, FPSModel, registration
+from peft_fps import FPSConfig, FPSMixedModel, FPSModel, registration
 from tests.helpers import finish, start_python
 
 
@@ -85,19 +87,24 @@ def test_tables():
         assert PEFT_TYPE_TO_CONFIG_MAPPING[key] is FPSConfig
         assert PEFT_TYPE_TO_TUNER_MAPPING[key] is FPSModel
         assert PEFT_TYPE_TO_PREFIX_MAPPING[key] == "fps_" == FPSModel.prefix
-        assert key not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+        assert PEFT_TYPE_TO_MIXED_MODEL_MAPPING[key] is FPSMixedModel
+    assert FPS in mixed.COMPATIBLE_TUNER_TYPES
     assert isinstance(PeftConfig.from_peft_type(peft_type="FPS", budget=0.5), FPSConfig)
 
 
 def test_registering_again_changes_nothing():
     tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+    tables = (*tables, PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
     before, members = [dict(table) for table in tables], list(PeftType)
     registration.register(FPSConfig, FPSModel)
+    registration.register_mixed(FPSConfig, FPSMixedModel)
     importlib.reload(registration).register(FPSConfig, FPSModel)
     importlib.reload(peft_fps)
     assert [dict(table) for table in tables] == before
     assert list(PeftType) == members
     assert PeftType("FPS") is FPS
+    assert mixed.COMPATIBLE_TUNER_TYPES.count(FPS) == 1
+    assert mixed.MixedModel.inject_adapter.__wrapped__ is BaseTuner.inject_adapter
 
 
 @pytest.mark.parametrize(

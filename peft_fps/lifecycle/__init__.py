@@ -14,6 +14,7 @@
 | `loading`, `withdrawal` | loading a file, and taking out an adapter whose file is refused |
 | `hotswap` | replacing a loaded adapter in place |
 | `merge_whole` | merging and unmerging all layers or none |
+| `lora_layers`, `lora_checks`, `lora_merge` | LoRA adapters in the same model |
 | `weighted_adapter`, `combination` | combining adapters into a new one |
 | `reference_copy` | a copy of an adapter, as TRL wants it for its reference |
 """

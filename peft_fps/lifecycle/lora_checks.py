@@ -1,4 +1,4 @@
-"""What is checked before FPS and LoRA adapters share a model: what adds up exactly, and what they would both change."""
+"""What is checked before FPS and LoRA adapters share a model: what adds up, and what they would both change."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence

@@ -112,8 +112,8 @@ def _check_own(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             )
         if others := [name for name, module in holders[id(base.weight)] if module is not base]:
             raise ValueError(
-                f"{path}: {others[0]} has the same weight (tied weights), expected a weight of its own to merge a LoRA "
-                f"adapter into: {others[0]} would change along. Keep the adapter unmerged, or untie the weights "
+                f"{path}: {others[0]} has the same weight (tied weights), expected a weight of its own to merge a "
+                f"LoRA adapter into: {others[0]} would change along. Keep the adapter unmerged, or untie the weights "
                 "(tie_word_embeddings=False) before it is added. Nothing was changed."
             )
 

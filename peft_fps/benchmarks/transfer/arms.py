@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, ShiraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, ShiraConfig
 from peft.tuners.supertuning import SupertuningConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -126,32 +126,14 @@ def _biases_beside_lora(base: PreTrainedModel, share: float | None, seed: int) -
     left = share - spent / count_base_parameters(base)
     if left <= 0:
         raise ValueError(
-            f"A rank of 1 on queries and values trains {spent:,} parameters, the budget {share} of a "
-            f"{type(base).__name__} or more, expected room for FPS besides. Raise the budget."
+            f"A rank of 1 on queries and values trains {spent:,} parameters, all of the budget {share} of a "
+            f"{type(base).__name__} or more, expected a larger budget, with room for FPS besides."
         )
     return selecting(bias="all")(base, left, seed)
 
 
 def _queries_values(base: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in linear_layers(base).items() if name.endswith(QUERIES_VALUES)}
-
-
-def attach(arm: Arm, base: PreTrainedModel, share: float | None, seed: int) -> PeftModel | PeftMixedModel:
-    """Return a model with the adapter of a method, or with both of its adapters, which are active together.
-
-    Args:
-        arm: the method, one with an adapter.
-        base: the model, changed in place.
-        share: of its backbone to train; None for methods without a budget.
-        seed: of the adapters.
-    """
-    assert arm.build is not None
-    beside = None if arm.beside is None else arm.beside(base, share, seed)
-    model = get_peft_model(base, arm.build(base, share, seed), mixed=beside is not None)
-    if isinstance(model, PeftMixedModel) and beside is not None:
-        model.add_adapter("lora", beside)
-        model.set_adapter(["default", "lora"])
-    return model
 
 
 def _within(base: PreTrainedModel, share: float | None) -> list[str]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_fps.benchmarks.tensor_memory import peak_bytes
-from peft_fps.benchmarks.transfer.arms import ARMS, attach
+from peft_fps.benchmarks.transfer.arms import ARMS
+from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
@@ -36,7 +37,6 @@ from peft_fps.vision.training_loop import (
     trained_parameters,
     training_arguments,
 )
-from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def _prepare(
     arm, start = ARMS[cell.method], time.perf_counter()
     if arm.build is None:
         return base.requires_grad_(True), 0.0, 0
-    with upstream_deprecations():
-        model = attach(arm, base, cell.share, cell.seed)
+    model = attach(arm, base, cell.share, cell.seed)
     config = model.peft_config["default"]
     if not (isinstance(config, FPSConfig) and (config.needs_calibration or arm.score)):
         return model, time.perf_counter() - start, 0

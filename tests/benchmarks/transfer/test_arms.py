@@ -1,12 +1,13 @@
 import pytest
 import torch
-from peft import LoraConfig, ShiraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig
 from peft.tuners.supertuning import SupertuningConfig
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps import FPSConfig
 from peft_fps.benchmarks.transfer.arms import ARMS, linear_layers
+from peft_fps.benchmarks.transfer.attached_model import attach
 
 
 WIDTH, HIDDEN, LAYERS, CLASSES = 64, 96, 2, 5
@@ -34,8 +35,7 @@ HEAD = CLASSES * WIDTH + CLASSES
 
 
 def trained_of(method: str, share: float | None, seed: int = 0) -> dict[str, nn.Parameter]:
-    base = vit()
-    model = get_peft_model(base, ARMS[method].build(base, share, seed))
+    model = attach(ARMS[method], vit(), share, seed)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -68,6 +68,15 @@ def test_a_budget_too_small_for_rank_one_is_refused(method):
     assert "expected a larger budget" in str(caught.value)
 
 
+def test_lora_beside_fps_has_rank_one_on_queries_and_values_and_leaves_the_rest_of_the_budget():
+    trained = trained_of("fps-biases-lora", 0.1)
+    low = {name: parameter.numel() for name, parameter in trained.items() if "lora_" in name}
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in low} == {"q_proj", "v_proj"}
+    assert sum(low.values()) == RANK_ONE["queries and values"]
+    with pytest.raises(ValueError, match="all of the budget .* expected a larger budget"):
+        trained_of("fps-biases-lora", RANK_ONE["queries and values"] / BACKBONE)
+
+
 def test_methods_without_a_choice():
     norms = LAYERS * 2 + 1
     biases = WIDTH + LAYERS * sum(n for n, _ in LINEAR.values()) + norms * WIDTH
@@ -84,8 +93,9 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     others = {"lora": LoraConfig, "shira": ShiraConfig, "supertuning": SupertuningConfig}
     assert type(config) is others.get(method, FPSConfig)
     if isinstance(config, FPSConfig):
-        assert (config.budget, config.per_neuron, config.seed) == (0.1, None, 7)
-        assert config.bias == ("all" if method.endswith("-biases") else "none")
+        spent = RANK_ONE["queries and values"] if ARMS[method].beside else 0
+        assert (config.budget, config.per_neuron, config.seed) == (pytest.approx(0.1 - spent / BACKBONE), None, 7)
+        assert config.bias == ("all" if "-biases" in method else "none")
     if isinstance(config, ShiraConfig):
         assert config.random_seed == 7
 
@@ -120,6 +130,7 @@ def test_what_the_names_say(method, options):
 def test_variants_are_methods_with_something_changed():
     assert all(arm.is_variant for arm in ARMS.values() if arm.tuned_as)
     assert {name for name, arm in ARMS.items() if arm.is_variant and not arm.tuned_as} == {
+        "fps-biases-lora",
         "fps-input-rates",
         "fps-model",
     }

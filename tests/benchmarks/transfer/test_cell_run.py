@@ -42,6 +42,7 @@ KINDS = {
     "supertuning": 1e-2,
     "random": 1e-2,
     "fps": 1e-2,
+    "fps-biases-lora": 1e-2,
     "gps": 1e-2,
     "gps-task": 1e-2,
     "fps-8-images": 1e-2,
