@@ -50,7 +50,8 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
       shares a model with FPS adapters.
     """
 
-    _originals: Mapping[str, KeptTensors] = {}  # by name of the LoRA layer; replaced as a whole
+    _originals: Mapping[str, KeptTensors] = {}  # by path of the LoRA layer; replaced as a whole
+    _beside: list[str]  # paths of the LoRA layers while an FPS adapter is added
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
@@ -68,8 +69,7 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
             ValueError: an adapter is merged, or the new one cannot share the model. Nothing is changed then.
         """
         config, options = self.peft_config[adapter_name], (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if any(isinstance(found, FPSConfig) for found in self.peft_config.values()):
-            check_methods(self.peft_config)
+        check_methods(self.peft_config)
         if merged := self._merged():
             raise ValueError(
                 f"Found merged adapters {merged}, expected none while an adapter is added. Call "
@@ -77,9 +77,10 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
             )
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         if isinstance(config, FPSConfig):
-            self._beside = lora_layers(self.model)
-            for path, layer in self._beside.items():
+            found = lora_layers(self.model)
+            for path, layer in found.items():
                 check_lora_place(self.model, path, layer)
+            self._beside = [*found]
             with lora_layers_out(self.model):
                 super().inject_adapter(self.model, adapter_name, *options)
         else:
