@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -80,6 +81,45 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest tests, so that at the end no process waits for another one's."""
     items.sort(key=lambda item: next((i for i, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
+
+
+ON_EVERY_DEVICE = (
+    "tests/sparse/test_",  # and none of the kernels, each of which is for one kind
+    "tests/layers/",
+    "tests/calibration/",
+    "tests/selection/",
+    "tests/lifecycle/test_loading.py",
+    "tests/lifecycle/test_hotswap.py",
+    "tests/test_lifecycle.py",
+    "tests/test_attention.py",
+    "tests/test_experts.py",
+)
+"""Where the tests are that run on every device there is: the CPU, and CUDA where PyTorch finds it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    found = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    parser.addoption("--device", action="append", help=f"device of tests that run on any; here {', '.join(found)}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let tests run once on every device. Where that is the CPU alone, they keep their names."""
+    names = metafunc.config.getoption("device") or ["cpu", *["cuda"] * torch.cuda.is_available()]
+    on_any = metafunc.definition.nodeid.startswith(ON_EVERY_DEVICE)
+    if on_any and names != ["cpu"] and not metafunc.definition.get_closest_marker("cpu"):
+        marks = {"cuda": [pytest.mark.cuda]}
+        metafunc.parametrize("device", [pytest.param(n, marks=marks.get(n, [])) for n in names], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where PyTorch makes a test's tensors and models."""
+    name: str = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    with torch.device(name), torch.backends.cudnn.flags(allow_tf32=False):
+        yield name
 
 
 @pytest.fixture(scope="module", autouse=True)

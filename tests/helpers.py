@@ -176,7 +176,10 @@ def with_fields(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)  # the same numbers on every device
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        torch.get_default_device(), dtype
+    )
 
 
 def images(batch: int = 4, seed: int = 0) -> Tensor:
@@ -192,7 +195,10 @@ def image_batches(count: int = 3, batch: int = 4, seed: int = 0) -> list[dict[st
 
 
 def tokens(batch: int = 4, length: int = 9, vocabulary: int = 50, seed: int = 0) -> Tensor:
-    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (batch, length), generator=generator, device="cpu").to(
+        torch.get_default_device()
+    )
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ def fill(model: nn.Module, adapter_name: str = "default", seed: int = 1, scale: 
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model).values():
         for parameter in layer.adapter_parameters(adapter_name):
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
             parameter.data.copy_(scale * (noise + noise.sign()))
 
 
@@ -292,7 +298,7 @@ def base_bytes(model: nn.Module) -> dict[str, bytes]:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

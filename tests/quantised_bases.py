@@ -57,7 +57,9 @@ def quantised_layer(kind: str, layer: nn.Linear) -> Any:
     if kind == "hqq":
         settings = lib.BaseQuantizeConfig(nbits=4, group_size=16)
         with torch.no_grad():
-            return lib.HQQLinear(copy.deepcopy(layer), settings, compute_dtype=torch.float32, device="cpu")
+            return lib.HQQLinear(
+                copy.deepcopy(layer), settings, compute_dtype=torch.float32, device=str(layer.weight.device)
+            )
     if kind == "8bit":
         result = lib.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
     else:
@@ -67,7 +69,7 @@ def quantised_layer(kind: str, layer: nn.Linear) -> Any:
         result.support_avx512bf16_for_cpu = False
         result.to(layer.weight.dtype)
     result.load_state_dict(layer.state_dict())
-    return result.to("cpu").requires_grad_(False)
+    return result.to(torch.get_default_device()).requires_grad_(False)
 
 
 def dense(layer: Any) -> Tensor:
@@ -134,7 +136,9 @@ def quantised(kind: str, model: nn.Module, skip: tuple[str, ...] = ("classifier"
     options.setdefault("dtype", torch.float32)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        result = type(model).from_pretrained(folder, quantization_config=settings, device_map="cpu", **options)
+        result = type(model).from_pretrained(
+            folder, quantization_config=settings, device_map=torch.get_default_device(), **options
+        )
     result.name_or_path = result.config._name_or_path = ""  # gone
     for module in result.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # packs weights anew where the processor has bfloat16
@@ -155,5 +159,5 @@ def stored_bytes(layer: Any) -> dict[str, bytes]:
     parts |= dict(getattr(layer, "meta", None) or {})
     for name, part in {**parts, "bias": layer.bias}.items():
         if isinstance(part, Tensor):
-            found[name] = part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = part.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
     return found

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_fps.base.packed_weight import opened_modules
+from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.quantisation import quantisation
+
+
+FSDP = "torch.distributed.fsdp"
+"""Where the hooks of FSDP2 are defined."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -22,8 +25,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def has_shards(module: nn.Module) -> bool:
-    """Return whether a module holds a sharded parameter, in itself or further down."""
-    return any(is_sharded(parameter) for parameter in module.parameters())
+    """Return whether a module holds a sharded parameter, in itself or further down, or stands for one."""
+    return bool(_shards(module.modules()))
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -76,17 +79,11 @@ def check_whole(
 
     Raises:
         ValueError: a parameter is sharded by FSDP2 or tensor parallelism (a DTensor), or partitioned by DeepSpeed's
-            ZeRO stage 3. Or it is sharded and quantised, or a packed weight that an adapter changes.
+            ZeRO stage 3. Or it is sharded and quantised.
     """
-    packed = tuple(f"{path}." for path, _ in opened_modules(model))
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            if isinstance(parameter, DTensor) and f"{name}.".startswith(packed):
-                found: str | None = (
-                    "one of packed experts or attention that an adapter changes, and sharded (a DTensor)"
-                )
-            else:
-                found = _found(module, parameter, allow_fsdp, allow_zero)
+            found = _found(module, parameter, allow_fsdp, allow_zero)
             if found is not None:
                 raise ValueError(
                     f"{name}: the parameter is {found}, expected a whole one to {verb}. {remedy} Nothing was changed."
@@ -109,16 +106,21 @@ def _found(module: nn.Module, parameter: nn.Parameter, allow_fsdp: bool, allow_z
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 put all of a model's parameters back into their sharded form, in which an evaluation leaves some.
 
+    FSDP2 does so before a state dict is taken. Its hooks for that are on the modules that hold the parameters,
+    wherever the module lies on which `fully_shard` was called.
+
     Args:
-        model: looked through with all its modules; those around it too, once they have run.
+        model: looked through with all its modules.
     """
-    units: dict[int, FSDPModule] = {}
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            known = module._get_fsdp_state()._state_ctx.all_states
-            units |= {id(part): part for state in known for part in state._modules} | {id(module): module}
-    for unit in units.values():
-        unit.reshard()
+        for hook in module._state_dict_pre_hooks.values():
+            if is_of_fsdp(hook):
+                hook(module, "", False)
+
+
+def is_of_fsdp(hook: Any) -> bool:
+    """Return whether FSDP2 has put a hook on a module."""
+    return str(getattr(hook, "__module__", "")).startswith(FSDP)
 
 
 @contextmanager
@@ -126,26 +128,34 @@ def gathered(modules: Iterable[nn.Module], *, keep: bool = False) -> Iterator[No
     """Let modules hold their own parameters as a whole within the block. All processes enter it together.
 
     Args:
-        modules: whose parameters are gathered; of modules within them only if these are named too.
+        modules: whose parameters are gathered; of modules within them only if these are named too. A `PackedWeight`
+            stands for the module that owns it.
         keep: write what the block makes of the parameters into the shards. Default: they are thrown away. After an
             error they are thrown away in any case.
     """
-    held = [
-        (module, name, parameter)
-        for module in modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and is_sharded(parameter)
-    ]
+    held = _shards(modules)
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
     try:
         for module, name, parameter in held:
-            module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
+            if parameter not in wholes:  # modules may share it
+                wholes[parameter] = nn.Parameter(whole(parameter), requires_grad=False)
+            module._parameters[name] = wholes[parameter]
         yield
         if keep:
             with torch.no_grad():
-                for module, name, parameter in held:
-                    changed = module._parameters[name]
-                    assert changed is not None
+                for parameter, changed in wholes.items():
                     own_part(parameter).copy_(own_part(sharded_like(changed.detach(), parameter)))
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
+
+
+def _shards(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return holder, name and parameter of all that is sharded in modules themselves."""
+    holders = dict.fromkeys(module.owner if isinstance(module, PackedWeight) else module for module in modules)
+    return [
+        (holder, name, parameter)
+        for holder in holders
+        for name, parameter in holder._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from peft_fps.base.sharded import gathered, has_shards, is_sharded
+from peft_fps.base.sharded import gathered, has_shards, is_of_fsdp, is_sharded
 from peft_fps.calibration.together import agree
 from peft_fps.layers.fps_layer import FPSLayer
 
-
-FSDP_HOOKS = "torch.distributed.fsdp"
-"""Where the hooks of FSDP2 are defined."""
 
 Score = Callable[[int, int], Tensor]
 """Scores of some neurons of a layer."""
@@ -58,7 +55,7 @@ def gathered_in_calls(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Gather the parameters of each module of a sharded model while it is called; all processes run it together.
 
     What `fully_shard` was called on below the model is gathered as one, as in training. Of the rest, which training
-    gathers for as long as the model runs, each module is gathered on its own.
+    gathers for as long as the model runs, each module is gathered on its own; attention with its output projection.
 
     Args:
         model: adapters are switched off; their parameters are not gathered. A model that is not sharded runs as it is.
@@ -125,6 +122,7 @@ def _owners_by_call(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
             caller, within = module, True
         elif not within and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):  # which are never called
             caller = module
+            within = isinstance(module, nn.MultiheadAttention)  # reads its output projection, and does not call it
         if any(parameter is not None and is_sharded(parameter) for parameter in module._parameters.values()):
             found.setdefault(caller, []).append(module)
         adapters = module.adapter_layer_names if isinstance(module, FPSLayer) else ()
@@ -142,20 +140,16 @@ def _fsdp_hooks_aside(model: nn.Module) -> Iterator[None]:
     tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
     aside: list[tuple[Any, dict[int, Any]]] = []
     for table in tables:
-        if any(_is_fsdp(hook) for hook in table.values()):
+        if any(is_of_fsdp(hook) for hook in table.values()):
             aside.append((table, dict(table)))
     try:
         for table, before in aside:
             for key, hook in before.items():
-                if _is_fsdp(hook):
+                if is_of_fsdp(hook):
                     del table[key]
         yield
     finally:
         for table, before in aside:
-            kept = {key: hook for key, hook in before.items() if key in table or _is_fsdp(hook)} | dict(table)
+            kept = {key: hook for key, hook in before.items() if key in table or is_of_fsdp(hook)} | dict(table)
             table.clear()
             table.update(kept)
-
-
-def _is_fsdp(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(FSDP_HOOKS)

@@ -4,14 +4,19 @@ The gradient of the values is `grad_outputᵀ @ inputs` at the selected entries.
 `grad_output` over the tokens, comes with it.
 
 Several algorithms give the same numbers. PyTorch alone computes a dense product over the needed columns and gathers
-the entries, or one dot product along the tokens per entry. `kernels` holds compiled ones.
+the entries, or one dot product along the tokens per entry. `kernels` holds compiled ones. On the CPU a cost model
+decides between them; on CUDA they are measured.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fps.sparse.kernels import cpu, cuda
+from peft_fps.sparse.kernels.measured_choice import fastest, size_class
 from peft_fps.sparse.structure import Structure
 from peft_fps.sparse.transforms import needs_operators
 
@@ -38,19 +43,47 @@ def sampled_product(grad_output: Tensor, inputs: Tensor, structure: Structure) -
         float32 if a compiled kernel computes them.
     """
     batched = needs_operators(grad_output)
-    if grad_output.numel() and entries_are_few(structure) and not (batched or torch.compiler.is_compiling()):
-        for kernel in (cpu, cuda):
-            if kernel.fits(grad_output, inputs, structure):
-                return kernel.sampled_product(grad_output, inputs, structure)
-    sums = grad_output.sum(0)
     if grad_output.numel() == 0 or structure.positions.numel() == 0:
-        return grad_output.new_zeros(structure.positions.numel()), sums
-    if inputs.shape[1] != structure.union.numel():
-        inputs = inputs.index_select(1, structure.union)
+        return grad_output.new_zeros(structure.positions.numel()), grad_output.sum(0)
+    if not (batched or torch.compiler.is_compiling()):
+        if grad_output.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            return measured_product(grad_output, inputs, structure)
+        if entries_are_few(structure) and cpu.fits(grad_output, inputs, structure):
+            return cpu.sampled_product(grad_output, inputs, structure)
     float32 = grad_output.device.type == "cpu" and grad_output.dtype.itemsize >= 4
-    if dots_are_cheaper(structure) and float32 and not batched:
-        return product_by_dots(grad_output, inputs, structure), sums
-    return product_by_columns(grad_output, inputs, structure), sums
+    product = product_by_dots if dots_are_cheaper(structure) and float32 and not batched else product_by_columns
+    return product(grad_output, used_columns(inputs, structure), structure), grad_output.sum(0)
+
+
+def measured_product(
+    grad_output: Tensor, inputs: Tensor, structure: Structure, choose: Callable[..., str] = fastest
+) -> tuple[Tensor, Tensor]:
+    """Return what `sampled_product` does, by the algorithm that was the fastest for such operands on the device.
+
+    Args:
+        grad_output: `(tokens, neurons)`.
+        inputs: as for `sampled_product`.
+        structure: where the selected entries lie.
+        choose: from a key and candidates by name to one of the names.
+    """
+
+    def by(product: Callable[[Tensor, Tensor, Structure], Tensor]) -> tuple[Tensor, Tensor]:
+        return product(grad_output, used_columns(inputs, structure), structure), grad_output.sum(0)
+
+    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        "dense product over the needed columns": partial(by, product_by_columns),
+        "dot products by an embedding bag": partial(by, product_by_dots),
+    }
+    if cuda.fits(grad_output, inputs, structure):
+        candidates["Triton kernel"] = partial(cuda.sampled_product, grad_output, inputs, structure)
+    sizes = size_class(*grad_output.shape, structure.union.numel(), structure.positions.numel())
+    return candidates[choose((grad_output.device, grad_output.dtype, sizes), candidates)]()
+
+
+def used_columns(inputs: Tensor, structure: Structure) -> Tensor:
+    """Return the needed columns of an input that has all columns, `(tokens, used)`; or one that has these as it is."""
+    used = structure.union.numel()
+    return inputs if inputs.shape[1] == used else inputs.index_select(1, structure.union)
 
 
 def entries_are_few(structure: Structure) -> bool:
@@ -97,7 +130,7 @@ def product_by_dots(grad_output: Tensor, used_inputs: Tensor, structure: Structu
     entry is a sample, its neuron is the bag, and its column of the input is the embedding.
 
     Args:
-        grad_output: `(tokens, neurons)` float32 or float64 on the CPU.
+        grad_output: `(tokens, neurons)`; on the CPU in float32 or float64.
         used_inputs: needed columns of the input, `(tokens, used)`.
         structure: where the selected entries lie.
 

@@ -189,6 +189,7 @@ def test_kernels_are_for_few_entries(neurons: int, inputs: int, per_neuron: int,
     assert products.entries_are_few(built(rows, inputs)) is few
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("dots", [True, False], ids=["dots", "columns"])
 def test_the_way_that_was_chosen_is_taken(dtype: torch.dtype, dots: bool, monkeypatch: pytest.MonkeyPatch):
@@ -243,6 +244,7 @@ def test_the_change_beside_the_base_product(tokens: int, transposed: bool, densi
     torch.testing.assert_close(onto, expected)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_tokens_leave_the_weight_uncopied_and_give_the_same_gradients(transposed: bool):
     delta, structure, values = random_change(64, 48, 0.1, transposed)

@@ -18,7 +18,7 @@ from peft_fps import Selection
 from tests.documents import blocks
 from tests.helpers import ROOT, tiny_vit
 from tests.processes import run_together, variables_of_a_group
-from tests.training import sharded_program
+from tests.training import sharded_kinds_program, sharded_program
 from tests.training.sharded_program import IMPORTANCES, adapted, outputs, shares
 from tests.training.together_program import Breaking
 
@@ -144,6 +144,31 @@ def test_a_process_that_fails_ends_all_of_a_sharded_calibration(case, two):
     first, second = (json.loads((two / f"ended{rank}.json").read_text())[case] for rank in range(2))
     assert first == second
     assert first is None if ENDED[case] is None else re.search(ENDED[case], first), first
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    run_together(sharded_kinds_program.main, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", sharded_kinds_program.CASES)
+def test_embeddings_experts_and_attention_live_sharded_as_in_one_process(case, kinds):
+    program, folder = sharded_kinds_program, kinds / case
+    tied, _ = program.CASES[case]
+    model = program.adapted(tied)
+    model.calibrate(program.batches(), progress=False)
+    for rank in range(2):
+        assert Selection.load(folder / f"selection{rank}.safetensors").modules == Selection.of(model).modules
+    program.train(model, slice(None))
+    found = torch.load(folder / "live.pt")
+    torch.testing.assert_close(program.outputs(model), found["outputs"], rtol=1e-4, atol=1e-5)
+    loaded = PeftModel.from_pretrained(program.base(tied), folder / "adapter")
+    torch.testing.assert_close(program.outputs(loaded), found["outputs"])
+    state = loaded.merge_and_unload().state_dict()
+    assert state.keys() == found["state"].keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found["state"].items())
 
 
 # --- the guide ------------------------------------------------------------------------------------------------------

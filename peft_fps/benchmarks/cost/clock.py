@@ -3,11 +3,10 @@
 import gc
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
+from peft_fps.benchmarks.cost.device_timer import READERS, Reading, Task
 
 
 logger = logging.getLogger(__name__)
@@ -31,10 +30,10 @@ class Times:
 
 
 def interleave(
-    tasks: Mapping[str, Callable[[], object]],
+    tasks: Mapping[str, Task],
     rounds: int,
     device: str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    read: Callable[[Task], Reading] | None = None,
     warm_up: bool = True,
 ) -> dict[str, Times]:
     """Time tasks in turn, A B C A B C ...
@@ -42,28 +41,20 @@ def interleave(
     Args:
         tasks: functions without arguments, by name.
         rounds: number of rounds that count, at least 1.
-        device: `"cuda"` waits for the device before every reading of the clock.
-        clock: returns seconds.
+        device: kind of device, `"cpu"` or `"cuda"`.
+        read: runs a task. Default: that of the device in `READERS`.
         warm_up: begin with a round that does not count.
 
     Returns:
         The times of each task, by name.
     """
+    read = READERS[device] if read is None else read
     found: dict[str, list[float]] = {name: [] for name in tasks}
     gc.collect()
     for turn in range(0 if warm_up else 1, rounds + 1):
         for name, task in tasks.items():
-            _wait(device)
-            start = clock()
-            task()
-            _wait(device)
+            seconds = read(task).seconds
             if turn:
-                found[name].append(clock() - start)
+                found[name].append(seconds)
         logger.debug("round %d of %d: %s", turn, rounds, ", ".join(tasks))
     return {name: Times(tuple(seconds)) for name, seconds in found.items()}
-
-
-def _wait(device: str) -> None:
-    """Wait until a CUDA device has finished; nothing on the CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -59,15 +59,17 @@ class Result:
         where = self.machine.get("gpu") or f"{self.machine['processor']}, {load.threads} threads"
         cut = " cut down," if load.quick else ""
         malloc = ", the system's malloc" if load.system_malloc else ""
-        return (
-            f"{load.model},{cut} {self.parameters:,} parameters, {load.precision}, {where}{malloc}, "
-            f"PyTorch {self.machine['torch']}, {self.date}"
-        )
+        what = f"{load.model},{cut} {self.parameters:,} parameters, {load.precision}"
+        if [row.name for row in self.rows] == ["grid"]:
+            what = "several models"
+        return f"{what}, {where}{malloc}, PyTorch {self.machine['torch']}, {self.date}"
 
 
 def tables(result: Result) -> list[TextTable]:
     """Return the tables of a result: the methods beside each other, then every figure beside its target."""
     found = [_methods(result)] if result.row("step") or result.row("memory") else []
+    if grid := result.row("grid"):
+        found.append(_grid(grid))
     lines = [
         (row.name, figure.what, show(figure), figure.target, VERDICTS[figure.met])
         for row in result.rows
@@ -103,6 +105,33 @@ def _methods(result: Result) -> TextTable:
             ]
         lines.append(tuple(cells))
     return TextTable(f"One training step, batch {result.workload.batch_size}", header, tuple(lines))
+
+
+def _grid(row: Row) -> TextTable:
+    """Return a line for each case and method: its step's time and memory, and ratios to others."""
+    lines = []
+    for case in row.raw["cases"].values():
+        for name, found in case["methods"].items():
+            suffix = ", compiled" if name.endswith(", compiled") else ""
+            full, lora = (case["methods"].get(f"{METHODS[key].label}{suffix}") for key in ("full", "lora"))
+            lines.append(
+                (
+                    *(case["model"], case["precision"], str(case["batch_size"]), name, f"{1e3 * found['median']:.1f}"),
+                    *(_ratio(found, other, "median") for other in (full, lora)),
+                    _mebibytes(found["peak"] / MIB),
+                    _ratio(found, lora, "peak"),
+                    _mebibytes(found["alone"] / MIB),
+                )
+            )
+    header: tuple[str, ...] = ("model", "precision", "batch", "method")
+    header += ("step, ms", "÷ full", "÷ LoRA", "peak, MiB", "÷ LoRA", "in all, MiB")
+    title = "Training steps of several models (in all: weights, what the method holds between steps, and the peak)"
+    return TextTable(title, header, tuple(lines), 4)
+
+
+def _ratio(found: Mapping[str, float], other: Mapping[str, float] | None, kind: str) -> str:
+    """Return one method's number divided by another's, empty where that is missing or zero."""
+    return f"{found[kind] / other[kind]:.2f}" if other and other[kind] else ""
 
 
 def _mebibytes(value: float) -> str:

@@ -34,15 +34,15 @@ def vit(layers: int, **sizes: Any) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**{"num_hidden_layers": layers, "num_labels": 100, **sizes}))
 
 
-def decoder(layers: int) -> LlamaForCausalLM:
-    """Return a Llama with random weights, with 28 layers of 0.54 billion parameters."""
-    sizes: dict[str, Any] = {
+def decoder(layers: int, **sizes: Any) -> LlamaForCausalLM:
+    """Return a Llama with random weights, with 28 layers of 0.54 billion parameters, unless `sizes` says otherwise."""
+    small: dict[str, Any] = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_attention_heads": 16,
         "vocab_size": 32_000,
     }
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes))
+    return LlamaForCausalLM(LlamaConfig(**{"num_hidden_layers": layers, "use_cache": False, **small, **sizes}))
 
 
 NAMED: dict[str, tuple[int, Callable[[int], PreTrainedModel]]] = {
@@ -56,6 +56,12 @@ NAMED: dict[str, tuple[int, Callable[[int], PreTrainedModel]]] = {
         lambda layers: vit(layers, image_size=112, hidden_size=192, intermediate_size=768, num_attention_heads=3),
     ),
     "decoder-0.5b": (28, decoder),
+    "decoder-1b": (
+        16,
+        lambda layers: decoder(
+            layers, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8
+        ),
+    ),
 }
 """Number of layers and builder of the models that are known by name."""
 
@@ -63,7 +69,8 @@ NAMED: dict[str, tuple[int, Callable[[int], PreTrainedModel]]] = {
 def build_model(workload: Workload) -> PreTrainedModel:
     """Build or load the model, in float32 on the device.
 
-    A named model has random weights (always the same), with gains that differ between features as in a trained one.
+    A named model has random weights, always the same on a kind of device, with gains that differ between features as
+    in a trained one.
 
     Args:
         workload: its `model` is a name in `NAMED`, a folder, or the name of an image classification model on the Hub.
@@ -74,7 +81,8 @@ def build_model(workload: Workload) -> PreTrainedModel:
     if workload.model in NAMED:
         layers, build = NAMED[workload.model]
         torch.manual_seed(0)
-        model = build(QUICK_LAYERS if workload.quick else layers)
+        with torch.device(workload.device):
+            model = build(QUICK_LAYERS if workload.quick else layers)
         spread_gains(model)
     else:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from peft_fps.benchmarks.cost.cost_picture import draw
 from peft_fps.benchmarks.cost.cost_tables import Result, markdown
 from peft_fps.benchmarks.cost.figures import Row
+from peft_fps.benchmarks.cost.grid import measure_grid
 from peft_fps.benchmarks.cost.random_models import build_model
 from peft_fps.benchmarks.cost.selection_costs import measure_importances, measure_selection
 from peft_fps.benchmarks.cost.sizes import measure_files, measure_memory
@@ -38,6 +39,7 @@ ROWS: dict[str, Callable[[Workload], Row]] = {
     "file": measure_files,
     "attach": measure_attaching,
     "tokens": measure_tokens,
+    "grid": measure_grid,
 }
 """All rows, in the order of the tables."""
 

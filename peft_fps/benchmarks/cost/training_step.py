@@ -20,13 +20,16 @@ class Training:
         name: key of the method in `ALL_METHODS`.
         base: the model to fine-tune, which is not changed.
         workload: batch size and precision.
+        compiled: run the model by `torch.compile`.
     """
 
-    def __init__(self, name: str, base: PreTrainedModel, workload: Workload) -> None:
+    def __init__(self, name: str, base: PreTrainedModel, workload: Workload, compiled: bool = False) -> None:
         self.workload = workload
         self.environment = ALL_METHODS[name].environment
         with switched(self.environment):
             self.model = ALL_METHODS[name].build(base, workload)
+        if compiled:
+            self.model.compile()
         trained = trained_parameters(self.model)
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
         (self.batch,) = batches(base, workload.batch_size)

@@ -23,8 +23,8 @@ class Workload:
         str,
         described(
             "vit-b16 (86 million parameters), vit-l16 (303 million), vit-ti16-112px (5.5 million, as `peft-fps "
-            "benchmark transfer` trains it) or decoder-0.5b (a Llama of 0.54 billion, 128 tokens), all with random "
-            "weights; or an image classification model in a folder or on the Hub, as it is.",
+            "benchmark transfer` trains it), decoder-0.5b or decoder-1b (Llamas of 0.54 and 1.1 billion, 128 tokens), "
+            "all with random weights; or an image classification model in a folder or on the Hub, as it is.",
             MEASURED,
             metavar="NAME|FOLDER|HUB_ID",
         ),

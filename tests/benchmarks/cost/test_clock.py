@@ -1,6 +1,7 @@
 import pytest
 
 from peft_fps.benchmarks.cost.clock import Times, interleave
+from peft_fps.benchmarks.cost.device_timer import read_cpu
 
 
 def test_tasks_take_turns_and_the_first_round_does_not_count():
@@ -16,7 +17,7 @@ def test_tasks_take_turns_and_the_first_round_does_not_count():
         return run
 
     tasks = {"a": task("a", [100, 1, 5, 2]), "b": task("b", [100, 10, 30, 40])}
-    times = interleave(tasks, 3, clock=lambda: now[0])
+    times = interleave(tasks, 3, read=lambda task: read_cpu(task, lambda: now[0]))
     assert called == ["a", "b"] * 4
     assert times == {"a": Times((1, 5, 2)), "b": Times((10, 30, 40))}
 

@@ -34,11 +34,12 @@ def test_vits_have_the_published_sizes(name, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_decoder_has_half_a_billion_parameters():
-    layers, build = NAMED["decoder-0.5b"]
+@pytest.mark.parametrize(("name", "least", "most"), [("decoder-0.5b", 0.5e9, 0.6e9), ("decoder-1b", 1e9, 1.2e9)])
+def test_decoders_have_the_parameters_that_their_names_say(name, least, most):
+    layers, build = NAMED[name]
     with torch.device("meta"):
         model = build(layers)
-    assert 0.5e9 <= sum(parameter.numel() for parameter in model.parameters()) <= 0.6e9
+    assert least <= sum(parameter.numel() for parameter in model.parameters()) <= most
 
 
 def test_gains_are_log_normal_and_multiply_rows():

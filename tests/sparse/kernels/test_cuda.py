@@ -40,6 +40,7 @@ ROWS = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+pytestmark = pytest.mark.cuda
 runs = pytest.mark.skipif(
     not (INTERPRETED or (torch.cuda.is_available() and find_spec("triton"))),
     reason="needs a CUDA device and Triton; without the device, runs in test_in_the_interpreter",
@@ -180,16 +181,23 @@ def test_compiles_where_there_is_no_device(
 
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_is_the_way_taken_on_a_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_one_of_three_ways_on_a_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     grad, x, structure = operands(ROWS["uneven"], 20, 700, dtype)
-    monkeypatch.setattr(products, "entries_are_few", lambda structure: True)
-    by_kernel = products.sampled_product(grad, x, structure)
+    ways = {}
+
+    def choose(key: Any, candidates: Any) -> str:
+        ways.update({name: candidate() for name, candidate in candidates.items()})
+        return "Triton kernel"
+
+    by_kernel = products.measured_product(grad, x, structure, choose)
+    assert len(ways) == 3
     assert by_kernel[0].dtype == torch.float32
+    for way in (*ways.values(), products.sampled_product(grad, x, structure)):
+        for number, other in zip(by_kernel, way, strict=True):
+            torch.testing.assert_close(number, other.float(), rtol=2e-2, atol=1e-1)
     monkeypatch.setenv(cuda.SWITCH, "0")
     assert not cuda.fits(grad, x, structure)
-    for number, other in zip(by_kernel, products.sampled_product(grad, x, structure), strict=True):
-        torch.testing.assert_close(number.to(dtype), other, rtol=2e-2, atol=1e-1)
 
 
 # --- when it is taken; no device is needed to tell -------------------------------------------------------------------
