@@ -13,7 +13,7 @@ from peft_fps.selection.budget_allocation import LayerShape
 OUTLIER = 5.0
 """M: a score above so many times the mean of its block is an outlier (OWL, arXiv 2310.05175)."""
 SPREAD = 0.3
-"""ε: the lightest tail gets 1 - ε and the heaviest 1 + ε times as many as the middle (AlphaPruning, arXiv 2410.10912)."""
+"""ε: the heaviest tail gets 1 + ε times the middle, the lightest 1 - ε times (AlphaPruning, arXiv 2410.10912)."""
 
 
 def outlier_share(scores: Iterable[Tensor]) -> float:
