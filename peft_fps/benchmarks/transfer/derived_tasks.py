@@ -15,10 +15,12 @@ from PIL import Image
 
 from peft_fps.benchmarks.transfer.image_puzzles import (
     MARGIN,
+    SHADES,
     SIDE,
+    Shade,
     ink,
-    random_colour,
     rotated,
+    scan_strength,
     with_foreign_part,
     with_hues_turned,
     with_objects,
@@ -67,6 +69,11 @@ def _any(source: LabelledImages, rng: np.random.Generator) -> Image.Image:
     return _image(source, int(rng.integers(len(source))))
 
 
+def _shade(rng: np.random.Generator) -> Shade:
+    red, green, blue = rng.integers(0, SHADES + 1, 3).tolist()
+    return red, green, blue
+
+
 def _rotation(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
     """Turn by quarters, and by a little more, so that all are interpolated; a quarter maps JPEG's grid to itself."""
     return rotated(_image(sources["caltech101"], row), 90 * label + rng.uniform(-15, 15))
@@ -83,14 +90,14 @@ def _foreign(label: int, row: int, sources: Split, rng: np.random.Generator) -> 
 def _counting(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
     """Draw characters of several sizes in different ones of nine cells."""
     cell = (SIDE - 2 * MARGIN) // 3
-    objects, boxes, colours = [], [], []
+    objects, boxes, shades = [], [], []
     for place in rng.permutation(9)[: label + 1]:
         side = int(rng.integers(18, cell - 1))
         left, top = (int(MARGIN + cell * at + rng.integers(0, cell - side + 1)) for at in (place % 3, place // 3))
         objects.append(ink(_any(sources["omniglot100"], rng)))
         boxes.append((left, top, left + side, top + side))
-        colours.append(random_colour(rng))
-    return with_objects(_image(sources["rsscn7"], row), objects, boxes, colours)
+        shades.append(_shade(rng))
+    return with_objects(_image(sources["rsscn7"], row), objects, boxes, shades)
 
 
 def _hue(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
@@ -98,25 +105,19 @@ def _hue(label: int, row: int, sources: Split, rng: np.random.Generator) -> Imag
     return with_hues_turned(_image(sources["flowers102"], row), int(rng.integers(256)), round(label * 256 / 6))
 
 
-NEAREST, STEP, DIGIT_SIDE = 20, 10, 18
+NEAREST, STEP, DIGIT_SIDE = 24, 9, 22
 """Distances of two digits: of the first class at least, from class to class, and the digits' own size; in pixels."""
 
 
 def _distance(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
     """Put two digits at a distance in any direction, as a pair anywhere in the picture."""
-    distance, room = NEAREST + STEP * (label + rng.uniform(0.15, 0.85)), SIDE - 2 * MARGIN - DIGIT_SIDE
-    while True:
-        angle = rng.uniform(0, 2 * np.pi)
-        offset = distance * np.array([np.cos(angle), np.sin(angle)])
-        if (np.abs(offset) < room).all():
-            break
+    distance, angle = NEAREST + STEP * (label + rng.uniform(0.15, 0.85)), rng.uniform(0, 2 * np.pi)
+    offset, room = distance * np.array([np.cos(angle), np.sin(angle)]), SIDE - 2 * MARGIN - DIGIT_SIDE
     first = rng.uniform(np.maximum(0, -offset), np.minimum(room, room - offset))
     corners = [MARGIN + np.round(place).astype(int) for place in (first, first + offset)]
     boxes = [(int(x), int(y), int(x) + DIGIT_SIDE, int(y) + DIGIT_SIDE) for x, y in corners]
-    digits = [_image(sources[DIGITS], row), _any(sources[DIGITS], rng)]
-    background = _any(sources["dtd10"], rng)
-    colours = [random_colour(rng) for _ in digits]
-    return with_objects(background, [digit.convert("L") for digit in digits], boxes, colours)
+    digits = [scan_strength(digit) for digit in (_image(sources[DIGITS], row), _any(sources[DIGITS], rng))]
+    return with_objects(_any(sources["dtd10"], rng), digits, boxes, [_shade(rng) for _ in digits])
 
 
 DERIVED: dict[str, DerivedTask] = {

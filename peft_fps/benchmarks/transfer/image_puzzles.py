@@ -16,6 +16,9 @@ MARGIN = 6
 GREY = (127, 127, 127)
 Box = tuple[int, int, int, int]
 """Left, upper, right, lower."""
+Shade = tuple[int, int, int]
+SHADES = 40
+"""Largest part of a shade."""
 
 
 def squared(image: Image.Image) -> Image.Image:
@@ -38,19 +41,22 @@ def with_foreign_part(image: Image.Image, other: Image.Image, box: Box) -> Image
 
 
 def with_objects(
-    background: Image.Image, objects: Sequence[Image.Image], boxes: Sequence[Box], colours: Sequence[tuple[int, ...]]
+    background: Image.Image, objects: Sequence[Image.Image], boxes: Sequence[Box], shades: Sequence[Shade]
 ) -> Image.Image:
-    """Return a background with objects in boxes.
+    """Return a background with objects in boxes, light where it is dark in the box, and dark where it is light.
 
     Args:
         background: any image.
         objects: their strength, 255 where they cover the background, in mode `"L"`.
         boxes: of each, where it is enlarged or reduced to.
-        colours: of each, red, green, blue.
+        shades: of each, what is added to black, or to a light grey.
     """
     found = squared(background)
-    for strength, box, colour in zip(objects, boxes, colours, strict=True):
+    levels = np.asarray(found.convert("L"))
+    for strength, box, shade in zip(objects, boxes, shades, strict=True):
         size = (box[2] - box[0], box[3] - box[1])
+        ground = 255 - SHADES if levels[box[1] : box[3], box[0] : box[2]].mean() < 128 else 0
+        colour = tuple(ground + part for part in shade)
         found.paste(Image.new("RGB", size, colour), box, strength.resize(size, Image.Resampling.BICUBIC))
     return found
 
@@ -64,11 +70,12 @@ def with_hues_turned(image: Image.Image, everywhere: int, inside: int) -> Image.
         inside: further turn within the disc, which covers two fifths of the picture.
     """
     hue, saturation, value = squared(image).convert("HSV").split()
-    turned = [
-        Image.merge("HSV", (hue.point([(level + turn) % 256 for level in range(256)]), saturation, value))
-        for turn in (everywhere + inside, everywhere)
-    ]
-    return Image.composite(*(part.convert("RGB") for part in turned), _disc(0.36 * SIDE))
+
+    def turned(by: int) -> Image.Image:
+        hues = hue.point([(level + by) % 256 for level in range(256)])
+        return Image.merge("HSV", (hues, saturation, value)).convert("RGB")
+
+    return Image.composite(turned(everywhere + inside), turned(everywhere), _disc(0.36 * SIDE))
 
 
 def ink(drawing: Image.Image) -> Image.Image:
@@ -78,10 +85,9 @@ def ink(drawing: Image.Image) -> Image.Image:
     return strength.crop(box).filter(ImageFilter.MaxFilter(5))
 
 
-def random_colour(rng: np.random.Generator) -> tuple[int, ...]:
-    """Return a very light or a very dark colour, either with the same probability."""
-    base = 215 if rng.random() < 0.5 else 0
-    return tuple(int(base + rng.integers(0, 41)) for _ in range(3))
+def scan_strength(scan: Image.Image) -> Image.Image:
+    """Return the strength of a light scan on a dark ground, with strong strokes where it has middling ones."""
+    return scan.convert("L").point([min(255, 8 * level // 5) for level in range(256)])
 
 
 def _square(image: Image.Image) -> Image.Image:

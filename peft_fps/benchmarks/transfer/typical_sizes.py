@@ -32,7 +32,11 @@ class Sizes:
     @classmethod
     def empty(cls, neurons: int, inputs: int) -> "Sizes":
         """Return sums over nothing."""
-        return cls(*(torch.zeros(size, dtype=torch.float64) for size in (inputs, inputs, neurons)))
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64)
+
+        return cls(zeros(inputs), zeros(inputs), zeros(neurons))
 
     @property
     def mean_input(self) -> Tensor:
