@@ -6,6 +6,7 @@ import typer
 
 import peft_fps
 from peft_fps.cli.benchmark_cost import cost
+from peft_fps.cli.benchmark_derive import derive
 from peft_fps.cli.benchmark_overlap import overlap
 from peft_fps.cli.benchmark_transfer import transfer
 from peft_fps.cli.compare import compare
@@ -43,7 +44,7 @@ def commands(
 
 
 app.add_typer(benchmarks, name="benchmark")
-for measuring in (transfer, overlap, cost):
+for measuring in (transfer, overlap, derive, cost):
     benchmarks.command()(measuring)
 app.add_typer(recipes, name="reproduce")
 for benchmark, task, data in (("vtab-1k", "cifar100", "vtab-1k"), ("fgvc", "cub", "CUB_200_2011")):

@@ -42,7 +42,7 @@ def transfer(
     console = Console()
     if list_methods:
         for name, arm in ARMS.items():
-            console.print(f"{name:32}{arm.label}", markup=False, highlight=False)
+            console.print(f"{name:34}{arm.label}", markup=False, highlight=False)
         return
     with errors_told(verbose, RuntimeError):
         found, written = run(TransferOptions(**options), fill=not report)

@@ -1,6 +1,6 @@
 """The methods that are compared. All train the new output head besides, and share data, schedule and seeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_fps.base.head import output_head
-from peft_fps.benchmarks.transfer.class_scores import SCORES
+from peft_fps.benchmarks.transfer.class_scores import SCORES, select_by
+from peft_fps.benchmarks.transfer.tried_choices import CHOICES, choose
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.tokens.token_placement import quarter_blocks
@@ -25,6 +26,8 @@ QUERIES_VALUES = ("q_proj", "v_proj", "query", "value")
 """How the paths of the layers of queries and values end."""
 
 Build = Callable[[PreTrainedModel, float | None, int], PeftConfig]
+Choose = Callable[[Any, Iterable[Mapping[str, Any]], int], None]
+"""Gives an FPS adapter its entries, from batches of `pixel_values` and `labels` and the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Arm:
         beside: likewise the config of a LoRA adapter that shares model and budget, for which `build` leaves room; None
             for a method of one adapter.
         learning_rates: to choose from; none for the linear head, which is fitted.
-        score: key of `peft_fps.benchmarks.transfer.class_scores.SCORES`, where that and not the config selects.
+        choose: selects in place of the config's importance.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
@@ -53,7 +56,7 @@ class Arm:
     beside: Build | None = None
     learning_rates: tuple[float, ...] = FEW
     tuned_as: str | None = None
-    score: str | None = None
+    choose: Choose | None = None
     images: int | None = None
     augmented: bool = False
     rates_by_input: bool = False
@@ -83,6 +86,16 @@ def selecting_at_quarters(**options: Any) -> Build:
         return selecting(token_blocks=blocks, **options)(base, share, seed)
 
     return build
+
+
+def _by_score(score: str) -> Choose:
+    """Return what selects by a key of `SCORES`."""
+    return lambda model, data, classes: select_by(model, score, data, classes)
+
+
+def _by_choice(choice: str) -> Choose:
+    """Return what selects by a key of `CHOICES`."""
+    return lambda model, data, classes: choose(model, choice, data)
 
 
 def _bitfit(base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
@@ -222,8 +235,22 @@ ARMS: dict[str, Arm] = {
     "gate-biases": Arm("FPS, with biases, gated", selecting(bias="all", token_gate="threshold"), tuned_as="fps"),
     "fps-augmented": Arm("FPS, augmented images", selecting(), tuned_as="fps", augmented=True),
     **{
-        f"try-{score}": Arm(f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", score=score)
+        f"try-{score}": Arm(
+            f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", choose=_by_score(score)
+        )
         for score in SCORES
+    },
+    "fps-layer-biases": Arm("FPS, layer, with biases", selecting(granularity="layer", bias="all"), tuned_as="fps"),
+    "fps-block-biases": Arm("FPS, block, with biases", selecting(granularity="block", bias="all"), tuned_as="fps"),
+    "fps-bottom-biases": Arm("FPS, bottom, with biases", selecting(order="bottom", bias="all"), tuned_as="fps"),
+    **{
+        f"try-{choice}-biases": Arm(
+            f"try: {choice}, with biases",
+            selecting(importance="magnitude", bias="all"),
+            tuned_as="fps",
+            choose=_by_choice(choice),
+        )
+        for choice in CHOICES
     },
 }
 """All methods by the names of the command line."""

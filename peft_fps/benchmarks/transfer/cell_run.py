@@ -19,7 +19,6 @@ from peft_fps.benchmarks.tensor_memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
-from peft_fps.benchmarks.transfer.class_scores import select_by
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
@@ -118,7 +117,7 @@ def _prepare(
         return base.requires_grad_(True), 0.0, 0
     model = attach(arm, base, cell.share, cell.seed)
     config = model.peft_config["default"]
-    if not (isinstance(config, FPSConfig) and (config.needs_calibration or arm.score)):
+    if not (isinstance(config, FPSConfig) and (config.needs_calibration or arm.choose)):
         return model, time.perf_counter() - start, 0
     held = peak_bytes(lambda: select(model, cell, setting, task, collator, 1))
     start = time.perf_counter()
@@ -158,8 +157,8 @@ def select(
     views = None
     if config.loss == "contrastive" or arm.augmented:
         views = two_views(load_processor(setting.model, setting.image_size))
-    if arm.score:
-        select_by(model, arm.score, data, len(task.classes))
+    if arm.choose:
+        arm.choose(model, data, len(task.classes))
     elif arm.augmented:
         assert views is not None
         pairs = (batch | {"pixel_values": views(batch["pixel_values"])} for batch in data)

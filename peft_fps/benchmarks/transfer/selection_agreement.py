@@ -105,7 +105,7 @@ def selected(cell: Cell, setting: Setting) -> Selection:
     collator = Collator(interpolates(base))
     with upstream_deprecations():
         model: Any = get_peft_model(base, config)
-    if config.needs_calibration or arm.score:
+    if config.needs_calibration or arm.choose:
         select(model, cell, setting, task, collator)
     return Selection.of(model)
 

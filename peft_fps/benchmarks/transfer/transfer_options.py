@@ -1,11 +1,11 @@
-"""The options of `peft-fps benchmark transfer` and `peft-fps benchmark overlap`, each with its description."""
+"""The options of `peft-fps benchmark transfer`, `overlap` and `derive`, each with its description."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from peft_fps.benchmarks.transfer.cells import MACHINE, WHAT, Setting
-from peft_fps.vision.option_types import OUTPUT, count, described
+from peft_fps.vision.option_types import OUTPUT, count, described, seed_number
 
 
 Only = Annotated[
@@ -85,6 +85,27 @@ class OverlapOptions(Setting):
             file_okay=False,
         ),
     ] = Path("runs/overlap")
+
+
+@dataclass(frozen=True)
+class DeriveOptions:
+    """The options of `peft-fps benchmark derive`."""
+
+    tasks: Annotated[
+        Path,
+        described(
+            "Holds a folder for each task that others are made of: caltech101, dtd10, flowers102, omniglot100, "
+            "rsscn7, tinyin_size.",
+            WHAT,
+            metavar="FOLDER",
+            file_okay=False,
+        ),
+    ] = Path("tasks")
+    seed: Annotated[int, seed_number("Of classes, places, angles and so on.", WHAT)] = 0
+    output: Annotated[
+        Path,
+        described("Gets a folder for each task that is made.", OUTPUT, metavar="FOLDER", file_okay=False),
+    ] = Path("runs/tasks")
 
 
 def listed(value: str) -> tuple[str, ...]:
