@@ -1,10 +1,12 @@
 """Small models and naive references; nothing in here computes an expected value with the package's own code."""
 
+import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -53,11 +55,11 @@ through_transformers = pytest.mark.skipif(_refusal_of_transformers() != "", reas
 # --- models: every call gives a new model, equal to the last one ----------------------------------------------------
 
 
-def tiny_vit(num_labels: int = 5) -> ViTForImageClassification:
+def tiny_vit(num_labels: int = 5, layers: int = 2) -> ViTForImageClassification:
     config = ViTConfig(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         image_size=16,
         patch_size=4,
@@ -274,18 +276,42 @@ def entry_places(base: Any, rows: list[list[int]]) -> list[int]:
     ]
 
 
-def dense_reference(base: nn.Module, model: nn.Module, adapters: list[str]) -> nn.Module:
-    """A plain copy of `base` (unwrapped, equal to the one within `model`) with the adapters' changes added."""
-    plain = deepcopy(base)
+def dense_reference(
+    base: nn.Module, model: nn.Module, adapters: Sequence[str] | dict[str, float] = ("default",)
+) -> nn.Module:
+    """A copy of `base` (equal to the one within `model`) with the adapters' changes added, times their scales."""
+    plain, scales = deepcopy(base), adapters if isinstance(adapters, dict) else dict.fromkeys(adapters, 1.0)
     with torch.no_grad():
         for path, layer in layers_of(model).items():
             module = plain.get_submodule(path)
-            for name in adapters:
+            for name, scale in scales.items():
                 if isinstance(layer, EntryLayer) and name in layer.fps_values:
-                    module.weight += dense_change(layer, name).to(module.weight.dtype)
+                    module.weight += (scale * dense_change(layer, name)).to(module.weight.dtype)
                 if name in layer.fps_bias:
-                    module.bias += layer.fps_bias[name].to(module.bias.dtype)
+                    change = scale * layer.fps_bias[name].reshape(module.bias.shape)
+                    module.bias += change.to(module.bias.dtype)
     return plain
+
+
+def output(model: nn.Module, *arguments: Any, **inputs: Any) -> Tensor:
+    """What a model returns, of a transformers model its logits."""
+    found = model(*arguments, **inputs)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch-save": lambda model: torch.load(_saved(model), weights_only=False),
+}
+"""Ways to copy a model."""
+
+
+def _saved(model: nn.Module) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return stream
 
 
 def base_bytes(model: nn.Module) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import peft_fps
 from peft_fps import FPSConfig
+from tests import helpers
 from tests.helpers import (
     adapted,
     config,
@@ -27,7 +29,6 @@ from tests.helpers import (
     tiny_mlp,
     unchanged,
 )
-from tests.helpers import tiny_vit as two_layers
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -38,10 +39,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIONS: dict[str, Any] = {"per_neuron": 2, "importance": "random", "bias": "with_norms"}
 
 
-def tiny_vit() -> nn.Module:
-    model = two_layers()
-    del model.vit.layers[1:]
-    return model
+tiny_vit = partial(helpers.tiny_vit, layers=1)
 
 
 def wrapped(model: nn.Module) -> nn.Module:
@@ -89,13 +87,14 @@ def test_files_are_those_of_the_plain_model(compiled: Callable[[nn.Module], nn.M
 @ways
 @torch.no_grad()
 def test_it_loads_files_of_a_plain_model(compiled: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
-    plain = adapted(tiny_vit(), **OPTIONS)
+    options = {**OPTIONS, "target_modules": ["q_proj"]}  # tracing takes half a second for each layer
+    plain = adapted(tiny_vit(), **options)
     plain.save_pretrained(tmp_path)
     expected = plain(pixel_values=images(2)).logits
     torch._dynamo.reset()
     model = PeftModel.from_pretrained(compiled(tiny_vit()), tmp_path).eval()
     torch.testing.assert_close(model(pixel_values=images(2)).logits, expected)
-    other = adapted(compiled(tiny_vit()), **{**OPTIONS, "seed": 3})
+    other = adapted(compiled(tiny_vit()), **{**options, "seed": 3})
     peft_fps.hotswap_adapter(other, str(tmp_path), "default")
     torch.testing.assert_close(other(pixel_values=images(2)).logits, expected)
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_fps import FPSConfig
+from tests.gradients.naive_sums import CONVOLUTIONS, KINDS, TRANSPOSED, matrix
 from tests.helpers import (
     image_batches,
     images,
@@ -30,11 +30,6 @@ from tests.selection import naive
 
 
 Rows = list[list[int]]
-
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-KINDS = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 
 
 def padded_batches(count: int = 3) -> list[dict[str, Tensor]]:
@@ -93,16 +88,6 @@ def by_groups(rows: Tensor, module: Any, axes: int) -> Tensor:
     return rows.flatten(0, axes).flatten(1).unflatten(1, (module.groups, -1)).transpose(0, 1)
 
 
-def by_neuron(module: Any) -> Tensor:
-    """A layer's weight as `(neurons, inputs)`."""
-    weight = module.weight.detach()
-    if isinstance(module, Conv1D):
-        return weight.t()
-    if isinstance(module, TRANSPOSED):
-        return torch.cat([part.transpose(0, 1).flatten(1) for part in weight.chunk(module.groups)])
-    return weight.flatten(1)
-
-
 def naive_scores(
     base: nn.Module, batches: list[Any], head: str, norm: str = "l1", weight_magnitude: bool = True
 ) -> dict[str, list[list[float]]]:
@@ -126,7 +111,7 @@ def naive_scores(
     for name, module in layers.items():
         rows = torch.cat(inputs[name], dim=1)
         activation = rows.abs().mean(1) if norm == "l1" else rows.square().mean(1).sqrt()
-        weight = by_neuron(module).double()
+        weight = matrix(module, module.weight.detach()).double()
         driven = activation.repeat_interleave(weight.shape[0] // activation.shape[0], 0)
         scores[name] = (weight.abs() * driven if weight_magnitude else driven.expand(weight.shape)).tolist()
     return scores

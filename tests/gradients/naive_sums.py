@@ -29,8 +29,9 @@ from tests.helpers import (
 ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
 
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-KINDS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 
 
 BACKWARD = ["gradient", "fisher", "sensitivity"]

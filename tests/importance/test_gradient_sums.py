@@ -1,6 +1,7 @@
 """Selection by backward passes on real small models, against GPS, FISH Mask and SPT written down a second time."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import peft_fps
 from peft_fps.importance import gradient_sums
 from tests.calibration.naive_fps import assert_same_selection, fresh, naive_selection, selection_of
+from tests.combinations import pairwise
 from tests.gradients.naive_sums import (
     BACKWARD,
     CASES,
@@ -29,10 +31,14 @@ from tests.helpers import image_batches, layers_of, normal, tiny_conv, tiny_mlp,
 Scores = dict[str, list[list[float]]]
 
 
-def naive_scores(kind: str, importance: str, fisher: str = "example", batches: list[Any] | None = None) -> Scores:
+@cache
+def naive_scores(kind: str, importance: str, fisher: str = "example") -> Scores:
+    return naive_scores_of(CASES[kind][1](), kind, importance, fisher)
+
+
+def naive_scores_of(batches: list[Any], kind: str, importance: str, fisher: str = "example") -> Scores:
     """The score of every weight as the sources define it."""
-    build, made, head = CASES[kind]
-    batches = made() if batches is None else batches
+    build, _, head = CASES[kind]
     if importance == "fisher":
         parts = [example for batch in batches for example in examples_of(batch)] if fisher == "example" else batches
         return {path: total.tolist() for path, total in naive_sums(build(), parts, head, square=True).items()}
@@ -167,18 +173,16 @@ WHOLE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", WHOLE)
 def test_the_order_of_batches_does_not_matter(kind: str, importance: str):
     batches = parts(WHOLE[kind](), 2)
-    scores = naive_scores(kind, importance, batches=batches)
+    scores = naive_scores_of(batches, kind, importance)
     for order in (batches, batches[::-1], [*batches[1:], batches[0]]):
         model = calibrated(kind, order, importance=importance)
         assert_same_selection(model, scores, naive_selection(scores, 3, "neuron"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("importance", BACKWARD)
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize(("kind", "importance", "size"), pairwise(WHOLE, BACKWARD, [1, 2, 4]))
 def test_equal_parts_select_as_the_whole_does(kind: str, importance: str, size: int):
     whole = WHOLE[kind]()
-    scores = naive_scores(kind, importance, batches=[whole])
+    scores = naive_scores_of([whole], kind, importance)
     model = calibrated(kind, parts(whole, size), importance=importance)
     assert_same_selection(model, scores, naive_selection(scores, 3, "neuron"))
 
@@ -186,7 +190,7 @@ def test_equal_parts_select_as_the_whole_does(kind: str, importance: str, size: 
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_fisher_of_examples_is_the_same_for_any_split(size: int):
     whole = WHOLE["vit"]()
-    scores = naive_scores("vit", "fisher", batches=[whole])
+    scores = naive_scores_of([whole], "vit", "fisher")
     model = calibrated("vit", parts(whole, size), importance="fisher")
     assert_same_selection(model, scores, naive_selection(scores, 3, "neuron"))
     other = calibrated("vit", parts(whole, size), importance="fisher", fisher="batch")
@@ -332,7 +336,7 @@ def test_a_shortlist_selects_the_same_if_all_batches_are_alike(importance: str):
     options: dict[str, Any] = {"importance": importance, "per_neuron": 2, "fisher": "batch"}
     batches = labelled_images(1) * 3
     found = calibrated("vit", batches, **options, how={"accumulators": "streaming"})
-    scores = naive_scores("vit", importance, "batch", batches)
+    scores = naive_scores_of(batches, "vit", importance, "batch")
     assert_same_selection(found, scores, naive_selection(scores, 2, "neuron"))
 
 
@@ -391,9 +395,10 @@ def test_a_shortlist_is_refused_where_it_cannot_serve(options: dict[str, Any], n
 
 
 @ENABLING
-@pytest.mark.parametrize("training_mode", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2"])
-@pytest.mark.parametrize("first", ["checkpointing", "adapter"])
+@pytest.mark.parametrize(
+    ("kind", "training_mode", "first"),
+    pairwise(["vit", "llama", "gpt2"], [False, True], ["checkpointing", "adapter"]),
+)
 def test_gradient_checkpointing_selects_the_same(kind: str, training_mode: bool, first: str):
     build, batches, _ = CASES[kind]
     base = build()
@@ -482,9 +487,10 @@ class Unreached(nn.Module):
         return self.used(x) + self.cut(x).detach()
 
 
-@pytest.mark.parametrize("importance", BACKWARD)
-@pytest.mark.parametrize("accumulators", ["device", "streaming"])
-@pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
+@pytest.mark.parametrize(
+    ("importance", "granularity", "accumulators"),
+    pairwise(BACKWARD, ["neuron", "layer", "model"], ["device", "streaming"]),
+)
 def test_modules_without_gradients(granularity: str, accumulators: Any, importance: str):
     model = fresh(Unreached(), per_neuron=2, importance=importance, granularity=granularity)
     named = r"2 of 3 modules got no gradient.*will not be trained: idle, cut\."

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import ViTForImageClassification
 
 import peft_fps
 from peft_fps import FPSConfig
@@ -25,6 +25,7 @@ from tests.helpers import (
     images,
     layers_of,
     normal,
+    output,
     tiny_conv,
     tiny_mlp,
     tiny_vit,
@@ -38,15 +39,9 @@ pytestmark = [
 ]
 
 
-def small_vit() -> ViTForImageClassification:
-    model = tiny_vit()
-    del model.vit.layers[1:]
-    return model
-
-
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = model(**inputs)
-    return found if isinstance(found, Tensor) else found.logits
+small_vit = partial(tiny_vit, layers=1)
+ONE: dict[str, Any] = {"target_modules": ["q_proj"]}
+"""For tests of what happens to every layer alike: tracing takes half a second for each."""
 
 
 def assert_one_graph(model: nn.Module, inputs: dict[str, Tensor], backend: str = "eager") -> None:
@@ -55,7 +50,7 @@ def assert_one_graph(model: nn.Module, inputs: dict[str, Tensor], backend: str =
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
-    found, expected = output(compiled, inputs), output(eager, inputs)
+    found, expected = output(compiled, **inputs), output(eager, **inputs)
     torch.testing.assert_close(found, expected)
     if expected.requires_grad:
         found.square().sum().backward()
@@ -77,7 +72,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_cold_model_compiles_to_one_graph(kind: str) -> None:
     build, inputs = MODELS[kind]
-    model = adapted(build(), per_neuron=2, bias="with_norms" if kind != "conv" else "all")
+    options: dict[str, Any] = {"bias": "with_norms", "target_modules": ["q_proj", "fc1"]} if kind == "vit" else {}
+    model = adapted(build(), per_neuron=2, **options)
     assert_one_graph(model, inputs(), "aot_eager")
 
 
@@ -95,7 +91,7 @@ def low_cpu_mem_usage(folder: Path) -> nn.Module:
 
 
 def load_adapter(folder: Path) -> nn.Module:
-    model = adapted(small_vit(), "other")
+    model = adapted(small_vit(), "other", **ONE)
     model.load_adapter(folder, "loaded")
     model.set_adapter("loaded")
     return model
@@ -108,26 +104,26 @@ def transformers_load_adapter(folder: Path) -> nn.Module:
 
 
 def load_state_dict(folder: Path) -> nn.Module:
-    model = adapted(small_vit())
+    model = adapted(small_vit(), **ONE)
     model.load_state_dict(from_pretrained(folder).state_dict())
     return model
 
 
 def hotswap(folder: Path) -> nn.Module:
-    model = adapted(small_vit())
+    model = adapted(small_vit(), **ONE)
     peft_fps.hotswap_adapter(model, str(folder), "default")
     return model
 
 
 def calibrated(folder: Path) -> nn.Module:
-    model = get_peft_model(small_vit(), FPSConfig(per_neuron=2)).eval()
+    model = get_peft_model(small_vit(), FPSConfig(per_neuron=2, **ONE)).eval()
     model.calibrate(image_batches(), progress=False)
     return model
 
 
 def one_of_two_active_with_another(folder: Path) -> nn.Module:
-    model = adapted(small_vit(), modules_to_save=[])
-    model.add_adapter("b", config(importance="random", per_neuron=3, modules_to_save=[]))
+    model = adapted(small_vit(), modules_to_save=[], **ONE)
+    model.add_adapter("b", config(importance="random", per_neuron=3, modules_to_save=[], **ONE))
     fill(model, "b")
     model.base_model.set_adapter(["default", "b"])
     return model
@@ -148,7 +144,7 @@ def one_of_two_active_with_another(folder: Path) -> nn.Module:
     ids=lambda make: make.__name__,
 )
 def test_wherever_the_adapter_comes_from(make: Callable[[Path], nn.Module], tmp_path: Path) -> None:
-    model = adapted(small_vit(), importance="random")
+    model = adapted(small_vit(), importance="random", **ONE)
     model.save_pretrained(tmp_path)
     assert_one_graph(make(tmp_path), {"pixel_values": images(2)})
 
@@ -179,7 +175,7 @@ def test_an_adapter_that_was_never_loaded_is_refused(fullgraph: bool, tmp_path: 
 
 
 def test_a_damaged_adapter_is_refused_before_a_graph_uses_it() -> None:
-    model = adapted(tiny_mlp())
+    model = adapted(tiny_mlp(), target_modules=["last"])
     layers_of(model)["last"].fps_columns["default"][:] = 99
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="last: adapter 'default': fps_columns ranges over"):
@@ -193,15 +189,16 @@ def test_a_damaged_adapter_is_refused_before_a_graph_uses_it() -> None:
 @pytest.mark.parametrize("way", ["load_state_dict", "set_selection", "calibrate"])
 def test_a_compiled_model_follows_new_entries(way: str, names: list[str]) -> None:
     def build(seed: int) -> Any:
-        model = adapted(tiny_mlp(), "a", importance="random", seed=seed)
-        model.add_adapter("b", config(importance="magnitude", per_neuron=3))
+        model = adapted(tiny_mlp(), "a", importance="random", seed=seed, target_modules=["first"])
+        model.add_adapter("b", config(importance="magnitude", per_neuron=3, target_modules=["first"]))
         fill(model, "b")
         model.base_model.set_adapter(names)
         return model
 
     model, other, x = build(0), build(1), normal(3, 10)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    backend = "aot_eager" if way == "load_state_dict" else "eager"
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     before = compiled(x)
     if way == "load_state_dict":
         model.load_state_dict(other.state_dict())
@@ -220,7 +217,7 @@ def test_a_compiled_model_follows_new_entries(way: str, names: list[str]) -> Non
 
 
 def test_a_compiled_model_refuses_what_is_loaded_damaged_and_goes_on_after_it_is_mended() -> None:
-    model, x = adapted(tiny_mlp()), normal(3, 10)
+    model, x = adapted(tiny_mlp(), target_modules=["first"]), normal(3, 10)
     good = copy.deepcopy(model.state_dict())
     bad = copy.deepcopy(good)
     bad["base_model.model.first.fps_columns.default"].fill_(99)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.layers import entry_layer
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.merge_record import independent_copy, merge_entries
+from tests.combinations import pairwise
 from tests.helpers import (
     adapted,
     base_bytes,
@@ -31,6 +32,7 @@ from tests.helpers import (
     images,
     layers_of,
     normal,
+    output,
     selected_columns,
     tiny_bert,
     tiny_conv,
@@ -48,20 +50,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "gpt2": (tiny_gpt2, tokens),
     "bert": (tiny_bert, tokens),
 }
-BIASES = pytest.mark.parametrize(
-    ("kind", "bias"),
-    [
-        *(pytest.param(kind, "all", id=kind) for kind in ("mlp", "conv", "vit", "gpt2")),
-        *(pytest.param(kind, "with_norms", id=f"{kind} and norms") for kind in ("vit", "gpt2", "bert")),
-    ],
-)
+KINDS = [(kind, "all") for kind in ("mlp", "conv", "vit", "gpt2")]
+KINDS += [(kind, "with_norms") for kind in ("vit", "gpt2", "bert")]
+BIASES = pytest.mark.parametrize(("kind", "bias"), KINDS)
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-
-
-def output(model: nn.Module, x: Tensor) -> Tensor:
-    result = model(x)
-    return result.logits if hasattr(result, "logits") else result
 
 
 def with_three(build: Callable[[], nn.Module] = tiny_mlp, dtype: torch.dtype = torch.float32) -> Any:
@@ -104,11 +97,9 @@ def quiet_merge(model: Any, names: list[str] | None = None, **options: Any) -> N
 # --- merging --------------------------------------------------------------------------------------------------------
 
 
-@BIASES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
-def test_merged_weights_are_exact(kind: str, bias: str, dtype: torch.dtype, safe: bool):
-    model = adapted(MODELS[kind][0]().to(dtype), per_neuron=3, bias=bias)
+@pytest.mark.parametrize(("kind", "dtype", "safe"), pairwise(KINDS, DTYPES, [False, True]))
+def test_merged_weights_are_exact(kind: tuple[str, str], dtype: torch.dtype, safe: bool):
+    model = adapted(MODELS[kind[0]][0]().to(dtype), per_neuron=3, bias=kind[1])
     expected, before = merged_tensors(model, ["default"]), base_bytes(model)
     quiet_merge(model, safe_merge=safe)
     assert base_bytes(model) == expected
@@ -226,20 +217,22 @@ def test_other_adapters_can_be_trained_and_merged_after_unmerging():
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+PARTS = [
+    ("mlp", "fps_values", "all"),
+    ("mlp", "fps_bias", "all"),
+    ("vit", "fps_values", "all"),
+    ("vit", "fps_bias", "all"),
+    ("vit", "fps_bias", "with_norms"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "part", "bias"),
-    [
-        ("mlp", "fps_values", "all"),
-        ("mlp", "fps_bias", "all"),
-        ("vit", "fps_values", "all"),
-        ("vit", "fps_bias", "all"),
-        ("vit", "fps_bias", "with_norms"),
-    ],
+    ("broken", "number", "method"),
+    pairwise(PARTS, [torch.nan, torch.inf, -torch.inf], ["merge_adapter", "merge_and_unload"]),
 )
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-def test_safe_merge_is_all_or_nothing(kind: str, part: str, bias: str, number: float, method: str):
+def test_safe_merge_is_all_or_nothing(broken: tuple[str, str, str], number: float, method: str):
     """With norms the last layer is one."""
+    kind, part, bias = broken
     model = adapted(MODELS[kind][0](), bias=bias)
     *_, (last, layer) = layers_of(model).items()
     with torch.no_grad():

@@ -23,6 +23,7 @@ from tests.helpers import (
     images,
     layers_of,
     normal,
+    output,
     tiny_bert,
     tiny_conv,
     tiny_gpt2,
@@ -45,11 +46,6 @@ MODELS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "text classifier": (tiny_bert, "input_ids", lambda: tokens(5), WITH_NORMS),
     "norms": (tiny_vit, "pixel_values", lambda: images(5), WITH_NORMS),
 }
-
-
-def output(model: nn.Module, **inputs: Any) -> Tensor:
-    found = model(**inputs)
-    return found if isinstance(found, Tensor) else found.logits
 
 
 def perturb_heads(model: nn.Module, seed: int) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, ViltConfig, ViltForQuestionAnswering
 
-from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.norm import Norm
 from peft_fps.selection import NormSelection
 from tests.helpers import (
@@ -42,6 +41,7 @@ from tests.helpers import (
     unchanged,
     with_fields,
 )
+from tests.helpers import dense_reference as reference
 from tests.reading_nets import READERS, TOKENS, WIDTH, net, saved
 from tests.reading_nets import inputs as leaf_inputs
 
@@ -93,20 +93,6 @@ def with_norms(base: nn.Module, adapter_name: str = "default", **options: Any) -
 
 def norms_of(model: nn.Module) -> set[str]:
     return {path for path, layer in layers_of(model).items() if isinstance(layer, Norm)}
-
-
-def reference(base: nn.Module, model: nn.Module, adapters: tuple[str, ...] = ("default",)) -> nn.Module:
-    """`base` with the adapters' changes written into its weights and biases."""
-    with torch.no_grad():
-        for path, layer in layers_of(model).items():
-            module = base.get_submodule(path)
-            for name in adapters:
-                if isinstance(layer, EntryLayer) and name in layer.fps_values:
-                    module.weight += dense_change(layer, name).to(module.weight.dtype)
-                if name in layer.fps_bias:
-                    delta = layer.fps_bias[name].detach().reshape(module.bias.shape)
-                    module.bias.copy_((module.bias.double() + delta.double()).to(module.bias.dtype))
-    return base
 
 
 def bias_parameters(model: nn.Module, head: str) -> dict[str, nn.Parameter]:

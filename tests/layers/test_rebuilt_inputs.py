@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,9 @@ from transformers import activations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peft_fps.sparse import products
+from tests.combinations import pairwise
 from tests.helpers import (
+    COPIES,
     adapted,
     dense_change,
     dense_reference,
@@ -149,9 +150,7 @@ def test_gradients_are_those_of_a_dense_weight(middle: str, per_neuron: int):
     assert_right(lambda choice: wrapped(choice, middle, per_neuron))
 
 
-@pytest.mark.parametrize("kernel", ["0", "1"], ids=["without-kernel", "with-kernel"])
-@pytest.mark.parametrize("per_neuron", [1, 7])
-@pytest.mark.parametrize("middle", list(MIDDLES))
+@pytest.mark.parametrize(("middle", "per_neuron", "kernel"), pairwise(MIDDLES, [1, 7], ["0", "1"]))
 def test_what_is_rebuilt_is_the_same_bit_for_bit(
     middle: str, per_neuron: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -162,8 +161,9 @@ def test_what_is_rebuilt_is_the_same_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's remark on its rms_norm
-@pytest.mark.parametrize("middle", list(MIDDLES))
-@pytest.mark.parametrize("kernel", ["0", "1"], ids=["without-kernel", "with-kernel"])
+@pytest.mark.parametrize(
+    ("middle", "kernel"), [(middle, "1") for middle in MIDDLES] + [(middle, "0") for middle in [*SOME, "nothing"]]
+)
 def test_gradients_under_autocast(middle: str, kernel: str, monkeypatch: pytest.MonkeyPatch):
     def step(model: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -192,9 +192,9 @@ def test_gradients_in_other_dtypes(middle: str, dtype: torch.dtype):
         assert_close(gradients(build(choice)), reference, 1e-5 if exact else 0.05)
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-@pytest.mark.parametrize("part", ["all", "readers"])
-@pytest.mark.parametrize("middle", [*SOME, "nothing", "silu-in-place"])
+@pytest.mark.parametrize(
+    ("middle", "part", "reentrant"), pairwise([*SOME, "nothing", "silu-in-place"], ["all", "readers"], [False, True])
+)
 def test_gradient_checkpointing_changes_nothing(middle: str, part: str, reentrant: bool):
     again = partial(checkpoint, use_reentrant=reentrant)
 
@@ -306,9 +306,10 @@ def test_values_of_one_adapter_with_another_choice():
                 torch.testing.assert_close(found[f"{path}.fps_values.{name}"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpointing", "reentrant"])
-@pytest.mark.parametrize("build", [tiny_vit, tiny_bert, tiny_gpt2, tiny_llama], ids=["vit", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("build", "choice", "reentrant"),
+    pairwise([tiny_vit, tiny_bert, tiny_gpt2, tiny_llama], CHOICES, [None, False, True]),
+)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*use_cache=True. is incompatible with gradient checkpointing")
 def test_whole_models(build: Callable[[], Any], choice: str, reentrant: bool | None):
@@ -367,9 +368,10 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", list(HOOKS))
-@pytest.mark.parametrize("middle", ["layer-norm", "rms-norm", "llama-norm", "transformers-gelu", "silu"])
+@pytest.mark.parametrize(
+    ("middle", "kind", "when"),
+    pairwise(["layer-norm", "rms-norm", "llama-norm", "transformers-gelu", "silu"], HOOKS, ["before", "after"]),
+)
 def test_hooks_of_the_producer(middle: str, kind: str, when: str):
     def build(choice: str) -> Any:
         model = wrapped(choice, middle, 7, outside=HOOKS[kind] if when == "before" else None)
@@ -475,9 +477,10 @@ def change_source(source: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("change", [change_y, change_source], ids=["output", "input"])
-@pytest.mark.parametrize("middle", [*SOME, "nothing"])
+@pytest.mark.parametrize(
+    ("middle", "change", "dtype"),
+    pairwise([*SOME, "nothing"], [change_y, change_source], [torch.float32, torch.bfloat16]),
+)
 def test_a_change_before_the_product_is_no_silent_mistake(
     middle: str, change: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ):
@@ -568,15 +571,16 @@ def test_rebuilt_inputs_cost_no_memory(middle: str, per_neuron: int):
     assert saved(wrapped("rebuild", middle, per_neuron)) == saved(frozen(middle))
 
 
-@pytest.mark.parametrize("per_neuron", [1, 3])
-@pytest.mark.parametrize("middle", [*NORMS, *ACTIVATIONS, "nothing", "silu-in-place"])
-@pytest.mark.parametrize(("choice", "size"), [("columns", 4), ("bfloat16", 2)])
-def test_copied_columns_are_kept_once_for_all_readers(middle: str, per_neuron: int, choice: str, size: int):
+@pytest.mark.parametrize(
+    ("middle", "per_neuron", "choice"),
+    pairwise([*NORMS, *ACTIVATIONS, "nothing", "silu-in-place"], [1, 3], ["columns", "bfloat16"]),
+)
+def test_copied_columns_are_kept_once_for_all_readers(middle: str, per_neuron: int, choice: str):
     model = wrapped(choice, middle, per_neuron)
     joint = set().union(*unions(model))
     assert len(joint) < WIDTH
     assert len(joint) < sum(map(len, unions(model)))  # some are needed twice
-    assert saved(model) - saved(frozen(middle)) == copied(model, size)
+    assert saved(model) - saved(frozen(middle)) == copied(model, 2 if choice == "bfloat16" else 4)
 
 
 @pytest.mark.parametrize("middle", ["relu", "attention"])
@@ -614,9 +618,7 @@ def test_rebuilding_costs_no_more_than_columns_in_half_precision(middle: str):
     assert saved(model, dtype=torch.bfloat16) - saved(half(frozen(middle)), dtype=torch.bfloat16) <= copied(model, 2)
 
 
-@pytest.mark.parametrize("per_neuron", [1, 7])
-@pytest.mark.parametrize("middle", SOME)
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("middle", "choice", "per_neuron"), pairwise(SOME, CHOICES, [1, 7]))
 def test_nothing_as_large_as_a_weight_is_saved(choice: str, middle: str, per_neuron: int):
     neurons = 200  # more weights than there are numbers in any activation
     model = wrapped(choice, middle, per_neuron, neurons=neurons)
@@ -696,9 +698,10 @@ def hooks_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds)]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
-@pytest.mark.parametrize("middle", ["layer-norm", "llama-norm", "norm-activation"])
+@pytest.mark.parametrize(
+    ("choice", "middle", "way"),
+    pairwise(CHOICES, ["layer-norm", "llama-norm", "norm-activation"], ["unload", "merge_and_unload"]),
+)
 def test_no_hooks_are_left(choice: str, way: str, middle: str):
     model = wrapped(choice, middle)
     loss(model, inputs()).backward()
@@ -718,9 +721,7 @@ def test_one_hook_for_several_adapters():
     assert len(model.base_model.model.middle._forward_hooks) == 1
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch-save"])
-@pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=["bert", "llama"])
+@pytest.mark.parametrize(("choice", "way", "build"), pairwise(CHOICES, COPIES, [tiny_bert, tiny_llama]))
 def test_copies_train_alike(build: Callable[[], Any], choice: str, way: str):
     def trained(model: Any) -> list[Tensor]:
         model.zero_grad()
@@ -729,14 +730,7 @@ def test_copies_train_alike(build: Callable[[], Any], choice: str, way: str):
 
     model = adapted(build(), saved_inputs=choice, modules_to_save=[])
     expected = trained(model)
-    if way == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        stream = io.BytesIO()
-        torch.save(model, stream)
-        twin = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
+    twin = COPIES[way](model)
     for one, other in zip(trained(twin), expected, strict=True):
         assert torch.equal(one, other)
     assert [len(m._forward_hooks) for m in twin.modules()] == [len(m._forward_hooks) for m in model.modules()]

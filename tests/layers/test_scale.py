@@ -7,19 +7,20 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import peft_fps
-from peft_fps.layers.entry_layer import EntryLayer
 from tests.helpers import (
     adapted,
     base_bytes,
     config,
     dense_change,
+    dense_reference,
     fill,
     images,
     layers_of,
     normal,
+    output,
     tiny_conv,
     tiny_gpt2,
     tiny_mlp,
@@ -40,11 +41,6 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = model(**inputs)
-    return found if isinstance(found, Tensor) else found.logits
-
-
 def two(kind: str) -> PeftModel:
     build, _, options = MODELS[kind]
     model = adapted(build(), "a", **options)
@@ -55,16 +51,7 @@ def two(kind: str) -> PeftModel:
 
 def reference(kind: str, model: PeftModel, scales: dict[str, float]) -> nn.Module:
     """The base model with scaled dense changes added, entry by entry."""
-    plain = MODELS[kind][0]()
-    with torch.no_grad():
-        for path, layer in layers_of(model).items():
-            module = plain.get_submodule(path)
-            for name, scale in scales.items():
-                if isinstance(layer, EntryLayer):
-                    module.weight += (scale * dense_change(layer, name)).to(module.weight.dtype)
-                if name in layer.fps_bias:
-                    module.bias += scale * layer.fps_bias[name].view(module.bias.shape)
-    return plain
+    return dense_reference(MODELS[kind][0](), model, scales)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -72,7 +59,7 @@ def reference(kind: str, model: PeftModel, scales: dict[str, float]) -> nn.Modul
 def test_a_scaled_adapter_changes_the_output_so_much(kind: str, scale: float) -> None:
     model, inputs = two(kind), MODELS[kind][1]()
     model.set_scale("a", scale)
-    torch.testing.assert_close(output(model, inputs), output(reference(kind, model, {"a": scale}), inputs))
+    torch.testing.assert_close(output(model, **inputs), output(reference(kind, model, {"a": scale}), **inputs))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -81,8 +68,8 @@ def test_several_adapters_have_scales_of_their_own(kind: str) -> None:
     model.base_model.set_adapter(["a", "b"])
     model.set_scale("a", 0.25)
     model.set_scale("b", -2)
-    expected = output(reference(kind, model, {"a": 0.25, "b": -2.0}), inputs)
-    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    expected = output(reference(kind, model, {"a": 0.25, "b": -2.0}), **inputs)
+    torch.testing.assert_close(output(model, **inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,8 +1,8 @@
 """A hot-swapped adapter computes, saves and behaves as if it had been loaded, and a failed swap changes nothing."""
 
 import json
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.helpers import (
     images,
     layers_of,
     normal,
+    output,
     selected_columns,
     through_transformers,
     tiny_conv,
@@ -44,11 +45,6 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "classifier": (tiny_vit, lambda: {"pixel_values": images(2)}, {}),
     "norms": (tiny_vit, lambda: {"pixel_values": images(2)}, {"bias": "with_norms"}),
 }
-
-
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = model(**inputs)
-    return found if isinstance(found, Tensor) else found.logits
 
 
 def saved(folder: Path, build: Callable[[], nn.Module] = tiny_mlp, filled: int = 8, **options: Any) -> Path:
@@ -77,9 +73,9 @@ def test_a_swapped_adapter_computes_and_is_saved_as_if_it_had_been_loaded(
     build, inputs, options = MODELS[kind]
     folder, model = saved(tmp_path, build, **options, **entries), adapted(build(), **options)
     before = base_bytes(model)
-    output(model, inputs())
+    output(model, **inputs())
     peft_fps.hotswap_adapter(model, str(folder), "default", torch_device="cpu")
-    assert torch.equal(output(model, inputs()), output(loaded(folder, build), inputs()))
+    assert torch.equal(output(model, **inputs()), output(loaded(folder, build), **inputs()))
     assert base_bytes(model) == before
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -186,28 +182,35 @@ def test_an_adapter_that_waits_for_calibration_is_ready_after_the_swap(tmp_path:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
 @pytest.mark.parametrize(
-    ("kind", "in_place"), [("linear", True), ("linear", False), ("conv2d", False), ("classifier", False)]
+    ("kind", "backend", "in_place"),
+    [
+        ("linear", "eager", True),
+        ("linear", "aot_eager", False),
+        ("conv2d", "eager", False),
+        ("classifier", "eager", False),
+    ],
 )
-def test_a_compiled_model_gives_the_new_results(kind: str, in_place: bool, tmp_path: Path) -> None:
+def test_a_compiled_model_gives_the_new_results(kind: str, backend: str, in_place: bool, tmp_path: Path) -> None:
     build, inputs, options = MODELS[kind]
-    options = options | ({"target_modules": ["fc1"]} if kind == "classifier" else {})
+    if kind == "classifier":
+        build, options = partial(tiny_vit, layers=1), {"target_modules": ["fc1"]}
     folders = [
         saved(tmp_path / str(i), build, filled=i, **options, **entries)
         for i, entries in enumerate([{"seed": 3}, {"per_neuron": 4}])
     ]
     model = adapted(build(), **options)
-    output(model, inputs())
+    output(model, **inputs())
     torch._dynamo.reset()
     compiled: Any = model
     if in_place:
-        model.compile(backend="aot_eager")
+        model.compile(backend=backend)
     else:
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
-        output(compiled, inputs())
+        output(compiled, **inputs())
         for folder in folders:
             peft_fps.hotswap_adapter(compiled, str(folder), "default")
-            torch.testing.assert_close(output(compiled, inputs()), output(loaded(folder, build), inputs()))
+            torch.testing.assert_close(output(compiled, **inputs()), output(loaded(folder, build), **inputs()))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
@@ -218,7 +221,7 @@ def test_a_compiled_sum_of_adapters_gives_the_new_results(tmp_path: Path) -> Non
     model.base_model.set_adapter(["a", "b"])
     model(x)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     before = compiled(x)
     peft_fps.hotswap_adapter(compiled, str(saved(tmp_path, per_neuron=3)), "a")
     torch.testing.assert_close(compiled(x), model(x))
@@ -240,7 +243,7 @@ def test_swaps_of_the_same_structure_do_not_compile_anew(tmp_path: Path) -> None
                 torch.testing.assert_close(compiled(x), loaded(folder)(x))
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors; test_tampering.py has those of damaged files -----------------------------------------------------------
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -250,37 +253,6 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     text = json.loads((folder / CONFIG).read_text())
     # or the damage would be noticed by its digest already
     (folder / CONFIG).write_text(json.dumps(with_fields(text, tensors_sha256=None)))
-
-
-KEY = "base_model.model.last."
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t[f"{KEY}fps_values"].fill_(torch.nan), "last: fps_values contains NaN"),
-        (lambda t: t[f"{KEY}fps_columns"].fill_(11), "last: fps_columns is not strictly increasing"),
-        (lambda t: t.update({f"{KEY}fps_columns": t[f"{KEY}fps_columns"][:-1].clone()}), "last: fps_columns has 15"),
-        (lambda t: t.pop(f"{KEY}fps_bias"), "last: the adapter file holds .*, expected"),
-        (lambda t: t.pop(f"{KEY}fps_values"), "last: the adapter file holds .*, expected"),
-        (lambda t: t.update({"base_model.model.last.weight": torch.zeros(4, 12)}), "last.weight: the adapter file ho"),
-        (lambda t: t.update({"base_model.model.else.fps_bias": torch.zeros(4)}), "else: the adapter file holds"),
-    ],
-)
-def test_a_damaged_file_changes_nothing(change: Any, message: str, tmp_path: Path) -> None:
-    folder, model = saved(tmp_path, per_neuron=4), adapted(tiny_mlp())
-    rewrite(folder, change)
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        peft_fps.hotswap_adapter(model, str(folder), "default")
-
-
-@pytest.mark.parametrize("change", [lambda t: t.pop("base_model.model.classifier.bias"),
-                                    lambda t: t["base_model.model.classifier.bias"].fill_(torch.inf)])  # fmt: skip
-def test_a_damaged_head_changes_nothing(change: Any, tmp_path: Path) -> None:
-    folder, model = saved(tmp_path, tiny_vit), adapted(tiny_vit())
-    rewrite(folder, change)
-    with unchanged(model), pytest.raises(ValueError, match="classifier.bias"):
-        peft_fps.hotswap_adapter(model, str(folder), "default")
 
 
 def _move_an_entry(tensors: dict[str, Tensor]) -> None:
@@ -328,12 +300,6 @@ def test_modules_that_the_adapter_lacks_are_refused(tmp_path: Path) -> None:
         peft_fps.hotswap_adapter(model, str(folder), "default")
 
 
-def test_other_bias_deltas_are_refused(tmp_path: Path) -> None:
-    folder, model = saved(tmp_path, bias="none"), adapted(tiny_mlp())
-    with unchanged(model), pytest.raises(ValueError, match="has bias='none', expected 'all'.*load_adapter"):
-        peft_fps.hotswap_adapter(model, str(folder), "default")
-
-
 def test_other_base_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
     folder, other = saved(tmp_path), tiny_mlp()
     other.first.weight.data.add_(1)
@@ -343,12 +309,6 @@ def test_other_base_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="base weights: found fingerprint"):
         peft_fps.hotswap_adapter(model, str(folder), "default", check_base="warn")
     assert selected_columns(layers_of(model)["first"]) == selected_columns(layers_of(loaded(folder))["first"])
-
-
-def test_layers_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    folder, model = saved(tmp_path, lambda: tiny_mlp(hidden=13)), adapted(tiny_mlp())
-    with unchanged(model), pytest.raises(ValueError, match="first: found 12 neurons with 10 inputs, expected 13"):
-        peft_fps.hotswap_adapter(model, str(folder), "default")
 
 
 def test_a_merged_adapter_is_refused_and_another_merged_one_is_not(tmp_path: Path) -> None:
@@ -378,10 +338,3 @@ def test_adapters_of_other_methods_are_refused(tmp_path: Path) -> None:
     model = adapted(tiny_mlp())
     with unchanged(model), pytest.raises(ValueError, match="has a LoraConfig without saved entries"):
         peft_fps.hotswap_adapter(model, str(tmp_path), "default")
-
-
-def test_a_folder_without_weights_changes_nothing(tmp_path: Path) -> None:
-    folder, model = saved(tmp_path), adapted(tiny_mlp())
-    shutil.move(folder / WEIGHTS, tmp_path / "elsewhere")
-    with unchanged(model), pytest.raises(Exception, match=r"other|adapter_model"):
-        peft_fps.hotswap_adapter(model, str(folder), "default")

@@ -72,6 +72,24 @@ def saved(model: PeftModel, folder: Path, **options: Any) -> Path:
     return folder
 
 
+Stored = Callable[..., tuple[PeftModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """A `trained_vit` and the folder that it was saved to, made once for the same options; no test changes either."""
+    made: dict[str, tuple[PeftModel, Path]] = {}
+
+    def store(*arguments: Any, **options: Any) -> tuple[PeftModel, Path]:
+        key = repr((arguments, options))
+        if key not in made:
+            model = trained_vit(*arguments, **options)
+            made[key] = model, saved(model, tmp_path_factory.mktemp("stored"))
+        return made[key]
+
+    return store
+
+
 def contents(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """Everything an adapter holds, by the path in the base model."""
     found = {}
@@ -190,22 +208,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
 @pytest.mark.parametrize("door", PEFT_DOORS)
-def test_loading_undoes_saving(door: str, dtype: torch.dtype, values: torch.dtype, tmp_path: Path) -> None:
+def test_loading_undoes_saving(door: str, dtype: torch.dtype, values: torch.dtype, stored: Stored) -> None:
     """Base models and values of every dtype; half-precision values come from `autocast_adapter_dtype=False`."""
-    model = trained_vit(dtype, autocast=values != dtype)
+    model, folder = stored(dtype, autocast=values != dtype)
     held = contents(model)
     assert held["vit.layers.0.mlp.fc2.fps_values"].dtype == values
-    loaded = PEFT_DOORS[door](tiny_vit().to(dtype), saved(model, tmp_path), "default")
+    loaded = PEFT_DOORS[door](tiny_vit().to(dtype), folder, "default")
     assert_equal(contents(loaded), held)
     assert bits(logits(loaded)) == bits(logits(model))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("door", TRANSFORMERS_DOORS)
-def test_loading_through_transformers(door: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_loading_through_transformers(door: str, dtype: torch.dtype, stored: Stored) -> None:
     """transformers keeps every adapter in the base model's dtype, so values are rounded to it."""
-    model = trained_vit(dtype)
-    loaded = TRANSFORMERS_DOORS[door](tiny_vit().to(dtype), saved(model, tmp_path), "default")
+    model, folder = stored(dtype)
+    loaded = TRANSFORMERS_DOORS[door](tiny_vit().to(dtype), folder, "default")
     held = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in contents(model).items()
     }
@@ -216,12 +234,12 @@ def test_loading_through_transformers(door: str, dtype: torch.dtype, tmp_path: P
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
 @pytest.mark.parametrize("door", SOME_DOORS)
-def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
+def test_every_granularity(door: str, granularity: str, stored: Stored) -> None:
     """Rows may be empty, and the split over modules may be anything."""
-    model = trained_vit(granularity=granularity, per_neuron=1.4)
+    model, folder = stored(granularity=granularity, per_neuron=1.4)
     counts = [layer.fps_row_counts["default"] for layer in weighted_of(model).values()]
     assert (granularity == "neuron") == all(int(count.min()) >= 1 for count in counts)
-    loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "default")
+    loaded = DOORS[door](tiny_vit(), folder, "default")
     assert_equal(contents(loaded), contents(model))
     assert bits(logits(loaded)) == bits(logits(model))
 
@@ -240,24 +258,20 @@ def test_every_granularity(door: str, granularity: str, tmp_path: Path) -> None:
     ],
     ids=["no bias", "no norm", "no head", "head and norm", "biases alone", "every entry", "all layers"],
 )
-def test_every_shape_of_an_adapter(door: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = trained_vit(**options)
-    loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "default")
+def test_every_shape_of_an_adapter(door: str, options: dict[str, Any], stored: Stored) -> None:
+    model, folder = stored(**options)
+    loaded = DOORS[door](tiny_vit(), folder, "default")
     assert_equal(contents(loaded), contents(model))
     assert bits(logits(loaded)) == bits(logits(model))
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_under_another_name(door: str, tmp_path: Path) -> None:
-    model = trained_vit()
-    loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "my adapter")
+def test_under_another_name_and_with_the_base_weights_left_alone(door: str, stored: Stored) -> None:
+    model, folder = stored()
+    loaded = DOORS[door](tiny_vit(), folder, "my adapter")
     assert_equal(contents(loaded, "my adapter"), contents(model))
     assert bits(logits(loaded)) == bits(logits(model))
 
-
-@pytest.mark.parametrize("door", DOORS)
-def test_loading_leaves_the_base_weights_alone(door: str, tmp_path: Path) -> None:
-    loaded = DOORS[door](tiny_vit(), saved(trained_vit(), tmp_path), "default")
     held = {name.replace("base_layer.", "").replace("original_module.", ""): value
             for name, value in loaded.state_dict().items()}  # fmt: skip
     for name, weight in tiny_vit().state_dict().items():
@@ -266,8 +280,8 @@ def test_loading_leaves_the_base_weights_alone(door: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("door", ["from_pretrained", "load_adapter", "transformers"])
-def test_trainable_on_request(door: str, trainable: bool, tmp_path: Path) -> None:
-    folder = saved(trained_vit(), tmp_path)
+def test_trainable_on_request(door: str, trainable: bool, stored: Stored) -> None:
+    _, folder = stored()
     if door == "from_pretrained":
         model: nn.Module = PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=trainable)
     elif door == "transformers":
@@ -425,9 +439,9 @@ def test_state_dict_functions(wrapped: str) -> None:
     }
 
 
-def test_the_state_dict_is_what_the_file_holds(tmp_path: Path) -> None:
-    model = trained_vit()
-    state, file = get_peft_model_state_dict(model), load_file(saved(model, tmp_path) / WEIGHTS)
+def test_the_state_dict_is_what_the_file_holds(stored: Stored) -> None:
+    model, folder = stored()
+    state, file = get_peft_model_state_dict(model), load_file(folder / WEIGHTS)
     assert {key: bits(tensor) for key, tensor in state.items()} == {key: bits(tensor) for key, tensor in file.items()}
 
 
@@ -624,61 +638,53 @@ def other_vit() -> ViTForImageClassification:
     return model
 
 
-def test_another_base_is_refused_by_default(tmp_path: Path) -> None:
+def test_another_base_is_refused_by_default_and_warns_on_request(stored: Stored, tmp_path: Path) -> None:
+    """The loading side's choice is not saved."""
+    model, folder = stored()
     with pytest.raises(ValueError, match=r"base weights: found fingerprint .*, expected .*check_base='warn'"):
-        PeftModel.from_pretrained(other_vit(), saved(trained_vit(), tmp_path))
-
-
-def test_another_base_warns_on_request(tmp_path: Path) -> None:
-    model = trained_vit()
+        PeftModel.from_pretrained(other_vit(), folder)
     with pytest.warns(UserWarning, match=r"base weights: found fingerprint .*, expected"):
-        loaded = PeftModel.from_pretrained(other_vit(), saved(model, tmp_path), check_base="warn")
+        loaded = PeftModel.from_pretrained(other_vit(), folder, check_base="warn")
     assert_equal(contents(loaded), contents(model))
+    assert "check_base" not in json.loads((saved(loaded, tmp_path / "again") / CONFIG).read_text())
 
 
-def test_another_base_warns_on_request_for_a_second_adapter(tmp_path: Path) -> None:
+def test_another_base_warns_on_request_for_a_second_adapter(stored: Stored) -> None:
     """`load_adapter` has no room for config fields, so the choice is made in the config."""
-    folder = saved(trained_vit(), tmp_path)
+    first, folder = stored()
     model = adapted(other_vit(), "first")
     with pytest.raises(ValueError, match="base weights"):
         model.load_adapter(folder, "second")
     with pytest.warns(UserWarning, match="base weights"):
         model.add_adapter("second", FPSConfig.from_pretrained(folder, check_base="warn"))
     model.load_adapter(folder, "second")
-    assert_equal(contents(model, "second"), contents(trained_vit()))
-
-
-def test_the_loading_side_s_choice_is_not_saved(tmp_path: Path) -> None:
-    folder = saved(trained_vit(), tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="base weights"):
-        loaded = PeftModel.from_pretrained(other_vit(), folder, check_base="warn")
-    assert "check_base" not in json.loads((saved(loaded, tmp_path / "again") / CONFIG).read_text())
+    assert_equal(contents(model, "second"), contents(first))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_the_same_base_in_another_precision_is_accepted(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = trained_vit()
-    loaded = PeftModel.from_pretrained(tiny_vit().to(dtype), saved(model, tmp_path))
+def test_the_same_base_in_another_precision_is_accepted(dtype: torch.dtype, stored: Stored) -> None:
+    model, folder = stored()
+    loaded = PeftModel.from_pretrained(tiny_vit().to(dtype), folder)
     for name in ("fps_values", "fps_columns"):
         path = f"vit.layers.0.mlp.fc2.{name}"
         assert torch.equal(contents(loaded)[path].float(), contents(model)[path].float())
 
 
-def test_an_adapter_beside_a_merged_one_meets_the_same_base(tmp_path: Path) -> None:
-    folder = saved(trained_vit(seed=2), tmp_path)
+def test_an_adapter_beside_a_merged_one_meets_the_same_base(stored: Stored) -> None:
+    expected, folder = stored(seed=2)
     model = trained_vit()
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT's doing
         model.load_adapter(folder, "second")
     model.set_adapter("second")
-    assert bits(logits(model)) == bits(logits(trained_vit(seed=2)))
+    assert bits(logits(model)) == bits(logits(expected))
 
 
 # --- use after loading ----------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_adapter_can_be_merged_trained_and_saved_again(tmp_path: Path) -> None:
-    folder = saved(trained_vit(), tmp_path / "first")
+def test_a_loaded_adapter_can_be_merged_trained_and_saved_again(stored: Stored, tmp_path: Path) -> None:
+    _, folder = stored()
     model = PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=True)
     model.train()
     model(pixel_values=images(), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
@@ -692,9 +698,9 @@ def test_a_loaded_adapter_can_be_merged_trained_and_saved_again(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("door", SOME_DOORS)
-def test_a_loaded_adapter_computes_w_plus_delta(door: str, tmp_path: Path) -> None:
-    model = trained_vit(modules_to_save=[])
-    loaded = DOORS[door](tiny_vit(), saved(model, tmp_path), "default")
+def test_a_loaded_adapter_computes_w_plus_delta(door: str, stored: Stored) -> None:
+    model, folder = stored(modules_to_save=[])
+    loaded = DOORS[door](tiny_vit(), folder, "default")
     plain = dense_reference(tiny_vit(), model, ["default"])
     torch.testing.assert_close(logits(loaded), logits(plain), atol=1e-5, rtol=1e-5)
     layer = layers_of(loaded)["vit.layers.1.mlp.fc2"]
@@ -718,22 +724,21 @@ def test_a_loaded_selection_counts_as_chosen(tmp_path: Path) -> None:
 
 _LOAD = """
 import sys, torch, hashlib
-if sys.argv[1]:
-    __import__(sys.argv[1])
 from transformers import ViTForImageClassification, logging
 from peft import PeftModel
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-base = ViTForImageClassification.from_pretrained(sys.argv[2])
-x = torch.load(sys.argv[3])
+base, x, adapter, again = sys.argv[1:]
+base = ViTForImageClassification.from_pretrained(base)
 try:
-    model = PeftModel.from_pretrained(base, sys.argv[4])
+    PeftModel.from_pretrained(base, adapter)
 except Exception as error:
     print(type(error).__name__, error)
-else:
-    with torch.no_grad():
-        print(hashlib.sha256(model(x).logits.numpy().tobytes()).hexdigest())
-    model.save_pretrained(sys.argv[5])
+import peft_fps
+model = PeftModel.from_pretrained(base, adapter)
+with torch.no_grad():
+    print(hashlib.sha256(model(torch.load(x)).logits.numpy().tobytes()).hexdigest())
+model.save_pretrained(again)
 """
 
 
@@ -743,13 +748,9 @@ def test_a_fresh_process_needs_the_import_and_nothing_else(tmp_path: Path) -> No
     model = trained_vit(exclude_modules=["k_proj", "fc1"])
     folder = saved(model, tmp_path / "adapter")
     paths = [str(tmp_path / "base"), str(tmp_path / "x.pt"), str(folder), str(tmp_path / "again")]
-    with_import, without = (
-        start_python(_LOAD, package, *paths, PYTHONHASHSEED="7", PYTHONWARNINGS="ignore")
-        for package in ("peft_fps", "")
-    )
+    process = start_python(_LOAD, *paths, PYTHONHASHSEED="7", PYTHONWARNINGS="ignore")
     expected = hashlib.sha256(logits(model).numpy().tobytes()).hexdigest()
-    assert finish(with_import).strip() == expected
-    assert finish(without).strip() == "KeyError 'FPS'"
+    assert finish(process).splitlines() == ["KeyError 'FPS'", expected]
     for name in (WEIGHTS, CONFIG):
         text = (folder / name).read_bytes()
         again = (tmp_path / "again" / name).read_bytes()

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from peft_fps.base.head import find_head
+from peft_fps.base.head import Head, find_head
 from peft_fps.targets.default_targets import default_targets
 from peft_fps.targets.target_checks import check_untied
 from tests.helpers import config
@@ -151,12 +151,12 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
     """Every second model is asked for its targets, too: each is built once."""
     wrong = []
     for number, (kind, model) in enumerate(models_for(task)):
+        head, name, backbone = find_head(model), type(model).__name__, backbone_parameters(kind)
         if number % 2 == 0:
-            wrong += neither_target_nor_head(model)
-        backbone, name = backbone_parameters(kind), type(model).__name__
-        if backbone is None or not new_parameters(model, backbone):
+            wrong += neither_target_nor_head(model, head)
+        new = new_parameters(model, backbone) if backbone is not None else set()
+        if not new:
             continue  # see the classes by name below
-        head, new = find_head(model), new_parameters(model, backbone)
         known = [names for pattern, names in FROM_THE_CHECKPOINT.items() if re.fullmatch(pattern, name)]
         for parameter in new:
             exempt = any(re.fullmatch(names, parameter) for names in known)
@@ -169,9 +169,9 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
     assert wrong == []
 
 
-def neither_target_nor_head(model: PreTrainedModel) -> list[str]:
+def neither_target_nor_head(model: PreTrainedModel, head: Head) -> list[str]:
     """Layers that are not either a target or the head; what odd attentions read themselves is to be neither."""
-    targets, head, name = default_targets(model, config(), find_head(model)), find_head(model), type(model).__name__
+    targets, name = default_targets(model, config(), head), type(model).__name__
     if not name.startswith("PPDocLayout"):  # ties layers within the backbone
         check_untied(model, sorted(targets))
     attentions = [
@@ -202,7 +202,7 @@ def test_of_language_models_output_embeddings_alone_are_left_out(task: str, ever
     for number, (_, model) in enumerate(models_for(task, every)):
         head, name = find_head(model), type(model).__name__
         if task in ("MASKED_LM", "CAUSAL_LM") and number % 2 == 0:
-            wrong += neither_target_nor_head(model)
+            wrong += neither_target_nor_head(model, head)
         if head.parameters or [path for path in head.modules if not path.startswith("embedding_decoder")]:
             wrong.append(f"{name}: {head} is trained whole")  # Perceiver's bias for bytes is none of a layer
         output = model.get_output_embeddings()
@@ -226,7 +226,9 @@ def test_of_language_models_output_embeddings_alone_are_left_out(task: str, ever
 
 @pytest.mark.parametrize(("task", "every"), [("PRETRAINING", 3), ("RETRIEVAL", 1)])
 def test_every_layer_is_a_target_or_the_head_and_all_targets_can_be_adapted(task: str, every: int) -> None:
-    assert [wrong for _, model in models_for(task, every) for wrong in neither_target_nor_head(model)] == []
+    assert [
+        wrong for _, model in models_for(task, every) for wrong in neither_target_nor_head(model, find_head(model))
+    ] == []
 
 
 # --- classes that AutoModel has no backbone for, or that are one themselves -----------------------------------------

@@ -67,9 +67,10 @@ TIMM = {
 def test_timm(name: str) -> None:
     timm = library("timm")
     model, other = (on_meta(lambda n=n: timm.create_model(name, num_classes=n)) for n in (3, 4))
-    assert find_head(model).modules == TIMM[name]
+    head = find_head(model)
+    assert head.modules == TIMM[name]
     assert set(TIMM[name]) == sized_by_classes(model, other)
-    assert not default_targets(model, config(), find_head(model)) & set(TIMM[name])
+    assert not default_targets(model, config(), head) & set(TIMM[name])
     sizes = {key: p.numel() for key, p in model.named_parameters()}
     heads = tuple(f"{head}." for head in TIMM[name])
     assert count_base_parameters(model) == sum(n for key, n in sizes.items() if not key.startswith(heads))
@@ -160,10 +161,11 @@ def test_torchvision(name: str) -> None:
     if name == "fcn_resnet50":
         options["aux_loss"] = True
     model, other = (on_meta(lambda n=n: models.get_model(name, num_classes=n, **options)) for n in (3, 4))
-    assert find_head(model).modules == TORCHVISION[name]
+    head = find_head(model)
+    assert head.modules == TORCHVISION[name]
     heads = tuple(f"{head}." for head in TORCHVISION[name])
     assert all(f"{path}.".startswith(heads) for path in sized_by_classes(model, other))
-    assert not any(f"{path}.".startswith(heads) for path in default_targets(model, config(), find_head(model)))
+    assert not any(f"{path}.".startswith(heads) for path in default_targets(model, config(), head))
 
 
 # --- anything else --------------------------------------------------------------------------------------------------

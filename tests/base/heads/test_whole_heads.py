@@ -41,7 +41,7 @@ from transformers import (
 
 from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import default_targets
-from tests.helpers import adapted, config, layers_of, normal, tiny_llama, tiny_vit, unchanged
+from tests.helpers import adapted, config, fill, layers_of, normal, tiny_llama, tiny_vit, unchanged
 
 
 # weight norm of the positional convolution in models of speech
@@ -143,35 +143,22 @@ def wrapped(model: nn.Module) -> set[str]:
     }
 
 
-def trained(kind: str) -> PeftModel:
-    """An adapter whose values and head differ from what they start from."""
-    model = adapted(seeded(kind))
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if parameter.requires_grad and "modules_to_save" in name:
-                parameter += 0.05 * normal(*parameter.shape, seed=number)
-    return model
-
-
 # --- just these modules ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_just_the_head_is_trained_whole(kind: str) -> None:
     """Of `x-vector`, not the backbone's `feature_extractor`; of `poolformer`, not every module that ends in `norm`."""
-    model = adapted(seeded(kind), filled=False)
-    inside = {name for head in HEADS[kind] for name in wrapped(model) if f"{name}.".startswith(f"{head}.")}
-    assert wrapped(model) == inside
-    expected = {
-        name
-        for name, _ in seeded(kind).named_parameters(remove_duplicate=False)
-        if name.startswith(tuple(f"{head}." for head in HEADS[kind]))
-    }
+    base = seeded(kind)
+    head = tuple(f"{head}." for head in HEADS[kind])
+    expected = {name for name, _ in base.named_parameters(remove_duplicate=False) if name.startswith(head)}
+    targets = default_targets(base, config(), find_head(base))
+    model = adapted(base, filled=False)
+    assert all(f"{name}.".startswith(head) for name in wrapped(model))
     marker = ".modules_to_save.default"
     found = {name for name, p in model.get_base_model().named_parameters(remove_duplicate=False) if marker in name}
     assert {name.replace(marker, "") for name in found} == expected
-    base = seeded(kind)
-    assert default_targets(base, config(), find_head(base)) == set(layers_of(model))
+    assert targets == set(layers_of(model))
     report = model.selection_report()
     numbers = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert report.trained + report.head_parameters == sum(numbers.values()) == model.get_nb_trainable_parameters()[0]
@@ -180,9 +167,15 @@ def test_just_the_head_is_trained_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_an_adapter_starts_as_the_base_model_and_returns_from_file_and_merge(kind: str, tmp_path: Path) -> None:
-    plain = outputs(seeded(kind), kind)
-    torch.testing.assert_close(outputs(adapted(seeded(kind), filled=False), kind), plain)
-    model = trained(kind)
+    base = seeded(kind)
+    plain, names = outputs(base, kind), [name for name, _ in base.named_parameters()]
+    model = adapted(base, filled=False)
+    torch.testing.assert_close(outputs(model, kind), plain)
+    fill(model)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if parameter.requires_grad and "modules_to_save" in name:
+                parameter += 0.05 * normal(*parameter.shape, seed=number)
     expected = outputs(model, kind)
     assert any(not torch.allclose(one, other) for one, other in zip(expected, plain, strict=True))
     model.save_pretrained(tmp_path)
@@ -195,8 +188,7 @@ def test_an_adapter_starts_as_the_base_model_and_returns_from_file_and_merge(kin
     torch.testing.assert_close(outputs(model.eval(), kind), expected)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(outputs(merged, kind), expected, atol=1e-4, rtol=1e-3)
-    names = [name for name, _ in seeded(kind).named_parameters()]  # what was shared is shared again
-    assert [name for name, _ in merged.named_parameters()] == names
+    assert [name for name, _ in merged.named_parameters()] == names  # what was shared is shared again
 
 
 def test_a_second_adapter_has_the_same_head() -> None:
