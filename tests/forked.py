@@ -8,7 +8,6 @@ import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ TIMEOUT = 300
 """Seconds."""
 
 
-def forking() -> BaseContext:
+def forking() -> Any:
     """How such processes are started; they share one server for the whole of a pytest process."""
     context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     if FORKS:

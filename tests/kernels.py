@@ -49,6 +49,10 @@ class ForkedProcess:
 class ForkedKernel(LocalProvisioner):
     """Starts a kernel of IPython as a `ForkedProcess`."""
 
+    process: Any = None
+    pid: Any = None
+    cwd: Any = None
+
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         module = cmd.index("ipykernel_launcher")
         folder = Path(kwargs.get("cwd") or Path.cwd())
