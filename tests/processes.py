@@ -35,8 +35,8 @@ def run_together(target: Callable[..., None], *arguments: Any, count: int = 2) -
     variables = variables_of_a_group(count)
     with TemporaryDirectory() as folder:
         processes = [
-            start(_take_part, Path(folder), target, arguments, **variables, RANK=str(rank), LOCAL_RANK=str(rank))
-            for rank in range(count)
+            start(_take_part, Path(folder), target, arguments, folder=None, **variables, **ranks)
+            for ranks in ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
         ]
         for process in processes:
             process.join(TIMEOUT)
