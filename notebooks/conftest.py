@@ -1,10 +1,12 @@
 """Notebooks run where what they need is installed, each in a process of its own."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 
+ROOT = Path(__file__).parents[1]
 NEEDED = {
     "diffusers_models.ipynb": ["diffusers"],
     "lightning.ipynb": ["lightning"],
@@ -17,4 +19,11 @@ collect_ignore = [name for name, packages in NEEDED.items() if not all(map(find_
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # notebooks run side by side
 # kernels run it first, as any interactive Python does
-os.environ["PYTHONSTARTUP"] = str(Path(__file__).parents[1] / "tests" / "beside_torchvision.py")
+os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "beside_torchvision.py")
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from tests.kernels import fork_kernels
+
+
+fork_kernels()

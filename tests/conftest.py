@@ -5,10 +5,14 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
 os.environ["OMP_NUM_THREADS"] = "1"  # of notebooks and other processes too: they run side by side
+os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes to stderr
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+os.environ["HF_DATASETS_CACHE"] = (datasets_cache := TemporaryDirectory()).name
 
 import jinja2
 import pytest

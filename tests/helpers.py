@@ -426,7 +426,7 @@ def start_python(code: str, *arguments: str, **environment: str) -> subprocess.P
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for the process, and return what it printed."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert errors == ""
     return output

@@ -1,9 +1,5 @@
-"""Python processes that form a group and train together.
+"""Python processes that form a group and train together."""
 
-They are forked from one process that has imported the libraries, so that a process costs no import of its own.
-"""
-
-import multiprocessing
 import os
 import socket
 import traceback
@@ -14,10 +10,7 @@ from typing import Any
 
 import torch
 
-
-START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-TIMEOUT = 300
-"""Seconds."""
+from tests.forked import TIMEOUT, start
 
 
 def variables_of_a_group(count: int) -> dict[str, str]:
@@ -39,19 +32,12 @@ def run_together(target: Callable[..., None], *arguments: Any, count: int = 2) -
     Raises:
         AssertionError: a process has failed; the message has the tracebacks of all that have.
     """
-    context = multiprocessing.get_context(START)
-    if START == "forkserver":
-        context.set_forkserver_preload(
-            ["tests.helpers", "tests.training.ddp_program", "tests.training.sharded_program"]
-        )
     variables = variables_of_a_group(count)
     with TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_take_part, args=(rank, variables, folder, target, arguments))
-            for rank in range(count)
+            start(_take_part, Path(folder), target, arguments, folder=None, **variables, **ranks)
+            for ranks in ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
         ]
-        for process in processes:
-            process.start()
         for process in processes:
             process.join(TIMEOUT)
         running = [process for process in processes if process.is_alive()]
@@ -62,13 +48,10 @@ def run_together(target: Callable[..., None], *arguments: Any, count: int = 2) -
     assert [process.exitcode for process in processes] == [0] * count, errors
 
 
-def _take_part(
-    rank: int, variables: dict[str, str], folder: str, target: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+def _take_part(folder: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
         target(*arguments)
     except BaseException:
-        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
+        Path(folder, f"{os.environ['RANK']}.txt").write_text(traceback.format_exc())
         raise

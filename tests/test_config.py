@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_fps import FPSConfig
 from peft_fps.checkpoint.record import AdapterRecord
-from tests.helpers import adapted, finish, layers_of, start_python, tiny_llama, tiny_vit, with_fields
+from tests.helpers import adapted, layers_of, tiny_llama, tiny_vit, with_fields
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -448,31 +448,6 @@ def test_check_base_is_not_saved(tmp_path: Path):
     assert "check_base" not in (tmp_path / CONFIG).read_text()
     assert FPSConfig.from_pretrained(str(tmp_path)).check_base == "error"
     assert FPSConfig.from_pretrained(str(tmp_path), check_base="warn").check_base == "warn"
-
-
-HASHED = """
-import sys, peft_fps
-names = {f"module{i}" for i in range(20)}
-for name, saved in (("list", sorted(names)), ("set", names)):
-    config = peft_fps.FPSConfig(target_modules=names, exclude_modules=names, modules_to_save=saved,
-                                layers_to_transform={3, 1}, layers_pattern=names)
-    config.save_pretrained(f"{sys.argv[1]}/{name}")
-"""
-
-
-@pytest.fixture(scope="module")
-def written_twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Folders written by two processes that iterate over sets in different orders."""
-    folders = [tmp_path_factory.mktemp(seed) for seed in ("one", "two")]
-    for process in [start_python(HASHED, str(f), PYTHONHASHSEED=str(i)) for i, f in enumerate(folders)]:
-        finish(process)
-    return folders
-
-
-@pytest.mark.parametrize("modules_to_save", ["list", "set"])
-def test_the_file_is_the_same_bytes_in_every_process(modules_to_save: str, written_twice: list[Path]):
-    one, two = ((folder / modules_to_save / CONFIG).read_bytes() for folder in written_twice)
-    assert one == two
 
 
 @pytest.mark.parametrize(

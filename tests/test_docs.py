@@ -3,8 +3,6 @@
 import inspect
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,13 +14,19 @@ from peft import PeftConfig
 
 import peft_fps
 from peft_fps import plots
+from tests.forked import run_program
 
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m pdoc peft_fps peft_fps.plots --docformat google --output-directory runs/docs"
 PUBLIC = {"peft_fps.html": peft_fps, "peft_fps/plots.html": plots}
-OF_PEFT = "ignore:Error parsing type annotation Optional"
-"""PEFT's configs have annotations in strings that pdoc reads in our module; ours has no Optional."""
+PROGRAM = """
+import runpy, warnings
+warnings.simplefilter("error")
+# PEFT's configs have annotations in strings that pdoc reads in our module; ours has no Optional
+warnings.filterwarnings("ignore", "Error parsing type annotation Optional")
+runpy.run_module("pdoc", run_name="__main__")
+"""
 
 
 @dataclass
@@ -61,13 +65,8 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
     """The pages by name, built by the documented command with warnings as errors."""
     folder = tmp_path_factory.mktemp("docs")
-    command = [sys.executable, "-W", "error", "-W", OF_PEFT, *COMMAND.split()[1:-1], str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "warn" not in run.stderr.lower()
+    _, errors = run_program(PROGRAM, *COMMAND.split()[3:-1], str(folder), folder=ROOT)
+    assert "warn" not in errors.lower()
     pages = {}
     for path in folder.rglob("*.html"):
         page = pages[path.relative_to(folder).as_posix()] = Page()

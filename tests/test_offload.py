@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from peft_fps import FPSConfig
-from tests.helpers import fill, finish, layers_of, selected_columns, start_python, tiny_gpt2, tiny_llama, tokens
+from tests.forked import run_program
+from tests.helpers import fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
 from tests.language_models import of_one_stack, of_two_stacks, texts, tiny_t5
 
 
@@ -248,15 +249,9 @@ for budget, low in zip(sys.argv[2::2], sys.argv[3::2]):
 
 def test_loading_takes_the_memory_of_the_adapter_and_not_of_the_base(tmp_path: Path) -> None:
     """Tensors as they are read and kept, where their entries lie, and room for them in between."""
-    quiet = {
-        "KINETO_LOG_LEVEL": "99",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
     cases = [(0.0077, False), (0.1, True)]  # a budget, and whether loading is to take little memory
     arguments = [str(value) for case in cases for value in case]
-    printed = finish(start_python(LOADING, str(tmp_path), *arguments, **quiet))
+    printed, _ = run_program(LOADING, str(tmp_path), *arguments)
     for (budget, _), line in zip(cases, printed.splitlines(), strict=True):
         base, held, largest = map(int, line.split())
         assert base > 95e6

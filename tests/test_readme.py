@@ -1,11 +1,8 @@
 """The README's programs run as printed, its commands are those that CI runs, its tables are taken from the results."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from peft_fps.cli.app import app
 from peft_fps.reproduce.preset_table import preset_table
 from peft_fps.reproduce.recipes import recipe_table
 from tests.documents import DOCUMENTS, RESULTS, blocks, broken_links, commands, rows
+from tests.forked import run_program
 from tests.helpers import ROOT, tiny_vit
 
 
@@ -40,14 +38,10 @@ def test_it_is_short() -> None:
 
 
 def test_quickstart_runs_as_printed(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    accuracy = float(re.search(r"test accuracy ([0-9.]+)", run.stdout)[1])
+    printed, _ = run_program(PROGRAM, folder=tmp_path)
+    accuracy = float(re.search(r"test accuracy ([0-9.]+)", printed)[1])
     assert accuracy > 0.9
-    assert "budget 0.770%" in run.stdout
+    assert "budget 0.770%" in printed
     assert (tmp_path / "runs/quickstart/adapter/adapter_model.safetensors").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 from enum import unique
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -126,9 +127,22 @@ def test_a_foreign_fps_is_refused(table: dict, ours: str, monkeypatch: pytest.Mo
 
 # --- a fresh process ------------------------------------------------------------------------------------------------
 
+WRITE = """
+def write_config(folder):
+    from peft_fps import FPSConfig
+
+    names = {f"module{i}" for i in range(20)}
+    for kind, saved in (("list", sorted(names)), ("set", names)):
+        FPSConfig(
+            target_modules=names, exclude_modules=names, modules_to_save=saved, layers_to_transform={3, 1},
+            layers_pattern=names,
+        ).save_pretrained(f"{folder}/{kind}")
+"""
+
 FRESH = """
 import importlib, pickle, sys
 
+{WRITE}
 objects = [pickle.loads(data) for data in pickle.load(open(sys.argv[1], "rb"))]
 half = len(objects) // 2
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
@@ -140,6 +154,8 @@ import peft_fps
 print([name for name in sys.modules if name.startswith(("peft_fps.bench", "matplotlib"))])
 from peft_fps.sparse.kernels import cpu
 print("kernels built:", cpu.library.cache_info().currsize)
+
+write_config(sys.argv[2])
 
 members = list(PeftType)
 for name in sorted(name for name in sys.modules if name.startswith("peft_fps.")):
@@ -155,9 +171,20 @@ assert list(PeftType) == members
 """
 
 
-def test_a_fresh_process_unpickles_imports_no_more_than_it_must_and_reloads(tmp_path: Path):
-    """One process for all of it, since the imports take their time; `finish` sees to it that it writes no errors."""
+def test_a_fresh_process_unpickles_imports_no_more_than_it_must_writes_the_same_bytes_and_reloads(tmp_path: Path):
+    """One process for all of it, since the imports take their time; `finish` sees to it that it writes no errors.
+
+    It iterates over sets in another order than this process does.
+    """
     objects = [pickle.dumps(FPS, protocol) for protocol in PROTOCOLS]
     objects += [pickle.dumps(FPSConfig(budget=0.25), protocol) for protocol in PROTOCOLS]
     (tmp_path / "objects").write_bytes(pickle.dumps(objects))
-    assert finish(start_python(FRESH, str(tmp_path / "objects"))) == "FPSConfig\n[]\nkernels built: 0\n"
+    paths, here = [str(tmp_path / name) for name in ("objects", "there")], tmp_path / "here"
+    printed = finish(start_python(FRESH.replace("{WRITE}", WRITE), *paths, PYTHONHASHSEED="12345"))
+    assert printed == "FPSConfig\n[]\nkernels built: 0\n"
+    names: dict[str, Any] = {}
+    exec(WRITE, names)
+    names["write_config"](here)
+    for kind in ("list", "set"):
+        there = tmp_path / "there" / kind / "adapter_config.json"
+        assert there.read_bytes() == (here / kind / "adapter_config.json").read_bytes()

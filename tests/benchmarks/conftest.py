@@ -6,10 +6,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps.benchmarks.cost.random_models import build_model, spread_gains
 from peft_fps.benchmarks.cost.workload import Workload
+from tests.forked import forking
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
+    """And a server that processes are forked from, which has imported the libraries."""
+    forking()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

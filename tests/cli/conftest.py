@@ -1,11 +1,11 @@
-"""The fixtures of the tests of `vision` for the commands: a cache, one thread, a tiny model and its images."""
+"""The fixtures of the tests of `vision` for the commands: one thread, a tiny model and its images."""
 
 import pytest
 
-from tests.vision.conftest import cache, image_folder, one_thread, tiny_model
+from tests.vision.conftest import image_folder, one_thread, tiny_model
 
 
-__all__ = ["cache", "image_folder", "one_thread", "tiny_model"]
+__all__ = ["image_folder", "one_thread", "tiny_model"]
 
 
 @pytest.fixture

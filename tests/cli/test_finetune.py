@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -367,15 +366,6 @@ def test_a_missing_library_is_one_line(monkeypatch, capsys, name):
     assert error.count("\n") == 1
     assert name in error
     assert "peft-fps[cli]" in error
-
-
-def test_the_command_runs_as_a_process():
-    code = "import sys; from peft_fps.cli import main; sys.argv = ['peft-fps', 'finetune', '--help']; main()"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Usage: peft-fps finetune" in result.stdout
 
 
 @pytest.mark.skipif(not (SHARED / "tasks").is_dir(), reason="no folder shared/ beside the repository")

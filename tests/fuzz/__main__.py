@@ -6,10 +6,11 @@ Each piece runs in a process of its own with bounded memory, so that a crash or 
 import argparse
 import json
 import resource
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+from tests.forked import run_program
 
 
 PIECE = 250
@@ -17,7 +18,7 @@ MEMORY = 1 << 30
 """Bytes of address space that a piece may take beyond what the libraries have taken."""
 
 
-def child(first: int, count: int, seed: int) -> None:
+def judge_piece(first: int, count: int, seed: int) -> None:
     import torch
 
     from tests.fuzz.files import judge_files
@@ -36,26 +37,17 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first file, to repeat one")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.first, options.files, options.seed)
-        return 0
     outcomes: Counter[str] = Counter()
     violations: list[str] = []
     for first in range(options.first, options.first + options.files, PIECE):
         count = min(PIECE, options.first + options.files - first)
-        command = [sys.executable, "-m", "tests.fuzz", "--child", f"--first={first}", f"--files={count}"]
+        program = f"from tests.fuzz.__main__ import judge_piece; judge_piece({first}, {count}, {options.seed})"
         try:
-            run = subprocess.run(
-                [*command, f"--seed={options.seed}"], capture_output=True, text=True, timeout=40 * PIECE
-            )
-            found = json.loads(run.stdout) if run.returncode == 0 else None
-        except subprocess.TimeoutExpired as error:
-            run, found = error, None
-        if found is None:
+            found = json.loads(run_program(program, timeout=40 * PIECE)[0])
+        except AssertionError as error:
             outcomes["crash"] += 1
-            violations.append(f"files {first} to {first + count} of seed {options.seed} crashed: {run}")
+            violations.append(f"files {first} to {first + count} of seed {options.seed} crashed: {error}")
         else:
             outcomes.update(found["outcomes"])
             violations += found["violations"]

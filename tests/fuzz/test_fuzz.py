@@ -1,7 +1,6 @@
 """Damaged files at random: a few hundred of `python -m tests.fuzz`, damage by hypothesis, what was found."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ from torch import Tensor
 from peft_fps import checkpoint
 from peft_fps.lifecycle import loading
 from tests.fuzz import judge as judging
+from tests.fuzz.__main__ import main
 from tests.fuzz.files import judge_file, judge_files
 from tests.fuzz.judge import (
     CONFIG,
@@ -36,7 +36,6 @@ from tests.fuzz.judge import (
     write_intact,
 )
 from tests.fuzz.mutations import BYTES, SAFETENSORS, damage_header, damage_json, join, split
-from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +208,12 @@ def test_errors_that_nobody_documents_are_violations(error: Exception) -> None:
         refusal(caught)
 
 
-def test_the_command_counts_outcomes() -> None:
-    command = [sys.executable, "-m", "tests.fuzz", "--files=12", "--seed=3"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "seed 3, 12 files, 0 violations" in run.stdout
-    assert sum(int(line.split()[0]) for line in run.stdout.splitlines()[1:]) == 12
+def test_the_command_counts_outcomes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tests.fuzz", "--files=12", "--seed=3"])
+    code, printed = main(), capsys.readouterr().out
+    assert code == 0, printed
+    assert "seed 3, 12 files, 0 violations" in printed
+    assert sum(int(line.split()[0]) for line in printed.splitlines()[1:]) == 12
 
 
 # --- found by it ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
-"""Run as a process: push adapters and merged models, and write down what they computed.
-
-Arguments: the folder to write to.
-"""
+"""Push adapters and merged models, and write down in a folder what they computed."""
 
 import json
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -72,7 +68,8 @@ def train(folder: Path) -> Trainer:
     return trainer
 
 
-def main(folder: Path) -> None:
+def main(notes: str) -> None:
+    folder = Path(notes)
     model, expected, commits = adapted(seed=1), {}, {}
     expected["first"] = logits(model)
     commits["first"] = model.push_to_hub("alice/digits").oid
@@ -107,7 +104,3 @@ def main(folder: Path) -> None:
     measured = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     torch.save(expected, folder / "expected.pt")
     (folder / "author.json").write_text(json.dumps({"commits": commits, "measured": measured}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,5 +1,6 @@
 """Processes that speak to a Hub on loopback; the client reads its environment when it is imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,24 +10,43 @@ from tests.helpers import ROOT
 from tests.hub.server import Hub
 
 
-def run(hub: Hub, home: Path, program: str, *arguments: str, **environment: str) -> None:
-    """Run a program in a process that knows no Hub but this one."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
-    clean |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-    }
-    ended = subprocess.run(
-        [sys.executable, "-m", f"tests.hub.{program}", *arguments],
-        env=clean | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stdout
+class Client:
+    """A process that knows no Hub but this one, and runs programs in forks of itself, which saves their imports."""
+
+    def __init__(self, hub: Hub, home: Path, **environment: str) -> None:
+        self.home = home
+        clean = {
+            key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
+        }
+        clean |= {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hub.client"],
+            env=clean | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, program: str, *arguments: object, **environment: str) -> str:
+        """Run a program of `tests.hub.client` to its end; returns what it printed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([program, arguments, environment]) + "\n")
+        self._process.stdin.flush()
+        status, printed = json.loads(self._process.stdout.readline())
+        assert status == 0, printed
+        return str(printed)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=60)  # it ends with its input

@@ -1,11 +1,6 @@
-"""Run as a process: load what was pushed, and write down what it computes, or why it was refused.
-
-Arguments: the folder to write to, the name of what to write, and as JSON the loads, by name the arguments of
-`PeftModel.from_pretrained` after the model.
-"""
+"""Load what was pushed, and write down what it computes, or why it was refused."""
 
 import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -40,7 +35,15 @@ def predictions(model: Any) -> list[list[tuple[str, float]]]:
     return [sorted((guess["label"], guess["score"]) for guess in answer) for answer in answers]
 
 
-def main(folder: Path, name: str, loads: dict[str, dict[str, Any]]) -> None:
+def main(notes: str, name: str, loads: dict[str, dict[str, Any]]) -> None:
+    """Write files of that name to the folder `notes`.
+
+    Args:
+        notes: the folder.
+        name: that of the files.
+        loads: by name the arguments of `PeftModel.from_pretrained` after the model.
+    """
+    folder = Path(notes)
     found = {key: load(**options) for key, options in loads.items()}
     merged = AutoModelForImageClassification.from_pretrained("alice/merged").eval()
     found["merged"] = logits(merged)
@@ -50,7 +53,3 @@ def main(folder: Path, name: str, loads: dict[str, dict[str, Any]]) -> None:
     torch.save(found, folder / f"{name}.pt")
     models = {"adapter": adapter, "load_adapter": inside, "merged": merged, "merged by name": "alice/merged"}
     (folder / f"{name}.json").write_text(json.dumps({key: predictions(model) for key, model in models.items()}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

@@ -1,14 +1,18 @@
 """The installed client of the Hub, unchanged, with a Hub on loopback: push, load, revisions, tokens, cache, cards."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from tests.hub.processes import run
+from tests.helpers import ROOT
+from tests.hub.processes import Client
 from tests.hub.server import Hub
 from tests.hub.state import State
 
@@ -37,6 +41,7 @@ class Story:
     """What the processes wrote down, and what the Hub they spoke to holds."""
 
     state: State
+    asked_offline: list[str]
     author: dict[str, Any]
     expected: dict[str, torch.Tensor]
     online: dict[str, Any]
@@ -49,24 +54,37 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    folder, at_alice, elsewhere = (tmp_path_factory.mktemp(name) for name in ("notes", "alice", "elsewhere"))
+def hub() -> Iterator[Hub]:
     hub = Hub({ALICE: "alice", BOB: "bob"})
-    try:
-        run(hub, at_alice, "author", str(folder), HF_TOKEN=ALICE)
-        author = json.loads((folder / "author.json").read_text())
-        content = bytearray(hub.state.content("alice/damaged", WEIGHTS))
-        content[-1] ^= 1
-        hub.state.replace("alice/damaged", WEIGHTS, bytes(content))
-        first = {"first": {"name": "alice/digits", "revision": author["commits"]["first"]}}
-        run(hub, elsewhere, "reader", str(folder), "online", json.dumps(LOADS | first))
-    finally:
-        hub.stop()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="module")
+def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with Client(hub, tmp_path_factory.mktemp("home")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def story(hub: Hub, client: Client, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("notes")
+    client.run("author", str(folder), HF_TOKEN=ALICE)
+    shutil.rmtree(client.home)  # the reader sits at another machine
+    author = json.loads((folder / "author.json").read_text())
+    content = bytearray(hub.state.content("alice/damaged", WEIGHTS))
+    content[-1] ^= 1
+    hub.state.replace("alice/damaged", WEIGHTS, bytes(content))
+    first = {"first": {"name": "alice/digits", "revision": author["commits"]["first"]}}
+    client.run("reader", str(folder), "online", LOADS | first)
     known = ("second", "tag", "branch", "trained", "secret", "other revision")
     cached = {key: {k: v for k, v in LOADS[key].items() if k != "token"} for key in known}
-    run(hub, elsewhere, "reader", str(folder), "offline", json.dumps(cached | first), HF_HUB_OFFLINE="1")
+    before = len(hub.state.requests)
+    with Client(hub, client.home, HF_HUB_OFFLINE="1") as offline:
+        offline.run("reader", str(folder), "offline", cached | first)
     return Story(
         hub.state,
+        hub.state.requests[before:],
         author,
         torch.load(folder / "expected.pt"),
         torch.load(folder / "online.pt"),
@@ -85,10 +103,11 @@ PUSHED = {
 @pytest.mark.parametrize("where", ["online", "offline"])
 @pytest.mark.parametrize("load", PUSHED)
 def test_what_was_pushed_computes_the_same_in_another_process(story: Story, load: str, where: str) -> None:
-    """Offline the server has been stopped, and the files come from the cache."""
+    """Offline the server is asked nothing, and the files come from the cache."""
     found = getattr(story, where)[load]
     assert isinstance(found, torch.Tensor), found
     torch.testing.assert_close(found, story.expected[PUSHED[load]], rtol=1e-5, atol=1e-5)
+    assert story.asked_offline == []
 
 
 def test_an_adapter_in_a_folder_of_its_own_loads_by_subfolder(story: Story) -> None:
@@ -192,3 +211,13 @@ def test_a_push_of_the_trainer_has_our_part_and_its_results(story: Story) -> Non
     assert (
         len(story.state.repositories["alice/trained"].commits) >= 3
     )  # the first, one during training, one at its end
+
+
+def test_the_notebook_on_publishing_runs(hub: Hub, client: Client, tmp_path: Path) -> None:
+    notebook = ROOT / "notebooks" / "publishing_and_merging.ipynb"
+    printed = client.run("notebook", str(notebook), str(tmp_path), HF_TOKEN=BOB)
+    assert "same logits: True" in printed
+    assert float(printed.split("largest difference of a logit: ")[1].split()[0]) < 1e-4
+    assert "import peft_fps" in printed  # in the card
+    assert "'score'" in printed
+    assert not [name for name in hub.state.repositories if name.startswith("bob/")]

@@ -1,7 +1,5 @@
 """A few kills of `python -m tests.kill`; at length it is run by hand."""
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.forked import run_program
 from tests.kill.scenes import SCENES, Wrong, adapters
 
 
@@ -17,12 +15,11 @@ pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="p
 
 
 def test_kills_lose_and_mix_up_nothing() -> None:
-    command = [sys.executable, "-m", "tests.kill", "--kills=6", "--seed=1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    program = "import runpy; runpy.run_module('tests.kill', run_name='__main__')"
+    printed, _ = run_program(program, "--kills=6", "--seed=1")
     for scene in SCENES:
-        assert f"{scene}: 1 " in run.stdout or f"{scene}: 2 " in run.stdout
-    assert "ended with the expected bits" in run.stdout
+        assert f"{scene}: 1 " in printed or f"{scene}: 2 " in printed
+    assert "ended with the expected bits" in printed
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "mixture"])

@@ -32,7 +32,7 @@ def lowest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
     """A folder with the lowest version of every requirement that can be replaced alone, and these versions."""
     versions = {name: version for name, version in lowest_versions().items() if name not in STAY}
     folder = tmp_path_factory.mktemp("lowest")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
     command = [*install, *(f"{name}=={version}" for name, version in versions.items())]
     # constraints of the tests' own versions are no matter of these
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}

@@ -1,10 +1,6 @@
-"""Run by several processes: calibrate and train a tiny ViT with the Trainer, and write down what came of it.
-
-Arguments: a folder, the batch size of a process, and the importances, each of which gets a folder of its own.
-"""
+"""Run by several processes: calibrate and train a tiny ViT with the Trainer, and write down what came of it."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -63,8 +59,9 @@ def train(folder: Path, batch_size: int, importance: str, **options) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before if "classifier" not in name)
 
 
-if __name__ == "__main__":
-    for chosen_by in sys.argv[3:]:
-        folder = Path(sys.argv[1]) / chosen_by
-        train(folder, int(sys.argv[2]), chosen_by, ddp_backend="gloo", ddp_find_unused_parameters=False)
+def main(folder: Path, batch_size: int, importances: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Train with every importance, each in a folder of its own, with the batch size of a process."""
+    os.environ.update(environment)
+    for chosen_by in importances:
+        train(folder / chosen_by, batch_size, chosen_by, ddp_backend="gloo", ddp_find_unused_parameters=False)
     torch.distributed.destroy_process_group()

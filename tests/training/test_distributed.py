@@ -1,14 +1,12 @@
 """Training by two processes on the CPU (gloo): data parallel through accelerate and the Trainer, and sharded."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -20,33 +18,17 @@ from tests.processes import run_together, variables_of_a_group
 from tests.training import ddp_program, together_program
 
 
-HERE = Path(__file__).parent
 IMPORTANCES = ("activation", "gradient")
-PATH = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]))
-
-
-def train_by_two(folder, *arguments):
-    """As `accelerate launch` starts them."""
-    common = variables_of_a_group(2) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    runs = [
-        subprocess.Popen(
-            [sys.executable, *launcher, str(HERE / "ddp_program.py"), str(folder), *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    ended = [run.communicate(timeout=300)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], ended
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
+    """In the environment that `accelerate launch` prepares."""
     folder = tmp_path_factory.mktemp("two")
-    train_by_two(folder, "4", *IMPORTANCES)
+    command = ["--cpu", "--num_processes", "2", "program.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    _, launched = prepare_simple_launcher_cmd_env(arguments)
+    run_together(ddp_program.main, folder, 4, IMPORTANCES, launched | variables_of_a_group(2))
     return folder
 
 

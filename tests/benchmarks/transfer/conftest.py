@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,16 +18,6 @@ TASKS = {"bright": ("natural", 3), "stripes": ("structured", 2)}
 """Group and number of classes by name."""
 COUNTS = {"train": 5, "validation": 3, "test": 4}
 """Images of each class by split."""
-
-
-@pytest.fixture(scope="package", autouse=True)
-def cache(tmp_path_factory):
-    """What the library for data sets keeps of the folders, for the processes that tests start as well."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        yield
 
 
 def picture(task: str, label: int, number: int) -> np.ndarray:

@@ -3,18 +3,20 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from peft_fps.benchmarks.transfer import campaign
+from peft_fps.benchmarks.transfer import campaign, worker_pool
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.campaign import CELLS, PICTURE, TABLES, chosen_tasks, table_rows
 from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
 from tests.benchmarks.transfer.records import SHARE, results
+from tests.forked import forking
 
 
 RATES = (0.003, 0.01, 0.03)
@@ -47,6 +49,14 @@ def tables_of(path):
 
 def percent(value):
     return f"{100 * value:.1f}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_cells():
+    """Cells run in processes that are forked from one with the libraries, and not spawned, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_pool, "multiprocessing", SimpleNamespace(get_context=lambda start: forking()))
+        yield
 
 
 @pytest.fixture(scope="module")
