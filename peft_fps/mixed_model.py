@@ -28,7 +28,7 @@ from peft_fps.tokens.merged_tokens import settle_token_selection
 from peft_fps.tokens.token_placement import place_token_selection
 
 
-class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
+class FPSMixedModel(FPSModel, MixedModel):
     """The tuner of a `PeftMixedModel` with FPS adapters, and with LoRA adapters beside them.
 
         model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]), mixed=True)
@@ -36,8 +36,9 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
         model.set_adapter(["default", "sparse"])
         model.calibrate(train_dataloader)
 
-    The order of adding does not matter. A layer computes with W + ΔW + s B A of the active adapters. The verbs of
-    `FPSModel` mean FPS adapters: `calibrate`, `selection_report`, `set_scale`, `add_weighted_adapter`.
+    The order of adding does not matter. A layer computes with W + ΔW + s B A of the active adapters. What `FPSModel`
+    has besides PEFT's verbs is about FPS adapters alone: `FPSModel.calibrate`, `FPSModel.selection_report`,
+    `FPSModel.set_scale` and so on.
 
     - Calibration runs the model without FPS adapters and with the active LoRA adapters. What a trained LoRA adapter
       has changed is in the input statistics. A new one changes nothing yet.
@@ -207,7 +208,7 @@ class FPSMixedModel(FPSModel, MixedModel):  # type: ignore[misc]
         return BaseTuner._unload_and_optionally_merge(self, merge, progressbar, adapter_names=[])
 
 
-class _LoraPart(MixedModel):  # type: ignore[misc]
+class _LoraPart(MixedModel):
     """What PEFT's mixed tuner does to add a LoRA adapter to a model whose base weights are frozen already.
 
     It shares all attributes with the `FPSMixedModel`.

@@ -78,7 +78,8 @@ def register_mixed(config_cls: type, mixed_cls: type[MixedModel]) -> None:
     """
     member = fps_type()
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[member] = mixed_cls
-    for module in (mixed, mixed.model):
+    holders: tuple[Any, ...] = mixed, mixed.model
+    for module in holders:
         if member not in module.COMPATIBLE_TUNER_TYPES:
             module.COMPATIBLE_TUNER_TYPES = (*module.COMPATIBLE_TUNER_TYPES, member)
     inject, wrap = _peft_own(MixedModel.inject_adapter), _peft_own(PeftMixedModel.set_modules_to_save)

@@ -12,6 +12,7 @@ base model, in either order, and both save under these names.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -24,7 +25,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def take_lora_layers_out(model: nn.Module) -> list[tuple[nn.Module, str, LoraLayer]]:
+def take_lora_layers_out(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Put what lies within LoRA layers in their places.
 
     Args:
@@ -33,7 +34,7 @@ def take_lora_layers_out(model: nn.Module) -> list[tuple[nn.Module, str, LoraLay
     Returns:
         Of each LoRA layer the module that held it, its name there, and itself.
     """
-    taken = [(*_holder(model, path), layer) for path, layer in lora_layers(model).items()]
+    taken: list[Any] = [(*_holder(model, path), layer) for path, layer in lora_layers(model).items()]
     for holder, name, layer in taken:
         holder._modules[name] = layer.base_layer
     return taken
@@ -54,7 +55,7 @@ def lora_layers_out(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def fps_layers_out(model: nn.Module) -> Iterator[None]:
     """Let a base model look within the block as if it had no FPS layers. They are put within what is there then."""
-    taken = [(*_holder(model, path), layer) for path, layer in fps_layers(model).items()]
+    taken: list[Any] = [(*_holder(model, path), layer) for path, layer in fps_layers(model).items()]
     for holder, name, layer in taken:
         holder._modules[name] = layer.base_layer
     try:

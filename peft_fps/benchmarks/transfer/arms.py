@@ -39,8 +39,6 @@ class Arm:
         build: returns the PEFT config for a model, a share of its backbone to train, and a seed; None for a method
             without an adapter.
         budgeted: whether it can be asked for a share of parameters.
-        beside: likewise the config of a LoRA adapter that shares model and budget, for which `build` leaves room; None
-            for a method of one adapter.
         learning_rates: to choose from; none for the linear head, which is fitted.
         choose: selects in place of the config's importance.
         images: training images that selection sees, all if None.
@@ -48,12 +46,13 @@ class Arm:
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
         tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
         varies: whether it is another method with something changed, although it has learning rates of its own.
+        beside: as `build`, the config of a LoRA adapter that shares model and budget, for which `build` leaves room;
+            None for a method of one adapter.
     """
 
     label: str
     build: Build | None = None
     budgeted: bool = True
-    beside: Build | None = None
     learning_rates: tuple[float, ...] = FEW
     tuned_as: str | None = None
     choose: Choose | None = None
@@ -61,6 +60,7 @@ class Arm:
     augmented: bool = False
     rates_by_input: bool = False
     varies: bool = False
+    beside: Build | None = None
 
     @property
     def is_variant(self) -> bool:
