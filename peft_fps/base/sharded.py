@@ -24,9 +24,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Any) -> bool:
     """Return whether DeepSpeed's ZeRO stage 3 has taken a parameter's numbers away, until its module runs."""
-    return hasattr(parameter, "ds_id") and parameter.numel() != parameter.ds_numel
+    return hasattr(parameter, "ds_id") and bool(parameter.numel() != parameter.ds_numel)
 
 
 def has_shards(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ def _gather_wholes(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
             state_dict[key] = whole(state_dict[key])
 
 
-def _check_gathered(key: str, parameter: Tensor | None, state_dict: Mapping[str, Tensor]) -> None:
+def _check_gathered(key: str, parameter: Any, state_dict: Mapping[str, Tensor]) -> None:
     """Raise ValueError if DeepSpeed has partitioned a parameter, and the state dict lacks its numbers."""
     if parameter is None or not is_partitioned(parameter) or key not in state_dict:
         return
