@@ -18,6 +18,7 @@ import jinja2
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._pytree import tree_map_only
 
 
 torch.set_num_threads(1)
@@ -117,12 +118,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where PyTorch makes a test's tensors and models."""
+    """Where PyTorch makes a test's tensors and models; its module's constants are moved there."""
     name: str = getattr(request, "param", "cpu")
     if name == "cpu":
         yield name
         return
-    with torch.device(name), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.device(name), torch.backends.cudnn.flags(allow_tf32=False), pytest.MonkeyPatch.context() as patch:
+        for constant, value in list(vars(request.module).items()):
+            if constant.isupper() and isinstance(value, (torch.Tensor, dict)):
+                patch.setattr(request.module, constant, tree_map_only(torch.Tensor, lambda x: x.to(name), value))
         yield name
 
 

@@ -24,6 +24,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_partitioned(parameter: Any) -> bool:
+    """Return whether DeepSpeed's ZeRO stage 3 has taken a parameter's numbers away, until its module runs."""
+    return hasattr(parameter, "ds_id") and bool(parameter.numel() != parameter.ds_numel)
+
+
 def has_shards(module: nn.Module) -> bool:
     """Return whether a module holds a sharded parameter, in itself or further down, or stands for one."""
     return bool(_shards(module.modules()))

@@ -80,7 +80,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
 
     def sizes(self, adapter_name: str) -> ModuleSizes:
         """Return how large the adapter's part of this layer is, as a saved config records it."""
-        entries = self.fps_values[adapter_name].numel()
+        entries = self.fps_columns[adapter_name].numel()  # the values may be partitioned
         return ModuleSizes(self.shape.neurons, self.shape.inputs, entries)
 
     # --- an adapter's life ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from peft_fps.base.sharded import is_sharded, own_part
+from peft_fps.base.sharded import is_partitioned, is_sharded, own_part
 from peft_fps.layers.placement import PlacedLayer
 from peft_fps.sparse import StructureError, check_finite, check_floating, is_jit_tracing
 
@@ -101,7 +101,7 @@ class CheckedLayer(PlacedLayer):
 
     def is_sharded(self, adapter_name: str) -> bool:
         """Whether each process holds only a part of what the adapter trains here."""
-        return any(is_sharded(parameter) for parameter in self.adapter_parameters(adapter_name))
+        return any(is_sharded(each) or is_partitioned(each) for each in self.adapter_parameters(adapter_name))
 
     def renew(self, adapter_name: str) -> None:
         """Check the adapter's tensors now, after they have changed; invalid ones are refused in use."""

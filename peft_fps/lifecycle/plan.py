@@ -9,7 +9,7 @@ from torch import nn
 from peft_fps.base.head import Head
 from peft_fps.base.opening import module_at
 from peft_fps.base.quantisation import BaseWeight, base_weight
-from peft_fps.base.sharded import is_sharded
+from peft_fps.base.sharded import is_partitioned, is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.record import Allocation
 from peft_fps.config import FPSConfig
@@ -148,7 +148,7 @@ def _check_allocation(allocation: Allocation, sizes_of: Mapping[str, tuple[int, 
 def fingerprint_of(model: nn.Module, names: Iterable[str]) -> dict[str, str] | None:
     """Return the fingerprint of the base model's weights at `names`; None where they are not at hand as a whole."""
     weights = {name: _base_weight(model, name) for name in names}
-    sharded = any(is_sharded(parameter) for _, parameter in base_parameters(model))
+    sharded = any(is_sharded(each) or is_partitioned(each) for _, each in base_parameters(model))
     return None if sharded else fingerprint(weights)
 
 

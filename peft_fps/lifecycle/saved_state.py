@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import plain_name
-from peft_fps.base.sharded import is_sharded, whole
+from peft_fps.base.sharded import is_partitioned, is_sharded, whole
 from peft_fps.card import SavedAdapter
 from peft_fps.checkpoint import TENSORS, encode, no_entries, tensors_digest
 from peft_fps.checkpoint.expected_contents import state_dict_path, whole_keys
@@ -52,6 +53,8 @@ def saved_state(
             continue
         keys = {name: f"{state_dict_path(full_name)}.{name}.{adapter_name}" for name in TENSORS}
         tensors = {name: whole(state_dict[key]) for name, key in keys.items() if key in state_dict}
+        for name in layer.adapter_layer_names:
+            _check_gathered(keys[name], getattr(layer, name).get(adapter_name), state_dict)
         if isinstance(layer, Norm):
             tensors |= no_entries(tensors["fps_bias"])
         _check_tensors(layer, adapter_name, tensors)
@@ -96,9 +99,24 @@ def _warn_of_changed_buffers(model: nn.Module, adapter_name: str, state: Adapter
 
 def _gather_wholes(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Gather the modules that are trained whole into the state dict, from which PEFT takes them."""
+    parameters = dict(model.named_parameters())
     for key in whole_keys(model, adapter_name).values():
+        _check_gathered(key, parameters.get(key), state_dict)
         if key in state_dict and is_sharded(state_dict[key]) and isinstance(state_dict, MutableMapping):
             state_dict[key] = whole(state_dict[key])
+
+
+def _check_gathered(key: str, parameter: Any, state_dict: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if DeepSpeed has partitioned a parameter, and the state dict lacks its numbers."""
+    if parameter is None or not is_partitioned(parameter) or key not in state_dict:
+        return
+    if (found := state_dict[key].numel()) != parameter.ds_numel:
+        raise ValueError(
+            f"{key}: the parameter is partitioned by DeepSpeed's ZeRO stage 3, and the state dict has {found:,} of "
+            f"its numbers, expected {parameter.ds_numel:,}. Save through the Trainer, with "
+            "stage3_gather_16bit_weights_on_model_save in its DeepSpeed config, or pass "
+            "state_dict=accelerator.get_state_dict(engine). Nothing was saved."
+        )
 
 
 def _check_tensors(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -132,14 +132,14 @@ def test_buffers_are_restored_after_training_mode(fails: bool):
 
 def test_a_weight_that_changes_is_seen_under_autocast():
     model, x = nn.Linear(3, 2), torch.ones(1, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         before = torch.is_autocast_cache_enabled()
         with undisturbed(model, gradients=True):
             first = model(x)
             model.weight.data = model.weight.data + 1.0
             assert not torch.equal(model(x), first)
         assert torch.is_autocast_cache_enabled() == before
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, cache_enabled=False):
         with undisturbed(model):
             pass
         assert not torch.is_autocast_cache_enabled()

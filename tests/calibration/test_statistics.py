@@ -132,6 +132,7 @@ def test_token_counts_are_the_sums_of_one_hot_inputs(ids: list[list[int]], data:
 
 @pytest.mark.parametrize("tokens", [torch.tensor([4, 0, 4]), torch.tensor([[4, 0, 4]])])
 def test_positions_that_samples_share_count_for_each_sample(tokens: Tensor):
-    counts, positions = token_counts(tokens, 5, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    counts, positions = token_counts(tokens.to(mask.device), 5, mask)
     assert counts.tolist() == [2, 0, 0, 0, 3]
     assert positions == 5

@@ -130,7 +130,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 def test_autocast() -> None:
     model, x = adapted(tiny_codec()), waves()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found = model(x)
         found.float().square().sum().backward()
     assert found.dtype == torch.bfloat16

@@ -231,9 +231,8 @@ def test_bias_deltas():
     ids=["vit", "conv", "gpt2", "bert", "llama"],
 )
 def test_whole_models(build: Callable[[], nn.Module], inputs: Tensor):
-    model = adapted(build(), modules_to_save=[])
-    assert_like_reference(model, inputs)
-    x = inputs
+    model, x = adapted(build(), modules_to_save=[]), inputs.to(torch.get_default_device())
+    assert_like_reference(model, x)
     base = build()
     expected = logits(dense_reference(base, model, ["default"])(x))
     torch.testing.assert_close(logits(model(x)), expected, rtol=1e-5, atol=1e-5)
@@ -374,7 +373,7 @@ def test_autocast(kind: str, hooked: bool):
         layer.base_layer.register_forward_pre_hook(lambda module, args: None)
     expected = reference(model)(x)
     x.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         result = model(x)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.2)

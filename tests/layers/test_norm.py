@@ -728,7 +728,7 @@ def test_under_autocast_norms_compute_as_the_base_does(kind: str, way: str) -> N
     WAYS[way](base)
     model, x = with_norms(base), normal(*KINDS[kind][1])
     for seen in (x, x.bfloat16()):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             found, expected = model(seen), reference(around(kind), model)(seen)
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, atol=2e-2 if seen.dtype == torch.bfloat16 else 1e-5, rtol=1e-2)

@@ -126,7 +126,7 @@ def test_under_autocast_the_product_is_in_its_dtype() -> None:
     model = adapted(quantised("4bit", plain_bert()), per_neuron=3)
     layer = layers_of(model)["bert.pooler.dense"]
     x = normal(5, 64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found, base = layer(x), layer.base_layer(x)
     delta = x.bfloat16() @ change(layer).bfloat16().t() + layer.fps_bias["default"]
     torch.testing.assert_close(found, (base + delta).to(found.dtype), rtol=0.02, atol=0.02)

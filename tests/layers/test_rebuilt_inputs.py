@@ -166,7 +166,7 @@ def test_what_is_rebuilt_is_the_same_bit_for_bit(
 )
 def test_gradients_under_autocast(middle: str, kernel: str, monkeypatch: pytest.MonkeyPatch):
     def step(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             result = model(x)
         return result.float().square().sum()
 

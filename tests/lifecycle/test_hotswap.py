@@ -151,6 +151,7 @@ def test_a_swap_in_inference_mode_and_one_over_tensors_made_there(tmp_path: Path
     model.train()(x).sum().backward()
 
 
+@pytest.mark.cpu
 def test_a_wider_file_widens_the_adapter(tmp_path: Path) -> None:
     model = get_peft_model(tiny_mlp().to(torch.bfloat16), config(), autocast_adapter_dtype=False)
     fill(model)
@@ -265,6 +266,7 @@ def _move_an_entry(tensors: dict[str, Tensor]) -> None:
     tensors["base_model.model.first.fps_row_counts"][0] += 1
 
 
+@pytest.mark.cpu
 def test_a_split_over_modules_unlike_the_config_is_refused_by_swap_and_load(tmp_path: Path) -> None:
     """Also where the adapter's granularity leaves the split to the scores: the config says what they gave."""
     source = adapted(tiny_mlp(), granularity="model", importance="magnitude", per_neuron=2)

@@ -164,7 +164,7 @@ def test_half_precision_products(dtype: torch.dtype, weight_dtype: torch.dtype |
 def test_autocast_leaves_the_dtype_to_the_input():
     weight, x, values = normal(5, INPUTS), normal(7, INPUTS, seed=1), normal(12, seed=2).requires_grad_()
     plain = sparse_linear(x, weight, values, None, built())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         inside = sparse_linear(x, weight, values, None, built())
         beside = sparse_delta_linear(x, values, built())
         inside.sum().backward()

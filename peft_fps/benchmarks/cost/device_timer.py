@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from peft_fps.sparse.kernels.measured_choice import cuda_seconds
+
 
 Task = Callable[[], object]
 """A function without arguments."""
@@ -35,12 +37,8 @@ def read_cuda(task: Task) -> Reading:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    task()
-    end.record()
-    end.synchronize()
-    return Reading(start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() - before)
+    seconds = cuda_seconds(task)
+    return Reading(seconds, torch.cuda.max_memory_allocated() - before)
 
 
 READERS: Mapping[str, Callable[[Task], Reading]] = {"cpu": read_cpu, "cuda": read_cuda}

@@ -9,7 +9,7 @@ from pathlib import Path
 from peft_fps.benchmarks.cost.cost_picture import draw
 from peft_fps.benchmarks.cost.cost_tables import Result, markdown
 from peft_fps.benchmarks.cost.figures import Row
-from peft_fps.benchmarks.cost.grid import measure_grid
+from peft_fps.benchmarks.cost.model_grid import measure_grid
 from peft_fps.benchmarks.cost.random_models import build_model
 from peft_fps.benchmarks.cost.selection_costs import measure_importances, measure_selection
 from peft_fps.benchmarks.cost.sizes import measure_files, measure_memory

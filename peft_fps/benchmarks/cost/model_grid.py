@@ -119,10 +119,10 @@ def _measure(
     tasks: dict[str, Task] = {}
     own: dict[str, int] = {}
     failed: dict[str, str] = {}
-    for name, training in _trainings(case, base, load):
+    for name, build in _trainings(case, base, load):
         before = _held(load.device)
         try:
-            training = training()
+            training = build()
             training.step()
         except Exception as error:  # no memory, or what a compiler cannot do: the others are measured all the same
             failed[f"{case.name}: {name}"] = (

@@ -3,10 +3,10 @@
 import pytest
 from torch import nn
 
-from peft_fps.benchmarks.cost import grid
+from peft_fps.benchmarks.cost import model_grid as grid
 from peft_fps.benchmarks.cost.cost_tables import Result, markdown, tables
 from peft_fps.benchmarks.cost.device_timer import Reading
-from peft_fps.benchmarks.cost.grid import CASES, FEWEST, MOST, WARM_UP, Case, measure_grid, rounds_within
+from peft_fps.benchmarks.cost.model_grid import CASES, FEWEST, MOST, WARM_UP, Case, measure_grid, rounds_within
 from peft_fps.benchmarks.cost.workload import Workload
 
 
