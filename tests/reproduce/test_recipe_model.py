@@ -6,8 +6,8 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from peft_fps.reproduce import recipe_model
-from peft_fps.reproduce.drop_path import DropPath
 from peft_fps.reproduce.recipe_model import model_size, normalisation, prepared_model
+from peft_fps.training.drop_path import DropPath
 from peft_fps.vision import timm_names
 from peft_fps.vision.timm_names import check_timm, is_timm
 

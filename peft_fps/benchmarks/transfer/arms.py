@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_fps.base.head import output_head
 from peft_fps.benchmarks.transfer.class_scores import SCORES
+from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES, TrainingCandidate
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.tokens.token_placement import quarter_blocks
@@ -40,6 +41,7 @@ class Arm:
         rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
         tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
         varies: whether it is another method with something changed, although it has learning rates of its own.
+        training: how it is trained, beyond what all methods have in common.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Arm:
     augmented: bool = False
     rates_by_input: bool = False
     varies: bool = False
+    training: TrainingCandidate = TrainingCandidate()
 
     @property
     def is_variant(self) -> bool:
@@ -193,6 +196,9 @@ ARMS: dict[str, Arm] = {
     **{
         f"try-{score}": Arm(f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", score=score)
         for score in SCORES
+    },
+    **{
+        name: Arm(label, how.build, tuned_as="fps", training=how) for name, (label, how) in TRAINING_CANDIDATES.items()
     },
 }
 """All methods by the names of the command line."""

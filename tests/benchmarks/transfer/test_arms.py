@@ -7,6 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps import FPSConfig
 from peft_fps.benchmarks.transfer.arms import ARMS, linear_layers
+from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES
 
 
 WIDTH, HIDDEN, LAYERS, CLASSES = 64, 96, 2, 5
@@ -36,6 +37,7 @@ HEAD = CLASSES * WIDTH + CLASSES
 def trained_of(method: str, share: float | None, seed: int = 0) -> dict[str, nn.Parameter]:
     base = vit()
     model = get_peft_model(base, ARMS[method].build(base, share, seed))
+    ARMS[method].training.prepare(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -84,7 +86,9 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     others = {"lora": LoraConfig, "shira": ShiraConfig, "supertuning": SupertuningConfig}
     assert type(config) is others.get(method, FPSConfig)
     if isinstance(config, FPSConfig):
-        assert (config.budget, config.per_neuron, config.seed) == (0.1, None, 7)
+        assert (config.per_neuron, config.seed) == (None, 7)
+    if isinstance(config, FPSConfig) and method not in TRAINING_CANDIDATES:
+        assert config.budget == 0.1
         assert config.bias == ("all" if method.endswith("-biases") else "none")
     if isinstance(config, ShiraConfig):
         assert config.random_seed == 7

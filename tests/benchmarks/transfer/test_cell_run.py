@@ -49,6 +49,7 @@ KINDS = {
     "fps-input-rates": 1e-2,
     "try-class-covariance": 1e-2,
     "try-token-spread": 1e-2,
+    "try-norm-weights-biases": 1e-2,
 }
 """Learning rates by method."""
 

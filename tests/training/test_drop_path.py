@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_fps.reproduce.drop_path import DropPath, add_drop_path
+from peft_fps.training.drop_path import DropPath, add_drop_path
 
 
 def vit():
