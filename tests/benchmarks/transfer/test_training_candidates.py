@@ -11,9 +11,18 @@ from transformers import TrainingArguments
 from peft_fps.benchmarks.transfer import cell_run
 from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES, TrainingCandidate, add_scale
-from peft_fps.training.drop_path import DropPath
 from tests.benchmarks.transfer.records import SHARE
-from tests.helpers import adapted, dense_reference, image_batches, images, normal, tiny_conv, tiny_vit, weighted_of
+from tests.helpers import (
+    adapted,
+    dense_reference,
+    drop_path_rates,
+    image_batches,
+    images,
+    normal,
+    tiny_conv,
+    tiny_vit,
+    weighted_of,
+)
 
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -120,8 +129,7 @@ def test_a_cell_is_trained_as_its_candidate_says(name, setting, monkeypatch):
     monkeypatch.setattr(cell_run, "train", train)
     cell_run.run_cell(Cell("bright", name, 0.2, 0, 1e-2), replace(setting, epochs=1))
     assert seen["arguments"].max_grad_norm == (1.0 if name == "try-clip" else 0.0)
-    rates = [module.rate for module in seen["model"].modules() if isinstance(module, DropPath)]
-    assert rates == (pytest.approx([0.0, 0.1]) if name == "try-drop-path" else [])
+    assert drop_path_rates(seen["model"]) == (pytest.approx([0.0, 0.1]) if name == "try-drop-path" else [])
     assert (seen["optimizers"][0] is not None) == (name == "try-bias-rate-third")
 
 
