@@ -26,7 +26,7 @@ def group_parameters(trainer: "Trainer", rates: Mapping[str, float]) -> None:
     create = trainer.create_optimizer
 
     def create_optimizer(model: nn.Module | None = None) -> Any:
-        trained = trainer.model if model is None else model
+        trained: Any = trainer.model if model is None else model
         if trainer.optimizer is None:
             arguments = trainer.args
             kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
