@@ -35,6 +35,7 @@ from transformers.utils import check_peft_version
 from peft_fps import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
+from peft_fps.training.drop_path import DropPath
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,6 +326,12 @@ def base_bytes(model: nn.Module) -> dict[str, bytes]:
 
 def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+
+
+def drop_path_rates(model: nn.Module) -> list[float]:
+    """Rates of the hooks that drop examples of branches."""
+    hooks = [hook for part in model.modules() for hook in part._forward_hooks.values()]
+    return [hook.rate for hook in hooks if isinstance(hook, DropPath)]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

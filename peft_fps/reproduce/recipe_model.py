@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from peft_fps.reproduce.drop_path import add_drop_path
 from peft_fps.reproduce.recipes import NORMALISATION
+from peft_fps.training.drop_path import add_drop_path
 from peft_fps.vision.classifiers import interpolates, load_model, load_processor
 
 

@@ -14,6 +14,7 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
+from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
 
@@ -41,22 +42,45 @@ class FPSCallback(TrainerCallback):
     `eval_`. If `load_best_model_at_end` restores the best checkpoint, it is the evaluation of that checkpoint. When
     the Trainer pushes to the Hub, its card keeps our part. TRL's trainers write a card without it.
 
+    With `bias_lr` or `norm_lr` the trainer makes its optimizer from `peft_fps.parameter_groups`, at the learning rate
+    and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the trainer's
+    constructor then, since the trainer makes its optimizer before training begins.
+
     Args:
         num_batches: number of batches to use. Default: the complete training set.
         progress: show a progress bar. Default: as the Trainer's `disable_tqdm` says.
+        bias_lr: peak learning rate of bias deltas. Default: that of everything else.
+        norm_lr: peak learning rate of norms. Default: `bias_lr`.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Raises:
         TypeError: an option is none of these.
     """
 
-    def __init__(self, num_batches: int | None = None, progress: bool | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        num_batches: int | None = None,
+        progress: bool | None = None,
+        *,
+        bias_lr: float | None = None,
+        norm_lr: float | None = None,
+        **options: Any,
+    ) -> None:
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             raise TypeError(f"FPSCallback got {', '.join(unknown)}, expected only {', '.join(OPTIONS)} besides.")
         self.num_batches = num_batches
         self.progress = progress
+        self.rates = {name: rate for name, rate in (("bias_lr", bias_lr), ("norm_lr", norm_lr)) if rate is not None}
         self.options = options
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the trainer group parameters, if a rate is given. The Trainer calls this method."""
+        trainer = calling_trainer(self) if self.rates else None
+        if trainer is not None:
+            group_parameters(trainer, self.rates)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,9 +88,12 @@ class FPSCallback(TrainerCallback):
         """Calibrate the active adapter unless its entries are selected. The Trainer calls this method.
 
         Raises:
-            ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps. Or as
+            ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps; the
+                optimizer has no parameter that `bias_lr` or `norm_lr` could be the rate of. Or as
                 `peft_fps.calibrate`.
         """
+        if self.rates:
+            check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
         if all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):

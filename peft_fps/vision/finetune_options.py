@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from peft_fps.config import DEFAULT_BUDGET, FPSConfig
 from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import PRESETS
+from peft_fps.vision.default_training import BATCH, LEAST_STEPS, MOST_STEPS, RECIPE, TRAINING_ARGUMENTS, TRIED_RATES
 from peft_fps.vision.option_types import (
+    AUTO,
     DATA,
     OUTPUT,
     SELECTION,
@@ -21,23 +23,12 @@ from peft_fps.vision.option_types import (
     one_of,
     pixels,
     positive_rate,
+    rate_or_auto,
     seed_number,
 )
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
-
-RECIPE: dict[str, Any] = {
-    "learning_rate": 1e-2,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 32,
-}
-"""How to train without a preset: arguments of transformers' `TrainingArguments`."""
-
-BATCH = RECIPE["per_device_train_batch_size"]
 
 SELECTION_FIELDS = ("budget", "per_neuron", "importance", "order", "loss", "granularity", "bias")
 """Options that are fields of the config."""
@@ -46,13 +37,6 @@ SELECTION_DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
 }
 """What the config has without these options."""
-
-TRAINING_ARGUMENTS = {
-    "learning_rate": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-}
-"""Options that are training arguments, and their names there."""
 
 PRESET_NAMES = one_of(tuple(PRESETS), f"{{value!r}} is none of {', '.join(PRESETS)}.")
 IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.join(map(repr, IMPORTANCES))}.")
@@ -185,11 +169,22 @@ class FinetuneOptions:
         ),
     ] = None
     learning_rate: Annotated[
-        float | None,
-        positive_rate(
+        Any,  # float, "auto" or None, which typer has no type for
+        described(
             "Peak learning rate of Adam (no weight decay), for the selected weights and the output head alike. It "
             "rises over the first tenth of the steps and falls to 0 along a cosine, unless --preset has another "
-            f"schedule. Without it and --preset: {RECIPE['learning_rate']:g}.",
+            f"schedule. auto: the best of {', '.join(f'{rate:g}' for rate in TRIED_RATES)} on the validation images, "
+            f"each tried for the steps of one epoch ({LEAST_STEPS} to {MOST_STEPS}), which are undone. Without it and "
+            f"--preset: {RECIPE['learning_rate']:g}.",
+            TRAINING,
+            metavar="RATE|auto",
+            parser=rate_or_auto,
+        ),
+    ] = None
+    bias_learning_rate: Annotated[
+        float | None,
+        positive_rate(
+            "Peak learning rate of the biases of adapted layers and norms. Without it: that of everything else.",
             TRAINING,
         ),
     ] = None
@@ -238,11 +233,14 @@ class FinetuneOptions:
         return config
 
     def recipe(self, config: FPSConfig) -> dict[str, Any]:
-        """Return the training arguments: those of the config, or else of `RECIPE`, with the given options in place."""
+        """Return the training arguments: those of the config, or else of `RECIPE`, with the given options in place.
+
+        A learning rate that is to be found by trials is not among them.
+        """
         given = {
             TRAINING_ARGUMENTS[name]: getattr(self, name)
             for name in TRAINING_ARGUMENTS
-            if getattr(self, name) is not None
+            if getattr(self, name) not in (None, AUTO)
         }
         return (config.recipe or RECIPE) | given
 

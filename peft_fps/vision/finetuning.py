@@ -11,11 +11,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForImageClassification
 
+from peft_fps.training import FPSCallback
 from peft_fps.vision.classifiers import classifier, load_model
 from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.linear_head import fit_linear_head
 from peft_fps.vision.locations import check_locations
 from peft_fps.vision.measurements import Stopwatch, run_facts
+from peft_fps.vision.option_types import AUTO
 from peft_fps.vision.output_folders import (
     ADAPTER,
     BASE,
@@ -29,6 +31,7 @@ from peft_fps.vision.output_folders import (
 from peft_fps.vision.pixels import prepare
 from peft_fps.vision.prediction import Agreement, Predictor, accuracy
 from peft_fps.vision.preparation import prepared
+from peft_fps.vision.rate_trials import RateTrial, best_rate, run_trials, told
 from peft_fps.vision.training_loop import LogHistory, train, training_arguments, worker_count
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
@@ -81,9 +84,22 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
         model, report = run.calibrated(splits["train"], workers)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
+    trials: list[RateTrial] = []
+    if options.learning_rate == AUTO:
+        with stopwatch.stage("learning rate"):
+            trials = run_trials(options, recipe, model, splits, run.collator, predictor)
+        recipe = {**recipe, "learning_rate": best_rate(trials)}
+        arguments = training_arguments(
+            recipe, len(data.train), workers, options.output, options.seed, options.precision
+        )
+        if config.recipe is not None:
+            model.active_peft_config.recipe = recipe
+        console.print(told(trials), highlight=False)
+
     with stopwatch.stage("train"):
         history = LogHistory()
-        loss = train(model, arguments, splits["train"], run.collator, callbacks=[history])
+        callbacks = [history, FPSCallback(bias_lr=options.bias_learning_rate)]
+        loss = train(model, arguments, splits["train"], run.collator, callbacks=callbacks)
 
     with stopwatch.stage("evaluate"):
         logits = {part: predictor.logits(model, splits[part], f"Predicting {part}") for part in ("validation", "test")}
@@ -126,6 +142,7 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
         "image_shape": list(splits["train"][0]["pixel_values"].shape),
         "accuracy": {part: {"before": before[part], "after": after[part]} for part in after},
         "linear_head": {"C": linear.strength, "validation_accuracy": linear.validation},
+        "learning_rate_trials": [trial.to_dict() for trial in trials],
         "training_loss": loss,
         **run_facts(report, options.output / ADAPTER, arguments.device, stopwatch.seconds),
         "merged_bytes": folder_bytes(options.output / MERGED),

@@ -14,6 +14,9 @@ import typer
 DATA, SELECTION, TRAINING, OUTPUT = "Model and data", "What is trained", "Training", "Output"
 """Panels of `--help`."""
 
+AUTO = "auto"
+"""The learning rate that is to be found by trials."""
+
 Precision = Literal["fp32", "bf16"]
 """Number format of the arithmetic in training."""
 
@@ -43,6 +46,22 @@ def pixels(help: str, panel: str, least: int = 1) -> Any:
 def positive_rate(help: str, panel: str) -> Any:
     """Return the description of a learning rate, which is positive and finite."""
     return described(help, panel, "RATE", callback=positive)
+
+
+def rate_or_auto(text: str) -> float | str:
+    """Return the learning rate that an option says, or `"auto"`.
+
+    Raises:
+        typer.BadParameter: it is neither `auto` nor a positive number.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        rate = float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor {AUTO}.") from error
+    positive(rate)
+    return rate
 
 
 def seed_number(help: str, panel: str) -> Any:

@@ -15,7 +15,7 @@ from peft_fps.vision.training_loop import worker_count
 
 
 SELECTION, REPORT = "selection.safetensors", "report.json"
-TRAINING_ONLY = ("epochs", "learning_rate", "precision")
+TRAINING_ONLY = ("epochs", "learning_rate", "bias_learning_rate", "precision")
 """Options of `peft-fps finetune` that have no say in a selection."""
 
 

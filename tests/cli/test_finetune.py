@@ -27,7 +27,8 @@ OPTIONS = (
     *("--model", "--data", "--image-column", "--label-column", "--image-size"),
     *("--preset", "--budget", "--per-neuron", "--importance", "--order", "--loss", "--granularity", "--bias"),
     "--calibration-batches",
-    *("--epochs", "--learning-rate", "--batch-size", "--precision", "--seed", "--output", "--overwrite", "--verbose"),
+    *("--epochs", "--learning-rate", "--bias-learning-rate", "--batch-size", "--precision", "--seed", "--output"),
+    *("--overwrite", "--verbose"),
 )
 
 
@@ -249,6 +250,25 @@ def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monk
     assert [own.lr_scheduler_type, own.warmup_steps, own.weight_decay] == ["cosine", 0.1, 0.0]
 
 
+@pytest.mark.usefixtures("no_picture")
+def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_fps.vision.rate_trials.TRIED_RATES", (1e-6, 1e-2))
+    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "fps", "--batch-size", 4, "--epochs", 8]
+    arguments += ["--bias-learning-rate", 5e-3]
+    result = run(*arguments, "--learning-rate", "auto", "--output", tmp_path / "auto")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "auto" / "results.json").read_text())
+    tried = {trial["rate"]: trial["accuracy"] for trial in results["learning_rate_trials"]}
+    assert list(tried) == [1e-6, 1e-2]
+    taken = 1e-6 if tried[1e-6] >= tried[1e-2] else 1e-2
+    config = json.loads((tmp_path / "auto" / "adapter" / "adapter_config.json").read_text())
+    assert results["recipe"]["learning_rate"] == config["recipe"]["learning_rate"] == taken
+    assert f"taken: {taken:g}, the best" in result.output
+    assert run(*arguments, "--learning-rate", taken, "--output", tmp_path / "given").exit_code == 0
+    found, given = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("auto", "given"))
+    assert all(torch.equal(found[name], given[name]) for name in found.keys() | given.keys())
+
+
 def test_views_need_a_library(image_folder, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
     arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "gps", "--output", tmp_path / "out"]
@@ -324,6 +344,7 @@ def test_a_model_that_would_be_overwritten_is_refused(image_folder, tiny_model, 
         (["--epochs", "0"], 2, "--epochs"),
         (["--learning-rate", "0"], 2, "0.0 is not a positive number"),
         (["--learning-rate", "nan"], 2, "nan is not a positive number"),
+        (["--learning-rate", "fast"], 2, "'fast' is neither a number nor auto"),
         (["--importance", "astrology"], 2, "astrology"),
         (["--preset", "alchemy"], 2, "'alchemy' is none of fps, gps, tr-pts, tr-pts-parameters,"),
         (["--preset", "gps", "--budget", "0.1", "--per-neuron", "2"], 1, "budget=0.1 and per_neuron=2.0 were both"),

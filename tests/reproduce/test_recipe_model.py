@@ -6,10 +6,10 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from peft_fps.reproduce import recipe_model
-from peft_fps.reproduce.drop_path import DropPath
 from peft_fps.reproduce.recipe_model import model_size, normalisation, prepared_model
 from peft_fps.vision import timm_names
 from peft_fps.vision.timm_names import check_timm, is_timm
+from tests.helpers import drop_path_rates
 
 
 PAPERS = "timm/vit_base_patch16_224.augreg_in21k"
@@ -56,12 +56,12 @@ def test_images_of_another_size_are_interpolated_to(tiny_model, size, interpolat
     assert model_size(model) == 32
     options = {"interpolate_pos_encoding": True} if asked else {}
     assert model(pixel_values=torch.zeros(1, 3, size, size), **options).logits.shape == (1, 3)
-    assert not any(isinstance(module, DropPath) for module in model.modules())
+    assert drop_path_rates(model) == []
 
 
 def test_drop_path_is_put_in(tiny_model):
     model, _ = prepared_model(str(tiny_model), ["a", "b"], 0, 32, drop_path=0.2)
-    assert [module.rate for module in model.modules() if isinstance(module, DropPath)] == pytest.approx([0.0, 0.2])
+    assert drop_path_rates(model) == pytest.approx([0.0, 0.2])
 
 
 def test_a_model_that_takes_one_size_only(tiny_model, monkeypatch):
@@ -114,6 +114,5 @@ def test_a_timm_model_gets_head_size_and_drop_path(tmp_path, size):
     assert not interpolate
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model(pixel_values=torch.zeros(2, 3, size, size)).logits.shape == (2, 3)
-    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
-    assert rates == pytest.approx([0.1 * block / 11 for block in range(12) for _ in range(2)])
+    assert drop_path_rates(model) == pytest.approx([0.1 * block / 11 for block in range(12) for _ in range(2)])
     assert normalisation(str(tmp_path)) == {"mean": [0.5] * 3, "std": [0.5] * 3}

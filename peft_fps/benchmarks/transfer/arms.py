@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_fps.base.head import output_head
 from peft_fps.benchmarks.transfer.class_scores import SCORES, select_by
+from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES, TrainingCandidate
 from peft_fps.benchmarks.transfer.tried_choices import CHOICES, choose
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
@@ -48,6 +49,7 @@ class Arm:
         varies: whether it is another method with something changed, although it has learning rates of its own.
         beside: as `build`, the config of a LoRA adapter that shares model and budget, for which `build` leaves room;
             None for a method of one adapter.
+        training: how it is trained, beyond what all methods have in common.
     """
 
     label: str
@@ -61,6 +63,7 @@ class Arm:
     rates_by_input: bool = False
     varies: bool = False
     beside: Build | None = None
+    training: TrainingCandidate = TrainingCandidate()
 
     @property
     def is_variant(self) -> bool:
@@ -251,6 +254,9 @@ ARMS: dict[str, Arm] = {
             choose=_by_choice(choice),
         )
         for choice in CHOICES
+    },
+    **{
+        name: Arm(label, how.build, tuned_as="fps", training=how) for name, (label, how) in TRAINING_CANDIDATES.items()
     },
 }
 """All methods by the names of the command line."""

@@ -72,7 +72,10 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     }
     operations = extra_operations(model, collator([task.splits["train"][0]]))
 
-    recipe = RECIPE | {
+    training = ARMS[cell.method].training
+    recipe = {
+        **RECIPE,
+        **training.recipe,
         "learning_rate": cell.learning_rate,
         "num_train_epochs": setting.epochs,
         "per_device_train_batch_size": setting.batch_size,
@@ -86,12 +89,13 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
         start = time.perf_counter()
         callbacks = [by_input(model, batches, len(task.classes))]
         selecting += time.perf_counter() - start  # a pass over the images as well
-    training, loss = time.perf_counter(), None
+    optimizers = training.optimizers(model, arguments)
+    start, loss = time.perf_counter(), None
     try:
-        loss = train(model, arguments, task.splits["train"], collator, callbacks=callbacks)
+        loss = train(model, arguments, task.splits["train"], collator, callbacks=callbacks, optimizers=optimizers)
     except DivergedError:
         logger.warning("%s diverged", cell)  # whatever it predicts now is its accuracy
-    seconds = {"select": selecting, "train": time.perf_counter() - training}
+    seconds = {"select": selecting, "train": time.perf_counter() - start}
     predictor = Predictor(arguments.device, setting.batch_size, collator, workers=0)
     reached = {part: _accuracy(predictor, model, task, part) for part in ("validation", "test")}
     return Record(
@@ -115,14 +119,15 @@ def _prepare(
     arm, start = ARMS[cell.method], time.perf_counter()
     if arm.build is None:
         return base.requires_grad_(True), 0.0, 0
-    model = attach(arm, base, cell.share, cell.seed)
+    model, held = attach(arm, base, cell.share, cell.seed), 0
     config = model.peft_config["default"]
-    if not (isinstance(config, FPSConfig) and (config.needs_calibration or arm.choose)):
-        return model, time.perf_counter() - start, 0
-    held = peak_bytes(lambda: select(model, cell, setting, task, collator, 1))
-    start = time.perf_counter()
-    select(model, cell, setting, task, collator)
-    return model, time.perf_counter() - start, held
+    if isinstance(config, FPSConfig) and (config.needs_calibration or arm.choose):
+        held = peak_bytes(lambda: select(model, cell, setting, task, collator, 1))
+        start = time.perf_counter()
+        select(model, cell, setting, task, collator)
+    seconds = time.perf_counter() - start
+    arm.training.prepare(model)
+    return model, seconds, held
 
 
 def select(

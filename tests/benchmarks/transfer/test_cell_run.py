@@ -51,6 +51,7 @@ KINDS = {
     "try-class-covariance": 1e-2,
     "try-token-spread": 1e-2,
     "try-output-gradient-biases": 1e-2,
+    "try-norm-weights-biases": 1e-2,
 }
 """Learning rates by method."""
 

@@ -1,0 +1,159 @@
+"""Ways to train that are tried on FPS with biases: what is trained besides, at which rates, how it is regularised.
+
+None is an option of the package. What is trained besides counts in the budget, and the entries get the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from peft_fps.base.head import output_head
+from peft_fps.config import FPSConfig
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.layer_types import entry_layer_class
+from peft_fps.layers.lookup import fps_layers
+from peft_fps.layers.norm import Norm, is_biased_norm
+from peft_fps.lifecycle.plan import bias_count
+from peft_fps.selection.budget_allocation import exact
+from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.training.drop_path import add_drop_path
+from peft_fps.training.parameter_groups import parameter_groups
+
+
+KEYS = ("k_proj", "key")
+"""Names of key projections. Their biases do nothing: they shift all scores of a query alike, and softmax takes no
+notice, unless positions rotate the keys."""
+
+DELTAS = ("entries", "biases", "norms")
+"""Parameter groups of changes to the base model, which decay draws to the base."""
+
+
+@dataclass(frozen=True)
+class TrainingCandidate:
+    """A way to train an adapter; the defaults are how every method is trained.
+
+    Attributes:
+        bias: which biases are trained, as `FPSConfig` says.
+        freeze_key_biases: whether the bias deltas of key projections stay zero.
+        norm_weights: whether the weights of LayerNorms are trained, in the base model itself.
+        scales: whether each neuron of an adapted layer gets a trained factor 1 + γ of (W + ΔW) x, as in SSF
+            (arXiv 2210.08823).
+        bias_rate: learning rate of bias deltas as a multiple of that of entries.
+        weight_decay: of entries and bias deltas; the head has none.
+        drop_path: rate of stochastic depth in the last block.
+        recipe: training arguments that differ.
+    """
+
+    bias: Literal["none", "all", "with_norms"] = "all"
+    freeze_key_biases: bool = False
+    norm_weights: bool = False
+    scales: bool = False
+    bias_rate: float = 1.0
+    weight_decay: float = 0.0
+    drop_path: float = 0.0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
+        """Return the config of FPS that trains a share of the backbone, what is trained besides included."""
+        assert share is not None
+        parameters = count_base_parameters(base)
+        entries_and_biases = int(exact(share) * parameters) - self._besides(base)
+        return FPSConfig(budget=(max(entries_and_biases, 0) + 0.5) / parameters, bias=self.bias, seed=seed)
+
+    def _besides(self, base: PreTrainedModel) -> int:
+        """Return how many numbers are trained beyond those that the config counts, frozen biases subtracted."""
+        heads = tuple(output_head(base))
+        modules = {name: module for name, module in base.named_modules() if not name.startswith(heads)}
+        kinds = {name: kind for name, module in modules.items() if (kind := entry_layer_class(module)) is not None}
+        norms = [module.weight.numel() for module in modules.values() if is_biased_norm(module)]
+        scales = [kind.shape_of(modules[name]).neurons for name, kind in kinds.items()]
+        frozen = [bias_count(modules[name]) for name in kinds if is_key_projection(name)]
+        if self.freeze_key_biases and not frozen:
+            raise ValueError(
+                f"A {type(base).__name__} has no projection of keys alone ({', '.join(KEYS)}), whose biases could be "
+                "frozen. Leave the method out."
+            )
+        return self.norm_weights * sum(norms) + self.scales * sum(scales) - self.freeze_key_biases * sum(frozen)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze and add what the candidate says, in a model whose entries are selected."""
+        for path, layer in fps_layers(model).items():
+            if self.freeze_key_biases and is_key_projection(path):
+                layer.fps_bias.requires_grad_(False)
+            if self.norm_weights and isinstance(layer, Norm):
+                layer.base_layer.weight.requires_grad_(True)
+            if self.scales and isinstance(layer, EntryLayer):
+                add_scale(layer)
+        if self.drop_path:
+            add_drop_path(model, self.drop_path)
+
+    def optimizers(self, model: nn.Module, arguments: TrainingArguments) -> tuple[Any, None]:
+        """Return the Trainer's own optimizer with the candidate's groups, None where nothing is grouped."""
+        if self.bias_rate == 1 and self.weight_decay == 0:
+            return None, None
+        rate = arguments.learning_rate
+        groups = parameter_groups(model, rate, bias_lr=self.bias_rate * rate)
+        for group in groups:
+            if group["name"] in DELTAS:
+                group["weight_decay"] = self.weight_decay
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind(groups, **options), None
+
+
+def is_key_projection(path: str) -> bool:
+    """Return whether a module path is that of a key projection."""
+    return path.rpartition(".")[2] in KEYS
+
+
+def scaled(y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    """Return (1 + γ) · (y - b) + b: an output with another scale of what the weight gives.
+
+    Args:
+        y: output, with the neurons in dimension `channels`.
+        scale: `(neurons,)`, γ.
+        bias: `(neurons,)`, b, included in y; None if there is none.
+        channels: dimension of the neurons, negative.
+    """
+    shape = (-1, *(1,) * (-channels - 1))
+    product = y if bias is None else y - bias.to(y.dtype).view(shape)
+    return y + scale.to(y.dtype).view(shape) * product
+
+
+def add_scale(layer: EntryLayer) -> None:
+    """Give each neuron of an FPS layer a trained scale γ, the parameter `output_scale`, at first 0."""
+    base: Any = layer.base_layer
+    layer.output_scale = nn.Parameter(base.weight.new_zeros(layer.neurons))
+    channels = -3 if isinstance(base, nn.Conv2d) else -1
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        deltas = [module.fps_bias[name] for name in module.active_adapters if name in module.fps_bias]
+        held = [] if base.bias is None else [base.bias]
+        bias = sum([*held, *deltas]) if held or deltas else None
+        return scaled(output, module.output_scale, bias, channels)
+
+    layer.register_forward_hook(hook)
+
+
+TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
+    "try-no-key-biases": ("try: no biases of keys", TrainingCandidate(freeze_key_biases=True)),
+    "try-norms-biases": ("try: biases of norms", TrainingCandidate(bias="with_norms")),
+    "try-norm-weights-biases": (
+        "try: weights and biases of norms",
+        TrainingCandidate(bias="with_norms", norm_weights=True),
+    ),
+    "try-scales": ("try: scales for biases", TrainingCandidate(bias="none", scales=True)),
+    "try-scales-biases": ("try: scales", TrainingCandidate(scales=True)),
+    "try-bias-rate-third": ("try: a third of the rate for biases", TrainingCandidate(bias_rate=1 / 3)),
+    "try-bias-rate-triple": ("try: three times the rate for biases", TrainingCandidate(bias_rate=3.0)),
+    "try-drop-path": ("try: stochastic depth 0.1", TrainingCandidate(drop_path=0.1)),
+    **{
+        f"try-decay-{decay:g}": (f"try: weight decay {decay:g}", TrainingCandidate(weight_decay=decay))
+        for decay in (0.01, 0.1)
+    },
+    "try-clip": ("try: gradients clipped at 1", TrainingCandidate(recipe={"max_grad_norm": 1.0})),
+}
+"""Labels and candidates by the names of the command line."""
