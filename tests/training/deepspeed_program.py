@@ -17,6 +17,8 @@ from tests.training.ddp_program import Images
 
 
 STAGES = (1, 2)
+PARTITION_ALL = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+"""By default small parameters stay whole."""
 
 
 def adapted() -> Any:
@@ -33,7 +35,7 @@ def trainer(model: Any, folder: Path, stage: int) -> Trainer:
         learning_rate=1e-2,
         weight_decay=0.0,
         deepspeed={
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage} | (PARTITION_ALL if stage == 3 else {}),
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": "auto",
             "train_batch_size": "auto",
