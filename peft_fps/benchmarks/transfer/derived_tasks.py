@@ -76,7 +76,7 @@ def _shade(rng: np.random.Generator) -> Shade:
 
 def _rotation(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
     """Turn by quarters, and by a little more, so that all are interpolated; a quarter maps JPEG's grid to itself."""
-    return rotated(_image(sources["caltech101"], row), 90 * label + rng.uniform(-15, 15))
+    return rotated(_image(sources["eth80_azimuth"], row), 90 * label + rng.uniform(-15, 15))
 
 
 def _foreign(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
@@ -101,8 +101,8 @@ def _counting(label: int, row: int, sources: Split, rng: np.random.Generator) ->
 
 
 def _hue(label: int, row: int, sources: Split, rng: np.random.Generator) -> Image.Image:
-    """Turn all hues by any angle, and those in the middle by sixths of the circle beyond it."""
-    return with_hues_turned(_image(sources["flowers102"], row), int(rng.integers(256)), round(label * 256 / 6))
+    """Turn the hues in the middle by quarters of the circle; all pixels go by way of hues and back."""
+    return with_hues_turned(_image(sources["flowers102"], row), 64 * label)
 
 
 NEAREST, STEP, DIGIT_SIDE = 24, 9, 22
@@ -121,10 +121,10 @@ def _distance(label: int, row: int, sources: Split, rng: np.random.Generator) ->
 
 
 DERIVED: dict[str, DerivedTask] = {
-    "caltech101_rotation": DerivedTask(
+    "eth80_rotation": DerivedTask(
         "how far the disc in the middle of an image is turned, in quarters, within 15 degrees",
         ("0", "90", "180", "270"),
-        ("caltech101",),
+        ("eth80_azimuth",),
         _rotation,
     ),
     "tinyin_foreign_part": DerivedTask(
@@ -139,9 +139,9 @@ DERIVED: dict[str, DerivedTask] = {
         ("rsscn7", "omniglot100"),
         _counting,
     ),
-    "flowers102_relative_hue": DerivedTask(
-        "how far hues in the middle are turned beyond those around it, in sixths; all are turned by a random angle",
-        tuple(str(60 * number) for number in range(6)),
+    "flowers102_hue": DerivedTask(
+        "how far hues in the middle are turned, in quarters of the circle; those around it are the photograph's",
+        tuple(str(90 * number) for number in range(4)),
         ("flowers102",),
         _hue,
     ),

@@ -61,13 +61,12 @@ def with_objects(
     return found
 
 
-def with_hues_turned(image: Image.Image, everywhere: int, inside: int) -> Image.Image:
-    """Return an image with all hues turned, and those in the disc in its middle turned further.
+def with_hues_turned(image: Image.Image, turn: int) -> Image.Image:
+    """Return an image with the hues turned in the disc in its middle, which covers two fifths of the picture.
 
     Args:
         image: any image.
-        everywhere: turn of all hues, in 256ths of the circle.
-        inside: further turn within the disc, which covers two fifths of the picture.
+        turn: in 256ths of the circle of hues.
     """
     hue, saturation, value = squared(image).convert("HSV").split()
 
@@ -75,7 +74,7 @@ def with_hues_turned(image: Image.Image, everywhere: int, inside: int) -> Image.
         hues = hue.point([(level + by) % 256 for level in range(256)])
         return Image.merge("HSV", (hues, saturation, value)).convert("RGB")
 
-    return Image.composite(turned(everywhere + inside), turned(everywhere), _disc(0.36 * SIDE))
+    return Image.composite(turned(turn), turned(0), _disc(0.36 * SIDE))
 
 
 def ink(drawing: Image.Image) -> Image.Image:

@@ -94,8 +94,8 @@ class DeriveOptions:
     tasks: Annotated[
         Path,
         described(
-            "Holds a folder for each task that others are made of: caltech101, dtd10, flowers102, omniglot100, "
-            "rsscn7, tinyin_size.",
+            "Holds a folder for each task that others are made of: dtd10, eth80_azimuth, flowers102, "
+            "omniglot100, rsscn7, tinyin_size.",
             WHAT,
             metavar="FOLDER",
             file_okay=False,

@@ -16,7 +16,7 @@ from peft_fps.cli.app import app
 from peft_fps.vision.labelled_images import load_images
 
 
-SOURCES = ("caltech101", "dtd10", "flowers102", "omniglot100", "rsscn7", "tinyin_size")
+SOURCES = ("dtd10", "eth80_azimuth", "flowers102", "omniglot100", "rsscn7", "tinyin_size")
 COUNTS = {"train": 90, "validation": 9, "test": 90}
 BLUE = {"train": 40, "validation": 120, "test": 200}
 """What blue is in a split, within 15."""
@@ -78,20 +78,18 @@ def test_a_task_reads_as_others_do_and_its_classes_are_balanced(name, made):
     assert (meta["task"], meta["group"], meta["seed"]) == (name, "structured", 3)
 
 
-# the others turn hues, or cover the frame with grey
-@pytest.mark.parametrize(
-    "name", ["caltech101_rotation", "tinyin_foreign_part", "omniglot_counting", "digits_distance"]
-)
+# the other one turns hues
+@pytest.mark.parametrize("name", ["eth80_rotation", "tinyin_foreign_part", "omniglot_counting", "digits_distance"])
 @pytest.mark.parametrize("part", BLUE)
 def test_images_come_from_sources_of_the_same_split(name, part, made):
     blue = split_of(made / name, part)[0][..., 2]
     own = np.abs(blue - BLUE[part]) <= 25  # interpolation overshoots
     others = {other: np.abs(blue - value) <= 25 for other, value in BLUE.items() if other != part}
-    if name == "caltech101_rotation":
+    if name == "eth80_rotation":
         own |= blue == 127
         others = {other: near & (blue != 127) for other, near in others.items()}
     assert own.mean() > 0.75
-    objects = 0 if name in ("caltech101_rotation", "tinyin_foreign_part") else 0.1
+    objects = 0 if name in ("eth80_rotation", "tinyin_foreign_part") else 0.1
     assert all(near.mean() <= objects + 0.02 for near in others.values())
 
 
@@ -161,7 +159,7 @@ def test_missing_sources_and_folders_that_are_taken_are_named(sources, tmp_path)
     arguments = ["benchmark", "derive", "--output", str(tmp_path), "--tasks"]
     ended = CliRunner().invoke(app, [*arguments, str(tmp_path / "tasks")])
     assert ended.exit_code == 1
-    assert "which lacks caltech101, flowers102, omniglot100, rsscn7, tinyin_size" in ended.stderr
+    assert "which lacks eth80_azimuth, flowers102, omniglot100, rsscn7, tinyin_size" in ended.stderr
     (tmp_path / "digits_distance").mkdir()
     ended = CliRunner().invoke(app, [*arguments, str(sources)])
     assert ended.exit_code == 1
