@@ -6,8 +6,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps import FPSConfig
-from peft_fps.benchmarks.transfer.arms import ARMS, linear_layers
+from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
+from peft_fps.benchmarks.transfer.method_configs import linear_layers
 from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES
 
 

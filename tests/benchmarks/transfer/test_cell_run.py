@@ -14,9 +14,10 @@ from transformers import ViTForImageClassification
 
 from peft_fps import FPSConfig, Selection
 from peft_fps.benchmarks.transfer import cell_run
-from peft_fps.benchmarks.transfer.arms import ARMS, Arm, selecting
+from peft_fps.benchmarks.transfer.arms import ARMS, Arm
 from peft_fps.benchmarks.transfer.cell_run import run_cell, select
 from peft_fps.benchmarks.transfer.cells import Cell
+from peft_fps.benchmarks.transfer.method_configs import selecting
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.vision.classifiers import interpolates, load_model
 from peft_fps.vision.pixels import Collator
