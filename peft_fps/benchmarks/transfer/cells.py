@@ -49,7 +49,14 @@ class Setting:
     image_size: Annotated[int, pixels("Height, width.", HOW, least=8)] = 112
     epochs: Annotated[int, count("Passes over the images.", HOW)] = 5
     batch_size: Annotated[int, count("Images per step.", HOW)] = 16
-    precision: Annotated[Precision, described("Arithmetic of training; weights stay in float32.", HOW)] = "bf16"
+    precision: Annotated[
+        Precision,
+        described(
+            "Arithmetic of training; weights stay in float32. CPUs without bfloat16 instructions are many times slower "
+            "with bf16.",
+            HOW,
+        ),
+    ] = "bf16"
     threads: Annotated[int, count("CPU threads of each cell.", MACHINE)] = 1
 
     @property
