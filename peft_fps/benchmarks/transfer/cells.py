@@ -52,8 +52,8 @@ class Setting:
     precision: Annotated[
         Precision,
         described(
-            "Arithmetic of training; weights stay in float32. CPUs without bfloat16 instructions are many times slower "
-            "with bf16.",
+            "Arithmetic of training; weights stay in float32. bf16 is many times slower on CPUs without bfloat16 "
+            "instructions.",
             HOW,
         ),
     ] = "bf16"
