@@ -24,7 +24,7 @@ from peft_fps.registration import register, register_mixed
 from peft_fps.saved_selection import Selection
 from peft_fps.selection import LayerSelection, SelectionReport
 from peft_fps.tokens.merged_tokens import select_tokens, set_token_keep_rate, watch_new_models
-from peft_fps.training import FPSCallback, add_drop_path, parameter_groups
+from peft_fps.training import FPSCallback, parameter_groups
 
 
 try:
@@ -41,7 +41,6 @@ __all__ = [
     "Selection",
     "SelectionReport",
     "__version__",
-    "add_drop_path",
     "calibrate",
     "hotswap_adapter",
     "last_complete_checkpoint",
