@@ -28,8 +28,8 @@ KEYS = ("k_proj", "key")
 """Names of key projections. Their biases do nothing: they shift all scores of a query alike, and softmax takes no
 notice, unless positions rotate the keys."""
 
-DELTAS = ("entries", "biases", "norms")
-"""Parameter groups of changes to the base model, which decay draws to the base."""
+HEAD = ("whole", "whole, not decayed")
+"""Parameter groups of the output head."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class TrainingCandidate:
         scales: whether each neuron of an adapted layer gets a trained factor 1 + γ of (W + ΔW) x, as in SSF
             (arXiv 2210.08823).
         bias_rate: learning rate of bias deltas as a multiple of that of entries.
-        weight_decay: of entries and bias deltas; the head has none.
+        head_rate: learning rate of the output head as a multiple of that of entries.
+        weight_decay: of all that is trained but the head, so that it draws to the base model.
         drop_path: rate of stochastic depth in the last block.
         recipe: training arguments that differ.
     """
@@ -53,6 +54,7 @@ class TrainingCandidate:
     norm_weights: bool = False
     scales: bool = False
     bias_rate: float = 1.0
+    head_rate: float = 1.0
     weight_decay: float = 0.0
     drop_path: float = 0.0
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -93,12 +95,14 @@ class TrainingCandidate:
 
     def optimizers(self, model: nn.Module, arguments: TrainingArguments) -> tuple[Any, None]:
         """Return the Trainer's own optimizer with the candidate's groups, None where nothing is grouped."""
-        if self.bias_rate == 1 and self.weight_decay == 0:
+        if self.bias_rate == self.head_rate == 1 and self.weight_decay == 0:
             return None, None
         rate = arguments.learning_rate
         groups = parameter_groups(model, rate, bias_lr=self.bias_rate * rate)
         for group in groups:
-            if group["name"] in DELTAS:
+            if group["name"] in HEAD:
+                group["lr"] *= self.head_rate
+            else:
                 group["weight_decay"] = self.weight_decay
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return kind(groups, **options), None
@@ -149,6 +153,8 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-scales-biases": ("try: scales", TrainingCandidate(scales=True)),
     "try-bias-rate-third": ("try: a third of the rate for biases", TrainingCandidate(bias_rate=1 / 3)),
     "try-bias-rate-triple": ("try: three times the rate for biases", TrainingCandidate(bias_rate=3.0)),
+    "try-head-rate-third": ("try: a third of the rate for the head", TrainingCandidate(head_rate=1 / 3)),
+    "try-head-rate-tenth": ("try: a tenth of the rate for the head", TrainingCandidate(head_rate=0.1)),
     "try-drop-path": ("try: stochastic depth 0.1", TrainingCandidate(drop_path=0.1)),
     **{
         f"try-decay-{decay:g}": (f"try: weight decay {decay:g}", TrainingCandidate(weight_decay=decay))

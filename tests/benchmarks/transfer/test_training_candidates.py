@@ -104,7 +104,7 @@ def test_a_scaled_neuron_is_one_with_a_scaled_weight(build, x, bias):
 def test_rates_and_decay_are_those_of_the_kinds(tmp_path):
     model, found = trained(TrainingCandidate(bias="with_norms", bias_rate=3.0, weight_decay=0.1))
     arguments = TrainingArguments(str(tmp_path), learning_rate=1e-2, use_cpu=True, report_to=[])
-    optimizer, _ = TrainingCandidate(bias_rate=3.0, weight_decay=0.1).optimizers(model, arguments)
+    optimizer, _ = TrainingCandidate(bias_rate=3.0, head_rate=0.1, weight_decay=0.1).optimizers(model, arguments)
     names = {id(parameter): name for name, parameter in found.items()}
     settings = {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -112,7 +112,7 @@ def test_rates_and_decay_are_those_of_the_kinds(tmp_path):
         for parameter in group["params"]
     }
     assert settings == {
-        name: (3e-2 if "fps_bias" in name else 1e-2, 0.0 if "classifier" in name else 0.1) for name in found
+        name: (1e-3, 0.0) if "classifier" in name else (3e-2 if "fps_bias" in name else 1e-2, 0.1) for name in found
     }
     assert isinstance(optimizer, torch.optim.AdamW)
     assert TrainingCandidate().optimizers(model, arguments) == (None, None)
