@@ -34,9 +34,8 @@ class FPSModel(InjectionHooks):
     """A model with FPS adapters, made by `get_peft_model(model, FPSConfig(...))`.
 
     Its verbs are reached through the `PeftModel`: `model.calibrate(data)`, `model.selection_report()`, and PEFT's own
-    (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...).
-
-    A `PeftMixedModel`, which holds LoRA adapters besides, has an `FPSMixedModel` instead.
+    (`model.merge_and_unload()`, `model.merge_adapter()`, `model.set_adapter(name)`, ...). A `PeftMixedModel` with LoRA
+    adapters besides has an `FPSMixedModel` instead.
 
     BatchNorms, and other normalisations with running statistics, compute with these statistics in training too and do
     not update them, since they are not part of an adapter. Those in modules that are trained whole go on tracking.
