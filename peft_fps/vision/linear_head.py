@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -31,6 +32,19 @@ class LinearHead:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Return the share of rows of `features`, `(images, features)`, classified as `labels`, `(images,)`."""
         return float(accuracy_score(labels.numpy(), self.classifier.predict(features.numpy())))
+
+    def as_layer(self) -> tuple[Tensor, Tensor]:
+        """Return weight `(classes, features)` and bias `(classes,)`, float32, of the linear layer with its logits.
+
+        Its classes are those of the training split, in order. Of two classes, scikit-learn has the difference of the
+        logits alone; half of it goes to each.
+        """
+        scaler, regression = self.classifier[0], self.classifier[-1]
+        weight = regression.coef_ / scaler.scale_
+        bias = regression.intercept_ - weight @ scaler.mean_
+        if len(weight) == 1:
+            weight, bias = (np.concatenate([-half, half]) for half in (weight / 2, bias / 2))
+        return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
 
 def fit_linear_head(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> LinearHead:

@@ -46,6 +46,8 @@ class TrainingCandidate:
         head_rate: learning rate of the output head as a multiple of that of entries.
         weight_decay: of all that is trained but the head, so that it draws to the base model.
         drop_path: rate of stochastic depth in the last block.
+        fitted_head: whether the output head starts as the linear head that is fitted to the frozen model's features,
+            rather than at random.
         recipe: training arguments that differ.
     """
 
@@ -57,6 +59,7 @@ class TrainingCandidate:
     head_rate: float = 1.0
     weight_decay: float = 0.0
     drop_path: float = 0.0
+    fitted_head: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
@@ -155,6 +158,15 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-bias-rate-triple": ("try: three times the rate for biases", TrainingCandidate(bias_rate=3.0)),
     "try-head-rate-third": ("try: a third of the rate for the head", TrainingCandidate(head_rate=1 / 3)),
     "try-head-rate-tenth": ("try: a tenth of the rate for the head", TrainingCandidate(head_rate=0.1)),
+    "try-fitted-head": ("try: a fitted head", TrainingCandidate(fitted_head=True)),
+    "try-fitted-head-third": (
+        "try: a fitted head at a third of the rate",
+        TrainingCandidate(fitted_head=True, head_rate=1 / 3),
+    ),
+    "try-fitted-head-tenth": (
+        "try: a fitted head at a tenth of the rate",
+        TrainingCandidate(fitted_head=True, head_rate=0.1),
+    ),
     "try-drop-path": ("try: stochastic depth 0.1", TrainingCandidate(drop_path=0.1)),
     **{
         f"try-decay-{decay:g}": (f"try: weight decay {decay:g}", TrainingCandidate(weight_decay=decay))
