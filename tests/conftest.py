@@ -71,7 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG = (
     "notebooks/",
     "tests/test_quality.py",
-    "tests/minimum_versions/",
     "tests/training/test_distributed.py",
     "tests/test_minilm.py",
     "tests/hub/",

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
@@ -200,56 +201,107 @@ def test_what_pinned_packages_need_is_pinned_too(metadata: Metadata) -> None:
 # --- the installed wheel ---------------------------------------------------------------------------------------------
 
 
-WITHOUT_EXTRAS = """
-import sys
-from importlib.metadata import version
-from importlib.resources import files
-from pathlib import Path
+EXTRAS = ["datasets", "kornia", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
+
+IN_FORKS = """
+import os, sys, traceback, warnings
 
 for name in {extras}:
     sys.modules[name] = None  # as if it were not installed
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
-import peft_fps
 
-assert Path(peft_fps.__file__).is_relative_to({folder!r}), peft_fps.__file__
-assert peft_fps.__version__ == version("peft-fps")
+def without_extras():
+    warnings.resetwarnings()
+    from importlib.metadata import version
+    from importlib.resources import files
+    from pathlib import Path
+    import peft_fps
 
-def base():
-    torch.manual_seed(0)
-    return AutoModelForImageClassification.from_pretrained(files("peft_fps") / "vision" / "default_model").eval()
+    assert Path(peft_fps.__file__).is_relative_to({folder!r}), peft_fps.__file__
+    assert peft_fps.__version__ == version("peft-fps")
 
-model, images = get_peft_model(base(), peft_fps.FPSConfig()), torch.rand(4, 3, 32, 32)
-model.calibrate([{{"pixel_values": images}}], progress=False)
-with torch.no_grad():
-    for name, parameter in model.named_parameters():
-        if "fps_values" in name:
-            parameter += 0.01
-    outputs = model.eval()(images).logits
-    model.save_pretrained("adapter")
-    merged = PeftModel.from_pretrained(base(), "adapter").merge_and_unload()(images).logits
-torch.testing.assert_close(merged, outputs)
-assert not torch.allclose(outputs, base()(images).logits)
-print(peft_fps.__version__)
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForImageClassification.from_pretrained(files("peft_fps") / "vision" / "default_model").eval()
+
+    model, images = get_peft_model(base(), peft_fps.FPSConfig()), torch.rand(4, 3, 32, 32)
+    model.calibrate([{{"pixel_values": images}}], progress=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "fps_values" in name:
+                parameter += 0.01
+        outputs = model.eval()(images).logits
+        model.save_pretrained("adapter")
+        merged = PeftModel.from_pretrained(base(), "adapter").merge_and_unload()(images).logits
+    torch.testing.assert_close(merged, outputs)
+    assert not torch.allclose(outputs, base()(images).logits)
+    print(peft_fps.__version__)
+
+def command():
+    import runpy
+
+    for name in {extras}:
+        del sys.modules[name]
+    sys.argv = [{folder!r} + "/bin/peft-fps", "finetune", "--help"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+def in_fork(program):
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for number, kind in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(program.__name__ + "." + kind, os.O_CREAT | os.O_WRONLY), number)
+    try:
+        program()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+print(in_fork(without_extras), in_fork(command))
 """
 
 
-def test_the_wheel_works_without_the_sources_and_without_any_extra(installed: Path, tmp_path: Path) -> None:
-    extras = ["datasets", "kornia", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
-    program = WITHOUT_EXTRAS.format(extras=extras, folder=str(installed))
+@dataclass
+class Ran:
+    status: int
+    output: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def ran(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """What programs do where the wheel is installed, by name: forks of a process that imports other libraries once.
+
+    With warnings as errors, those of imports among them, and without the modules that extras bring.
+    """
+    folder = tmp_path_factory.mktemp("ran")
+    program = IN_FORKS.format(extras=EXTRAS, folder=str(installed))
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == [VERSION]  # peft_fps.__version__
+    found = zip(("without_extras", "command"), map(int, run.stdout.split()), strict=True)
+    return {
+        name: Ran(status, *((folder / f"{name}.{kind}").read_text() for kind in ("output", "errors")))
+        for name, status in found
+    }
 
 
-def test_the_wheel_brings_the_command(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_without_the_sources_and_without_any_extra(ran: dict[str, Ran]) -> None:
+    run = ran["without_extras"]
+    assert run.status == 0, run.errors[-3000:]
+    assert run.output.split() == [VERSION]  # peft_fps.__version__
+
+
+def test_the_wheel_brings_the_command(ran: dict[str, Ran]) -> None:
     """With warnings as errors, those of imports among them."""
-    command = [sys.executable, "-W", "error", str(installed / "bin" / "peft-fps"), "finetune", "--help"]
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "Usage: peft-fps finetune" in run.stdout
+    run = ran["command"]
+    assert run.status == 0, run.errors[-3000:]
+    assert "Usage: peft-fps finetune" in run.output

@@ -85,6 +85,13 @@ def test_the_workflow_runs_the_commands_of_the_readme() -> None:
 
 
 @on_github
+def test_what_the_printed_command_leaves_out_is_run_beside_it() -> None:
+    command = "python -m pytest -n 0 tests/minimum_versions"
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert command in [step.get("run") for step in steps(workflows()["ci.yml"])]
+
+
+@on_github
 def test_the_newest_versions_are_tested_weekly_apart_from_the_verdict() -> None:
     newest = workflows()["newest.yml"]
     assert set(newest[True]) == {"schedule", "workflow_dispatch"}  # YAML reads "on" as a truth value

@@ -61,7 +61,7 @@ def test_the_help_examples_name_options_that_exist():
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "digits"
-    return run("--epochs", 2, "--calibration-batches", 4, "--output", output), output
+    return run("--epochs", 1, "--calibration-batches", 4, "--output", output), output
 
 
 def test_embedded_default_ends_with_the_table(digits_run):
@@ -75,7 +75,7 @@ def test_embedded_default_ends_with_the_table(digits_run):
     assert f"{results['adapter_bytes']:,} bytes" in result.output
     assert list(results["seconds"]) == STAGES
     assert results["images"] == {"train": 800, "validation": 200, "test": 797}
-    assert results["options"]["epochs"] == 2
+    assert results["options"]["epochs"] == 1
     assert results["peak_memory"]["bytes"] > 100 * 2**20
 
 
@@ -91,8 +91,8 @@ def test_embedded_default_saves_what_it_measured(digits_run):
     base = AutoModelForImageClassification.from_pretrained(
         DEFAULT_MODEL, num_labels=10, ignore_mismatched_sizes=True, dtype=torch.float32
     )
-    adapted = logits_of(PeftModel.from_pretrained(base, output / "adapter"), pixels)
-    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
+    adapted = logits_of(PeftModel.from_pretrained(base, output / "adapter"), pixels[:100])
+    torch.testing.assert_close(adapted, merged[:100], rtol=0, atol=1e-4)
     assert results["agreement"]["merged"]["holds"]
     assert results["agreement"]["reloaded"]["holds"]
 
@@ -136,6 +136,7 @@ def test_a_folder_of_photographs(image_folder, tiny_model, tmp_path):
     assert merged.config.id2label == {0: "blue", 1: "red"}
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_the_same_seed_gives_the_same_adapter(plain_run, tmp_path):
     arguments, first = plain_run
     saved = {}
@@ -150,10 +151,8 @@ def test_the_same_seed_gives_the_same_adapter(plain_run, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--precision", "bf16"],
-        ["--image-size", "48"],
-        ["--importance", "random", "--bias", "none", "--granularity", "layer"],
-        ["--importance", "magnitude", "--granularity", "model", "--order", "bottom"],
+        ["--importance", "random", "--bias", "none", "--granularity", "layer", "--precision", "bf16"],
+        ["--importance", "magnitude", "--granularity", "model", "--order", "bottom", "--image-size", "48"],
         ["--importance", "gradient", "--granularity", "column"],
         ["--importance", "sensitivity", "--loss", "contrastive", "--image-size", "48"],
         ["--importance", "fisher", "--granularity", "block", "--bias", "with_norms"],
@@ -253,7 +252,7 @@ def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monk
 @pytest.mark.usefixtures("no_picture")
 def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("peft_fps.vision.rate_trials.TRIED_RATES", (1e-6, 1e-2))
-    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "fps", "--batch-size", 4, "--epochs", 8]
+    arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "fps", "--batch-size", 4, "--epochs", 4]
     arguments += ["--bias-learning-rate", 5e-3]
     result = run(*arguments, "--learning-rate", "auto", "--output", tmp_path / "auto")
     assert result.exit_code == 0, result.output
@@ -278,6 +277,7 @@ def test_views_need_a_library(image_folder, tiny_model, tmp_path, monkeypatch):
     assert "linear head" not in result.output  # said before any work
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_images_that_do_not_fit_in_memory(plain_run, tmp_path, monkeypatch):
     arguments, kept = plain_run
     monkeypatch.setattr("peft_fps.vision.pixels.MEMORY_LIMIT", 0)
@@ -370,7 +370,7 @@ def test_a_budget_that_nothing_fits_in_ends_with_one_clear_message(image_folder,
 
 
 def test_a_training_that_diverges_says_so(image_folder, tiny_model, tmp_path):
-    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 2, "--batch-size", 1]
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1, "--batch-size", 1]
     result = run(*arguments, "--learning-rate", 1e30, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "lower --learning-rate" in result.output
@@ -394,16 +394,16 @@ def test_a_real_vit_on_real_photographs(tmp_path):
     data = tmp_path / "hands"
     data.mkdir()
     source = SHARED / "tasks" / "sign_digits"
-    for split, rows in {"train": 64, "validation": 32, "test": 32}.items():
+    for split, rows in {"train": 40, "validation": 16, "test": 16}.items():
         part = load_dataset("parquet", data_files=str(source / f"{split}.parquet"), split="train")
         part.shuffle(seed=0).select(range(rows)).to_parquet(data / f"{split}.parquet")
     shutil.copy(source / "meta.json", data)
     model = SHARED / "models" / "vit-tiny-patch16-224-tinyimagenet"
-    result = run("--model", model, "--data", data, "--image-size", 64, "--epochs", 2, "--output", tmp_path / "out")
+    result = run("--model", model, "--data", data, "--image-size", 64, "--epochs", 1, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["classes"] == list("0123456789")
-    assert results["images"] == {"train": 64, "validation": 32, "test": 32}
+    assert results["images"] == {"train": 40, "validation": 16, "test": 16}
     assert results["image_shape"] == [3, 64, 64]
     assert results["agreement"]["merged"]["different_predictions"] == 0
     assert results["agreement"]["reloaded"]["different_predictions"] == 0

@@ -1,6 +1,8 @@
 """Push adapters and merged models, and write down in a folder what they computed."""
 
 import json
+from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,16 @@ BASE = files("peft_fps") / "vision" / "default_model"
 LABELS = 10
 
 
-def base() -> Any:
-    """The embedded tiny ViT, with a head that every process makes alike."""
+@cache
+def _loaded() -> Any:
     torch.manual_seed(0)
     options = {"num_labels": LABELS, "ignore_mismatched_sizes": True, "dtype": torch.float32}
     return AutoModelForImageClassification.from_pretrained(BASE, **options).eval()
+
+
+def base() -> Any:
+    """The embedded tiny ViT, with a head that every process makes alike."""
+    return deepcopy(_loaded())
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

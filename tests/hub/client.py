@@ -1,54 +1,62 @@
-"""Run as a process: import the client of a Hub once, and call a program in a fork for each line of the input.
+"""Run as a process: call a program for each line of the input, as one of two clients of a Hub, online and offline.
 
-A line holds, as JSON, the name of the program, its arguments, and variables of its environment. The answer is the
-exit status and what was printed.
+This process imports the libraries that know nothing of a Hub. Each client is a fork of it, and imports the others in
+its own environment, which huggingface_hub reads then. Each program runs in a fork of its client.
+
+A line holds, as JSON, whether the client is offline, the name of the program, its arguments, and variables of its
+environment. The answer is the exit status and what was printed.
 """
 
 import json
+import multiprocessing
 import os
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from multiprocessing.connection import Connection
 
-from peft_fps.sparse.kernels import cpu
-from tests.hub import author, notebook, reader
-
-
-PROGRAMS: dict[str, Callable[..., None]] = {"author": author.main, "reader": reader.main, "notebook": notebook.main}
+import IPython.core.interactiveshell
+import matplotlib.backends.backend_agg
+import PIL.Image
+import sklearn.datasets
+import sklearn.metrics
+import sklearn.model_selection
+import torch._dynamo
 
 
-def answer(name: str, arguments: list[Any], environment: dict[str, str]) -> tuple[int, str]:
-    """Call the program in a fork of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder, "printed")
-        child = os.fork()
-        if child == 0:
-            os._exit(_call(PROGRAMS[name], arguments, environment, printed))
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status), printed.read_text()
+__all__ = ["PIL", "IPython", "matplotlib", "sklearn", "torch"]
+
+ENVIRONMENTS = {False: {}, True: {"HF_HUB_OFFLINE": "1"}}
+"""Variables of a client's environment, by whether it is offline."""
 
 
-def _call(program: Callable[..., None], arguments: list[Any], environment: dict[str, str], printed: Path) -> int:
-    os.environ.update(environment)
-    with printed.open("w") as file:
-        for output in (1, 2):
-            os.dup2(file.fileno(), output)
-    try:
-        program(*arguments)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
+def serve(variables: dict[str, str], calls: Connection, callers_end: Connection) -> None:
+    """Import the libraries of a client, and answer calls until there are no more."""
+    callers_end.close()  # or the end of the calls would not be seen
+    os.environ.update(variables)
+    from tests.hub.programs import answer
+
+    while True:
+        try:
+            call = calls.recv()
+        except EOFError:
+            return
+        calls.send(answer(*call))
+
+
+def main() -> None:
+    assert "huggingface_hub" not in sys.modules
+    forks, clients = multiprocessing.get_context("fork"), {}
+    for line in sys.stdin:
+        offline, *call = json.loads(line)
+        if offline not in clients:
+            clients[offline], calls = forks.Pipe()
+            forks.Process(target=serve, args=(ENVIRONMENTS[offline], calls, clients[offline])).start()
+            calls.close()
+        clients[offline].send(call)
+        sys.stdout.write(json.dumps(clients[offline].recv()) + "\n")
         sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
+    for client in clients.values():
+        client.close()
 
 
 if __name__ == "__main__":
-    cpu.library()  # the kernel is built once for all forks
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(*json.loads(line))) + "\n")
-        sys.stdout.flush()
+    main()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.forked import TIMEOUT
 from tests.helpers import ROOT
 from tests.hub.server import Hub
 
@@ -13,7 +14,7 @@ from tests.hub.server import Hub
 class Client:
     """A process that knows no Hub but this one, and runs programs in forks of itself, which saves their imports."""
 
-    def __init__(self, hub: Hub, home: Path, **environment: str) -> None:
+    def __init__(self, hub: Hub, home: Path) -> None:
         self.home = home
         clean = {
             key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
@@ -29,17 +30,17 @@ class Client:
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub.client"],
-            env=clean | environment,
+            env=clean,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, program: str, *arguments: object, **environment: str) -> str:
-        """Run a program of `tests.hub.client` to its end; returns what it printed."""
+    def run(self, program: str, *arguments: object, offline: bool = False, **environment: str) -> str:
+        """Run a program of `tests.hub.programs` to its end; returns what it printed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([program, arguments, environment]) + "\n")
+        self._process.stdin.write(json.dumps([offline, program, arguments, environment]) + "\n")
         self._process.stdin.flush()
         status, printed = json.loads(self._process.stdout.readline())
         assert status == 0, printed
@@ -49,4 +50,4 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)  # it ends with its input
+        self._process.communicate(timeout=TIMEOUT)  # it ends with its input

@@ -80,8 +80,7 @@ def story(hub: Hub, client: Client, tmp_path_factory: pytest.TempPathFactory) ->
     known = ("second", "tag", "branch", "trained", "secret", "other revision")
     cached = {key: {k: v for k, v in LOADS[key].items() if k != "token"} for key in known}
     before = len(hub.state.requests)
-    with Client(hub, client.home, HF_HUB_OFFLINE="1") as offline:
-        offline.run("reader", str(folder), "offline", cached | first)
+    client.run("reader", str(folder), "offline", cached | first, offline=True)
     return Story(
         hub.state,
         hub.state.requests[before:],

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,11 @@ from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state
 BATCHES = [{"pixel_values": torch.stack([e["pixel_values"] for e in EXAMPLES[i : i + 4]])} for i in (0, 4, 8)]
 
 
+small_vit = partial(tiny_vit, layers=1)
+
+
 def uncalibrated(**options: Any) -> PeftModel:
-    return get_peft_model(dropping(tiny_vit()), FPSConfig(**{"per_neuron": 2, **options}))
+    return get_peft_model(dropping(small_vit()), FPSConfig(**{"per_neuron": 2, **options}))
 
 
 def selections(model: nn.Module) -> dict[str, list[list[int]]]:
@@ -209,14 +213,14 @@ def test_before_the_first_step(tmp_path: Path) -> None:
 def test_an_adapter_that_has_its_selection_keeps_it(state: str, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     model = uncalibrated()
     if state == "by magnitude":
-        model = adapted(tiny_vit(), filled=False)
+        model = adapted(small_vit(), filled=False)
     else:
         model.calibrate([{"pixel_values": images(seed=77)}], progress=False)
     if state == "trained":
         trainer(model, tmp_path).train()
     if state == "loaded":
         model.save_pretrained(tmp_path / "adapter")
-        model = PeftModel.from_pretrained(tiny_vit(), tmp_path / "adapter", is_trainable=True)
+        model = PeftModel.from_pretrained(small_vit(), tmp_path / "adapter", is_trainable=True)
     before = selections(model)
     trainer(model, tmp_path, [FPSCallback()]).train()
     assert calls == []
@@ -252,7 +256,7 @@ def test_the_active_adapter_is_calibrated(tmp_path: Path) -> None:
 
 def test_a_model_without_an_adapter_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no active FPS adapter"):
-        trainer(tiny_vit(), tmp_path, [FPSCallback()]).train()
+        trainer(small_vit(), tmp_path, [FPSCallback()]).train()
 
 
 def test_bad_calibration_data_stops_the_run_before_it_starts(tmp_path: Path) -> None:
@@ -396,7 +400,7 @@ def test_the_card_states_the_evaluation_of_the_best_checkpoint_that_was_put_back
 
 
 def test_an_evaluation_of_several_adapters_is_none_of_each(tmp_path: Path) -> None:
-    model = adapted(tiny_vit())
+    model = adapted(small_vit())
     model.add_adapter("other", FPSConfig(per_neuron=1, importance="magnitude", modules_to_save=[]))
     model.base_model.set_adapter(["default", "other"])
     trainer(model, tmp_path, [FPSCallback()]).evaluate()
@@ -425,7 +429,7 @@ def test_the_trainers_own_card_keeps_our_part(tmp_path: Path) -> None:
     for whole in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         whole.create_or_update_model_card(str(tmp_path / "copy"))
         assert trained_state(whole) == trained_state(model)
-    plain = tiny_vit()
+    plain = small_vit()
     FPSCallback().on_push_begin(run.args, run.state, run.control, model=plain)
     assert "create_or_update_model_card" not in vars(plain)
 
