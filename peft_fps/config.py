@@ -109,10 +109,11 @@ class FPSConfig(SavedConfig):
             In some blocks, behind attention, the patches with the most attention from the CLS token stay, and the
             others become one token, their mean weighted by that attention. This saves time in training and at
             inference, before and after merging, and changes what the model computes. It is off while entries are
-            chosen. `model.set_token_keep_rate(1.0)` switches it off for the moment. Several active adapters: the
-            smallest share counts. For models that read the CLS token alone: transformers' ViT, DeiT and DINOv2, timm's
-            VisionTransformer. Not with attention masks or masked patches; hidden states differ in length between
-            blocks. Default: None, all patches stay.
+            chosen, but a merged model's own is not. `model.set_token_keep_rate(1.0)` switches it off for the moment,
+            a merged model's own too. Several active adapters: the smallest share counts. For models that read the CLS
+            token alone: transformers' ViT, DeiT and DINOv2, timm's VisionTransformer. Not with attention masks,
+            masked patches or maps of patches; hidden states differ in length between blocks. Default: None, all
+            patches stay.
         token_blocks: indices of the blocks that select tokens, from 0. TR-PTS's public code has `[3, 6, 9]` of 12.
             Default: the three blocks that hold the smallest share of the best `block_top` of all scores, so those to
             which `granularity="block"` gives the fewest entries; the earlier block where shares are equal. The first

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
@@ -27,7 +27,7 @@ from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
 from peft_fps.selection import SelectionReport
 from peft_fps.tokens.merged_tokens import set_token_keep_rate, settle_token_selection
-from peft_fps.tokens.token_placement import check_unmixed, place_token_selection
+from peft_fps.tokens.token_placement import place_token_selection, unmixed_tokens
 
 
 class FPSModel(InjectionHooks):
@@ -245,7 +245,8 @@ class FPSModel(InjectionHooks):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        if names is not None:
-            check_unmixed(self.model, names)
-        with nullcontext() if names is None else mixed_batch(self, names, kwargs):
+        if names is None:
+            yield
+            return
+        with unmixed_tokens(self.model, names), mixed_batch(self, names, kwargs):
             yield

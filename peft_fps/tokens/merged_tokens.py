@@ -50,35 +50,32 @@ def set_token_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | 
     Args:
         model: a model with an adapter that selects tokens, or a merged one.
         keep_rate: the share, above 0 and at most 1.
-        adapter_name: of the adapter. Default: those of the active adapters that select tokens. Not for merged models.
+        adapter_name: of the adapter. Default: those of the active adapters that select tokens, and a merged model's
+            own selection, also below new adapters.
 
     Raises:
         TypeError, ValueError: the share is not such, or nothing selects tokens. Nothing is changed then.
     """
     _check_rate(keep_rate)
     layers = fps_layers(model).values()
-    if not layers and adapter_name is None:
-        switches: list[Any] = [module.token_switch for module in model.modules() if hasattr(module, "token_switch")]
-        for switch in switches:
-            switch.fixed = float(keep_rate)
-        if not switches:
-            raise ValueError(
-                f"{type(model).__name__} selects no tokens, expected a model merged from an adapter that does, or "
-                "blocks chosen with peft_fps.select_tokens."
-            )
-        return
     states: dict[str, AdapterState] = {}
     for layer in layers:
         names = layer.merged_adapters or layer.active_adapters if adapter_name is None else [adapter_name]
         states |= {name: layer.fps_state[name] for name in names if name in layer.fps_state}
     selecting = [state for state in states.values() if state.token_keep_rate is not None]
-    if not selecting:
+    fixed = _fixed_switches(model) if adapter_name is None else []
+    if not selecting and not fixed:
         raise ValueError(
             f"Found {adapter_name or 'the active adapters'!r} without token selection, expected an adapter made with "
             "FPSConfig(token_keep_rate=...)."
+            if layers or adapter_name is not None
+            else f"{type(model).__name__} selects no tokens, expected a model merged from an adapter that does, or "
+            "blocks chosen with peft_fps.select_tokens."
         )
     for state in selecting:
         state.token_keep_rate = float(keep_rate)
+    for switch in fixed:
+        switch.fixed = float(keep_rate)
 
 
 def settle_token_selection(model: nn.Module, merged: bool) -> None:
@@ -99,6 +96,8 @@ def settle_token_selection(model: nn.Module, merged: bool) -> None:
     if rates == before:
         return
     noted = _note(base_model(model), rates)
+    if not rates:
+        return
     kept = ", ".join(f"{rate:g} in block {index}" for index, rate in rates.items())
     remedy = (
         "Its config says so: import peft_fps before the saved model is loaded"
@@ -110,6 +109,12 @@ def settle_token_selection(model: nn.Module, merged: bool) -> None:
         "all tokens, which it was not trained on.",
         stacklevel=4,
     )
+
+
+def _fixed_switches(model: nn.Module) -> list[Any]:
+    """Return the switches of a model that selects tokens whatever its adapters are."""
+    switches: list[Any] = [module.token_switch for module in model.modules() if "token_switch" in vars(module)]
+    return [switch for switch in switches if switch.fixed is not None]
 
 
 def _check_rate(keep_rate: Any) -> None:

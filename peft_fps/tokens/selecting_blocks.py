@@ -156,24 +156,6 @@ class TimmScoringAttention(Switched):
         return attended, cls_attention(query[:, :, 0], key, attention.scale)
 
 
-class UnmaskedEmbeddings(Switched):
-    """Embeddings of transformers that refuse masked patches while tokens are selected."""
-
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Any = None, **kwargs: Any) -> Any:
-        """Return the embedded tokens `(batch, tokens, width)` of images `(batch, channels, height, width)`.
-
-        Raises:
-            ValueError: patches are masked, and tokens are selected.
-        """
-        if bool_masked_pos is not None and self.token_switch.keep_rate() < 1:
-            raise ValueError(
-                f"{self.token_switch.path}: found bool_masked_pos while tokens are selected (token_keep_rate), "
-                "expected whole images: a masked patch may be one that does not stay. Leave the mask out, or call "
-                "model.set_token_keep_rate(1.0)."
-            )
-        return super().forward(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
-
-
 DERIVED: dict[tuple[type, type], Any] = {}
 """Classes that were made so far, by the two that they were made from."""
 

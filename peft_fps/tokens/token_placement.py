@@ -1,11 +1,13 @@
 """Blocks that select tokens are put into a model, and taken out of it, as its adapters ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.tokens.selecting_blocks import SelectingBlock, Switched, UnmaskedEmbeddings, switch_class
+from peft_fps.tokens.selecting_blocks import SelectingBlock, Switched, switch_class
 from peft_fps.tokens.token_switch import TokenSwitch
 from peft_fps.tokens.vision_trunk import VisionTrunk, class_name, vision_trunk
 
@@ -34,7 +36,7 @@ def place_token_selection(model: nn.Module) -> None:
     for index, (path, block) in enumerate(trunk.blocks.items()):
         wanted = {name: layer for name, layer in guides.items() if index in _blocks(layer, name)}
         _place(path, block, trunk, TokenSwitch(path, trunk.protected, fixed_rate(block), wanted))
-    _place_embeddings(trunk, guides)
+    _place_guard(trunk, guides)
 
 
 def fix_token_selection(model: nn.Module, rates: dict[int, float], *, with_adapters: bool = True) -> None:
@@ -53,7 +55,7 @@ def fix_token_selection(model: nn.Module, rates: dict[int, float], *, with_adapt
     for index, (path, block) in enumerate(trunk.blocks.items()):
         wanted = {name: layer for name, layer in guides.items() if index in _blocks(layer, name)}
         _place(path, block, trunk, TokenSwitch(path, trunk.protected, rates.get(index), wanted))
-    _place_embeddings(trunk, guides)
+    _place_guard(trunk, guides)
 
 
 def remove_token_selection(model: nn.Module) -> None:
@@ -88,8 +90,19 @@ def check_blocks(trunk: VisionTrunk, blocks: Sequence[int]) -> None:
         )
 
 
-def check_unmixed(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Raise ValueError if a batch is to mix adapters of which one selects tokens, so that sequences would differ."""
+@contextmanager
+def unmixed_tokens(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Let no adapter select tokens while a batch has adapters of its own, whichever are active in the model.
+
+    What a merged model has selected since merging stays.
+
+    Args:
+        model: a base model with adapters.
+        adapter_names: of the batch, one per sample.
+
+    Raises:
+        ValueError: one of the batch's adapters selects tokens, so that sequences would differ.
+    """
     selecting = [name for name in _guides(model) if name in adapter_names]
     if selecting:
         raise ValueError(
@@ -97,6 +110,15 @@ def check_unmixed(model: nn.Module, adapter_names: Sequence[str]) -> None:
             "since the sequences of one batch have one length. Run their samples as batches of their own, with "
             "model.set_adapter(name)."
         )
+    switches: list[Any] = [m.token_switch for m in model.modules() if "token_switch" in vars(m)]
+    guides = [switch.guides for switch in switches]
+    for switch in switches:
+        switch.guides = {}
+    try:
+        yield
+    finally:
+        for switch, before in zip(switches, guides, strict=True):
+            switch.guides = before
 
 
 def eligible(blocks: int) -> range:
@@ -156,11 +178,12 @@ def _place(path: str, block: nn.Module, trunk: VisionTrunk, switch: TokenSwitch)
         switch_class(block, None, None)
 
 
-def _place_embeddings(trunk: VisionTrunk, guides: dict[str, FPSLayer]) -> None:
-    """Let the embeddings refuse masked patches as long as some block selects tokens."""
-    if trunk.embeddings is None:
-        return
-    path, embeddings = trunk.embeddings
+def _place_guard(trunk: VisionTrunk, guides: dict[str, FPSLayer]) -> None:
+    """Let what needs every patch in some calls refuse these as long as some block selects tokens."""
+    path, part = trunk.guarded
     rates = [rate for block in trunk.blocks.values() if (rate := fixed_rate(block)) is not None]
     switch = TokenSwitch(path, trunk.protected, min(rates, default=None), guides)
-    switch_class(embeddings, UnmaskedEmbeddings if switch.needed else None, switch if switch.needed else None)
+    if switch.needed:
+        switch_class(part, trunk.architecture.guard, switch)
+    elif isinstance(part, Switched):
+        switch_class(part, None, None)

@@ -19,6 +19,7 @@ from peft_fps.tokens.selecting_blocks import (
     ViTSelectingBlock,
     plain_class,
 )
+from peft_fps.tokens.token_guards import MaplessTransformer, UnmaskedEmbeddings
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Architecture:
         protected: from the transformer to the number of tokens before the patches.
         block: by name of the class of its blocks, what such a block becomes.
         attention: by name of the class of their attention, what that becomes.
-        embeddings: path of what may mask patches; None if nothing does.
+        guarded: path of the part that needs every patch in some calls; "" for the transformer itself.
+        guard: what that part becomes, to refuse these.
     """
 
     blocks: str
     protected: Callable[[Any], int]
     block: dict[str, type[SelectingBlock]]
     attention: dict[str, type[Switched]]
-    embeddings: str | None = "embeddings"
+    guarded: str = "embeddings"
+    guard: type[Switched] = UnmaskedEmbeddings
 
 
 def _of_transformers(
@@ -55,7 +58,8 @@ TIMM = Architecture(
     dict.fromkeys(
         ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"), TimmScoringAttention
     ),
-    embeddings=None,
+    guarded="",
+    guard=MaplessTransformer,
 )
 
 ARCHITECTURES = dict(
@@ -97,13 +101,13 @@ class VisionTrunk:
         blocks: its blocks by path in the base model, in order.
         protected: number of tokens before the patches.
         architecture: how it is built.
-        embeddings: path and module of what may mask patches; None if nothing does.
+        guarded: path and module of the part that needs every patch in some calls.
     """
 
     blocks: dict[str, nn.Module]
     protected: int
     architecture: Architecture
-    embeddings: tuple[str, nn.Module] | None
+    guarded: tuple[str, nn.Module]
 
 
 def vision_trunk(model: nn.Module) -> VisionTrunk:
@@ -133,10 +137,8 @@ def vision_trunk(model: nn.Module) -> VisionTrunk:
     }
     for path, block in blocks.items():
         _check_block(path, block, architecture)
-    embeddings = None
-    if architecture.embeddings is not None:
-        embeddings = (f"{within}{architecture.embeddings}", trunk.get_submodule(architecture.embeddings))
-    return VisionTrunk(blocks, architecture.protected(trunk), architecture, embeddings)
+    guarded = (f"{within}{architecture.guarded}".rstrip("."), trunk.get_submodule(architecture.guarded))
+    return VisionTrunk(blocks, architecture.protected(trunk), architecture, guarded)
 
 
 def class_name(module: nn.Module) -> str:

@@ -64,6 +64,23 @@ def test_an_adapter_on_a_merged_model_leaves_its_setting() -> None:
     assert torch.equal(logits(again.unload()(IMAGES)), before)
 
 
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_all_patches_stay_below_an_adapter_on_a_merged_model(rate: float | None) -> None:
+    model, _ = merged()
+    peft_fps.set_token_keep_rate(model, 1.0)
+    whole = logits(model(IMAGES))
+    peft_fps.set_token_keep_rate(model, 0.5)
+    blocks = None if rate is None else [2]
+    again = get_peft_model(
+        model, FPSConfig(per_neuron=1, importance="magnitude", token_keep_rate=rate, token_blocks=blocks)
+    ).eval()
+    again.set_token_keep_rate(1.0)
+    assert torch.equal(logits(again(IMAGES)), whole)
+    plain = again.merge_and_unload()
+    assert plain.config.fps_token_keep_rates == {}
+    assert torch.equal(logits(plain(IMAGES)), whole)
+
+
 def test_a_config_that_does_not_fit_is_named_when_it_is_read(tmp_path: Path) -> None:
     model, _ = merged()
     for noted in ({"9": 0.5}, {"1": 0.0}, [1]):

@@ -110,6 +110,20 @@ def test_masks_are_refused_by_the_block_that_they_meet() -> None:
     model(IMAGES, bool_masked_pos=torch.ones(3, 16, dtype=torch.bool))
 
 
+def test_maps_of_fewer_patches_are_refused_even_where_their_number_fits() -> None:
+    model = build("timm")
+    whole = model.forward_intermediates(IMAGES)[1]
+    select_tokens(model, 0.5, [2])  # 9 tokens of 16 numbers are 16 of 9
+    for call in (model.forward_intermediates, lambda x: model.get_intermediate_layers(x, reshape=True)):
+        with pytest.raises(ValueError, match="VisionTransformer: found a call for maps of patches"):
+            call(IMAGES)
+    assert [len(x[0]) for x in model.forward_intermediates(IMAGES, output_fmt="NLC")[1]] == [16, 16, 9, 9, 9]
+    assert type(copy.deepcopy(model)).__name__ == "VisionTransformer"
+    set_token_keep_rate(model, 1.0)
+    for found, wanted in zip(model.forward_intermediates(IMAGES)[1], whole, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_names_of_classes_stay() -> None:
     block = selecting("vit").vit.layers[1]
     assert [type(block).__name__, type(block.attention).__name__] == ["ViTLayer", "ViTAttention"]

@@ -95,7 +95,10 @@ def test_one_batch_cannot_mix_lengths() -> None:
     model.eval()
     with pytest.raises(ValueError, match=r"adapter_names holds \['default'\], which select tokens"):
         model(IMAGES, adapter_names=["default", "all", "all"])
-    model(IMAGES, adapter_names=["all", "__base__", "all"])
+    with torch.no_grad():  # the active adapter selects, and the adapters of the batch do not
+        found = logits(model(IMAGES, adapter_names=["all", "__base__", "all"]))
+    torch.testing.assert_close(found, output(build("vit")))
+    assert torch.equal(output(model), output(adapted()))
 
 
 def test_merging_in_place_and_unmerging_keep_selecting() -> None:
