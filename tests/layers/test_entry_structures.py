@@ -45,13 +45,6 @@ ONE_OF_VIT: dict[str, Any] = {"target_modules": ["q_proj"]}
 ONE_OF_MLP: dict[str, Any] = {"target_modules": ["first"], "modules_to_save": ["last"]}
 
 
-def injected(target: str) -> nn.Module:
-    """Without PEFT's own modules around it: where a graph breaks at an error, each is traced anew."""
-    model = inject_adapter_in_model(config(target_modules=[target]), tiny_mlp()).eval()
-    fill(model)
-    return model
-
-
 def assert_one_graph(model: nn.Module, inputs: dict[str, Tensor], backend: str = "eager") -> None:
     """The model, which has not run, compiles as a whole; results and gradients are those of an equal eager model."""
     eager = copy.deepcopy(model)
@@ -181,7 +174,7 @@ def test_an_adapter_that_was_never_loaded_is_refused(fullgraph: bool, tmp_path: 
 
 
 def test_a_damaged_adapter_is_refused_before_a_graph_uses_it() -> None:
-    model = injected("last")
+    model = adapted(tiny_mlp(), target_modules=["last"])
     layers_of(model)["last"].fps_columns["default"][:] = 99
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="last: adapter 'default': fps_columns ranges over"):
@@ -223,10 +216,10 @@ def test_a_compiled_model_follows_new_entries(way: str, names: list[str]) -> Non
 
 
 def test_a_compiled_model_refuses_what_is_loaded_damaged_and_goes_on_after_it_is_mended() -> None:
-    model, x = injected("first"), normal(3, 10)
+    model, x = adapted(tiny_mlp(), target_modules=["first"]), normal(3, 10)
     good = copy.deepcopy(model.state_dict())
     bad = copy.deepcopy(good)
-    bad["first.fps_columns.default"].fill_(99)
+    bad["base_model.model.first.fps_columns.default"].fill_(99)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     expected = compiled(x)
