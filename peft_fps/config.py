@@ -55,7 +55,11 @@ class FPSConfig(SavedConfig):
         bias: which biases get a trained delta. Deltas of biases switch, merge and save with the adapter. `"all"`:
             those of all targeted modules (as in GPS and FPS); at the default budget it gains 2.8 points of accuracy
             over entries alone. `"with_norms"`: those of all LayerNorms too, the normalisations of embeddings included;
-            with `budget=0` this is BitFit. `"none"`.
+            with `budget=0` this is BitFit. `"none"`. Biases that cannot change the output are left out, and the budget
+            goes to entries: those of key projections under softmax, which cancels them, without rotary positions. The
+            report counts them. That holds for the attention classes named in `peft_fps.targets.inert_biases`. A layer
+            that computes query, key and value together (timm, GPT-2, `nn.MultiheadAttention`) keeps its whole delta,
+            and with `token_gate` no bias is left out.
         importance: the score of a weight w. All but `"magnitude"` and `"random"` need `calibrate` with data. Without
             it, training goes on with entries chosen by |w|, and a warning says so once.
             `"activation"`: FPS, eqs. 2-6, from forward passes. `"magnitude"`: |w| alone (NeuroAda, Super-Tuning).

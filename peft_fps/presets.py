@@ -152,7 +152,8 @@ PRESETS: dict[str, Preset] = {
         },
         "BitFit, arXiv 2106.10199",
         "Made for BERT on GLUE; the recipe holds the defaults of the authors' code. Biases of linear and "
-        "convolutional layers and of LayerNorms, as there; biases that are parameters of other modules stay frozen.",
+        "convolutional layers and of LayerNorms, as there, but for those of keys, which softmax cancels, so that they "
+        "change nothing; biases that are parameters of other modules stay frozen.",
     ),
     "neuroada": Preset(
         {"importance": "magnitude", "granularity": "neuron", "per_neuron": 1, "bias": "none"},

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast
 from transformers.modelcard import TASK_MAPPING
 
 from peft_fps.card.selection_method import DescribedSettings, describe
-from peft_fps.checkpoint import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS, open_safetensors
+from peft_fps.checkpoint import PEFT_PREFIX, PICKLED_WEIGHTS, WEIGHTS, is_left_out, open_safetensors
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord
 from peft_fps.layers.adapter_state import AdapterState, Evaluation
 
@@ -69,7 +69,7 @@ class Facts:
         modules: number of modules with an entry or a bias delta.
         weights: number of weights in these modules.
         entries: number of selected weights.
-        biases: number of bias deltas; None if the file does not tell.
+        biases: number of bias deltas, without those that are left out; None if the file does not tell.
         base_parameters: number of parameters of the base model without its output head; None if it is unknown.
         whole: shapes of the tensors that are trained and saved whole, by name.
         file: name of the adapter's file.
@@ -136,7 +136,7 @@ def read_facts(
     whole: dict[str, tuple[int, ...]] = {}
     path = folder / WEIGHTS
     if path.exists():
-        biases, whole = _read_header(path, set(record.whole_tensors or ()))
+        biases, whole = _read_sizes(path, set(record.whole_tensors or ()))
     else:
         path = folder / PICKLED_WEIGHTS
         if not path.exists():
@@ -179,14 +179,15 @@ def _names(classes: Mapping[str, Any]) -> list[str]:
     return [name for held in classes.values() for name in ([held] if isinstance(held, str) else held)]
 
 
-def _read_header(path: Path, whole: set[str]) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Return the number of bias deltas, and the shapes of the tensors named in `whole`; reads no tensor."""
+def _read_sizes(path: Path, whole: set[str]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Return the number of bias deltas, and the shapes of the tensors named in `whole`; reads no other tensors."""
     biases, shapes = 0, {}
     with open_safetensors(path) as file:
         for key in sorted(file.keys()):
             name = key.removeprefix(PEFT_PREFIX)
             if name.endswith(".fps_bias"):
-                biases += file.get_slice(key).get_shape()[0]
+                bias = file.get_tensor(key)
+                biases += 0 if is_left_out(bias) else bias.numel()
             elif name in whole:
                 shapes[name] = tuple(file.get_slice(key).get_shape())
     return biases, shapes

@@ -23,6 +23,8 @@ from peft_fps.checkpoint.encoding import (
     decode,
     encode,
     encoded_bytes,
+    is_left_out,
+    left_out_bias,
     no_entries,
 )
 from peft_fps.checkpoint.file_checks import Expected, check_adapter_tensors, check_contents, check_whole_modules
@@ -52,8 +54,10 @@ __all__ = [
     "encode",
     "encoded_bytes",
     "fingerprint",
+    "is_left_out",
     "is_pickled",
     "last_complete_checkpoint",
+    "left_out_bias",
     "no_entries",
     "open_safetensors",
     "recover_adapter",

@@ -5,7 +5,7 @@
 | `fps_values` | `(nnz,)` | as trained, float32 by default |
 | `fps_columns` | `(nnz,)` | uint16 where the fan-in is at most 65,536, else int32 |
 | `fps_row_counts` | `(neurons,)` | the smallest unsigned type that holds the largest count |
-| `fps_bias` | `(neurons,)` | like values; unless `bias="none"` |
+| `fps_bias` | `(neurons,)` | like values; unless `bias="none"`; negative zeros where the bias is left out |
 | `fps_threshold` | `(1,)` | float32; only with `token_gate` |
 
 A neuron is an output of a linear layer, or an output channel of a convolution. Columns count its inputs from 0, as the
@@ -21,6 +21,9 @@ weight `W` lists them:
 In the last row, taps is the number of positions in the kernel. `o = n % (neurons / groups)` is the place of the neuron
 in its group. `i = n // (neurons / groups) · (channels / groups) + c // taps` is an input channel of that group. So the
 columns of a transposed convolution are those of a convolution with the same channels and kernel.
+
+Negative zero changes no number that it is added to, not even the sign of a zero. So versions that know of no bias that
+is left out load such a file, and compute the same.
 
 A norm, which has a bias delta alone, is written as a module with 0 inputs and 0 entries.
 """
@@ -80,6 +83,18 @@ def no_entries(bias: Tensor) -> dict[str, Tensor]:
     """Return what a file holds of a norm besides its bias delta `(neurons,)`, as tensors in memory by their names."""
     counts = torch.zeros(bias.numel(), dtype=torch.int32, device=bias.device)
     return {"fps_values": bias.detach().new_zeros(0), "fps_columns": counts[:0], "fps_row_counts": counts}
+
+
+def left_out_bias(values: Tensor, neurons: int) -> Tensor:
+    """Return what a file holds as `fps_bias` `(neurons,)` of an adapter that leaves it out, in the dtype of its values."""
+    return values.new_full((neurons,), -0.0)
+
+
+def is_left_out(bias: Tensor) -> bool:
+    """Return whether an `fps_bias` of a file says that the adapter leaves it out."""
+    if bias.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or not bias.numel():
+        return False
+    return bool(((bias == 0) & bias.signbit()).all())
 
 
 def encoded_bytes(row_counts: Tensor, inputs: int, value_size: int, biases: int) -> int:

@@ -1,10 +1,12 @@
 """What a model with an adapter expects of the adapter's file."""
 
+from collections.abc import Mapping
+
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fps.base.compiled import plain_name
-from peft_fps.checkpoint import PEFT_PREFIX, Expected
+from peft_fps.checkpoint import PEFT_PREFIX, Expected, is_left_out
 from peft_fps.layers.fps_layer import FPSLayer
 
 
@@ -30,7 +32,26 @@ def expected_module(layer: FPSLayer, adapter_name: str, entries: int) -> Expecte
     """
     sizes = layer.sizes(adapter_name)
     gate = layer.threshold(adapter_name) is not None
-    return Expected(sizes.neurons, sizes.inputs, entries, adapter_name in layer.fps_bias, gate)
+    bias = adapter_name in layer.fps_bias or layer.has_inert_bias(adapter_name)
+    return Expected(sizes.neurons, sizes.inputs, entries, bias, gate)
+
+
+def without_left_out(
+    modules: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, FPSLayer], adapter_name: str
+) -> dict[str, Mapping[str, Tensor]]:
+    """Return the tensors of a file without those `fps_bias` that say that there is none.
+
+    Args:
+        modules: tensors by module path and name.
+        layers: of the adapter, by module path.
+        adapter_name: name of the adapter.
+    """
+    return {
+        path: {name: tensor for name, tensor in tensors.items() if name != "fps_bias" or not is_left_out(tensor)}
+        if path in layers and layers[path].has_inert_bias(adapter_name)
+        else tensors
+        for path, tensors in modules.items()
+    }
 
 
 def whole_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -43,6 +43,8 @@ class AdapterState:
         base_fingerprint: of the base model, None where it could not be taken.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
+        inert_biases: paths of modules whose bias does not change the output, see `has_inert_bias`. The adapter has a
+            bias delta there only if it came with one.
         buffers: digests of the base model's buffers when the adapter was added, by name.
         before: an adapter file began to load; None once it has, and for an adapter that came from no file.
         base_parameters: number of parameters of the base model without its output head; None if it was not counted.
@@ -59,6 +61,7 @@ class AdapterState:
     base_fingerprint: Mapping[str, str] | None = None
     saved_inputs: str = "rebuild"
     unreached: set[str] = field(default_factory=set)
+    inert_biases: frozenset[str] = frozenset()
     buffers: dict[str, str] = field(default_factory=dict)
     before: "Before | None" = None
     base_parameters: int | None = None

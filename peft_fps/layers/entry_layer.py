@@ -134,6 +134,16 @@ class EntryLayer(StructuredLayer, FPSLayer):
             values.grad = None
             self.fps_columns[adapter_name] = self.fps_columns[adapter_name].new_full((entries,), UNLOADED_COLUMN)
 
+    def hold_inert_bias(self, adapter_name: str, held: bool) -> None:
+        """Let the adapter have a bias delta here, to be set next, or none, if the bias is inert."""
+        if self.has_inert_bias(adapter_name) and held != (adapter_name in self.fps_bias):
+            if held:
+                values = self.fps_values[adapter_name]
+                blank = values.detach().new_full((self.neurons,), torch.nan)
+                self.fps_bias[adapter_name] = nn.Parameter(blank, requires_grad=values.requires_grad)
+            else:
+                del self.fps_bias[adapter_name]
+
     def leave_out(self, adapter_name: str) -> None:
         """Let the adapter hold nothing here, neither entries nor a bias delta, until it gets a selection."""
         self.resize(adapter_name, 0)
@@ -145,6 +155,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
         if values is None or columns is None or values.dim() != 1 or values.shape != columns.shape:
             return None
         self.resize(adapter_name, values.numel())
+        self.hold_inert_bias(adapter_name, bias is not None)
         return values.numel() > 0 or bias is None or bias.numel() > 0
 
     def delete_adapter(self, adapter_name: str) -> None:

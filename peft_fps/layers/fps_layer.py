@@ -26,7 +26,8 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
         base_layer: the frozen layer.
         module_path: path of the layer in the base model, for messages.
         neurons: number of elements of a bias delta.
-        fps_bias: per adapter `(neurons,)`, bias delta; not with `bias="none"`, nor where the base layer has no bias.
+        fps_bias: per adapter `(neurons,)`, bias delta; not with `bias="none"`, nor where the base layer has no bias or
+            an inert one, see `AdapterState`.
         fps_state: per adapter what its layers share. The adapters of this layer are those named here.
         scaling: per adapter the scale of its changes, which is not saved.
     """
@@ -134,6 +135,10 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
         state = self.fps_state.get(adapter_name)
         return state is not None and self.module_path not in state.unreached
 
+    def has_inert_bias(self, adapter_name: str) -> bool:
+        """Return whether the bias does not change the output, so that the adapter needs no bias delta here."""
+        return self.module_path in self.fps_state[adapter_name].inert_biases
+
     # --- an adapter's tensors ---------------------------------------------------------------------------------------
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -158,7 +163,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
             state: what all its layers share.
             inference_mode: whether it is not to be trained.
         """
-        if bias and getattr(self.base_layer, "bias", None) is not None:
+        if bias and getattr(self.base_layer, "bias", None) is not None and self.module_path not in state.inert_biases:
             blank = torch.full((self.neurons,), torch.nan, dtype=self._values_dtype(), device=self._adapter_device())
             self.fps_bias[adapter_name] = nn.Parameter(blank)
         self.fps_state[adapter_name] = state

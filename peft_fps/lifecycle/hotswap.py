@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_fps.base.compiled import unwrapped
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint import TRAINED, Contents, check_contents, decode
-from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
+from peft_fps.checkpoint.expected_contents import expected_module, whole_keys, without_left_out
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
@@ -160,20 +160,21 @@ def _checked_contents(
     held = model.state_dict(keep_vars=True)
     present = {name: held[key] for name, key in whole_keys(model, adapter_name).items()}
     check_contents(contents, expected, present)
-    return contents, present
+    return replace(contents, modules=without_left_out(contents.modules, layers, adapter_name)), present
 
 
 def _as_held(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a module's tensors as its layer will hold them.
 
     They are on the layer's device. Their dtype loses no digit of the file's, nor is it narrower than before. If
-    `tensors` is empty, there are no entries, and bias deltas are 0.
+    `tensors` is empty, there are no entries, and bias deltas are 0. An inert bias has a delta if the file has one.
     """
     result = {}
     for name in layer.tensor_names():
-        if adapter_name not in getattr(layer, name):
+        inert = name == "fps_bias" and layer.has_inert_bias(adapter_name)
+        if name not in tensors if inert else adapter_name not in getattr(layer, name):
             continue
-        present = getattr(layer, name)[adapter_name].detach()
+        present = getattr(layer, "fps_values" if inert else name)[adapter_name].detach()
         if tensors:
             result[name] = decode(name, tensors[name]).to(present.device)
         else:
@@ -199,6 +200,8 @@ def _put(
         wholes: tensors of modules that are trained whole, each with what it is to hold.
     """
     for path, layer in layers.items():
+        if isinstance(layer, EntryLayer):
+            layer.hold_inert_bias(adapter_name, "fps_bias" in tensors[path])
         for name, tensor in tensors[path].items():
             held = getattr(layer, name)
             old = held[adapter_name]

@@ -100,6 +100,7 @@ class InjectionHooks(BaseTuner):
         injection = prepare_injection(model, peft_config, self._stored)
         self._state.base_fingerprint = injection.plan.base_fingerprint
         self._state.base_parameters = injection.plan.base_parameters
+        self._state.inert_biases = injection.plan.inert_biases
         self._injections = self._injections | {self._injected: injection}
         self._modules_to_save, self._target_parameters = peft_config.modules_to_save, peft_config.target_parameters
         # PEFT then finds a module at the path of each parameter, and has no parameter to look for

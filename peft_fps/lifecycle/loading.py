@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.base.sharded import reshard, sharded_like
 from peft_fps.checkpoint import REMEDY, TRAINED, Contents, Expected, check_contents, decode
-from peft_fps.checkpoint.expected_contents import expected_module, state_dict_path, whole_keys
+from peft_fps.checkpoint.expected_contents import expected_module, state_dict_path, whole_keys, without_left_out
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
@@ -56,6 +56,7 @@ def load_state(
     except ValueError:
         withdraw_adapter(model, adapter_name)
         raise
+    contents = replace(contents, modules=without_left_out(contents.modules, layers, adapter_name))
     _check_room(layers, expected, adapter_name, contents)
     _leave_out([layer for path, layer in layers.items() if path not in expected], adapter_name, len(layers))
     result = {wholes[name]: tensor for name, tensor in contents.wholes.items()}
@@ -79,11 +80,12 @@ def _check_room(
         found, dtype = layer.sizes(adapter_name).entries, layer.adapter_parameters(adapter_name)[0].dtype
         trained = [tensors[name].dtype for name in TRAINED if name in tensors]
         wider = [kind for kind in trained if torch.promote_types(kind, dtype) != dtype]
-        if entries != found or (path in expected) != layer.carries(adapter_name) or wider:
+        others = bool(tensors) and ("fps_bias" in tensors) != (adapter_name in layer.fps_bias)
+        if entries != found or (path in expected) != layer.carries(adapter_name) or wider or others:
             raise ValueError(
                 f"{path}: the adapter file has {entries:,} entries in {trained or 'no dtype'}, expected the {found:,} "
-                f"in {dtype} with which the model was sharded. Load the adapter before the model is sharded. Nothing "
-                "was changed."
+                f"in {dtype} with which the model was sharded, and bias deltas in the same modules. Load the adapter "
+                "before the model is sharded. Nothing was changed."
             )
 
 
@@ -117,22 +119,30 @@ def _expected(
     """Return what is expected of a file, by module path.
 
     These are the modules that the adapter has, with their numbers of entries. An adapter that was not built from a
-    saved config may also load a file whose calibration has reached other modules, with other numbers of entries, if
-    it has no more entries and bias deltas in total.
+    saved config may also load a file whose calibration has reached other modules, or that has other inert biases, with
+    other numbers of entries, if it has no more entries and bias deltas in total. Inert ones do not count.
 
     Raises:
         ValueError: the file has more entries and bias deltas than the adapter.
     """
     carrying = {path: layer for path, layer in layers.items() if layer.carries(adapter_name)}
     modules = contents.modules
-    others_reached = modules and modules.keys() != carrying.keys() and modules.keys() <= layers.keys()
-    if config.record is not None or not others_reached:
+    inert = {path for path in modules if path in layers and layers[path].has_inert_bias(adapter_name)}
+    held = without_left_out(modules, layers, adapter_name)
+    other_biases = any(("fps_bias" in held[path]) != (adapter_name in layers[path].fps_bias) for path in inert)
+    others = modules.keys() != carrying.keys() or other_biases
+    if config.record is not None or not (modules and others and modules.keys() <= layers.keys()):
         return {
             path: expected_module(layer, adapter_name, layer.sizes(adapter_name).entries)
             for path, layer in carrying.items()
         }
     planned = sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters(adapter_name))
-    trained = sum(tensors[name].numel() for tensors in modules.values() for name in TRAINED if name in tensors)
+    trained = sum(
+        tensors[name].numel()
+        for path, tensors in modules.items()
+        for name in TRAINED
+        if name in tensors and not (name == "fps_bias" and path in inert)
+    )
     if trained > planned:
         raise ValueError(
             f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
@@ -159,6 +169,7 @@ def _make_room(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]
     """Give the adapter's tensors in a layer the sizes of the file's, and a dtype that loses no digit of them."""
     if isinstance(layer, EntryLayer):
         layer.resize(adapter_name, tensors["fps_columns"].numel())
+        layer.hold_inert_bias(adapter_name, "fps_bias" in tensors)
     layer.resize_bias(adapter_name, layer.neurons)
     state = layer.fps_state[adapter_name]
     state.unreached.discard(layer.module_path)

@@ -19,6 +19,7 @@ from peft_fps.layers.merge_record import unmerged_copy
 from peft_fps.selection import LayerShape, allocate, check_granularity
 from peft_fps.selection.budget_allocation import matches
 from peft_fps.targets.base_parameters import base_parameters, count_base_parameters
+from peft_fps.targets.inert_biases import inert_biases
 from peft_fps.targets.target_checks import check_named_modules, check_target, check_untied
 
 
@@ -30,11 +31,13 @@ class Plan:
         entries: number of entries of each targeted module, by path.
         base_fingerprint: fingerprint of the base weights; None if they cannot be read.
         base_parameters: number of parameters of the base model without its output head.
+        inert_biases: paths of the modules of which a new adapter trains no bias, since it changes nothing.
     """
 
     entries: dict[str, int]
     base_fingerprint: dict[str, str] | None
     base_parameters: int
+    inert_biases: frozenset[str] = frozenset()
 
 
 def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], saved_names: Mapping[str, str]) -> Plan:
@@ -59,7 +62,7 @@ def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], save
     kinds = {name: kind for name, base in bases.items() if (kind := entry_layer_class(base))}
     weights = {name: _base_weight(model, name) for name in names}
     found = fingerprint(weights)
-    parameters = count_base_parameters(model, head)
+    parameters, inert = count_base_parameters(model, head), _inert_biases(model, config, bases)
     if config.record is not None:
         shapes = {name: kind.shape_of(bases[name]) for name, kind in kinds.items()}
         found_sizes = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
@@ -68,12 +71,22 @@ def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], save
         as_saved = found if renamed == weights else fingerprint(renamed)
         check_fingerprint(config.record.base_fingerprint, as_saved, config.check_base)
         entries = {name: sizes.entries for name, sizes in config.record.allocation.items()}
-        return Plan(entries, found, parameters)
+        return Plan(entries, found, parameters, inert)
     if not names:
         return Plan({}, found, parameters)  # PEFT says which targets were not found
-    biases = sum(bias_count(base) for base in bases.values())
+    biases = sum(bias_count(base) for name, base in bases.items() if name not in inert)
     shapes = {name: kind.selectable_shape(bases[name]) for name, kind in kinds.items()}
-    return Plan(allocate_entries(shapes, biases, config, parameters), found, parameters)
+    return Plan(allocate_entries(shapes, biases, config, parameters), found, parameters, inert)
+
+
+def _inert_biases(model: nn.Module, config: FPSConfig, bases: Mapping[str, Any]) -> frozenset[str]:
+    """Return the paths of the modules of which the adapter needs no bias delta, although its config asks for biases.
+
+    A gate lets a bias delta count at some positions alone, so at some keys, and no bias is inert.
+    """
+    if config.bias == "none" or config.token_gate is not None:
+        return frozenset()
+    return inert_biases(model, [name for name, base in bases.items() if bias_count(base)])
 
 
 def allocate_entries(

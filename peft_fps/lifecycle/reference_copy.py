@@ -79,6 +79,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     for layer in adapter_layers(model, target).values():
         if isinstance(layer, EntryLayer):
             layer.set_selection(target, layer.fps_columns[source].clone(), layer.fps_row_counts[source].clone())
+            layer.hold_inert_bias(target, source in layer.fps_bias)
         else:
             layer.start_from_zero(target)
         for name in layer.adapter_layer_names:

@@ -10,7 +10,7 @@ from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import plain_name
 from peft_fps.base.sharded import is_partitioned, is_sharded, whole
 from peft_fps.card import SavedAdapter
-from peft_fps.checkpoint import TENSORS, encode, no_entries, tensors_digest
+from peft_fps.checkpoint import TENSORS, encode, left_out_bias, no_entries, tensors_digest
 from peft_fps.checkpoint.expected_contents import state_dict_path, whole_keys
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
@@ -57,6 +57,8 @@ def saved_state(
             _check_gathered(keys[name], getattr(layer, name).get(adapter_name), state_dict)
         if isinstance(layer, Norm):
             tensors |= no_entries(tensors["fps_bias"])
+        elif "fps_bias" not in tensors and layer.has_inert_bias(adapter_name):
+            tensors["fps_bias"] = left_out_bias(tensors["fps_values"], layer.neurons)
         _check_tensors(layer, adapter_name, tensors)
         state = layer.fps_state[adapter_name]
         sizes = allocation[layer.module_path] = layer.sizes(adapter_name)

@@ -39,11 +39,14 @@ def selection_report(model: nn.Module, adapter_name: str | None = None, *, probe
     config, layers = adapter_config(model, adapter_name), adapter_layers(model, adapter_name)
     measured = {} if probe is None else probe_changes(model, adapter_name, probe)
     rows: list[LayerSelection] = []
+    inert: dict[str, int] = {}
     for path, layer in layers.items():
         biases = layer.neurons if layer.bias_delta(adapter_name) is not None else 0
+        if not biases and layer.has_inert_bias(adapter_name):
+            inert[path] = layer.neurons
         if isinstance(layer, EntryLayer):
             values, counts, shape = layer.fps_values[adapter_name], layer.fps_row_counts[adapter_name], layer.shape
-            size = encoded_bytes(counts, shape.inputs, values.element_size(), biases)
+            size = encoded_bytes(counts, shape.inputs, values.element_size(), biases + inert.get(path, 0))
             if (threshold := layer.threshold(adapter_name)) is not None:
                 size += threshold.nbytes
             found = measured.get(path)
@@ -76,6 +79,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None, *, probe
         left_out={weight.name: weight.share for weight in left_out(base, [*layers, *wholes])},
         unreached=() if state.calibration is None else state.calibration.unreached,
         tied={path: tuple(layer.sharing) for path, layer in entry_layers(layers).items() if layer.sharing},
+        inert_biases=inert,
         token_keep_rate=state.token_keep_rate,
         token_blocks=state.token_blocks or (),
     )

@@ -15,7 +15,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, entry_layers, target_layers
 from peft_fps.layers.packed_layer import PackedLayer
-from peft_fps.lifecycle.plan import allocate_entries, bias_count
+from peft_fps.lifecycle.plan import allocate_entries
 from peft_fps.targets.base_parameters import count_base_parameters
 
 
@@ -44,7 +44,7 @@ def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[
     if all(layer.carries(adapter_name) == (path in reached) for path, layer in layers.items()):
         return {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(trained).items()}
     shapes = {path: layer.selectable_shape(layer.base_layer) for path, layer in entry_layers(trained).items()}
-    biases = sum(bias_count(layer.base_layer) for layer in trained.values())
+    biases = sum(layer.neurons for layer in trained.values() if adapter_name in layer.fps_bias)
     parameters = count_base_parameters(base_model(model))
     return allocate_entries(shapes, biases, config, parameters, absent=layers.keys() - trained.keys())
 

@@ -18,6 +18,7 @@ from peft_fps.lifecycle.combination import Combination, combine, united_entries
 from peft_fps.lifecycle.plan import bias_count
 from peft_fps.selection.budget_allocation import round_up
 from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.targets.inert_biases import inert_biases
 from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_checks import whole_tensors
 
@@ -65,7 +66,7 @@ def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_
         whole_tensors=tuple(given),
         selecting_blocks=token_blocks,
     )
-    config = _combined_config(model, configs, layers, record, list(names))
+    config = _combined_config(model, configs, layers, combined, record, list(names))
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(model, adapter_name)
     for path, tensors in combined.items():
@@ -186,14 +187,17 @@ def _combined_config(
     model: nn.Module,
     configs: Sequence[FPSConfig],
     layers: Mapping[str, FPSLayer],
+    combined: Mapping[str, _Combined],
     record: AdapterRecord,
     modules_to_save: list[str],
 ) -> FPSConfig:
     """Return a config as if the new adapter came from a file: with its sizes, and what it trains as its budget."""
-    biases = {"none": 0, "all": 1, "with_norms": 2}
-    bias = max((config.bias for config in configs), key=lambda kind: biases[kind])
+    order = {"none": 0, "all": 1, "with_norms": 2}
+    bias = max((config.bias for config in configs), key=lambda kind: order[kind])
     entries = sum(sizes.entries for sizes in record.allocation.values())
-    trained = entries + sum(0 if bias == "none" else bias_count(layer.base_layer) for layer in layers.values())
+    inert = inert_biases(model, [path for path, tensors in combined.items() if tensors.bias is None])
+    biases = sum(bias_count(layer.base_layer) for path, layer in layers.items() if path not in inert)
+    trained = entries + (0 if bias == "none" else biases)
     return replace(
         configs[0],
         budget=min(round_up(trained, count_base_parameters(model)), 1.0) if entries else 0.0,
@@ -215,6 +219,7 @@ def _fill(layer: FPSLayer, adapter_name: str, tensors: _Combined) -> None:
         assert tensors.entries is not None
         layer.set_selection(adapter_name, tensors.entries.columns, tensors.entries.row_counts)
         layer.fps_values[adapter_name].data = tensors.entries.values
+        layer.hold_inert_bias(adapter_name, tensors.bias is not None)
     else:
         layer.start_from_zero(adapter_name)
     if tensors.bias is not None:  # else it stays zero, if the new adapter has one here

@@ -106,7 +106,8 @@ def allocate(
     if result.trained == 0:
         raise ValueError(
             f"Nothing would be trained: {f'budget={budget}' if per_neuron is None else f'per_neuron={per_neuron}'} "
-            f"selects no entry of {len(layers)} targeted modules and no bias is trained. Raise it, or use bias='all'."
+            f"selects no entry of {len(layers)} targeted modules and no bias is trained (biases of keys that softmax "
+            "cancels are left out). Raise it, or use bias='all'."
         )
     return result
 

@@ -57,6 +57,8 @@ class SelectionReport:
         budget: the configured limit as a share of `base_parameters`. None with `per_neuron`.
         method: one line on how the entries were chosen.
         unreached: paths of modules that the calibration data did not reach, and that are not trained.
+        inert_biases: numbers of neurons by path of the modules whose bias is not trained since it cannot change the
+            output. The file has placeholders for them.
         token_keep_rate: share of the patches that stay where tokens are selected. None if none are selected.
         token_blocks: indices of the blocks that select tokens.
         tied: paths of modules that share the weight of an adapted embedding and compute with its changes, by path of
@@ -79,6 +81,7 @@ class SelectionReport:
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unseen: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, float] = field(default_factory=dict)
+    inert_biases: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -177,6 +180,12 @@ class SelectionReport:
             )
         if self.unreached:
             summary.append(f"not reached by calibration, not trained: {', '.join(self.unreached)}")
+        if self.inert_biases:
+            number = len(self.inert_biases)
+            summary.append(
+                f"biases of {number} key projection{'' if number == 1 else 's'} "
+                f"({sum(self.inert_biases.values()):,} numbers) are left out: softmax cancels them"
+            )
         for embedding, uses in self.tied.items():
             summary.append(f"tied weights: the changes of {embedding} count in {', '.join(uses)} too")
         for embedding, number in self.unseen.items():

@@ -17,16 +17,11 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.lookup import fps_layers
 from peft_fps.layers.norm import Norm, is_biased_norm
-from peft_fps.lifecycle.plan import bias_count
 from peft_fps.selection.budget_allocation import exact
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.training.drop_path import add_drop_path
 from peft_fps.training.parameter_groups import parameter_groups
 
-
-KEYS = ("k_proj", "key")
-"""Names of key projections. Their biases do nothing: they shift all scores of a query alike, and softmax takes no
-notice, unless positions rotate the keys."""
 
 HEAD = ("whole", "whole, not decayed")
 """Parameter groups of the output head."""
@@ -38,7 +33,6 @@ class TrainingCandidate:
 
     Attributes:
         bias: which biases are trained, as `FPSConfig` says.
-        freeze_key_biases: whether the bias deltas of key projections stay zero.
         norm_weights: whether the weights of LayerNorms are trained, in the base model itself.
         scales: whether each neuron of an adapted layer gets a trained factor 1 + γ of (W + ΔW) x, as in SSF
             (arXiv 2210.08823).
@@ -52,7 +46,6 @@ class TrainingCandidate:
     """
 
     bias: Literal["none", "all", "with_norms"] = "all"
-    freeze_key_biases: bool = False
     norm_weights: bool = False
     scales: bool = False
     bias_rate: float = 1.0
@@ -70,25 +63,17 @@ class TrainingCandidate:
         return FPSConfig(budget=(max(entries_and_biases, 0) + 0.5) / parameters, bias=self.bias, seed=seed)
 
     def _besides(self, base: PreTrainedModel) -> int:
-        """Return how many numbers are trained beyond those that the config counts, frozen biases subtracted."""
+        """Return how many numbers are trained beyond those that the config counts."""
         heads = tuple(output_head(base))
         modules = {name: module for name, module in base.named_modules() if not name.startswith(heads)}
         kinds = {name: kind for name, module in modules.items() if (kind := entry_layer_class(module)) is not None}
         norms = [module.weight.numel() for module in modules.values() if is_biased_norm(module)]
         scales = [kind.shape_of(modules[name]).neurons for name, kind in kinds.items()]
-        frozen = [bias_count(modules[name]) for name in kinds if is_key_projection(name)]
-        if self.freeze_key_biases and not frozen:
-            raise ValueError(
-                f"A {type(base).__name__} has no projection of keys alone ({', '.join(KEYS)}), whose biases could be "
-                "frozen. Leave the method out."
-            )
-        return self.norm_weights * sum(norms) + self.scales * sum(scales) - self.freeze_key_biases * sum(frozen)
+        return self.norm_weights * sum(norms) + self.scales * sum(scales)
 
     def prepare(self, model: nn.Module) -> None:
-        """Freeze and add what the candidate says, in a model whose entries are selected."""
-        for path, layer in fps_layers(model).items():
-            if self.freeze_key_biases and is_key_projection(path):
-                layer.fps_bias.requires_grad_(False)
+        """Add what the candidate says to a model whose entries are selected."""
+        for layer in fps_layers(model).values():
             if self.norm_weights and isinstance(layer, Norm):
                 layer.base_layer.weight.requires_grad_(True)
             if self.scales and isinstance(layer, EntryLayer):
@@ -109,11 +94,6 @@ class TrainingCandidate:
                 group["weight_decay"] = self.weight_decay
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return kind(groups, **options), None
-
-
-def is_key_projection(path: str) -> bool:
-    """Return whether a module path is that of a key projection."""
-    return path.rpartition(".")[2] in KEYS
 
 
 def scaled(y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
@@ -146,7 +126,6 @@ def add_scale(layer: EntryLayer) -> None:
 
 
 TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
-    "try-no-key-biases": ("try: no biases of keys", TrainingCandidate(freeze_key_biases=True)),
     "try-norms-biases": ("try: biases of norms", TrainingCandidate(bias="with_norms")),
     "try-norm-weights-biases": (
         "try: weights and biases of norms",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_fps.card.selection_method import describe
-from peft_fps.checkpoint import decode
+from peft_fps.checkpoint import decode, is_left_out
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
@@ -79,10 +79,11 @@ class Inspection:
         """One row for each module, block after block: sizes from the config, the rest from the file."""
         sizes = {} if self.record is None else self.record.allocation
         rows: list[LayerSelection] = []
+        trained_biases = self.biases
         for module, size in sorted(sizes.items(), key=lambda item: _by_number(item[0])):
             held = self.tensors.get(module, {})
             entries = held["fps_columns"].numel() if "fps_columns" in held else 0
-            biases = held["fps_bias"].numel() if "fps_bias" in held else 0
+            biases = trained_biases[module].numel() if module in trained_biases else 0
             total = sum(tensor.nbytes for tensor in held.values())
             if size.is_norm:
                 rows.append(NormSelection(module, size.neurons, biases=biases, bytes=total))
@@ -107,8 +108,9 @@ class Inspection:
 
     @property
     def biases(self) -> dict[str, Tensor]:
-        """The bias deltas, by module path."""
-        return {path: held["fps_bias"] for path, held in self.tensors.items() if "fps_bias" in held}
+        """The bias deltas, by module path. Those that the adapter leaves out are not among them."""
+        found = {path: held["fps_bias"] for path, held in self.tensors.items() if "fps_bias" in held}
+        return {path: bias for path, bias in found.items() if not is_left_out(bias)}
 
     @property
     def settings(self) -> dict[str, Any]:
