@@ -86,7 +86,7 @@ def no_entries(bias: Tensor) -> dict[str, Tensor]:
 
 
 def left_out_bias(values: Tensor, neurons: int) -> Tensor:
-    """Return what a file holds as `fps_bias` `(neurons,)` of an adapter that leaves it out, in the dtype of its values."""
+    """Return the `fps_bias` `(neurons,)` of a file that says that there is none, in the dtype of the values."""
     return values.new_full((neurons,), -0.0)
 
 

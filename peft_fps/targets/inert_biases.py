@@ -21,31 +21,39 @@ from peft_fps.base.compiled import unwrapped
 KEY_PROJECTIONS: dict[str, dict[str, frozenset[str]]] = {
     "transformers": {
         "k_proj": frozenset(
-            """
-            ASTAttention AltCLIPAttention BartAttention BioGptAttention BlenderbotAttention
-            BlenderbotSmallAttention CLIPAttention CLIPSegAttention ChineseCLIPVisionAttention
-            Data2VecAudioAttention DeiTAttention DetrCrossAttention DetrSelfAttention Dinov2Attention
-            Dinov2WithRegistersAttention GitVisionAttention GroupViTAttention HubertAttention IJepaAttention
-            Idefics3VisionAttention M2M100Attention MBartAttention MarianAttention MvpAttention OPTAttention
-            OwlViTAttention Owlv2Attention PLBartAttention PegasusAttention SEWAttention SegformerAttention
-            Siglip2Attention SiglipAttention SmolVLMVisionAttention SwinAttention TableTransformerAttention
-            UniSpeechAttention UniSpeechSatAttention ViTAttention ViTMAEAttention ViTMSNAttention
-            VivitAttention Wav2Vec2Attention WavLMAttention
-            """.split()
+            {
+                *("ASTAttention", "AltCLIPAttention", "BartAttention", "BioGptAttention"),
+                *("BlenderbotAttention", "BlenderbotSmallAttention", "CLIPAttention"),
+                *("CLIPSegAttention", "ChineseCLIPVisionAttention", "Data2VecAudioAttention"),
+                *("DeiTAttention", "DetrCrossAttention", "DetrSelfAttention", "Dinov2Attention"),
+                *("Dinov2WithRegistersAttention", "GitVisionAttention", "GroupViTAttention"),
+                *("HubertAttention", "IJepaAttention", "Idefics3VisionAttention"),
+                *("M2M100Attention", "MBartAttention", "MarianAttention", "MvpAttention"),
+                *("OPTAttention", "OwlViTAttention", "Owlv2Attention", "PLBartAttention"),
+                *("PegasusAttention", "SEWAttention", "SegformerAttention", "Siglip2Attention"),
+                *("SiglipAttention", "SmolVLMVisionAttention", "SwinAttention"),
+                *("TableTransformerAttention", "UniSpeechAttention", "UniSpeechSatAttention"),
+                *("ViTAttention", "ViTMAEAttention", "ViTMSNAttention", "VivitAttention"),
+                *("Wav2Vec2Attention", "WavLMAttention"),
+            }
         ),
         "key": frozenset(
-            """
-            AlbertAttention AltRobertaSelfAttention BertCrossAttention BertGenerationSelfAttention
-            BertSelfAttention BlipTextSelfAttention CamembertSelfAttention ChineseCLIPTextSelfAttention
-            ConvBertSelfAttention DPTSelfAttention Data2VecTextSelfAttention DonutSwinSelfAttention
-            ElectraSelfAttention ErnieSelfAttention EsmSelfAttention GLPNEfficientSelfAttention
-            GitSelfAttention LayoutLMSelfAttention LiltSelfAttention MarkupLMSelfAttention
-            MegatronBertSelfAttention MobileBertSelfAttention PvtEfficientSelfAttention PvtV2SelfAttention
-            RemBertSelfAttention RobertaCrossAttention RobertaPreLayerNormSelfAttention RobertaSelfAttention
-            SplinterSelfAttention SqueezeBertSelfAttention TapasSelfAttention ViltSelfAttention
-            VisualBertSelfAttention XLMRobertaCrossAttention XLMRobertaSelfAttention
-            XLMRobertaXLSelfAttention YolosSelfAttention
-            """.split()
+            {
+                *("AlbertAttention", "AltRobertaSelfAttention", "BertCrossAttention"),
+                *("BertGenerationSelfAttention", "BertSelfAttention", "BlipTextSelfAttention"),
+                *("CamembertSelfAttention", "ChineseCLIPTextSelfAttention"),
+                *("ConvBertSelfAttention", "DPTSelfAttention", "Data2VecTextSelfAttention"),
+                *("DonutSwinSelfAttention", "ElectraSelfAttention", "ErnieSelfAttention"),
+                *("EsmSelfAttention", "GLPNEfficientSelfAttention", "GitSelfAttention"),
+                *("LayoutLMSelfAttention", "LiltSelfAttention", "MarkupLMSelfAttention"),
+                *("MegatronBertSelfAttention", "MobileBertSelfAttention"),
+                *("PvtEfficientSelfAttention", "PvtV2SelfAttention", "RemBertSelfAttention"),
+                *("RobertaCrossAttention", "RobertaPreLayerNormSelfAttention"),
+                *("RobertaSelfAttention", "SplinterSelfAttention", "SqueezeBertSelfAttention"),
+                *("TapasSelfAttention", "ViltSelfAttention", "VisualBertSelfAttention"),
+                *("XLMRobertaCrossAttention", "XLMRobertaSelfAttention"),
+                *("XLMRobertaXLSelfAttention", "YolosSelfAttention"),
+            }
         ),
         "layout_key": frozenset({"LiltSelfAttention"}),
         "k_lin": frozenset({"DistilBertSelfAttention", "MultiHeadAttention"}),

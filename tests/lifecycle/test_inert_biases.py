@@ -53,15 +53,15 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_the_budget_of_key_biases_goes_to_entries(before):
-    model, old = get_peft_model(tiny_vit(), FPSConfig(budget=0.1)), before(get_peft_model, tiny_vit(), FPSConfig(budget=0.1))
+    model = get_peft_model(tiny_vit(), FPSConfig(budget=0.1))
+    old = before(get_peft_model, tiny_vit(), FPSConfig(budget=0.1))
     report, former = (each.calibrate(image_batches(), progress=False) for each in (model, old))
     assert biased(old) - biased(model) == KEYS == set(report.inert_biases)
     assert report.biases == former.biases - 2 * 32
     assert former.inert_biases == {}
     assert report.entries > former.entries
     assert report.trained <= int(0.1 * report.base_parameters) < report.trained + len(report.layers)
-    trained = model.get_nb_trainable_parameters()[0]
-    assert report.trained + report.head_parameters == trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.trained + report.head_parameters == model.get_nb_trainable_parameters()[0]
     assert "biases of 2 key projections (64 numbers) are left out: softmax cancels them" in str(report)
     model(images()).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # which DDP needs
@@ -144,11 +144,11 @@ def test_hot_swap_in_both_directions(tmp_path: Path, before):
     new, old = made(), before(made)
     new.save_pretrained(tmp_path / "new")
     old.save_pretrained(tmp_path / "old")
-    model = torch.compile(PeftModel.from_pretrained(tiny_vit(), tmp_path / "new").eval(), backend="eager")
+    model = PeftModel.from_pretrained(tiny_vit(), tmp_path / "new").eval()
     for folder, expected in [("old", old), ("new", new), ("old", old)]:
         hotswap_adapter(model, str(tmp_path / folder), "default")
-        torch.testing.assert_close(logits(model), logits(expected))
-        assert biased(model._orig_mod) == biased(expected)
+        assert torch.equal(logits(model), logits(expected))
+        assert biased(model) == biased(expected)
 
 
 def test_state_dicts_in_both_directions(before):
@@ -165,7 +165,7 @@ def test_sums_of_adapters(tmp_path: Path, before):
     model = made()
     model.load_adapter(tmp_path, "old")
     for name, parts, expected in [("two", ["default", "old"], KEYS), ("one", ["default"], set())]:
-        model.base_model.add_weighted_adapter(parts, [0.5] * len(parts), name)
+        model.base_model.add_weighted_adapter(parts, [0.5] * len(parts), name, modules_to_save_from="default")
         assert biased(model, name) & KEYS == expected
     for path in KEYS:
         bias = layers_of(model)[path].fps_bias

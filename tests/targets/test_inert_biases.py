@@ -14,10 +14,13 @@ from peft_fps.targets.inert_biases import KEY_PROJECTIONS, has_inert_bias, inert
 from tests.helpers import tiny_vit
 
 
-# weight norm of the positional convolution in models of speech
+# models warn of settings that do not matter here
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-HEADS = {"num_attention_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "n_heads": 2, "n_head": 2}
+HEADS = (
+    *("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "n_heads", "n_head"),
+    *("decoder_num_attention_heads", "num_key_value_heads"),
+)
 WIDTHS = (
     *("hidden_size", "intermediate_size", "d_model", "dim", "hidden_dim", "emb_dim", "n_embd", "ffn_dim", "dff"),
     *("encoder_ffn_dim", "decoder_ffn_dim", "decoder_hidden_size", "decoder_intermediate_size", "embedding_size"),
@@ -25,11 +28,11 @@ WIDTHS = (
 )
 LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layers", "n_layer", "decoder_num_hidden_layers")
 SMALL = (
-    HEADS
+    dict.fromkeys(HEADS, 2)
     | dict.fromkeys(WIDTHS, 16)
     | dict.fromkeys(LAYERS, 1)
     | {"vocab_size": 40, "max_position_embeddings": 32, "max_2d_position_embeddings": 40, "image_size": 32}
-    | {"patch_size": 8, "window_size": 2, "num_queries": 4, "decoder_num_attention_heads": 2, "num_key_value_heads": 2}
+    | {"patch_size": 8, "window_size": 2, "num_queries": 4}
     | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2, "depths": [1, 1]}
     | {"conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
     | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0}
@@ -40,7 +43,9 @@ STAGES = {"num_encoder_blocks": 2, "hidden_sizes": [8, 16], "num_attention_heads
 SCALED = STAGES | {"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2]}
 WINDOWS = {"num_heads": [2, 2], "embed_dim": 8, "patch_size": 4}
 ESM = {"vocab_size": 40, "pad_token_id": 0, "mask_token_id": 39}
-DETECTOR = {"backbone_config": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])}
+DETECTOR = {
+    "backbone_config": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+}
 DECODER = {"is_decoder": True, "add_cross_attention": True}
 
 
@@ -210,7 +215,9 @@ def gradients(model: nn.Module, kinds: str) -> dict[str, list[tuple[str, float]]
             key = getattr(attention, own, None) if type(attention).__name__ == owner else None
             if key is not None and key.bias.grad is not None:  # another copy of the class is not called
                 siblings = [getattr(child, "bias", None) for name, child in attention.named_children() if name != own]
-                largest = max(bias.grad.abs().max().item() for bias in siblings if getattr(bias, "grad", None) is not None)
+                largest = max(
+                    bias.grad.abs().max().item() for bias in siblings if getattr(bias, "grad", None) is not None
+                )
                 assert largest > 1e-3
                 found[kind].append((f"{path}.{own}", key.bias.grad.abs().max().item() / largest))
     return found
