@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_fps.checkpoint import TENSORS, decode, encode, encoded_bytes
+from peft_fps.checkpoint import TENSORS, decode, encode, encoded_bytes, is_left_out, left_out_bias
 from tests.helpers import bits, csr, selections
 
 
@@ -119,3 +119,12 @@ def test_encoded_bytes_are_the_bytes_of_the_tensors(
     held |= {"fps_row_counts": row_counts} | ({"fps_bias": torch.zeros(len(rows), dtype=dtype)} if bias else {})
     expected = sum(len(bits(encode(name, tensor, inputs))) for name, tensor in held.items())
     assert encoded_bytes(row_counts, inputs, dtype.itemsize, len(rows) if bias else 0) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_that_is_left_out_is_told_apart_and_changes_no_bit_when_added(dtype: torch.dtype) -> None:
+    biases, written = torch.tensor([0.0, -0.0, 1.5, -2.0], dtype=dtype), left_out_bias(torch.ones(7, dtype=dtype), 4)
+    assert bits(biases + written) == bits(biases)
+    assert (written.dtype, is_left_out(written)) == (dtype, True)
+    for other in (biases, torch.zeros_like(biases), written[:0], torch.cat([written, biases[:1]]), written.int()):
+        assert not is_left_out(other)

@@ -82,3 +82,12 @@ def test_what_is_said_of_embeddings():
         "left out, above 1 % of the model: positions (25.0%)",
     ]
     assert json.loads(json.dumps(found.to_dict()))["tied"] == {"words": ["encoder.words", "head"]}
+
+
+@pytest.mark.parametrize(
+    ("inert", "said"), [({"a": 8, "b": 1_192}, "2 key projections (1,200"), ({"a": 8}, "1 key projection (8")]
+)
+def test_biases_that_are_left_out_are_counted(inert: dict[str, int], said: str):
+    text = str(replace(report(), inert_biases=inert))
+    assert f"\nbiases of {said} numbers) are left out: softmax cancels them\n" in text
+    assert "softmax" not in str(report())

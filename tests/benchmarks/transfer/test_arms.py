@@ -82,7 +82,7 @@ def test_lora_beside_fps_has_rank_one_on_queries_and_values_and_leaves_the_rest_
 
 def test_methods_without_a_choice():
     norms = LAYERS * 2 + 1
-    biases = WIDTH + LAYERS * sum(n for n, _ in LINEAR.values()) + norms * WIDTH
+    biases = WIDTH + LAYERS * sum(n for n, _ in LINEAR.values()) + norms * WIDTH - LAYERS * WIDTH  # no keys
     assert sum(p.numel() for p in trained_of("bitfit", None).values()) == biases + HEAD
     assert {name for name, arm in ARMS.items() if not arm.budgeted} == {"linear", "full", "bitfit"}
     assert ARMS["linear"].build is None
