@@ -81,7 +81,8 @@ def has_inert_bias(model: nn.Module, path: str) -> bool:
     known = KEY_PROJECTIONS.get(kind.__module__.partition(".")[0], {})
     if kind.__name__ not in known.get(name, ()):
         return False
-    if "forward" in vars(attention) and not hasattr(attention, "_old_forward"):  # of the latter, accelerate calls both
+    # accelerate's hooks call the forward that they replace; any other one put over the class's may compute anything
+    if "forward" in vars(attention) and not hasattr(attention, "_old_forward"):
         return False
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     softmax = implementation is None or implementation in SOFTMAX
