@@ -295,7 +295,7 @@ def expected_merge(kind: str, layer: FPSLayer, names: tuple[str, ...]) -> Any:
     for name in names:
         plain = nn.Linear(layer.shape.inputs, layer.shape.neurons).requires_grad_(False)
         plain.weight.copy_(quantised_linear.dense_weight(base).float() + change(layer, (name,)))
-        plain.bias.copy_(base.bias + (layer.fps_bias[name] if name in layer.fps_bias else 0))
+        plain.bias.copy_(base.bias + layer.fps_bias.get(name, 0))
         base = quantised_layer(kind, plain).eval()
         if kind == "8bit":
             base.state.threshold = layer.base_layer.state.threshold
