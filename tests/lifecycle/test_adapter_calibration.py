@@ -461,14 +461,14 @@ def test_no_warning_after_calibration_or_in_evaluation():
 def test_report_of_a_vit(granularity: str):
     model = calibrated("vit", granularity=granularity)
     report = model.selection_report()
-    neurons = 32 + 2 * (4 * 32 + 64 + 32)
+    neurons, keys = 32 + 2 * (4 * 32 + 64 + 32), 2 * 32  # softmax cancels the biases of keys
     weights = 32 * 48 + 2 * (4 * 32 * 32 + 2 * 32 * 64)
     others = 32 + 17 * 32 + 5 * 64  # class token, position embedding, layer norms
     assert len(report.layers) == 13
-    assert (report.entries, report.biases) == (3 * neurons, neurons)
+    assert (report.entries, report.biases) == (3 * neurons, neurons - keys)
     assert (report.base_parameters, report.head_parameters) == (weights + neurons + others, 32 * 5 + 5)
-    assert report.share == 4 * neurons / (weights + neurons + others)
-    assert report.share_with_head == (4 * neurons + 165) / (weights + neurons + others)
+    assert report.share == (4 * neurons - keys) / (weights + neurons + others)
+    assert report.share_with_head == (4 * neurons - keys + 165) / (weights + neurons + others)
     assert report.bytes == 3 * neurons * (4 + 2) + neurons * (1 + 4) + 165 * 4
     counts = {name: sum(map(len, rows)) for name, rows in selection_of(model).items()}
     assert {row.module: row.entries for row in report.layers} == counts

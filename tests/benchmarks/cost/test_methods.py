@@ -13,7 +13,7 @@ WIDTH, HIDDEN, LAYERS, CLASSES, PATCH = 32, 48, 2, 10, 3 * 8 * 8
 HEAD = WIDTH * CLASSES + CLASSES
 LINEAR = LAYERS * [(WIDTH, WIDTH)] * 4 + LAYERS * [(HIDDEN, WIDTH), (WIDTH, HIDDEN)]
 NEURONS = WIDTH + sum(neurons for neurons, _ in LINEAR)
-SPARSE = 6 * NEURONS + NEURONS + HEAD
+SPARSE = 6 * NEURONS + NEURONS - LAYERS * WIDTH + HEAD  # but for the biases of keys
 EXPECTED = {
     "full": None,
     "floor": HEAD,
