@@ -118,7 +118,8 @@ def test_a_half_precision_base(kind: str) -> None:
         x = normal(5, layer.shape.inputs, dtype=torch.bfloat16)
         found, base = layer(x), reference.get_submodule(path)(x)
         assert found.dtype == base.dtype == torch.bfloat16
-        delta = (x.float() @ change(layer).t() + layer.fps_bias["default"]).bfloat16()
+        bias = layer.bias_delta("default")
+        delta = (x.float() @ change(layer).t() + (0 if bias is None else bias)).bfloat16()
         torch.testing.assert_close(found, base + delta, rtol=0.01, atol=0.01)
 
 
