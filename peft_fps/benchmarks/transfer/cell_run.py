@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftMixedModel, PeftModel
 from safetensors.torch import save_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
@@ -20,13 +20,13 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 from peft_fps.benchmarks.transfer.entry_rates import by_input
+from peft_fps.benchmarks.transfer.fitted_head import run_linear_head, start_from_fitted_head
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
-from peft_fps.benchmarks.transfer.tasks import PARTS, Task, load_task
+from peft_fps.benchmarks.transfer.tasks import Task, load_task
 from peft_fps.checkpoint import save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
-from peft_fps.vision.linear_head import fit_linear_head
 from peft_fps.vision.pixels import Collator, two_views
 from peft_fps.vision.prediction import Predictor, accuracy
 from peft_fps.vision.training_loop import (
@@ -57,14 +57,14 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     """
     task = load_task(cell.task, setting)
     if cell.learning_rate is None:
-        return _linear_head(cell, setting, task)
+        return run_linear_head(cell, setting, task)
     set_seed(cell.seed)
     base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
     backbone = count_base_parameters(base)
     collator = Collator(interpolates(base))
     head = sum(p.numel() for p in classifier(base).parameters())
     training = ARMS[cell.method].training
-    fitting = _start_from_fitted_head(base, setting, task) if training.fitted_head else 0.0
+    fitting = start_from_fitted_head(base, setting, task) if training.fitted_head else 0.0
     model, selecting, selection_bytes = _prepare(cell, setting, task, base, collator)
     trained = sum(p.numel() for p in trained_parameters(model))
     held = {
@@ -205,48 +205,3 @@ def _file_bytes(model: nn.Module) -> int:
         else:
             save_model(model, str(Path(folder) / "model.safetensors"))
         return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-
-
-def _features(
-    base: PreTrainedModel, setting: Setting, task: Task, parts: tuple[str, ...]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the inputs of the output head, `(images, features)`, and the labels, `(images,)`, by split."""
-    predictor = Predictor(torch.device("cpu"), setting.batch_size, Collator(interpolates(base)), workers=0)
-    splits = {part: task.splits[part] for part in parts}
-    return {
-        part: (predictor.features(base, classifier(base), split, part), split.labels) for part, split in splits.items()
-    }
-
-
-def _start_from_fitted_head(base: PreTrainedModel, setting: Setting, task: Task) -> float:
-    """Give the output head the weights of a linear head that is fitted to its inputs; returns the seconds it took."""
-    start, head = time.perf_counter(), classifier(base)
-    data = _features(base, setting, task, ("train", "validation"))
-    with torch.no_grad():
-        for parameter, value in zip(
-            (head.weight, head.bias), fit_linear_head(data["train"], data["validation"]).as_layer(), strict=True
-        ):
-            parameter.copy_(value)
-    return time.perf_counter() - start
-
-
-def _linear_head(cell: Cell, setting: Setting, task: Task) -> Record:
-    """Fit a logistic regression on the frozen features, which are the same in every epoch and computed once."""
-    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
-    head, start = classifier(base), time.perf_counter()
-    data = _features(base, setting, task, PARTS)
-    fitted = fit_linear_head(data["train"], data["validation"])
-    seconds = {"select": 0.0, "train": time.perf_counter() - start}
-    return Record(
-        cell=cell,
-        group=task.group,
-        validation=fitted.accuracy(*data["validation"]),
-        test=fitted.accuracy(*data["test"]),
-        trained=0,
-        head=sum(p.numel() for p in head.parameters()),
-        backbone=count_base_parameters(base),
-        seconds=seconds,
-        bytes={"select": 0, "train": sum(f.numel() * f.element_size() for f, _ in data.values()), "adapter": 0},
-        loss=None,
-        operations=0.0,
-    )
