@@ -152,5 +152,14 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
         for decay in (0.01, 0.1)
     },
     "try-clip": ("try: gradients clipped at 1", TrainingCandidate(recipe={"max_grad_norm": 1.0})),
+    "try-short-memory": ("try: beta2 0.98", TrainingCandidate(recipe={"adam_beta2": 0.98})),
+    "try-short-memory-head-rate-tenth": (
+        "try: beta2 0.98, a tenth of the rate for the head",
+        TrainingCandidate(head_rate=0.1, recipe={"adam_beta2": 0.98}),
+    ),
+    "try-clip-head-rate-tenth": (
+        "try: gradients clipped at 1, a tenth of the rate for the head",
+        TrainingCandidate(head_rate=0.1, recipe={"max_grad_norm": 1.0}),
+    ),
 }
 """Labels and candidates by the names of the command line."""
