@@ -12,13 +12,14 @@ import torch
 from peft import PeftMixedModel, PeftModel
 from safetensors.torch import save_model
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_fps.benchmarks.tensor_memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
+from peft_fps.benchmarks.transfer.centred_inputs import centred_inputs
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.fitted_head import run_linear_head, start_from_fitted_head
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
@@ -84,12 +85,14 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     images, nowhere = len(task.splits["train"]), Path(tempfile.gettempdir())
     arguments = training_arguments(recipe, images, 0, nowhere, cell.seed, setting.precision)
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
+    batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
+    start = time.perf_counter()
     if ARMS[cell.method].rates_by_input:
-        batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
-        start = time.perf_counter()
-        callbacks = [by_input(model, batches, len(task.classes))]
-        selecting += time.perf_counter() - start  # a pass over the images as well
+        callbacks.append(by_input(model, batches, len(task.classes)))
+    if training.centred:
+        callbacks.append(centred_inputs(model, batches, len(task.classes)))
+    selecting += time.perf_counter() - start  # passes over the images as well
     optimizers = training.optimizers(model, arguments)
     start, loss = time.perf_counter(), None
     try:

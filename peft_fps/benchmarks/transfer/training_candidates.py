@@ -42,6 +42,7 @@ class TrainingCandidate:
         drop_path: rate of stochastic depth in the last block.
         fitted_head: whether the output head starts as the linear head that is fitted to the frozen model's features,
             rather than at random.
+        centred: whether entries are trained as if their inputs had the mean 0.
         recipe: training arguments that differ.
     """
 
@@ -53,6 +54,7 @@ class TrainingCandidate:
     weight_decay: float = 0.0
     drop_path: float = 0.0
     fitted_head: bool = False
+    centred: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
@@ -125,6 +127,9 @@ def add_scale(layer: EntryLayer) -> None:
     layer.register_forward_hook(hook)
 
 
+CALM: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {"adam_beta2": 0.95}}
+"""What keeps the first steps from overshooting: biases and head move less, and large gradients are soon forgotten."""
+
 TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-norms-biases": ("try: biases of norms", TrainingCandidate(bias="with_norms")),
     "try-norm-weights-biases": (
@@ -157,9 +162,8 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
         "try: beta2 0.98, a tenth of the rate for the head",
         TrainingCandidate(head_rate=0.1, recipe={"adam_beta2": 0.98}),
     ),
-    "try-clip-head-rate-tenth": (
-        "try: gradients clipped at 1, a tenth of the rate for the head",
-        TrainingCandidate(head_rate=0.1, recipe={"max_grad_norm": 1.0}),
-    ),
+    "try-calm": ("try: calm", TrainingCandidate(**CALM)),
+    "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
+    "try-centred-calm": ("try: centred inputs, calm", TrainingCandidate(**CALM, centred=True)),
 }
 """Labels and candidates by the names of the command line."""
