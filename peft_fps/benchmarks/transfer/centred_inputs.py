@@ -1,9 +1,9 @@
 """Entries that are trained as if their inputs had the mean 0, tried against entries trained as they are.
 
-An entry w of input a changes its neuron's output by w · a, on average by w · E[a]: for the inputs of large size that FPS
-selects this is above all one shift of all images alike. Trained as w · (a - E[a]), with the bias b' = b + w · E[a] in
-place of b, an entry changes what differs between images, and the bias alone shifts them. Both are the same model: after
-every step b is b' - w · E[a] again, so that the adapter is an ordinary one.
+An entry w of input a changes its neuron's output by w · a, on average by w · E[a]. For the large inputs that FPS
+selects this is above all one shift, the same for all images. Trained as w · (a - E[a]), with the bias
+b' = b + w · E[a] in place of b, an entry changes what differs between images, and the bias alone shifts them. Both are
+the same model: after every step b is b' - w · E[a] again, so that the adapter is an ordinary one.
 """
 
 from collections.abc import Iterable, Mapping
