@@ -155,7 +155,15 @@ ARMS: dict[str, Arm] = {
         for choice in CHOICES
     },
     **{
-        name: Arm(label, how.build, tuned_as="fps", training=how) for name, (label, how) in TRAINING_CANDIDATES.items()
+        name: Arm(
+            label,
+            how.build,
+            learning_rates=how.learning_rates or FEW,
+            tuned_as=None if how.learning_rates else "fps",
+            varies=True,
+            training=how,
+        )
+        for name, (label, how) in TRAINING_CANDIDATES.items()
     },
 }
 """All methods by the names of the command line."""

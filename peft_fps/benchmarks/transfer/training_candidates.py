@@ -44,6 +44,7 @@ class TrainingCandidate:
             rather than at random.
         centred: whether entries are trained as if their inputs had the mean 0.
         recipe: training arguments that differ.
+        learning_rates: of entries, to choose from; FPS's own if empty.
     """
 
     bias: Literal["none", "all", "with_norms"] = "all"
@@ -56,6 +57,7 @@ class TrainingCandidate:
     fitted_head: bool = False
     centred: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
 
     def build(self, base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
         """Return the config of FPS that trains a share of the backbone, what is trained besides included."""
@@ -164,6 +166,6 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     ),
     "try-calm": ("try: calm", TrainingCandidate(**CALM)),
     "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
-    "try-centred-calm": ("try: centred inputs, calm", TrainingCandidate(**CALM, centred=True)),
+    "try-centred-calm": ("try: centred inputs, calm", TrainingCandidate(**CALM, centred=True, learning_rates=(1e-2,))),
 }
 """Labels and candidates by the names of the command line."""
