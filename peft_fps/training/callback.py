@@ -42,15 +42,16 @@ class FPSCallback(TrainerCallback):
     `eval_`. If `load_best_model_at_end` restores the best checkpoint, it is the evaluation of that checkpoint. When
     the Trainer pushes to the Hub, its card keeps our part. TRL's trainers write a card without it.
 
-    With `bias_lr` or `norm_lr` the trainer makes its optimizer from `peft_fps.parameter_groups`, at the learning rate
-    and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the trainer's
-    constructor then, since the trainer makes its optimizer before training begins.
+    With `bias_lr`, `norm_lr` or `head_lr` the trainer makes its optimizer from `peft_fps.parameter_groups`, at the
+    learning rate and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the
+    trainer's constructor then, since the trainer makes its optimizer before training begins.
 
     Args:
         num_batches: number of batches to use. Default: the complete training set.
         progress: show a progress bar. Default: as the Trainer's `disable_tqdm` says.
         bias_lr: peak learning rate of bias deltas. Default: that of everything else.
         norm_lr: peak learning rate of norms. Default: `bias_lr`.
+        head_lr: peak learning rate of modules that are trained whole, such as the head. Default: that of the entries.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Raises:
@@ -64,6 +65,7 @@ class FPSCallback(TrainerCallback):
         *,
         bias_lr: float | None = None,
         norm_lr: float | None = None,
+        head_lr: float | None = None,
         **options: Any,
     ) -> None:
         unknown = [name for name in options if name not in OPTIONS]
@@ -71,7 +73,8 @@ class FPSCallback(TrainerCallback):
             raise TypeError(f"FPSCallback got {', '.join(unknown)}, expected only {', '.join(OPTIONS)} besides.")
         self.num_batches = num_batches
         self.progress = progress
-        self.rates = {name: rate for name, rate in (("bias_lr", bias_lr), ("norm_lr", norm_lr)) if rate is not None}
+        rates = {"bias_lr": bias_lr, "norm_lr": norm_lr, "head_lr": head_lr}
+        self.rates = {name: rate for name, rate in rates.items() if rate is not None}
         self.options = options
 
     def on_init_end(
@@ -89,7 +92,7 @@ class FPSCallback(TrainerCallback):
 
         Raises:
             ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps; the
-                optimizer has no parameter that `bias_lr` or `norm_lr` could be the rate of. Or as
+                optimizer has no parameter that one of the rates could be the rate of. Or as
                 `peft_fps.calibrate`.
         """
         if self.rates:

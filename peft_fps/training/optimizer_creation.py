@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_fps.training.parameter_groups import parameter_groups
+from peft_fps.training.parameter_groups import HEAD, parameter_groups
 
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports datasets, which takes seconds
 
 
-GROUPS = {"bias_lr": ("biases", "norms"), "norm_lr": ("norms",)}
+GROUPS = {"bias_lr": ("biases", "norms"), "norm_lr": ("norms",), "head_lr": HEAD}
 """Names of the groups that have a rate."""
 
 
@@ -21,7 +21,7 @@ def group_parameters(trainer: "Trainer", rates: Mapping[str, float]) -> None:
 
     Args:
         trainer: of transformers, or of a library that builds on it.
-        rates: `bias_lr` and `norm_lr`, those that are given.
+        rates: `bias_lr`, `norm_lr` and `head_lr`, those that are given.
     """
     create = trainer.create_optimizer
 
@@ -44,7 +44,7 @@ def check_grouped(optimizer: Any, rates: Mapping[str, float]) -> None:
 
     Args:
         optimizer: the trainer's.
-        rates: `bias_lr` and `norm_lr`, those that are given.
+        rates: `bias_lr`, `norm_lr` and `head_lr`, those that are given.
 
     Raises:
         ValueError: it has none, because something else made it, or because nothing of the kind is trained.
@@ -56,5 +56,5 @@ def check_grouped(optimizer: Any, rates: Mapping[str, float]) -> None:
             raise ValueError(
                 f"FPSCallback got {rate}={value:g}, but the optimizer has the parameter groups {names}, expected "
                 f"{' or '.join(wanted)}. Pass the callback to the trainer's constructor, give it no optimizer, and "
-                "choose what is trained with FPSConfig(bias=...)."
+                "choose what is trained with FPSConfig(bias=..., modules_to_save=...)."
             )

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer: a learning rate for biases, and one for norms, beside that of selected entries."""
+"""Parameter groups of an optimizer: learning rates for biases, norms and the head, beside that of selected entries."""
 
 import math
 from typing import Any
@@ -17,6 +17,9 @@ NAMES = (
 )
 """The groups in their order."""
 
+HEAD = ("whole", "whole, not decayed")
+"""Groups of modules that are trained whole."""
+
 HELD = {"fps_values": "entries", "fps_bias": "biases", "fps_threshold": "thresholds"}
 """Groups of what FPS layers hold, by attribute."""
 
@@ -27,6 +30,7 @@ def parameter_groups(
     *,
     bias_lr: float | None = None,
     norm_lr: float | None = None,
+    head_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return all trainable parameters of a model in groups for an optimizer, each parameter once.
@@ -53,6 +57,7 @@ def parameter_groups(
         lr: learning rate of whatever has none of its own.
         bias_lr: of `"biases"`. Default: `lr`.
         norm_lr: of `"norms"`. Default: `bias_lr`.
+        head_lr: of `"whole"` and `"whole, not decayed"`. Default: `lr`.
         weight_decay: of `"entries"`, `"whole"` and `"others"`. The other groups have none.
 
     Raises:
@@ -61,12 +66,13 @@ def parameter_groups(
     """
     bias_lr = lr if bias_lr is None else bias_lr
     norm_lr = bias_lr if norm_lr is None else norm_lr
-    for name, rate in {"lr": lr, "bias_lr": bias_lr, "norm_lr": norm_lr}.items():
+    head_lr = lr if head_lr is None else head_lr
+    for name, rate in {"lr": lr, "bias_lr": bias_lr, "norm_lr": norm_lr, "head_lr": head_lr}.items():
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"{name} is {rate}, expected a finite number above 0.")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay is {weight_decay}, expected a finite number of at least 0.")
-    kinds, rates = _kinds(model), {"biases": bias_lr, "norms": norm_lr}
+    kinds, rates = _kinds(model), {"biases": bias_lr, "norms": norm_lr} | dict.fromkeys(HEAD, head_lr)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in NAMES}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Rates for biases and norms in a Trainer, against an optimizer that is given to it."""
+"""Rates for biases, norms and the head in a Trainer, against an optimizer that is given to it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.helpers import adapted, tiny_vit
 from tests.training.trainers import EXAMPLES, arguments, trained_state, trainer
 
 
-RATES = {"bias_lr": 1e-4, "norm_lr": 1e-3}
+RATES = {"bias_lr": 1e-4, "norm_lr": 1e-3, "head_lr": 1e-5}
 
 
 def model(**options: Any) -> nn.Module:
@@ -40,11 +40,11 @@ def test_without_rates_nothing_is_different(tmp_path: Path) -> None:
 
 
 def test_a_second_training_keeps_the_groups(tmp_path: Path) -> None:
-    made = trainer(model(), tmp_path, [FPSCallback(bias_lr=1e-4)])
+    made = trainer(model(), tmp_path, [FPSCallback(bias_lr=1e-4, head_lr=1e-5)])
     for _ in range(2):
         made.train()
         rates = {group["name"]: group["initial_lr"] for group in made.optimizer.param_groups}
-        assert rates == {"entries": 0.01, "biases": 1e-4, "norms": 1e-4, "whole": 0.01, "whole, not decayed": 0.01}
+        assert rates == {"entries": 0.01, "biases": 1e-4, "norms": 1e-4, "whole": 1e-5, "whole, not decayed": 1e-5}
 
 
 @pytest.mark.parametrize("how", ["later", "own optimizer", "no biases"])

@@ -64,11 +64,12 @@ def unfrozen() -> nn.Module:
 )
 def test_every_trainable_parameter_is_in_the_group_of_its_kind(build, names):
     model = build()
-    groups = parameter_groups(model, 1e-2, bias_lr=1e-3, norm_lr=1e-4, weight_decay=0.1)
+    groups = parameter_groups(model, 1e-2, bias_lr=1e-3, norm_lr=1e-4, head_lr=1e-5, weight_decay=0.1)
     assert [group["name"] for group in groups] == names
     assert {group["name"]: [id(parameter) for parameter in group["params"]] for group in groups} == naive(model)
     for group in groups:
-        assert group["lr"] == {"biases": 1e-3, "norms": 1e-4}.get(group["name"], 1e-2)
+        kind = group["name"].removesuffix(", not decayed")
+        assert group["lr"] == {"biases": 1e-3, "norms": 1e-4, "whole": 1e-5}.get(kind, 1e-2)
         assert group["weight_decay"] == (0.1 if group["name"] in ("entries", "whole", "others") else 0.0)
 
 
@@ -104,6 +105,7 @@ def test_a_first_step_of_adamw_moves_each_number_by_its_rate():
         ({"lr": 0.0}, r"lr is 0.0, expected a finite number above 0"),
         ({"lr": 1e-2, "bias_lr": float("inf")}, r"bias_lr is inf"),
         ({"lr": 1e-2, "norm_lr": -1.0}, r"norm_lr is -1.0"),
+        ({"lr": 1e-2, "head_lr": 0.0}, r"head_lr is 0.0"),
         ({"lr": 1e-2, "weight_decay": -0.1}, r"weight_decay is -0.1, expected a finite number of at least 0"),
     ],
 )

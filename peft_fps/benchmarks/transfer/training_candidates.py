@@ -20,11 +20,7 @@ from peft_fps.layers.norm import Norm, is_biased_norm
 from peft_fps.selection.budget_allocation import exact
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.training.drop_path import add_drop_path
-from peft_fps.training.parameter_groups import parameter_groups
-
-
-HEAD = ("whole", "whole, not decayed")
-"""Parameter groups of the output head."""
+from peft_fps.training.parameter_groups import HEAD, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,9 @@ class TrainingCandidate:
         if self.bias_rate == self.head_rate == 1 and self.weight_decay == 0:
             return None, None
         rate = arguments.learning_rate
-        groups = parameter_groups(model, rate, bias_lr=self.bias_rate * rate)
+        groups = parameter_groups(model, rate, bias_lr=self.bias_rate * rate, head_lr=self.head_rate * rate)
         for group in groups:
-            if group["name"] in HEAD:
-                group["lr"] *= self.head_rate
-            else:
-                group["weight_decay"] = self.weight_decay
+            group["weight_decay"] = 0.0 if group["name"] in HEAD else self.weight_decay
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return kind(groups, **options), None
 
