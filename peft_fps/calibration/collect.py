@@ -56,7 +56,7 @@ class Collector:
 
     Args:
         layers: layers to observe, by module path.
-        norm: `"l1"` for sums of |a|, `"l2"` for sums of a².
+        norm: `"l1"` for sums of |a|, `"l2"` for sums of a², `"signed"` for sums of a.
         model: model whose calls show which positions are padding. A batch may take several calls. Default: only the
             batch shows it.
     """

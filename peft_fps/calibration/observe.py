@@ -30,7 +30,7 @@ def observe(
     Args:
         model: model that runs on every batch. It is unchanged afterwards, after an error too.
         layers: layers to observe, by module path.
-        norm: `"l1"` for sums of |a|, `"l2"` for sums of a².
+        norm: `"l1"` for sums of |a|, `"l2"` for sums of a², `"signed"` for sums of a.
         data: the batches.
         run: runs the model on a batch. Default: `run_model`.
 

@@ -1,4 +1,4 @@
-"""Streaming sums of |a| or a² per input column, the statistics of FPS (arXiv 2510.27359, eqs. 3 and 4)."""
+"""Streaming sums of |a|, a² or a per input column; the first two are those of FPS (arXiv 2510.27359, eqs. 3 and 4)."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class InputStatistics:
     """Running sums over the positions (tokens, patches) of a layer's input.
 
     Attributes:
-        sums: sum of |a| (`norm="l1"`) or of a² (`"l2"`) of each input, `(groups, inputs)` float64 (float32 on Apple's
-            GPUs). Only grouped convolutions, whose neurons read different channels, and stacked
+        sums: sum of |a| (`norm="l1"`), of a² (`"l2"`) or of a (`"signed"`) of each input, `(groups, inputs)` float64
+            (float32 on Apple's GPUs). Only grouped convolutions, whose neurons read different channels, and stacked
             weights have several groups.
         positions: number of summed positions; `(groups,)` int64 if the groups read different positions, as experts do.
     """
@@ -39,7 +39,8 @@ class InputStatistics:
         """Return the typical magnitude of each input, `(groups, inputs)` in the dtype of `sums`.
 
         Args:
-            norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4).
+            norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4),
+                `"signed"` for the mean of a.
         """
         counts = self.positions
         mean = self.sums / (
@@ -49,11 +50,11 @@ class InputStatistics:
 
 
 def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every input over all positions, without a copy of the activations.
+    """Sum |a|, a² or a of every input over all positions, without a copy of the activations.
 
     Args:
         x: activations, `(..., inputs)`.
-        norm: `"l1"` for |a|, `"l2"` for a².
+        norm: `"l1"` for |a|, `"l2"` for a², `"signed"` for a.
         mask: `(...)`, zero at padding, which does not count. Default: all positions count.
 
     Returns:
@@ -68,8 +69,13 @@ def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tenso
     for first in range(0, count, length):
         run = x[first : first + length] if kept is None else x[kept[first : first + length]]
         run = run.to(torch.promote_types(x.dtype, torch.float32))
-        total += (run.abs() if norm == "l1" else run.square()).sum(0).to(total.dtype)
+        total += summand(run, norm).sum(0).to(total.dtype)
     return total, count
+
+
+def summand(x: Tensor, norm: str) -> Tensor:
+    """Return |x| (`norm="l1"`), x² (`"l2"`) or x (`"signed"`)."""
+    return x if norm == "signed" else x.abs() if norm == "l1" else x.square()
 
 
 def add_rows(
@@ -81,7 +87,7 @@ def add_rows(
         statistics: with a tensor of `positions`.
         group: index of the group.
         x: `(rows, inputs)`.
-        norm: `"l1"` for |a|, `"l2"` for a².
+        norm: as in `column_sums`.
         mask: `(rows,)`, zero at padding. None if all rows count.
         gated: rows that are zero do not count, since a gate has taken them from the group.
     """

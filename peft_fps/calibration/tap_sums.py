@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fps.base.substitution import TRANSPOSED
-from peft_fps.calibration.statistics import wide_dtype
+from peft_fps.calibration.statistics import summand, wide_dtype
 
 
 def convolution_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every input of a convolution or transposed convolution over the positions where it counts.
+    """Sum |a|, a² or a of every input of a convolution or transposed convolution over the positions where it counts.
 
     Args:
         x: what the convolution gets, `(batch, channels, *size)`, or one example `(channels, *size)`.
         convolution: gives the geometry.
-        norm: `"l1"` for |a|, `"l2"` for a².
+        norm: `"l1"` for |a|, `"l2"` for a², `"signed"` for a.
         mask: `(batch, positions)` of a batch of sequences, zero at padding, which does not count. A convolution that
             gives another number of positions than it gets has no padding that is known. Default: all positions count.
 
@@ -32,7 +32,7 @@ def convolution_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None
 
 
 def patch_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every input of a convolution over all output positions.
+    """Sum |a|, a² or a of every input of a convolution over all output positions.
 
     An input is a channel within a group together with a position in the kernel. Its sum is that of a strided view, so
     that no patch is copied.
@@ -40,7 +40,7 @@ def patch_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = Non
     Args:
         x: padded activations, `(batch, channels, *size)`.
         convolution: gives kernel size, stride, dilation and groups.
-        norm: `"l1"` for |a|, `"l2"` for a².
+        norm: `"l1"` for |a|, `"l2"` for a², `"signed"` for a.
         mask: `(batch, positions)`, which counts if it has as many positions as the output. Default: all count.
 
     Returns:
@@ -65,7 +65,7 @@ def patch_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = Non
 
 
 def spread_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum |a| or a² of every input of a transposed convolution over all input positions.
+    """Sum |a|, a² or a of every input of a transposed convolution over all input positions.
 
     An input is a channel within a group together with a tap. Its weight multiplies every position of the channel, and
     the tap says where in the output the product is added. Products that fall outside of the output, where the padding
@@ -75,7 +75,7 @@ def spread_sums(x: Tensor, convolution: Any, norm: str, mask: Tensor | None = No
     Args:
         x: activations, `(batch, channels, *size)`.
         convolution: gives kernel size, stride, padding, output padding, dilation and groups.
-        norm: `"l1"` for |a|, `"l2"` for a².
+        norm: `"l1"` for |a|, `"l2"` for a², `"signed"` for a.
         mask: `(batch, positions)`, zero at padding. Default: all count.
 
     Returns:
@@ -123,6 +123,6 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _power_sum(x: Tensor, norm: str) -> Tensor:
-    """Sum |x| or x² of `(batch, channels, *size)` per channel, `(channels,)` in the dtype of `wide_dtype`."""
-    power = x.abs() if norm == "l1" else x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    """Sum |x|, x² or x of `(batch, channels, *size)` per channel, `(channels,)` in the dtype of `wide_dtype`."""
+    power = summand(x.to(torch.promote_types(x.dtype, torch.float32)) if norm == "l2" else x, norm)
     return power.sum((0, *range(2, x.dim())), dtype=wide_dtype(x.device))

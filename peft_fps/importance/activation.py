@@ -41,11 +41,11 @@ def activation_alone(weight: Tensor, activation: Tensor) -> Tensor:
 
 def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     """Gather input statistics in one forward pass over the data."""
-    layers = {path: _observed(layer) for path, layer in request.layers.items()}
+    layers = {path: observed_layer(layer) for path, layer in request.layers.items()}
     return observe(request.base, layers, request.config.norm, request.data, request.how.run)
 
 
-def _observed(layer: EntryLayer) -> Observed:
+def observed_layer(layer: EntryLayer) -> Observed:
     """Return what the forward pass has to know of a layer to observe it."""
     base = layer.base_layer
     groups = layer.matrices if isinstance(layer, PackedLayer) else getattr(base, "groups", 1)

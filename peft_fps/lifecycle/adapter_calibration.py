@@ -1,11 +1,9 @@
 """The calibration of an adapter: data decides which entries it has, on any model that carries one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_fps.base.compiled import run_eagerly
@@ -25,6 +23,7 @@ from peft_fps.layers.lookup import (
     entry_layers,
     target_layers,
 )
+from peft_fps.lifecycle.adapters_off import adapters_off
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.token_choice import chosen_token_blocks
@@ -205,7 +204,7 @@ def _gather(
     importance, weighted = IMPORTANCES[config.importance], entry_layers(layers)
     assert importance.gather is not None
     watched = {**layers, **{place: use for layer in weighted.values() for place, use in layer.sharing.items()}}
-    with _adapters_off(base, adapter_name), run_eagerly(base), calls_noted(watched) as called:
+    with adapters_off(base, adapter_name), run_eagerly(base), calls_noted(watched) as called:
         evidence, counts = importance.gather(Request(base, weighted, config, adapter_name, batches, how))
     called = called_anywhere(called, list(watched), base)
     sharing = {path: layer.sharing for path, layer in weighted.items()}
@@ -219,30 +218,3 @@ def _gather(
 
 def _settings(config: FPSConfig, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
-
-
-@contextmanager
-def _adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Let the model compute as the base model does within the context, with modules that the adapter trains whole.
-
-    What is trainable stays so.
-    """
-    layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    wrappers = [
-        module
-        for module in model.modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-    ]
-    active = [wrapper._active_adapter for wrapper in wrappers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        for wrapper in wrappers:
-            wrapper._active_adapter = [adapter_name]
-        yield
-    finally:
-        for wrapper, names in zip(wrappers, active, strict=True):
-            wrapper._active_adapter = names
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled

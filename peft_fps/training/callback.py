@@ -6,14 +6,16 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
+from peft_fps.calibration import undisturbed
 from peft_fps.card import evaluation_at, keep_card
 from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
+from peft_fps.training.centred_steps import CentredSteps, centre_steps
 from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -46,12 +48,17 @@ class FPSCallback(TrainerCallback):
     learning rate and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the
     trainer's constructor then, since the trainer makes its optimizer before training begins.
 
+    With `centred` the optimizer's steps train entries as if their inputs had the mean 0, see
+    `peft_fps.training.centre_steps`. The means are those over the first batches of the training data. Layers without
+    a bias delta are trained as they are. DeepSpeed's optimizers cannot take centred steps.
+
     Args:
         num_batches: number of batches to use. Default: the complete training set.
         progress: show a progress bar. Default: as the Trainer's `disable_tqdm` says.
         bias_lr: peak learning rate of bias deltas. Default: that of everything else.
         norm_lr: peak learning rate of norms. Default: `bias_lr`.
         head_lr: peak learning rate of modules that are trained whole, such as the head. Default: that of the entries.
+        centred: train entries with centred inputs.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Raises:
@@ -66,6 +73,7 @@ class FPSCallback(TrainerCallback):
         bias_lr: float | None = None,
         norm_lr: float | None = None,
         head_lr: float | None = None,
+        centred: bool = False,
         **options: Any,
     ) -> None:
         unknown = [name for name in options if name not in OPTIONS]
@@ -75,7 +83,9 @@ class FPSCallback(TrainerCallback):
         self.progress = progress
         rates = {"bias_lr": bias_lr, "norm_lr": norm_lr, "head_lr": head_lr}
         self.rates = {name: rate for name, rate in rates.items() if rate is not None}
+        self.centred = centred
         self.options = options
+        self._steps: CentredSteps | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,17 +102,21 @@ class FPSCallback(TrainerCallback):
 
         Raises:
             ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps; the
-                optimizer has no parameter that one of the rates could be the rate of. Or as
+                optimizer has no parameter that one of the rates could be the rate of; steps cannot be centred. Or as
                 `peft_fps.calibrate`.
         """
         if self.rates:
             check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
-        if all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
-            return
+        if not all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
+            self._calibrate(model, name, args, kwargs["train_dataloader"])
+        if self.centred:
+            self._centre(model, name, args, kwargs["optimizer"], kwargs["train_dataloader"])
+
+    def _calibrate(self, model: nn.Module, name: str, args: TrainingArguments, loader: Any) -> None:
         progress = not args.disable_tqdm if self.progress is None else self.progress
-        data, options, config = kwargs["train_dataloader"], dict(self.options), adapter_config(model, name)
+        data, options, config = loader, dict(self.options), adapter_config(model, name)
         given = config.loss == "contrastive" or options.keys() & {"loss", "run"}
         trainer = None if given else calling_trainer(self)
         if trainer is not None:
@@ -111,7 +125,7 @@ class FPSCallback(TrainerCallback):
             options["run"] = data.run
         before = _sizes(model, name)
         kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
-        with kept, undisturbed_order(kwargs["train_dataloader"]):
+        with kept, undisturbed_order(loader):
             report = calibrate(
                 model, data, adapter_name=name, num_batches=self.num_batches, progress=progress, **options
             )
@@ -124,6 +138,24 @@ class FPSCallback(TrainerCallback):
             )
         logger.info("%s", report)
 
+    def _centre(self, model: nn.Module, name: str, args: TrainingArguments, optimizer: Any, loader: Any) -> None:
+        self._end_centring()  # of a training that was interrupted
+        trainer = calling_trainer(self)
+        data: Any = loader if trainer is None else AsTrained(trainer, model, loader, plainly=True)
+        run = self.options.get("run", None if trainer is None else data.run)
+        kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
+        with kept, undisturbed(model), undisturbed_order(loader):
+            set_seed(args.seed)  # a training that is resumed sees the same examples
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(0)  # the Trainer sets it again
+            self._steps = centre_steps(model, optimizer, data, adapter_name=name, run=run)
+        logger.info("%s", self._steps)
+
+    def _end_centring(self) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -133,7 +165,8 @@ class FPSCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the evaluation of the best checkpoint, if it is restored. The Trainer calls this method."""
+        """End centring, and record the evaluation of a restored best checkpoint. The Trainer calls this method."""
+        self._end_centring()
         restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if restored and state.best_global_step is not None:
             _note(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))

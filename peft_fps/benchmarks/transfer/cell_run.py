@@ -19,7 +19,6 @@ from peft_fps.benchmarks.tensor_memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
-from peft_fps.benchmarks.transfer.centred_inputs import centred_inputs
 from peft_fps.benchmarks.transfer.entry_rates import by_input
 from peft_fps.benchmarks.transfer.fitted_head import run_linear_head, start_from_fitted_head
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
@@ -27,6 +26,7 @@ from peft_fps.benchmarks.transfer.tasks import Task, load_task
 from peft_fps.checkpoint import save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
+from peft_fps.training import FPSCallback
 from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
 from peft_fps.vision.pixels import Collator, two_views
 from peft_fps.vision.prediction import Predictor, accuracy
@@ -85,14 +85,12 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     images, nowhere = len(task.splits["train"]), Path(tempfile.gettempdir())
     arguments = training_arguments(recipe, images, 0, nowhere, cell.seed, setting.precision)
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
-    callbacks: list[TrainerCallback] = []
-    batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
-    start = time.perf_counter()
+    callbacks: list[TrainerCallback] = [FPSCallback(centred=True)] if training.centred else []
     if ARMS[cell.method].rates_by_input:
+        batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
+        start = time.perf_counter()
         callbacks.append(by_input(model, batches, len(task.classes)))
-    if training.centred:
-        callbacks.append(centred_inputs(model, batches, len(task.classes)))
-    selecting += time.perf_counter() - start  # passes over the images as well
+        selecting += time.perf_counter() - start  # a pass over the images as well
     optimizers = training.optimizers(model, arguments)
     start, loss = time.perf_counter(), None
     try:

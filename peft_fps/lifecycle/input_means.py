@@ -1,0 +1,43 @@
+"""Mean inputs of the layers of an adapter, on the base model."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_fps.base.compiled import run_eagerly
+from peft_fps.calibration import Pass, Run, device_of, failing_together, observe
+from peft_fps.importance.activation import observed_layer
+from peft_fps.layers.lookup import adapter_layers, base_model, entry_layers
+from peft_fps.lifecycle.adapters_off import adapters_off
+
+
+def _collective(model: nn.Module, *_: Any) -> Any:
+    """Return the device on which the processes meet."""
+    return device_of(base_model(model))
+
+
+@failing_together(_collective)
+def input_means(model: nn.Module, adapter_name: str, data: Pass, run: Run | None = None) -> dict[str, Tensor]:
+    """Run the base model on data, and return the mean of each input of the adapter's layers.
+
+    In a distributed run every process brings its own data, and all get the means over all.
+
+    Args:
+        model: model with a selected adapter.
+        adapter_name: name of the adapter.
+        data: the batches.
+        run: runs the model on a batch. Default: as `peft_fps.calibrate` does.
+
+    Returns:
+        `(groups, inputs)` in float64 by path in the base model, of the layers that the data reaches. Only grouped
+        convolutions and stacked weights have several groups.
+    """
+    base = base_model(model)
+    layers = {
+        path: observed_layer(layer)
+        for path, layer in entry_layers(adapter_layers(model, adapter_name)).items()
+        if adapter_name in layer.fps_bias
+    }
+    with adapters_off(base, adapter_name), run_eagerly(base):
+        statistics, _ = observe(base, layers, "signed", data, run)
+    return {path: found.typical("signed") for path, found in statistics.items()}

@@ -1,0 +1,262 @@
+"""Steps with centred inputs, against models that are written with centred inputs and trained as they are."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_fps import FPSCallback, FPSConfig
+from peft_fps.training import CentredSteps, centre_steps
+from tests.helpers import adapted, bits, fill, image_batches, images, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit
+from tests.training.trainers import trained_state, trainer
+
+
+BATCHES = [{"x": 1 + normal(8, 10, seed=seed)} for seed in range(3)]
+IMAGES = [{"x": 1 + normal(2, 3, 8, 8, seed=seed)} for seed in range(3)]
+
+
+def unfilled(base: nn.Module, **options: Any) -> Any:
+    return adapted(base, filled=False, **{"per_neuron": 2, "bias": "all", "modules_to_save": []} | options)
+
+
+class Centred(nn.Module):
+    """A linear layer with a dense ΔW that sees x - E[a], and a mask of entries."""
+
+    def __init__(self, layer: Any, means: Tensor) -> None:
+        super().__init__()
+        self.base, self.means = layer.base_layer, means
+        self.delta = nn.Parameter(torch.zeros_like(self.base.weight))
+        self.shift = nn.Parameter(torch.zeros_like(self.base.bias))
+        counts = layer.fps_row_counts["default"].long()
+        self.rows, self.columns = (
+            torch.arange(len(counts)).repeat_interleave(counts),
+            layer.fps_columns["default"].long(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.zeros_like(self.delta)
+        chosen[self.rows, self.columns] = 1
+        return self.base(x) + (x - self.means) @ (self.delta * chosen).t() + self.shift
+
+
+def written_centred(model: Any, batches: list[dict[str, Tensor]]) -> nn.Module:
+    """The base model with such layers, and the means of their inputs gathered by hand."""
+    base, inputs = copy.deepcopy(model.get_base_model()), {}
+    for path in layers_of(model):
+        base.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: inputs.setdefault(path, []).append(args[0])
+        )
+    with torch.no_grad():
+        for batch in batches:
+            base(**batch)
+    written = copy.deepcopy(model.get_base_model())
+    for path, layer in layers_of(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(written.get_submodule(parent), name, Centred(layer, torch.cat(inputs[path]).mean(0)))
+    return written
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        (model(1 + normal(8, 10, seed=100 + step)) - normal(8, 4, seed=step)).square().mean().backward()
+        optimizer.step()
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adagrad, {})],
+)
+def test_steps_are_those_of_a_model_with_centred_inputs(kind: Any, options: dict[str, Any]) -> None:
+    model = unfilled(tiny_mlp())
+    reference = written_centred(model, BATCHES)
+    optimizers = []
+    for each, entries, biases in ((model, "fps_values", "fps_bias"), (reference, "delta", "shift")):
+        parts = [[p for name, p in each.named_parameters() if part in name] for part in (entries, biases)]
+        groups = [{"params": parts[0]} | options, {"params": parts[1]}]
+        optimizers.append(kind(groups, lr=0.03, **({"weight_decay": 0.0} if kind is torch.optim.AdamW else {})))
+    optimizer, others = optimizers
+    steps = centre_steps(model, optimizer, BATCHES)
+    assert (len(steps.layers), steps.left_out) == (2, {})
+    train(model, optimizer)
+    train(reference, others)
+    x = normal(6, 10, seed=50)
+    torch.testing.assert_close(model(x), reference(x))
+    assert not torch.allclose(model(x), model.get_base_model()(x) * 0 + unfilled(tiny_mlp())(x), atol=1e-2)
+
+
+@pytest.mark.parametrize(("base", "batches"), [(tiny_conv, IMAGES), (lambda: tiny_conv(groups=1), IMAGES)][:1])
+def test_means_of_convolutions_are_those_of_their_patches(base: Any, batches: list[dict[str, Tensor]]) -> None:
+    model = unfilled(base())
+    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=1.0), batches)
+    [path, *_] = [each.path for each in steps.layers]
+    layer, centred = layers_of(model)[path], steps.layers[0]
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    convolution = layer.base_layer
+    patches = torch.cat(
+        [
+            nn.functional.unfold(
+                x, convolution.kernel_size, convolution.dilation, convolution.padding, convolution.stride
+            )
+            for x in seen
+        ]
+    )
+    means = patches.mean((0, 2)).view(convolution.groups, -1)
+    groups = centred.rows.long() // (layer.neurons // convolution.groups)
+    torch.testing.assert_close(centred.means, means[groups, layer.fps_columns["default"].long()])
+
+
+def test_between_steps_the_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
+    model = unfilled(tiny_mlp())
+    optimizer = torch.optim.AdamW(parameters(model), lr=0.03)
+    centre_steps(model, optimizer, BATCHES)
+    train(model, optimizer)
+    x = normal(6, 10)
+    found = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_mlp(), tmp_path)
+    assert bits(loaded(x)) == bits(found)
+    torch.testing.assert_close(model.merge_and_unload()(x), found)
+
+
+def test_removed_hooks_leave_the_optimizer_as_it_was() -> None:
+    first, second = unfilled(tiny_mlp()), unfilled(tiny_mlp())
+    optimizers = [torch.optim.AdamW(parameters(model), lr=0.03) for model in (first, second)]
+    centre_steps(first, optimizers[0], BATCHES).remove()
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        train(model, optimizer)
+    assert bits(first(normal(6, 10))) == bits(second(normal(6, 10)))
+
+
+def test_what_is_not_centred_is_named() -> None:
+    model = unfilled(tiny_vit(layers=1))
+    data = image_batches()
+    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=0.1), data)
+    keys = [path for path in layers_of(model) if path.endswith("k_proj")]
+    assert steps.left_out == dict.fromkeys(keys, "no bias delta")
+    assert str(steps) == f"{len(layers_of(model)) - 1} layers are trained with centred inputs; 1 not (no bias delta)"
+    layers_of(model)[keys[0].replace("k_proj", "v_proj")].fps_bias["default"].requires_grad_(False)
+    again = centre_steps(model, torch.optim.SGD(parameters(model), lr=0.1), data)
+    assert again.left_out == {keys[0]: "no bias delta", keys[0].replace("k_proj", "v_proj"): "frozen"}
+
+
+def test_a_second_adapter_is_not_touched() -> None:
+    model = unfilled(tiny_mlp())
+    model.add_adapter("second", FPSConfig(per_neuron=1, importance="magnitude", modules_to_save=[]))
+    fill(model, "second")
+    before = {name: bits(p) for name, p in model.named_parameters() if ".second" in name}
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    centre_steps(model, optimizer, BATCHES)
+    train(model, optimizer)
+    assert {name: bits(p) for name, p in model.named_parameters() if ".second" in name} == before
+
+
+def test_a_step_without_gradients_changes_nothing() -> None:
+    model = unfilled(tiny_mlp())
+    optimizer = torch.optim.AdamW(parameters(model), lr=0.03)
+    centre_steps(model, optimizer, BATCHES)
+    before = bits(model(normal(6, 10)))
+    optimizer.step()
+    assert bits(model(normal(6, 10))) == before
+
+
+def test_an_optimizer_of_accelerate_and_a_copy_of_it() -> None:
+    models = [unfilled(tiny_mlp()) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(parameters(model), lr=0.03) for model in models]
+    wrapped = Accelerator(cpu=True).prepare_optimizer(optimizers[0])
+    centre_steps(models[0], wrapped, BATCHES)
+    centre_steps(models[1], optimizers[1], BATCHES)
+    for model, optimizer in zip(models, (wrapped, optimizers[1]), strict=True):
+        train(model, optimizer)
+    assert bits(models[0](normal(6, 10))) == bits(models[1](normal(6, 10)))
+    pickle.dumps(optimizers[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "none"}, r"adapter 'default': no layer can be centred \(no bias delta\), expected some with bias"),
+        ({"per_neuron": 0, "bias": "all"}, r"adapter 'default': no layer can be centred \(no entries\)"),
+    ],
+)
+def test_an_adapter_without_the_two_kinds_is_refused(options: dict[str, Any], message: str) -> None:
+    model = unfilled(tiny_mlp(), **options)
+    optimizer = torch.optim.SGD(parameters(model) or [nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        centre_steps(model, optimizer, BATCHES)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_misuse_is_refused() -> None:
+    model = unfilled(tiny_mlp())
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer is a str, expected a torch.optim.Optimizer"):
+        centre_steps(model, "adamw", BATCHES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="first: its input holds NaN or infinity in calibration batch 0"):
+        centre_steps(model, optimizer, [{"x": normal(2, 10) * torch.nan}])
+    assert not optimizer._optimizer_step_pre_hooks
+    centre_steps(model, optimizer, BATCHES)
+    with pytest.raises(ValueError, match="SGD.step got a closure, which computes gradients anew"):
+        optimizer.step(lambda: 0.0)
+    layers_of(model)["first"].resize("default", 3)
+    with pytest.raises(
+        ValueError, match="first: it has 3 entries, expected the .* Call centre_steps after calibration"
+    ):
+        optimizer.step()
+
+
+# --- in a Trainer ---------------------------------------------------------------------------------------------------
+
+
+def calibrating() -> Any:
+    return get_peft_model(tiny_vit(layers=1), FPSConfig(per_neuron=2))
+
+
+def test_a_callback_centres_after_it_has_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    by_callback, by_hand, plain = calibrating(), calibrating(), calibrating()
+    callback = FPSCallback(centred=True)
+    with caplog.at_level("INFO", "peft_fps"):
+        made = trainer(by_callback, tmp_path, [callback])
+        made.train()
+    assert "layers are trained with centred inputs; 1 not (no bias delta)" in caplog.text
+    assert not made.optimizer.optimizer._optimizer_step_pre_hooks
+
+    for model in (by_hand, plain):
+        trainer(model, tmp_path, [FPSCallback()], max_steps=1, learning_rate=0.0).train()
+    other = trainer(by_hand, tmp_path)
+    other.create_optimizer()
+    loader = other.get_train_dataloader()
+    steps: CentredSteps = centre_steps(by_hand, other.optimizer, list(loader))
+    assert len(steps.layers) == len(layers_of(by_hand)) - 1
+    other.train()
+    trainer(plain, tmp_path).train()
+    found, expected = trained_state(by_callback), trained_state(by_hand)
+    assert found.keys() == expected.keys()
+    pixels = images(4)
+    torch.testing.assert_close(by_callback(pixel_values=pixels).logits, by_hand(pixel_values=pixels).logits)
+    assert not torch.allclose(by_callback(pixel_values=pixels).logits, plain(pixel_values=pixels).logits, atol=1e-4)
+
+
+def test_a_resumed_training_goes_on_as_one_without_interruption(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = calibrating()
+    trainer(whole, tmp_path / "whole", [FPSCallback(centred=True)], **saving).train()
+    resumed = calibrating()
+    trainer(resumed, tmp_path / "whole", [FPSCallback(centred=True)], **saving).train(
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
+    )
+    assert trained_state(resumed) == trained_state(whole)
