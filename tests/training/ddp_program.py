@@ -31,7 +31,8 @@ def train(folder: Path, batch_size: int, importance: str, **options) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    model = get_peft_model(base, FPSConfig(budget=0.03, bias="none", importance=importance))
+    centred = importance == "activation"
+    model = get_peft_model(base, FPSConfig(budget=0.05, bias="all" if centred else "none", importance=importance))
     arguments = TrainingArguments(
         str(folder / "run"),
         per_device_train_batch_size=batch_size,
@@ -46,7 +47,7 @@ def train(folder: Path, batch_size: int, importance: str, **options) -> None:
         dataloader_pin_memory=False,
         **options,
     )
-    trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=[FPSCallback()])
+    trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=[FPSCallback(centred=centred)])
     trainer.train()
     rank = os.environ.get("RANK", "0")
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
