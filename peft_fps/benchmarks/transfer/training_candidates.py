@@ -157,7 +157,7 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
         "try: beta2 0.98, a tenth of the rate for the head",
         TrainingCandidate(head_rate=0.1, recipe={"adam_beta2": 0.98}),
     ),
-    "try-calm": ("try: calm", TrainingCandidate(**CALM)),
+    "try-calm": ("try: calm", TrainingCandidate(**CALM, learning_rates=(1e-2,))),
     "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
     "try-centred-calm": ("try: centred inputs, calm", TrainingCandidate(**CALM, centred=True, learning_rates=(1e-2,))),
 }
