@@ -57,7 +57,7 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     else:
         raise ValueError(f"--output is {str(options.output)!r}, which holds no {CELLS}: nothing has been run there.")
     shown = [record for record in store.records if only is None or record.cell.task in only]
-    results = Results(shown, setting, store.rates)
+    results = Results(shown, setting, store.rates, options.split)
     found = tables(results, options.baseline)
     written = [options.output / CELLS, options.output / TABLES]
     written[1].write_text("\n\n".join(map(titled_markdown, found)) + "\n", encoding="utf-8")

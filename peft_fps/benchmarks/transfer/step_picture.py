@@ -36,7 +36,7 @@ def read_steps(path: Path) -> dict[str, float]:
 
 
 def draw_steps(results: Results, seconds: Mapping[str, float], path: Path) -> None:
-    """Draw the mean test accuracy of token selection beside LoRA and all patches, to a PNG file.
+    """Draw the mean accuracy of token selection beside LoRA and all patches, to a PNG file.
 
     Left: against the seconds of a training step as a share of LoRA's, with tokens selected in the same blocks for all
     tasks. Right: against the operations of the merged model's forward pass as a share of the base's, in these blocks
@@ -81,7 +81,7 @@ def draw_steps(results: Results, seconds: Mapping[str, float], path: Path) -> No
     left.axvline(2 / 3, color="#999999", linestyle="--", linewidth=1)
     left.set_xlabel("time of a training step ÷ LoRA's; dashed: two thirds")
     right.set_xlabel("operations of a forward pass, merged ÷ base")
-    left.set_ylabel("mean test accuracy, %")
+    left.set_ylabel(f"mean {results.split} accuracy, %")
     for axes in (left, right):
         axes.grid(color="#DDDDDD", linewidth=0.6, zorder=-1)
     if right.get_legend_handles_labels()[0]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from peft_fps.benchmarks.transfer.cells import MACHINE, WHAT, Setting
 from peft_fps.vision.option_types import OUTPUT, count, described, seed_number
@@ -32,6 +32,10 @@ class TransferOptions(Setting):
     ] = "0.0077"
     seeds: Seeds = 3
     baseline: Compared = "gps"
+    split: Annotated[
+        Literal["test", "validation"],
+        described("Whose accuracies are shown. Choose between methods by `validation`.", WHAT),
+    ] = "test"
     steps: Annotated[
         Path | None,
         described(

@@ -28,7 +28,7 @@ LOOKS = {
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the mean test accuracy of every method that has run on all tasks, to a PNG file.
+    """Draw the mean accuracy of every method that has run on all tasks, to a PNG file.
 
     Left: against trained parameters, logarithmic, with standard errors over seeds; a dashed line for the linear head,
     which trains none of the backbone. Right: against the peak memory of selection, at the share where learning rates
@@ -76,7 +76,7 @@ def draw(results: Results, path: Path) -> None:
     left.set_xlabel("trained parameters, % of the backbone (head apart)")
     right.set_xlabel("peak memory of selection, MiB (0: no data needed)")
     for axes in (left, right):
-        axes.set_ylabel("mean test accuracy, %")
+        axes.set_ylabel(f"mean {results.split} accuracy, %")
         axes.grid(color="#DDDDDD", linewidth=0.6, zorder=-1)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -19,10 +19,14 @@ class Results:
         records: finished cells; those that only served to choose a learning rate are left out.
         setting: of the run.
         rates: learning rates chosen before, in another run. Default: none.
+        split: whose accuracies count, `"test"` or `"validation"`.
     """
 
-    def __init__(self, records: Iterable[Record], setting: Setting, rates: Rates | None = None) -> None:
+    def __init__(
+        self, records: Iterable[Record], setting: Setting, rates: Rates | None = None, split: str = "test"
+    ) -> None:
         everything = list(records)
+        self.split = split
         self.tuned_share = setting.tuned_share
         chosen = chosen_rates(everything, setting) | dict(rates or {})
         self.rates = {
@@ -44,11 +48,11 @@ class Results:
         self.groups = {group: sorted(self.groups[group]) for group in sorted(self.groups, key=rank)}
         self.tasks = [task for tasks in self.groups.values() for task in tasks]
 
-    def accuracies(self, row: RowKey, part: str = "test") -> dict[str, dict[int, float]]:
-        """Return a row's accuracies by task and seed, on `"test"` or `"validation"`."""
+    def accuracies(self, row: RowKey) -> dict[str, dict[int, float]]:
+        """Return a row's accuracies by task and seed."""
         found: dict[str, dict[int, float]] = {}
         for record in self.rows.get(row, []):
-            found.setdefault(record.cell.task, {})[record.cell.seed] = getattr(record, part)
+            found.setdefault(record.cell.task, {})[record.cell.seed] = getattr(record, self.split)
         return found
 
     @property
@@ -79,14 +83,15 @@ def tables(results: Results, baseline: str) -> list[TextTable]:
     for share in shares:
         rows = results.of_share(share)
         reference = (baseline, share if ARMS[baseline].budgeted else None)
+        kind = f"{results.split.capitalize()} accuracy"
         most = "" if share is None else f", at most {share:.2%} of the backbone trained"
         methods = [row for row in rows if not ARMS[row[0]].is_variant]
         variants = [row for row in rows if ARMS[row[0]].is_variant]
         if methods or not variants:
-            found.append(accuracy_table(results, methods, f"Test accuracy, %{most}"))
+            found.append(accuracy_table(results, methods, f"{kind}, %{most}"))
         if variants:
             beside = [row for row in methods if row == reference]
-            found.append(accuracy_table(results, beside + variants, f"Test accuracy of variants, %{most}"))
+            found.append(accuracy_table(results, beside + variants, f"{kind} of variants, %{most}"))
         found.append(difference_table(results, [row for row in rows if row != reference], reference))
     by_share = [budget_table(results)] if len(shares) > 1 else []
     return [*found, *by_share, rate_table(results), cost_table(results)]
@@ -164,7 +169,7 @@ def budget_table(results: Results) -> TextTable:
                 )
             )
     header = ("method", "seeds", *(f"{100 * share:g}%" for share in shares))
-    return TextTable("Mean test accuracy, %, by share of the backbone trained", header, tuple(lines))
+    return TextTable(f"Mean {results.split} accuracy, %, by share of the backbone trained", header, tuple(lines))
 
 
 def rate_table(results: Results) -> TextTable:

@@ -61,11 +61,13 @@ def test_accuracies_are_of_the_chosen_rate_alone(results):
     assert {task: results.rates["linear", task] for task in "abc"} == dict.fromkeys("abc")
     assert not any(method == "random" for method, _ in results.rates)
     assert results.accuracies(("fps", 0.05)) == {"a": {0: 0.5, 1: 0.6}, "b": {0: 0.7, 1: 0.8}, "c": {0: 0.9, 1: 0.8}}
-    assert results.accuracies(("fps", 0.05), "validation") == {
+    by_validation = Results(everything(), SETTING, split="validation")
+    assert by_validation.accuracies(("fps", 0.05)) == {
         "a": {0: 0.9, 1: 0.5},
         "b": {0: 0.9, 1: 0.5},
         "c": {0: 0.9, 1: 0.5},
     }
+    assert tables(by_validation, "gps")[0].title == "Validation accuracy, %, at most 5.00% of the backbone trained"
     assert results.accuracies(("random", 0.05)) == {}
 
 
