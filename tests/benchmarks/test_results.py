@@ -166,3 +166,24 @@ def test_the_page_on_accuracy_with_fewer_tokens_is_that_of_its_cells(tmp_path: P
         f"{step['step']['keep-0.7']['median'] / step['step']['lora']['median']:.2f} of the time of LoRA's step" in page
     )
     assert f"{step['bytes']['keep-0.7']['peak'] / step['bytes']['lora']['peak']:.2f} of its memory" in page
+
+
+def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_recipe"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    shutil.copy(kept / "cells.jsonl", tmp_path)
+    words = shlex.split(next(command for command in commands(page) if "--report" in command))[1:]
+    header, records = read(kept / "cells.jsonl")
+    words[words.index("--output") + 1] = str(tmp_path)
+    words[words.index("--model") + 1] = header["setting"]["model"]
+    assert f", {len(records)} cells |" in README
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0, ended.output
+    tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
+    assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
+    means = {line[0]: (line[2], line[-1]) for line in rows(tables) if len(line) == 15 and line[-1][:1].isdigit()}
+    labels = {"FPS, with biases", "try: centred inputs", "try: centred inputs, calm", "try: calm"}
+    assert means.keys() >= labels
+    for label in labels:
+        seeds, mean = means[label]
+        assert f"| {seeds} | {mean} |" in page, label
