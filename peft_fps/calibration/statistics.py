@@ -39,14 +39,16 @@ class InputStatistics:
         """Return the typical magnitude of each input, `(groups, inputs)` in the dtype of `sums`.
 
         Args:
-            norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4),
-                `"signed"` for the mean of a.
+            norm: `"l1"` for mean |a| (FPS, arXiv 2510.27359, eq. 3), `"l2"` for the root mean square (eq. 4).
         """
+        return self.mean().sqrt() if norm == "l2" else self.mean()
+
+    def mean(self) -> Tensor:
+        """Return the mean of what was summed, `(groups, inputs)` in the dtype of `sums`."""
         counts = self.positions
-        mean = self.sums / (
+        return self.sums / (
             counts.to(self.sums.device).clamp(min=1)[:, None] if isinstance(counts, Tensor) else max(counts, 1)
         )
-        return mean.sqrt() if norm == "l2" else mean
 
 
 def column_sums(x: Tensor, norm: str, mask: Tensor | None = None) -> tuple[Tensor, int]:

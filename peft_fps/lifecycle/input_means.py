@@ -1,5 +1,6 @@
 """Mean inputs of the layers of an adapter, on the base model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 from peft_fps.base.compiled import run_eagerly
 from peft_fps.calibration import Pass, Run, device_of, failing_together, observe
 from peft_fps.importance.activation import observed_layer
-from peft_fps.layers.lookup import adapter_layers, base_model, entry_layers
+from peft_fps.layers.entry_layer import EntryLayer
+from peft_fps.layers.lookup import base_model
 from peft_fps.lifecycle.adapters_off import adapters_off
 
 
@@ -17,27 +19,26 @@ def _collective(model: nn.Module, *_: Any) -> Any:
 
 
 @failing_together(_collective)
-def input_means(model: nn.Module, adapter_name: str, data: Pass, run: Run | None = None) -> dict[str, Tensor]:
-    """Run the base model on data, and return the mean of each input of the adapter's layers.
+def input_means(
+    model: nn.Module, adapter_name: str, layers: Mapping[str, EntryLayer], data: Pass, run: Run | None = None
+) -> dict[str, Tensor]:
+    """Run the base model on data, and return the mean of each input of some layers.
 
     In a distributed run every process brings its own data, and all get the means over all.
 
     Args:
-        model: model with a selected adapter.
-        adapter_name: name of the adapter.
+        model: model with the adapter.
+        adapter_name: name of the adapter, whose modules that are trained whole run too.
+        layers: layers by path in the base model.
         data: the batches.
         run: runs the model on a batch. Default: as `peft_fps.calibrate` does.
 
     Returns:
-        `(groups, inputs)` in float64 by path in the base model, of the layers that the data reaches. Only grouped
+        `(groups, inputs)` in the dtype of `wide_dtype` by path, of the layers that the data reaches. Only grouped
         convolutions and stacked weights have several groups.
     """
     base = base_model(model)
-    layers = {
-        path: observed_layer(layer)
-        for path, layer in entry_layers(adapter_layers(model, adapter_name)).items()
-        if adapter_name in layer.fps_bias
-    }
+    observed = {path: observed_layer(layer) for path, layer in layers.items()}
     with adapters_off(base, adapter_name), run_eagerly(base):
-        statistics, _ = observe(base, layers, "signed", data, run)
-    return {path: found.typical("signed") for path, found in statistics.items()}
+        statistics, _ = observe(base, observed, "signed", data, run)
+    return {path: found.mean() for path, found in statistics.items()}

@@ -15,7 +15,8 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
-from peft_fps.training.centred_steps import CentredSteps, centre_steps
+from peft_fps.training.centred_steps import CentredSteps
+from peft_fps.training.centring import centrable, centre_steps, stepped_optimizer
 from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -109,6 +110,9 @@ class FPSCallback(TrainerCallback):
             check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
+        if self.centred:  # before calibration changes anything
+            self._end_centring()  # of a training that was interrupted
+            centrable(model, stepped_optimizer(kwargs["optimizer"]), name)
         if not all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
             self._calibrate(model, name, args, kwargs["train_dataloader"])
         if self.centred:
@@ -139,7 +143,6 @@ class FPSCallback(TrainerCallback):
         logger.info("%s", report)
 
     def _centre(self, model: nn.Module, name: str, args: TrainingArguments, optimizer: Any, loader: Any) -> None:
-        self._end_centring()  # of a training that was interrupted
         trainer = calling_trainer(self)
         data: Any = loader if trainer is None else AsTrained(trainer, model, loader, plainly=True)
         run = self.options.get("run", None if trainer is None else data.run)

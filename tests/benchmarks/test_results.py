@@ -7,6 +7,7 @@ import shutil
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from peft_fps.benchmarks.transfer.campaign import table_rows
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.plan import pending, trials
 from peft_fps.benchmarks.transfer.store import read
+from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.cli.app import app
 from tests.documents import RESULTS, blocks, commands, rows
 
@@ -182,8 +184,25 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
     tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
     assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
     means = {line[0]: (line[2], line[-1]) for line in rows(tables) if len(line) == 15 and line[-1][:1].isdigit()}
-    labels = {"FPS, with biases", "try: centred inputs", "try: centred inputs, calm", "try: calm"}
+    labels = {"FPS, with biases", "try: centred inputs", "try: centred inputs, low rates", "try: low rates"}
     assert means.keys() >= labels
     for label in labels:
-        seeds, mean = means[label]
-        assert f"| {seeds} | {mean} |" in page, label
+        assert "| {} | {} |".format(*means[label]) in page, label
+    rates = {(method, task): rate for method, task, rate in header["rates"]}
+    by_seed = Results(records, Setting(tasks="", **header["setting"]), rates, split="validation")
+    found, default = (
+        [mean(seeds[seed] for seeds in by_seed.accuracies((name, 0.0077)).values()) for seed in (0, 1)]
+        for name in ("try-centred-low-rates", "fps-biases")
+    )
+    ahead = [f"{100 * (one - other):.1f}" for one, other in zip(found, default, strict=True)]
+    assert f"by {' and '.join(ahead)}." in page
+    _, others = read(RESULTS / "transfer_tokens" / "cells.jsonl")
+    cells = [record for record in (*others, *records) if record.cell.seed == 0]
+    losses = {(record.cell.method, record.cell.task): record.loss for record in cells}
+    for method, task, text in (
+        ("fps-biases", "eth80_azimuth", "epochs is {:.2f}"),
+        ("full", "eth80_azimuth", "fine-tuning {:.2f} (["),
+        ("try-fitted-head-tenth", "eth80_azimuth", "to {:.2f}, on"),
+        ("try-fitted-head-tenth", "caltech101", "`caltech101` it is {:.2f},"),
+    ):
+        assert text.format(losses[method, task]) in page.replace("\n", " "), text

@@ -93,12 +93,7 @@ def test_the_activations_are_not_changed():
 
 
 @pytest.mark.parametrize(
-    ("norm", "expected"),
-    [
-        ("l1", [[2.0, 0.0], [1.0, 0.5]]),
-        ("l2", [[2.0**0.5, 0.0], [1.0, 0.5**0.5]]),
-        ("signed", [[2.0, 0.0], [1.0, 0.5]]),
-    ],
+    ("norm", "expected"), [("l1", [[2.0, 0.0], [1.0, 0.5]]), ("l2", [[2.0**0.5, 0.0], [1.0, 0.5**0.5]])]
 )
 def test_typical_activation(norm: str, expected: list[list[float]]):
     found = InputStatistics(torch.tensor([[8.0, 0.0], [4.0, 2.0]], dtype=torch.float64), 4).typical(norm)

@@ -34,10 +34,8 @@ class Centred(nn.Module):
         self.delta = nn.Parameter(torch.zeros_like(self.base.weight))
         self.shift = nn.Parameter(torch.zeros_like(self.base.bias))
         counts = layer.fps_row_counts["default"].long()
-        self.rows, self.columns = (
-            torch.arange(len(counts)).repeat_interleave(counts),
-            layer.fps_columns["default"].long(),
-        )
+        self.rows = torch.arange(len(counts)).repeat_interleave(counts)
+        self.columns = layer.fps_columns["default"].long()
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = torch.zeros_like(self.delta)
@@ -92,19 +90,20 @@ def test_steps_are_those_of_a_model_with_centred_inputs(kind: Any, options: dict
     train(reference, others)
     x = normal(6, 10, seed=50)
     torch.testing.assert_close(model(x), reference(x))
-    assert not torch.allclose(model(x), model.get_base_model()(x) * 0 + unfilled(tiny_mlp())(x), atol=1e-2)
+    uncentred = unfilled(tiny_mlp())
+    train(uncentred, kind(parameters(uncentred), lr=0.03))
+    assert not torch.allclose(model(x), uncentred(x), atol=1e-2)
 
 
-@pytest.mark.parametrize(("base", "batches"), [(tiny_conv, IMAGES), (lambda: tiny_conv(groups=1), IMAGES)][:1])
-def test_means_of_convolutions_are_those_of_their_patches(base: Any, batches: list[dict[str, Tensor]]) -> None:
-    model = unfilled(base())
-    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=1.0), batches)
-    [path, *_] = [each.path for each in steps.layers]
-    layer, centred = layers_of(model)[path], steps.layers[0]
+def test_means_of_convolutions_are_those_of_their_patches() -> None:
+    model = unfilled(tiny_conv())
+    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=1.0), IMAGES)
+    path, centred = next(iter(steps.layers.items()))
+    layer = layers_of(model)[path]
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        for batch in batches:
+        for batch in IMAGES:
             model(**batch)
     convolution = layer.base_layer
     patches = torch.cat(
@@ -116,7 +115,7 @@ def test_means_of_convolutions_are_those_of_their_patches(base: Any, batches: li
         ]
     )
     means = patches.mean((0, 2)).view(convolution.groups, -1)
-    groups = centred.rows.long() // (layer.neurons // convolution.groups)
+    groups = centred.structure.rows.long() // (layer.neurons // convolution.groups)
     torch.testing.assert_close(centred.means, means[groups, layer.fps_columns["default"].long()])
 
 
@@ -189,7 +188,10 @@ def test_an_optimizer_of_accelerate_and_a_copy_of_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": "none"}, r"adapter 'default': no layer can be centred \(no bias delta\), expected some with bias"),
+        (
+            {"bias": "none"},
+            r"adapter 'default': no layer can be centred \(no bias delta\), expected some with entries",
+        ),
         ({"per_neuron": 0, "bias": "all"}, r"adapter 'default': no layer can be centred \(no entries\)"),
     ],
 )
@@ -212,11 +214,35 @@ def test_misuse_is_refused() -> None:
     centre_steps(model, optimizer, BATCHES)
     with pytest.raises(ValueError, match="SGD.step got a closure, which computes gradients anew"):
         optimizer.step(lambda: 0.0)
-    layers_of(model)["first"].resize("default", 3)
-    with pytest.raises(
-        ValueError, match="first: it has 3 entries, expected the .* Call centre_steps after calibration"
-    ):
-        optimizer.step()
+    with pytest.raises(ValueError, match=r"first: steps of adapter 'default' are centred already, .* Call remove\(\)"):
+        centre_steps(model, optimizer, BATCHES)
+
+
+def test_entries_that_were_chosen_anew_are_noticed_and_the_same_ones_are_not() -> None:
+    model = unfilled(tiny_mlp(), importance="random")
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    steps = centre_steps(model, optimizer, BATCHES)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    train(model, optimizer, 1)
+    model.peft_config["default"].seed = 1
+    model.calibrate(discard_values=True, progress=False)
+    with pytest.raises(ValueError, match=r"first: adapter 'default' has other entries, .* call remove\(\) and centre"):
+        train(model, optimizer, 1)
+    steps.remove()
+    assert len(centre_steps(model, optimizer, BATCHES).layers) == 2
+    train(model, optimizer, 1)
+
+
+def test_another_optimizers_parameters_are_left_alone() -> None:
+    model = unfilled(tiny_mlp())
+    first, last = (layers_of(model)[name] for name in ("first", "last"))
+    optimizer = torch.optim.SGD([*first.fps_values.parameters(), *first.fps_bias.parameters()], lr=0.1)
+    assert centre_steps(model, optimizer, BATCHES).left_out == {"last": "not in the optimizer"}
+    before = bits(last.fps_bias["default"])
+    train(model, optimizer, 2)
+    assert bits(last.fps_bias["default"]) == before
+    with pytest.raises(ValueError, match=r"no layer can be centred \(not in the optimizer\)"):
+        centre_steps(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), BATCHES)
 
 
 # --- in a Trainer ---------------------------------------------------------------------------------------------------
@@ -239,16 +265,20 @@ def test_a_callback_centres_after_it_has_calibrated(tmp_path: Path, caplog: pyte
         trainer(model, tmp_path, [FPSCallback()], max_steps=1, learning_rate=0.0).train()
     other = trainer(by_hand, tmp_path)
     other.create_optimizer()
-    loader = other.get_train_dataloader()
-    steps: CentredSteps = centre_steps(by_hand, other.optimizer, list(loader))
+    steps: CentredSteps = centre_steps(by_hand, other.optimizer, list(other.get_train_dataloader()))
     assert len(steps.layers) == len(layers_of(by_hand)) - 1
     other.train()
     trainer(plain, tmp_path).train()
-    found, expected = trained_state(by_callback), trained_state(by_hand)
-    assert found.keys() == expected.keys()
     pixels = images(4)
     torch.testing.assert_close(by_callback(pixel_values=pixels).logits, by_hand(pixel_values=pixels).logits)
     assert not torch.allclose(by_callback(pixel_values=pixels).logits, plain(pixel_values=pixels).logits, atol=1e-4)
+
+
+def test_a_callback_that_cannot_centre_says_so_before_it_calibrates(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_vit(layers=1), FPSConfig(per_neuron=2, bias="none"))
+    with pytest.raises(ValueError, match=r"no layer can be centred \(no bias delta\)"):
+        trainer(model, tmp_path, [FPSCallback(centred=True)]).train()
+    assert not any(layer.fps_state["default"].selected for layer in layers_of(model).values())
 
 
 def test_a_resumed_training_goes_on_as_one_without_interruption(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Ways to train that are tried on FPS with biases: what is trained besides, at which rates, how it is regularised.
 
-None is an option of the package. What is trained besides counts in the budget, and the entries get the rest.
+None is a default of the package. What is trained besides counts in the budget, and the entries get the rest.
 """
 
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ def add_scale(layer: EntryLayer) -> None:
     layer.register_forward_hook(hook)
 
 
-CALM: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {"adam_beta2": 0.95}}
+LOW_RATES: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {"adam_beta2": 0.95}}
 """What keeps the first steps from overshooting: biases and head move less, and large gradients are soon forgotten."""
 
 TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
@@ -152,13 +152,16 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
         for decay in (0.01, 0.1)
     },
     "try-clip": ("try: gradients clipped at 1", TrainingCandidate(recipe={"max_grad_norm": 1.0})),
-    "try-short-memory": ("try: beta2 0.98", TrainingCandidate(recipe={"adam_beta2": 0.98})),
-    "try-short-memory-head-rate-tenth": (
+    "try-beta2": ("try: beta2 0.98", TrainingCandidate(recipe={"adam_beta2": 0.98})),
+    "try-beta2-head-rate-tenth": (
         "try: beta2 0.98, a tenth of the rate for the head",
         TrainingCandidate(head_rate=0.1, recipe={"adam_beta2": 0.98}),
     ),
-    "try-calm": ("try: calm", TrainingCandidate(**CALM, learning_rates=(1e-2,))),
+    "try-low-rates": ("try: low rates", TrainingCandidate(**LOW_RATES, learning_rates=(1e-2,))),
     "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
-    "try-centred-calm": ("try: centred inputs, calm", TrainingCandidate(**CALM, centred=True, learning_rates=(1e-2,))),
+    "try-centred-low-rates": (
+        "try: centred inputs, low rates",
+        TrainingCandidate(**LOW_RATES, centred=True, learning_rates=(1e-2,)),
+    ),
 }
 """Labels and candidates by the names of the command line."""
