@@ -159,7 +159,8 @@ ARMS: dict[str, Arm] = {
             label,
             how.build,
             learning_rates=how.learning_rates or FEW,
-            tuned_as=None if how.learning_rates else "fps",
+            tuned_as=None if how.learning_rates else how.tuned_as,
+            choose=_by_choice(how.choice) if how.choice else None,
             varies=True,
             training=how,
         )

@@ -29,6 +29,8 @@ class TrainingCandidate:
 
     Attributes:
         bias: which biases are trained, as `FPSConfig` says.
+        granularity: where entries compete, as `FPSConfig` says.
+        choice: key of `CHOICES`, by which entries are chosen; FPS's own if empty.
         norm_weights: whether the weights of LayerNorms are trained, in the base model itself.
         scales: whether each neuron of an adapted layer gets a trained factor 1 + γ of (W + ΔW) x, as in SSF
             (arXiv 2210.08823).
@@ -40,10 +42,13 @@ class TrainingCandidate:
             rather than at random.
         centred: whether entries are trained as if their inputs had the mean 0.
         recipe: training arguments that differ.
-        learning_rates: of entries, to choose from; FPS's own if empty.
+        learning_rates: of entries, to choose from; those of `tuned_as` if empty.
+        tuned_as: the method whose learning rate it takes.
     """
 
     bias: Literal["none", "all", "with_norms"] = "all"
+    granularity: Literal["neuron", "layer"] = "neuron"
+    choice: str = ""
     norm_weights: bool = False
     scales: bool = False
     bias_rate: float = 1.0
@@ -54,13 +59,16 @@ class TrainingCandidate:
     centred: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
+    tuned_as: str = "fps"
 
     def build(self, base: PreTrainedModel, share: float | None, seed: int) -> PeftConfig:
         """Return the config of FPS that trains a share of the backbone, what is trained besides included."""
         assert share is not None
         parameters = count_base_parameters(base)
         entries_and_biases = int(exact(share) * parameters) - self._besides(base)
-        return FPSConfig(budget=(max(entries_and_biases, 0) + 0.5) / parameters, bias=self.bias, seed=seed)
+        budget = (max(entries_and_biases, 0) + 0.5) / parameters
+        importance = "magnitude" if self.choice else "activation"
+        return FPSConfig(budget=budget, bias=self.bias, granularity=self.granularity, importance=importance, seed=seed)
 
     def _besides(self, base: PreTrainedModel) -> int:
         """Return how many numbers are trained beyond those that the config counts."""
@@ -125,6 +133,8 @@ def add_scale(layer: EntryLayer) -> None:
 LOW_RATES: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {"adam_beta2": 0.95}}
 """What keeps the first steps from overshooting: biases and head move less, and large gradients are soon forgotten."""
 
+CENTRED: dict[str, Any] = {**LOW_RATES, "centred": True}
+
 TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-norms-biases": ("try: biases of norms", TrainingCandidate(bias="with_norms")),
     "try-norm-weights-biases": (
@@ -161,7 +171,27 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
     "try-centred-low-rates": (
         "try: centred inputs, low rates",
-        TrainingCandidate(**LOW_RATES, centred=True, learning_rates=(1e-2,)),
+        TrainingCandidate(**CENTRED, learning_rates=(3e-3, 1e-2, 3e-2)),
+    ),
+    "try-centred-layer": (
+        "try: centred inputs, low rates, layer",
+        TrainingCandidate(**CENTRED, granularity="layer", tuned_as="try-centred-low-rates"),
+    ),
+    "try-centred-norm-weights": (
+        "try: centred inputs, low rates, weights and biases of norms",
+        TrainingCandidate(**CENTRED, bias="with_norms", norm_weights=True, tuned_as="try-centred-low-rates"),
+    ),
+    "try-centred-drop-path": (
+        "try: centred inputs, low rates, stochastic depth 0.1",
+        TrainingCandidate(**CENTRED, drop_path=0.1, tuned_as="try-centred-low-rates"),
+    ),
+    "try-centred-decay": (
+        "try: centred inputs, low rates, weight decay 0.1",
+        TrainingCandidate(**CENTRED, weight_decay=0.1, tuned_as="try-centred-low-rates"),
+    ),
+    "try-centred-output-gradient": (
+        "try: centred inputs, low rates, output-gradient-layer",
+        TrainingCandidate(**CENTRED, choice="output-gradient-layer", tuned_as="try-centred-low-rates"),
     ),
 }
 """Labels and candidates by the names of the command line."""

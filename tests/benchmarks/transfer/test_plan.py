@@ -40,7 +40,7 @@ def naive_trials(method: str, task: str, share: float = 0.05) -> list[Cell]:
     if method == "linear":
         return []
     others = {"full": (0.0001, 0.0003, 0.001), "fish-mask": (0.001, 0.003, 0.01), "fps-model": (0.001, 0.003, 0.01)}
-    others |= dict.fromkeys(("try-low-rates", "try-centred-low-rates"), (0.01,))
+    others["try-low-rates"] = (0.01,)
     rates = others.get(method, RATES)
     return [Cell(task, method, None if method in ("full", "bitfit") else share, 0, rate) for rate in rates]
 
