@@ -114,7 +114,7 @@ def test_the_table_of_results_is_taken_from_the_kept_cells() -> None:
     accuracies = accuracy_table(results, shown, "")
     columns = [accuracies.header.index(name) for name in ("method", "trained, %", "seeds", "mean")]
     differences = difference_table(results, [row for row in shown if row[0] != default], (default, 0.0077))
-    compared = {line[0]: (line[1], line[4]) for line in differences.lines}
+    compared = {line[0]: (line[1], line[5]) for line in differences.lines}
     lines = tuple(
         (*(line[column] for column in columns), *compared.get(line[0], ("", "the default")))
         for line in accuracies.lines

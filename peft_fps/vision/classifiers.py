@@ -14,7 +14,7 @@ from peft_fps.vision.upstream_noise import no_head_report
 
 
 def load_model(name: str, classes: list[str], seed: int, image_size: int | None = None) -> PreTrainedModel:
-    """Load a model in float32, its output layer replaced by a new one for the classes.
+    """Load an image model in float32, its output layer replaced by a new one for the classes.
 
     Args:
         name: a folder, `owner/name` on the Hub, or `timm:NAME` or `timm:NAME@FILE`.
@@ -29,25 +29,46 @@ def load_model(name: str, classes: list[str], seed: int, image_size: int | None 
             there is no such head.
     """
     named = timm_name(name) is not None
-    model = build_timm(name, classes, seed, image_size) if named else _load_whole(name, classes)
+    if named:
+        model = build_timm(name, classes, seed, image_size)
+    else:
+        model = load_whole(name, classes, AutoModelForImageClassification)
     if image_size is not None and not named and hasattr(model, "timm_model"):
         record_size(model, name, image_size)
+    renew_head(model, seed)
+    return model
+
+
+def renew_head(model: PreTrainedModel, seed: int) -> None:
+    """Draw the output layer of a classifier anew; the same seed gives the same weights.
+
+    Raises:
+        ValueError: the model does not have exactly one such layer.
+    """
     head = classifier(model)
     generator = torch.Generator().manual_seed(seed)
     nn.init.trunc_normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    return model
 
 
-def _load_whole(name: str, classes: list[str]) -> PreTrainedModel:
-    """Load a model from a folder or the Hub; all weights but the head's must be there."""
+def load_whole(name: str, classes: list[str], kind: Any) -> PreTrainedModel:
+    """Load a model from a folder or the Hub in float32; all weights but the head's must be there.
+
+    Args:
+        name: a folder, or `owner/name` on the Hub.
+        classes: names of the classes.
+        kind: one of transformers' classes for classification, `AutoModelForImageClassification` for example.
+
+    Raises:
+        ValueError: there is no such model, or weights other than the output head's are missing or have another shape.
+    """
     try:
         # a timm model takes the number of classes by this name only; others complain if they get it beside the names
         of_timm = AutoConfig.from_pretrained(name).model_type == "timm_wrapper"
         number = {"num_labels": len(classes)} if of_timm else {}
         with no_head_report():
-            model, loaded = AutoModelForImageClassification.from_pretrained(
+            model, loaded = kind.from_pretrained(
                 name,
                 id2label=dict(enumerate(classes)),
                 label2id={label: index for index, label in enumerate(classes)},
@@ -65,7 +86,7 @@ def _load_whole(name: str, classes: list[str]) -> PreTrainedModel:
     if unusable:
         raise ValueError(
             f"--model is {name!r}, whose file lacks {len(unusable)} weights of a {type(model).__name__} or holds them "
-            f"in another shape: {', '.join(unusable[:3])}. Is it an image model?"
+            f"in another shape: {', '.join(unusable[:3])}. Does {kind.__name__} load it?"
         )
     return model
 

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_fps.vision.pixels import Collator, ImageSplit
+from peft_fps.vision.pixels import Collate, LabelledExamples
 
 
 TOLERANCE = 1e-4
@@ -23,24 +24,24 @@ class Predictor:
 
     Args:
         device: where models and batches go.
-        batch_size: images per batch.
+        batch_size: examples per batch.
         collator: makes a batch of examples.
-        workers: processes that prepare images.
+        workers: processes that prepare examples.
     """
 
     device: torch.device
     batch_size: int
-    collator: Collator
+    collator: Collate
     workers: int
 
-    def logits(self, model: nn.Module, split: ImageSplit, title: str) -> Tensor:
-        """Return the logits, float32 `(images, classes)` on the CPU; `title` is shown beside the progress bar."""
+    def logits(self, model: nn.Module, split: LabelledExamples, title: str) -> Tensor:
+        """Return the logits, float32 `(examples, classes)` on the CPU; `title` is shown beside the progress bar."""
         outputs: list[Tensor] = []
         self._run(model, split, title, lambda output: outputs.append(output.logits.float().cpu()))
         return torch.cat(outputs)
 
-    def features(self, model: nn.Module, head: nn.Module, split: ImageSplit, title: str) -> Tensor:
-        """Return the inputs of the output head, float32 `(images, features)` on the CPU; `title` as for `logits`."""
+    def features(self, model: nn.Module, head: nn.Module, split: LabelledExamples, title: str) -> Tensor:
+        """Return the inputs of the output head, float32 `(examples, features)` on the CPU; `title` as for `logits`."""
         inputs: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1).float().cpu()))
         try:
@@ -50,14 +51,14 @@ class Predictor:
         return torch.cat(inputs)
 
     @torch.no_grad()
-    def _run(self, model: nn.Module, split: ImageSplit, title: str, consume: Callable[[Any], None]) -> None:
+    def _run(self, model: nn.Module, split: LabelledExamples, title: str, consume: Callable[[Any], None]) -> None:
         """Run the model over the split's batches in order, and pass each output to `consume`."""
-        loader = DataLoader(split, batch_size=self.batch_size, collate_fn=self.collator, num_workers=self.workers)
+        data: Any = split  # DataLoader takes whatever has a length and items
+        loader = DataLoader(data, batch_size=self.batch_size, collate_fn=self.collator, num_workers=self.workers)
         model.to(self.device).eval()
         for batch in tqdm(loader, desc=title):
-            labels_free = {key: value for key, value in batch.items() if key != "labels"}
-            pixels = labels_free.pop("pixel_values").to(self.device)
-            consume(model(pixel_values=pixels, **labels_free))
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            consume(model(**send_to_device(inputs, self.device)))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

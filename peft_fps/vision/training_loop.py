@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_fps.vision.pixels import Collator, ImageSplit
+from peft_fps.vision.pixels import Collate, LabelledExamples
 
 
 LOGGED = 10
@@ -74,8 +74,8 @@ def training_arguments(
 def train(
     model: nn.Module,
     arguments: TrainingArguments,
-    images: ImageSplit,
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    examples: LabelledExamples,
+    collator: Collate,
     **options: Any,
 ) -> float:
     """Train the model in place; returns the mean training loss.
@@ -83,14 +83,15 @@ def train(
     Args:
         model: to train.
         arguments: of the Trainer.
-        images: to train on.
+        examples: to train on.
         collator: makes a batch of examples.
         options: further arguments of the Trainer: `callbacks`, `compute_loss_func`.
 
     Raises:
         DivergedError: the loss is not finite.
     """
-    trainer = Trainer(model=model, args=arguments, train_dataset=images, data_collator=collator, **options)
+    data: Any = examples  # the Trainer takes whatever has a length and items
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, **options)
     loss = float(trainer.train().training_loss)
     # under mixed precision the Trainer leaves its autocast on the model's forward
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -99,19 +100,20 @@ def train(
     return loss
 
 
-def calibration_loader(seed: int, batch_size: int, images: ImageSplit, collator: Collator, workers: int) -> Any:
-    """Return a DataLoader over the training images, in an order that depends on the seed alone.
+def calibration_loader(seed: int, batch_size: int, examples: LabelledExamples, collator: Collate, workers: int) -> Any:
+    """Return a DataLoader over the training examples, in an order that depends on the seed alone.
 
     Args:
         seed: the same seed gives the same order.
-        batch_size: images per batch; the last batch may be smaller.
-        images: to load.
+        batch_size: examples per batch; the last batch may be smaller.
+        examples: to load.
         collator: makes a batch of examples.
-        workers: processes that prepare images.
+        workers: processes that prepare examples.
     """
+    data: Any = examples
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        images,
+        data,
         batch_size=batch_size,
         shuffle=True,
         generator=generator,

@@ -184,9 +184,11 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
     tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
     assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
     means = {line[0]: (line[2], line[-1]) for line in rows(tables) if len(line) == 15 and line[-1][:1].isdigit()}
-    labels = {"FPS, with biases", "try: centred inputs", "try: centred inputs, low rates", "try: low rates"}
-    assert means.keys() >= labels
-    for label in labels:
+    alone = {"FPS, with biases", "try: centred inputs", "try: centred inputs, low rates", "try: low rates"}
+    besides = ("layer", "output-gradient-layer", "weights and biases of norms", "stochastic depth 0.1")
+    added = {f"try: centred inputs, low rates, {each}" for each in besides}
+    assert means.keys() >= alone | added
+    for label in alone | added:
         assert "| {} | {} |".format(*means[label]) in page, label
     rates = {(method, task): rate for method, task, rate in header["rates"]}
     by_seed = Results(records, Setting(tasks="", **header["setting"]), rates, split="validation")

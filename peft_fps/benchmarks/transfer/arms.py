@@ -102,6 +102,9 @@ ARMS: dict[str, Arm] = {
     "gps-biases": Arm(
         "GPS, with biases", selecting(importance="gradient", loss="contrastive", bias="all"), tuned_as="gps"
     ),
+    "gps-task-biases": Arm(
+        "GPS, cross-entropy, with biases", selecting(importance="gradient", bias="all"), varies=True
+    ),
     "fps-l2": Arm("FPS, l2", selecting(norm="l2"), tuned_as="fps"),
     "fps-layer": Arm("FPS, layer", selecting(granularity="layer"), tuned_as="fps"),
     "fps-l2-layer": Arm("FPS, l2, layer", selecting(norm="l2", granularity="layer"), tuned_as="fps"),

@@ -12,7 +12,7 @@ from peft_fps.benchmarks.transfer.cells import RowKey, Setting
 from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
 from peft_fps.benchmarks.transfer.selection_agreement import measure, overlap_table
 from peft_fps.benchmarks.transfer.step_picture import draw_steps, read_steps
-from peft_fps.benchmarks.transfer.store import Store, read
+from peft_fps.benchmarks.transfer.store import Store, read, taken_rates
 from peft_fps.benchmarks.transfer.tasks import task_names
 from peft_fps.benchmarks.transfer.transfer_options import OverlapOptions, TransferOptions, listed
 from peft_fps.benchmarks.transfer.transfer_picture import draw
@@ -49,7 +49,7 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     if fill:
         check_timm_name("--model", setting.model)
         tasks = chosen_tasks(setting, only)
-        rates = None if options.rates_of is None else _rates_of(options.rates_of, setting)
+        rates = None if options.rates_of is None else earlier_rates(options.rates_of, setting)
         store = Store(options.output / CELLS, setting, {"processor": processor(), "versions": versions()}, rates)
         fill_table(tasks, rows, options.seeds, setting, store, options.jobs)
     elif (options.output / CELLS).exists():
@@ -73,15 +73,16 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     return found, written
 
 
-def _rates_of(folder: Path, setting: Setting) -> Rates:
-    """Return the learning rates that another run has chosen.
+def earlier_rates(folder: Path, setting: Setting) -> Rates:
+    """Return the learning rates that another run has chosen, or has taken from one before it.
 
     Raises:
         ValueError: there is no run in the folder.
     """
     if not (folder / CELLS).exists():
         raise ValueError(f"--rates-of is {str(folder)!r}, which holds no {CELLS}: nothing has been run there.")
-    return chosen_rates(read(folder / CELLS)[1], setting)
+    header, records = read(folder / CELLS)
+    return taken_rates(header) | chosen_rates(records, setting)
 
 
 def run_overlap(options: OverlapOptions) -> tuple[TextTable, list[Path]]:

@@ -27,8 +27,8 @@ from peft_fps.checkpoint import save_adapter
 from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.training import FPSCallback
-from peft_fps.vision.classifiers import classifier, interpolates, load_model, load_processor
-from peft_fps.vision.pixels import Collator, two_views
+from peft_fps.vision.classifiers import classifier
+from peft_fps.vision.pixels import Collate
 from peft_fps.vision.prediction import Predictor, accuracy
 from peft_fps.vision.training_loop import (
     DivergedError,
@@ -60,9 +60,9 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     if cell.learning_rate is None:
         return run_linear_head(cell, setting, task)
     set_seed(cell.seed)
-    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
+    base = task.load_base(cell.seed)
     backbone = count_base_parameters(base)
-    collator = Collator(interpolates(base))
+    collator = task.collator(base)
     head = sum(p.numel() for p in classifier(base).parameters())
     training = ARMS[cell.method].training
     fitting = start_from_fitted_head(base, setting, task) if training.fitted_head else 0.0
@@ -115,7 +115,7 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
 
 
 def _prepare(
-    cell: Cell, setting: Setting, task: Task, base: PreTrainedModel, collator: Collator
+    cell: Cell, setting: Setting, task: Task, base: PreTrainedModel, collator: Collate
 ) -> tuple[nn.Module, float, int]:
     """Return the model, its entries selected, the seconds that took, and the peak of bytes on one batch."""
     arm, start = ARMS[cell.method], time.perf_counter()
@@ -133,7 +133,7 @@ def _prepare(
 
 
 def select(
-    model: Any, cell: Cell, setting: Setting, task: Task, collator: Collator, batches: int | None = None
+    model: Any, cell: Cell, setting: Setting, task: Task, collator: Collate, batches: int | None = None
 ) -> None:
     """Choose the entries of an adapter that is not trained, as the cell's method does.
 
@@ -163,7 +163,12 @@ def select(
     data = islice(loader, batches)
     views = None
     if config.loss == "contrastive" or arm.augmented:
-        views = two_views(load_processor(setting.model, setting.image_size))
+        if task.views is None:
+            raise ValueError(
+                f"{cell.method} sees augmented images, and the task {task.name!r} holds texts, expected a method that "
+                "does not. Take the one with cross-entropy, or leave it out."
+            )
+        views = task.views()
     if arm.choose:
         arm.choose(model, data, len(task.classes))
     elif arm.augmented:
@@ -174,7 +179,7 @@ def select(
         model.calibrate(data, views=views, progress=False)
 
 
-def _training_bytes(model: nn.Module, setting: Setting, task: Task, collator: Collator) -> int:
+def _training_bytes(model: nn.Module, setting: Setting, task: Task, collator: Collate) -> int:
     """Return the peak of bytes of a step, AdamW's state included; at a learning rate of 0, which changes nothing."""
     images = task.splits["train"]
     batch = collator([images[row] for row in range(min(setting.batch_size, len(images)))])

@@ -22,7 +22,7 @@ class Setting:
     model: Annotated[
         str,
         described(
-            "A pre-trained image classification model; timm:NAME as in peft-fps finetune.",
+            "A pre-trained image classification model, or a text encoder; timm:NAME as in peft-fps finetune.",
             WHAT,
             metavar="FOLDER|HUB_ID|timm:NAME",
         ),
@@ -31,7 +31,8 @@ class Setting:
         str,
         described(
             "Holds a folder for each task, with labelled images in the splits train, validation and test, as "
-            "`peft-fps finetune --data` takes them. A `meta.json` beside them may name the task's `group`.",
+            "`peft-fps finetune --data` takes them, or with parquet files of the columns `text` and `label`. A "
+            "`meta.json` beside them may name the task's `group`, and names the `classes` of texts.",
             WHAT,
             metavar="FOLDER",
         ),
@@ -46,9 +47,9 @@ class Setting:
             max=1.0,
         ),
     ] = 0.0077
-    image_size: Annotated[int, pixels("Height, width.", HOW, least=8)] = 112
-    epochs: Annotated[int, count("Passes over the images.", HOW)] = 5
-    batch_size: Annotated[int, count("Images per step.", HOW)] = 16
+    image_size: Annotated[int, pixels("Height, width of images.", HOW, least=8)] = 112
+    epochs: Annotated[int, count("Passes over the examples.", HOW)] = 5
+    batch_size: Annotated[int, count("Examples per step.", HOW)] = 16
     precision: Annotated[
         Precision,
         described(

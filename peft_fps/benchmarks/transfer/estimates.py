@@ -33,12 +33,14 @@ class Difference:
         low: of the 95 % confidence interval (Student's t over tasks).
         high: likewise.
         pairs: cells that both have.
+        p: of Student's two-sided test that the mean is 0.
     """
 
     mean: float
     low: float
     high: float
     pairs: int
+    p: float
 
     @property
     def noise(self) -> bool:
@@ -73,5 +75,23 @@ def paired(accuracies: Accuracies, baseline: Accuracies) -> Difference | None:
     if len(by_task) < 2:
         return None
     # not of scipy's ttest_1samp, which warns where all tasks differ alike
-    middle, margin = mean(by_task), float(t.ppf(0.975, len(by_task) - 1) * sem(by_task))
-    return Difference(middle, middle - margin, middle + margin, pairs)
+    middle, error, freedom = mean(by_task), float(sem(by_task)), len(by_task) - 1
+    margin = float(t.ppf(0.975, freedom)) * error
+    p = 2 * float(t.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
+    return Difference(middle, middle - margin, middle + margin, pairs, p)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number, so that one is below α by chance with a probability of at most α.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6,
+    1979.
+
+    Args:
+        values: p values of all comparisons, in any order.
+    """
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        least = max(least, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = least
+    return corrected

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
 from peft_fps.benchmarks.transfer.tasks import PARTS, Task
 from peft_fps.targets.base_parameters import count_base_parameters
-from peft_fps.vision.classifiers import classifier, interpolates, load_model
+from peft_fps.vision.classifiers import classifier
 from peft_fps.vision.linear_head import fit_linear_head
-from peft_fps.vision.pixels import Collator
 from peft_fps.vision.prediction import Predictor
 
 
@@ -19,7 +18,7 @@ def _features(
     base: PreTrainedModel, setting: Setting, task: Task, parts: tuple[str, ...]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the inputs of the output head, `(images, features)`, and the labels, `(images,)`, by split."""
-    predictor = Predictor(torch.device("cpu"), setting.batch_size, Collator(interpolates(base)), workers=0)
+    predictor = Predictor(torch.device("cpu"), setting.batch_size, task.collator(base), workers=0)
     splits = {part: task.splits[part] for part in parts}
     return {
         part: (predictor.features(base, classifier(base), split, part), split.labels) for part, split in splits.items()
@@ -40,7 +39,7 @@ def start_from_fitted_head(base: PreTrainedModel, setting: Setting, task: Task) 
 
 def run_linear_head(cell: Cell, setting: Setting, task: Task) -> Record:
     """Fit a logistic regression on the frozen features, which are the same in every epoch and computed once."""
-    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
+    base = task.load_base(cell.seed)
     head, start = classifier(base), time.perf_counter()
     data = _features(base, setting, task, PARTS)
     fitted = fit_linear_head(data["train"], data["validation"])

@@ -17,8 +17,6 @@ from peft_fps.benchmarks.transfer.cells import Cell, Setting
 from peft_fps.benchmarks.transfer.tasks import load_task
 from peft_fps.config import FPSConfig
 from peft_fps.saved_selection import Selection
-from peft_fps.vision.classifiers import interpolates, load_model
-from peft_fps.vision.pixels import Collator
 from peft_fps.vision.upstream_noise import upstream_deprecations
 
 
@@ -98,11 +96,11 @@ def selected(cell: Cell, setting: Setting) -> Selection:
     """
     arm, task = ARMS[cell.method], load_task(cell.task, setting)
     set_seed(cell.seed)
-    base = load_model(setting.model, task.classes, cell.seed, setting.image_size)
+    base = task.load_base(cell.seed)
     config = arm.build(base, cell.share, cell.seed) if arm.build and arm.budgeted else None
     if not isinstance(config, FPSConfig):
         raise ValueError(f"--methods has {cell.method!r}, which selects no entries, expected methods of this package.")
-    collator = Collator(interpolates(base))
+    collator = task.collator(base)
     with upstream_deprecations():
         model: Any = get_peft_model(base, config)
     if config.needs_calibration or arm.choose:

@@ -38,7 +38,7 @@ class Store:
                 f"{path} holds cells of the setting {found}, expected {wanted}. Choose another --output, or the same "
                 "options."
             )
-        self.rates = {(method, task): rate for method, task, rate in header.get("rates", [])}
+        self.rates = taken_rates(header)
         if rates is not None and rates != self.rates:
             raise ValueError(
                 f"{path} holds cells at other learning rates than --rates-of has chosen, expected the same ones. "
@@ -57,6 +57,11 @@ class Store:
         """Write a line to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def taken_rates(header: dict[str, Any]) -> dict[tuple[str, str], float | None]:
+    """Return the learning rates that a file's first line says were taken from another run, by method and task."""
+    return {(method, task): rate for method, task, rate in header.get("rates", [])}
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Record]]:

@@ -1,14 +1,19 @@
-"""The tasks: small sets of labelled images, prepared once per process."""
+"""The tasks: small sets of labelled images or texts, prepared once per process."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel  # type: ignore[attr-defined]
+
 from peft_fps.benchmarks.transfer.cells import Setting
-from peft_fps.vision.classifiers import load_processor
+from peft_fps.benchmarks.transfer.text_tasks import TextSplit, holds_texts, load_text_model, load_texts
+from peft_fps.gradients import TwoViews
+from peft_fps.vision.classifiers import interpolates, load_model, load_processor
 from peft_fps.vision.labelled_images import load_images
-from peft_fps.vision.pixels import ImageSplit
+from peft_fps.vision.pixels import Collate, Collator, ImageSplit, LabelledExamples, two_views
 
 
 PARTS = ("train", "validation", "test")
@@ -18,35 +23,70 @@ GROUPS = ("natural", "specialised", "structured")
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its images as tensors.
+    """A task with its images or tokens as tensors.
 
     Attributes:
         name: of its folder.
         group: of tasks.
         classes: names of the classes.
         splits: `train`, `validation` and `test`.
+        load_base: from a seed to a model with a new output head for the classes.
+        collator: from a model to what makes its batches.
+        views: what makes two augmented views of an image; None for texts.
     """
 
     name: str
     group: str
     classes: list[str]
-    splits: dict[str, ImageSplit]
+    splits: Mapping[str, LabelledExamples]
+    load_base: Callable[[int], PreTrainedModel]
+    collator: Callable[[PreTrainedModel], Collate]
+    views: Callable[[], TwoViews] | None = None
 
 
 @lru_cache(maxsize=16)
 def load_task(name: str, setting: Setting) -> Task:
-    """Load a task's images at the size of the setting.
+    """Load a task's images at the size of the setting, or its texts.
 
     Raises:
         ValueError: there is no such task.
     """
     folder = Path(setting.tasks) / name
+    if holds_texts(folder):
+        return _load_text_task(folder, setting)
     data = load_images(str(folder), seed=0)
     processor = load_processor(setting.model, setting.image_size)
     splits = {part: ImageSplit(getattr(data, part), processor) for part in PARTS}
     for part, split in splits.items():
         split.keep(f"{name}, {part}")
-    return Task(name, group_of(folder), data.classes, splits)
+
+    def load_base(seed: int) -> PreTrainedModel:
+        return load_model(setting.model, data.classes, seed, setting.image_size)
+
+    return Task(
+        name,
+        group_of(folder),
+        data.classes,
+        splits,
+        load_base,
+        collator=lambda base: Collator(interpolates(base)),
+        views=lambda: two_views(processor),
+    )
+
+
+def _load_text_task(folder: Path, setting: Setting) -> Task:
+    """Load a task's texts as tokens of the setting's model."""
+    parts, classes = load_texts(folder)
+    tokenizer = AutoTokenizer.from_pretrained(setting.model)
+    splits = {part: TextSplit(texts, labels, tokenizer) for part, (texts, labels) in parts.items()}
+    return Task(
+        folder.name,
+        group_of(folder),
+        classes,
+        splits,
+        load_base=lambda seed: load_text_model(setting.model, classes, seed),
+        collator=lambda base: DataCollatorWithPadding(tokenizer),
+    )
 
 
 def group_of(folder: Path) -> str:

@@ -49,8 +49,8 @@ class TransferOptions(Setting):
     rates_of: Annotated[
         Path | None,
         described(
-            "An earlier --output whose learning rates are taken, so that these methods need no trials here. Its "
-            "epochs and precision may differ. Kept with the cells.",
+            "An earlier --output whose learning rates are taken, so that these methods need no trials here, and "
+            "those that it took itself. Its epochs and precision may differ. Kept with the cells.",
             WHAT,
             metavar="FOLDER",
             file_okay=False,

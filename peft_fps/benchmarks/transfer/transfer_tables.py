@@ -6,7 +6,7 @@ from statistics import mean, median
 from peft_fps.benchmarks.tables import MIB, TextTable
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Record, RowKey, Setting
-from peft_fps.benchmarks.transfer.estimates import Estimate, over_seeds, paired
+from peft_fps.benchmarks.transfer.estimates import Estimate, holm, over_seeds, paired
 from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
 from peft_fps.benchmarks.transfer.soft_score import SoftScore, reordered_pairs
 from peft_fps.benchmarks.transfer.tasks import rank
@@ -127,20 +127,24 @@ def accuracy_table(results: Results, rows: Sequence[RowKey], title: str) -> Text
 
 
 def difference_table(results: Results, rows: Sequence[RowKey], baseline: RowKey) -> TextTable:
-    """Return a line for each row: how much better than the baseline, and whether that is more than noise."""
+    """Return a line for each row: how much better than the baseline, and whether that is more than noise.
+
+    The p value is Holm's, for as many comparisons as there are lines.
+    """
+    compared = {row: paired(results.accuracies(row), results.accuracies(baseline)) for row in rows}
+    differences = {row: difference for row, difference in compared.items() if difference is not None}
+    corrected = holm([difference.p for difference in differences.values()])
     lines = []
-    for row in rows:
-        difference = paired(results.accuracies(row), results.accuracies(baseline))
-        if difference is not None:
-            verdict = "noise" if difference.noise else "better" if difference.mean > 0 else "worse"
-            interval = f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}"
-            lines.append(
-                (ARMS[row[0]].label, f"{100 * difference.mean:+.2f}", interval, str(difference.pairs), verdict)
-            )
+    for (row, difference), p in zip(differences.items(), corrected, strict=True):
+        verdict = "noise" if difference.noise else "better" if difference.mean > 0 else "worse"
+        interval = f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}"
+        middle, pairs = f"{100 * difference.mean:+.2f}", str(difference.pairs)
+        lines.append((ARMS[row[0]].label, middle, interval, f"{p:.3f}", pairs, verdict))
     share = next((at for _, at in (baseline, *rows) if at is not None), None)
     at_share = "" if share is None else f", at {share:.2%}"
     title = f"Difference to {ARMS[baseline[0]].label}, points of accuracy{at_share}"
-    return TextTable(title, ("method", "mean", "95 % interval over tasks", "pairs", "verdict"), tuple(lines))
+    header = ("method", "mean", "95 % interval over tasks", "p (Holm)", "pairs", "verdict")
+    return TextTable(title, header, tuple(lines))
 
 
 def budget_table(results: Results) -> TextTable:

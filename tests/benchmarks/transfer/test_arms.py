@@ -136,7 +136,7 @@ def test_variants_are_methods_with_something_changed():
     assert all(arm.is_variant for arm in ARMS.values() if arm.tuned_as)
     tuned_alone = {name for name, arm in ARMS.items() if arm.is_variant and not arm.tuned_as}
     own_rates = {name for name, (_, how) in TRAINING_CANDIDATES.items() if how.learning_rates}
-    assert tuned_alone == {"fps-input-rates", "fps-model"} | own_rates
+    assert tuned_alone == {"fps-input-rates", "fps-model", "gps-task-biases"} | own_rates
 
 
 def test_variants_are_tuned_as_methods_that_tune_themselves():

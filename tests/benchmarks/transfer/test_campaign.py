@@ -13,9 +13,9 @@ from peft_fps.benchmarks.transfer import campaign, worker_pool
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.campaign import CELLS, PICTURE, TABLES, chosen_tasks, table_rows
 from peft_fps.benchmarks.transfer.cells import Cell
-from peft_fps.benchmarks.transfer.store import read
+from peft_fps.benchmarks.transfer.store import Store, read
 from peft_fps.cli.app import app
-from tests.benchmarks.transfer.records import SHARE, results
+from tests.benchmarks.transfer.records import SETTING, SHARE, chosen, results
 from tests.forked import forking
 
 
@@ -349,3 +349,18 @@ def test_mistakes_in_a_comparison(setting, tmp_path, arguments, code, text):
     done = run("overlap", *where, "--only", "stripes", *arguments, "--output", tmp_path / "new")
     check_mistake(done, code, text)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_rates_of_a_run_that_took_rates_itself(tmp_path):
+    taken = {("fps", "a"): 0.03, ("fps", "b"): 0.003, ("magnitude", "a"): 0.01}
+    store = Store(tmp_path / CELLS, SETTING, {}, taken)
+    for finished in (*chosen("magnitude", "a", best=0.003), *chosen("random", "b", best=0.03)):
+        store.add(finished)
+    found = campaign.earlier_rates(tmp_path, SETTING)
+    heads = {("linear", "a"): None, ("linear", "b"): None}  # which have no rate
+    assert found == taken | heads | {("magnitude", "a"): 0.003, ("random", "b"): 0.03}
+
+
+def test_rates_of_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match=r"--rates-of is .* which holds no cells.jsonl"):
+        campaign.earlier_rates(tmp_path, SETTING)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from peft_fps.benchmarks.transfer.estimates import Estimate, over_seeds, paired
+from peft_fps.benchmarks.transfer.estimates import Estimate, holm, over_seeds, paired
 
 
 ACCURACY = st.floats(0, 1)
@@ -64,6 +64,31 @@ def test_the_interval_is_the_one_of_scipys_test():
     assert found is not None
     assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert found.pairs == 5
+    assert found.p == pytest.approx(stats.ttest_1samp([0.2, 0.05, 0.15], 0).pvalue)
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.25, 0.0), (0.0, 1.0)])
+def test_tasks_that_differ_alike_leave_no_doubt(difference, p):
+    found = paired({"a": {0: 0.5 + difference}, "b": {0: 0.5 + difference}}, {"a": {0: 0.5}, "b": {0: 0.5}})
+    assert found is not None
+    assert (found.p, found.low, found.high) == (p, difference, difference)
+
+
+def test_holms_correction_of_an_example():
+    # sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, none less than the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
+def test_holms_procedure_rejects_what_the_corrected_values_say(values, level):
+    rejected: set[int] = set()
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        if values[place] * (len(values) - rank) > level:
+            break
+        rejected.add(place)
+    assert {place for place, value in enumerate(holm(values)) if value <= level} == rejected
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def pairs(method, differences):
 def test_verdicts_on_differences():
     records = [
         *pairs("gps", [0, 0, 0]),
-        *pairs("fps", [0.1, 0.12, 0.14]),  # 4.303 * 0.02 / sqrt(3) = 0.0497
+        *pairs("fps", [0.1, 0.12, 0.14]),  # 4.303 * 0.02 / sqrt(3) = 0.0497; p = 1 - t / sqrt(2 + t^2), t = 10.39
         *pairs("magnitude", [-0.1, -0.12, -0.14]),
         *pairs("random", [0.1, -0.1, 0.03]),  # 0.01 ± 4.303 * 0.1015 / sqrt(3) = 0.2521
         *chosen("lora", test=0.9),  # one task in common is no comparison
@@ -134,11 +134,11 @@ def test_verdicts_on_differences():
     rows = [row for row in results.of_share(0.05) if row[0] != "gps"]
     table = difference_table(results, rows, ("gps", 0.05))
     assert table.title == "Difference to GPS, contrastive, points of accuracy, at 5.00%"
-    assert table.header == ("method", "mean", "95 % interval over tasks", "pairs", "verdict")
+    assert table.header == ("method", "mean", "95 % interval over tasks", "p (Holm)", "pairs", "verdict")
     assert table.lines == (
-        ("random", "+1.00", "-24.2 … +26.2", "3", "noise"),
-        ("magnitude, as NeuroAda", "-12.00", "-17.0 … -7.0", "3", "worse"),
-        ("FPS", "+12.00", "+7.0 … +17.0", "3", "better"),
+        ("random", "+1.00", "-24.2 … +26.2", "0.880", "3", "noise"),
+        ("magnitude, as NeuroAda", "-12.00", "-17.0 … -7.0", "0.027", "3", "worse"),
+        ("FPS", "+12.00", "+7.0 … +17.0", "0.027", "3", "better"),
     )
 
 
@@ -270,7 +270,7 @@ def test_a_baseline_that_has_no_share(results):
     table = tables(results, "linear")[1]
     assert table.title == "Difference to linear head, frozen model, points of accuracy, at 5.00%"
     # fps by task, both seeds, but linear has seed 0 alone: 0.5 - 0.2, 0.7 - 0.3, 0.9 - 0.5
-    assert [line[:2] + line[3:] for line in table.lines] == [
+    assert [line[:2] + line[4:] for line in table.lines] == [
         ("FPS", "+36.67", "3", "better"),
         ("GPS, contrastive", "+25.00", "2", "noise"),
     ]
