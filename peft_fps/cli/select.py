@@ -9,7 +9,7 @@ from rich.console import Console
 from peft_fps.cli.option_fields import options_of
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, print_json, say, show_log
 from peft_fps.vision.default_training import BATCH
-from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.finetune_options import TRAINING_ONLY, FinetuneOptions
 from peft_fps.vision.option_types import OUTPUT, SELECTION, count, described, seed_number
 
 
@@ -36,7 +36,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 
 @options_of(
     FinetuneOptions,
-    without=("epochs", "learning_rate", "bias_learning_rate", "precision", "output"),
+    without=(*TRAINING_ONLY, "output"),
     batch_size=BatchSize,
     seed=Seed,
     overwrite=Overwrite,

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import typer
+
 from peft_fps.config import DEFAULT_BUDGET, FPSConfig
 from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import PRESETS
@@ -37,6 +39,9 @@ SELECTION_DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
 }
 """What the config has without these options."""
+
+TRAINING_ONLY = ("epochs", "learning_rate", "bias_learning_rate", "head_learning_rate", "centred", "precision")
+"""Options that have no say in a selection."""
 
 PRESET_NAMES = one_of(tuple(PRESETS), f"{{value!r}} is none of {', '.join(PRESETS)}.")
 IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.join(map(repr, IMPORTANCES))}.")
@@ -188,6 +193,19 @@ class FinetuneOptions:
             TRAINING,
         ),
     ] = None
+    head_learning_rate: Annotated[
+        float | None,
+        positive_rate("Peak learning rate of the output head. Without it: that of everything else.", TRAINING),
+    ] = None
+    centred: Annotated[
+        bool,
+        typer.Option(
+            "--centred",
+            help="Train selected weights as if their inputs had the mean 0; biases take over the shift of outputs. "
+            "Layers without a trained bias are trained as they are. The adapter is of the same kind.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False
     batch_size: Annotated[
         int | None,
         count(f"Images per step and device. Without it and --preset: {BATCH}.", TRAINING),

@@ -11,7 +11,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForImageClassification
 
-from peft_fps.training import FPSCallback
 from peft_fps.vision.classifiers import classifier, load_model
 from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.linear_head import fit_linear_head
@@ -30,7 +29,7 @@ from peft_fps.vision.output_folders import (
 )
 from peft_fps.vision.pixels import prepare
 from peft_fps.vision.prediction import Agreement, Predictor, accuracy
-from peft_fps.vision.preparation import prepared
+from peft_fps.vision.preparation import prepared, training_callback
 from peft_fps.vision.rate_trials import RateTrial, best_rate, run_trials, told
 from peft_fps.vision.training_loop import LogHistory, train, training_arguments, worker_count
 from peft_fps.vision.upstream_noise import upstream_deprecations
@@ -98,7 +97,7 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
 
     with stopwatch.stage("train"):
         history = LogHistory()
-        callbacks = [history, FPSCallback(bias_lr=options.bias_learning_rate)]
+        callbacks = [history, training_callback(options)]
         loss = train(model, arguments, splits["train"], run.collator, callbacks=callbacks)
 
     with stopwatch.stage("evaluate"):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, set_seed
 
 from peft_fps import FPSConfig, SelectionReport
 from peft_fps.gradients import TwoViews
+from peft_fps.training import FPSCallback
 from peft_fps.vision.classifiers import interpolates, load_model, load_processor
 from peft_fps.vision.finetune_options import DEFAULT_MODEL, FinetuneOptions
 from peft_fps.vision.labelled_images import ImageData, load_images
@@ -92,3 +93,12 @@ def prepared(options: FinetuneOptions, config: FPSConfig) -> Prepared:
     processor = load_processor(name, options.image_size)
     views = two_views(processor) if config.loss == "contrastive" else None
     return Prepared(options, config, name, data, base, processor, views)
+
+
+def training_callback(options: FinetuneOptions) -> FPSCallback:
+    """Return what trains at the rates of biases and head, and with centred inputs, as the options say."""
+    return FPSCallback(
+        bias_lr=options.bias_learning_rate,
+        head_lr=options.head_learning_rate,
+        centred=options.centred,
+    )

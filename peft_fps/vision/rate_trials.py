@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
-from peft_fps.training import FPSCallback
 from peft_fps.vision.default_training import LEAST_STEPS, MOST_STEPS, TRIED_RATES
 from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.pixels import Collator, ImageSplit
 from peft_fps.vision.prediction import Predictor, accuracy
+from peft_fps.vision.preparation import training_callback
 from peft_fps.vision.training_loop import DivergedError, train, training_arguments
 
 
@@ -80,7 +80,7 @@ def run_trials(
     The same seed gives the same trials. Each has the whole schedule, warm-up and decay included, in its few steps.
 
     Args:
-        options: give seed, precision and the rate of biases.
+        options: give seed, precision, the rates of biases and head, and whether inputs are centred.
         recipe: training arguments, of which the learning rate is replaced.
         model: with the adapter.
         splits: `train` and `validation`.
@@ -96,8 +96,7 @@ def run_trials(
             short, images, predictor.workers, options.output, options.seed, options.precision
         )
         arguments.logging_strategy = IntervalStrategy.NO
-        callbacks = [FPSCallback(bias_lr=options.bias_learning_rate)]
-        train(model, arguments, splits["train"], collator, callbacks=callbacks)
+        train(model, arguments, splits["train"], collator, callbacks=[training_callback(options)])
 
     def judge() -> float:
         logits = predictor.logits(model, splits["validation"], "Predicting validation")

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from peft_fps import Selection, SelectionReport
-from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.finetune_options import TRAINING_ONLY, FinetuneOptions
 from peft_fps.vision.locations import check_path, local_path
 from peft_fps.vision.measurements import Stopwatch
 from peft_fps.vision.output_folders import check_output, write_json, written_whole
@@ -15,8 +15,6 @@ from peft_fps.vision.training_loop import worker_count
 
 
 SELECTION, REPORT = "selection.safetensors", "report.json"
-TRAINING_ONLY = ("epochs", "learning_rate", "bias_learning_rate", "precision")
-"""Options of `peft-fps finetune` that have no say in a selection."""
 
 
 def choose_weights(options: FinetuneOptions, console: Console) -> SelectionReport:

@@ -27,7 +27,8 @@ OPTIONS = (
     *("--model", "--data", "--image-column", "--label-column", "--image-size"),
     *("--preset", "--budget", "--per-neuron", "--importance", "--order", "--loss", "--granularity", "--bias"),
     "--calibration-batches",
-    *("--epochs", "--learning-rate", "--bias-learning-rate", "--batch-size", "--precision", "--seed", "--output"),
+    *("--epochs", "--learning-rate", "--bias-learning-rate", "--head-learning-rate", "--centred"),
+    *("--batch-size", "--precision", "--seed", "--output"),
     *("--overwrite", "--verbose"),
 )
 
@@ -252,7 +253,7 @@ def test_the_trainer_follows_the_recipe(image_folder, tiny_model, tmp_path, monk
 def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("peft_fps.vision.rate_trials.TRIED_RATES", (1e-6, 1e-2))
     arguments = ["--model", tiny_model, "--data", image_folder, "--preset", "fps", "--batch-size", 4, "--epochs", 4]
-    arguments += ["--bias-learning-rate", 5e-3]
+    arguments += ["--bias-learning-rate", 5e-3, "--head-learning-rate", 2e-3, "--centred"]
     result = run(*arguments, "--learning-rate", "auto", "--output", tmp_path / "auto")
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "auto" / "results.json").read_text())
@@ -265,6 +266,33 @@ def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, 
     assert run(*arguments, "--learning-rate", taken, "--output", tmp_path / "given").exit_code == 0
     found, given = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("auto", "given"))
     assert all(torch.equal(found[name], given[name]) for name in found.keys() | given.keys())
+
+
+@pytest.mark.parametrize(
+    ("options", "rates", "centred"),
+    [
+        ([], {}, False),
+        (["--head-learning-rate", 3e-3], {"head_lr": 3e-3}, False),
+        (["--bias-learning-rate", 2e-3, "--centred"], {"bias_lr": 2e-3}, True),
+    ],
+)
+def test_how_biases_head_and_inputs_are_trained(
+    image_folder, tiny_model, tmp_path, monkeypatch, options, rates, centred
+):
+    seen = []
+    monkeypatch.setattr("peft_fps.vision.finetuning.train", lambda *args, callbacks: seen.append(callbacks[-1]) or 0.0)
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--output", tmp_path / "out"]
+    assert run(*arguments, *options).exit_code == 0
+    assert (seen[0].rates, seen[0].centred) == (rates, centred)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_centred_inputs_need_biases(image_folder, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
+    result = run(*arguments, "--bias", "none", "--centred", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no layer can be centred (no bias delta)" in " ".join(result.output.split())
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_views_need_a_library(image_folder, tiny_model, tmp_path, monkeypatch):
