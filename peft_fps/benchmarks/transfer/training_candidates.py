@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from peft_fps.base.head import output_head
+from peft_fps.benchmarks.transfer.tried_choices import CHOICES
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.layer_types import entry_layer_class
@@ -29,7 +30,7 @@ class TrainingCandidate:
 
     Attributes:
         bias: which biases are trained, as `FPSConfig` says.
-        granularity: where entries compete, as `FPSConfig` says.
+        options: further fields of `FPSConfig`.
         choice: key of `CHOICES`, by which entries are chosen; FPS's own if empty.
         norm_weights: whether the weights of LayerNorms are trained, in the base model itself.
         scales: whether each neuron of an adapted layer gets a trained factor 1 + γ of (W + ΔW) x, as in SSF
@@ -47,7 +48,7 @@ class TrainingCandidate:
     """
 
     bias: Literal["none", "all", "with_norms"] = "all"
-    granularity: Literal["neuron", "layer"] = "neuron"
+    options: Mapping[str, Any] = field(default_factory=dict)
     choice: str = ""
     norm_weights: bool = False
     scales: bool = False
@@ -67,8 +68,8 @@ class TrainingCandidate:
         parameters = count_base_parameters(base)
         entries_and_biases = int(exact(share) * parameters) - self._besides(base)
         budget = (max(entries_and_biases, 0) + 0.5) / parameters
-        importance = "magnitude" if self.choice else "activation"
-        return FPSConfig(budget=budget, bias=self.bias, granularity=self.granularity, importance=importance, seed=seed)
+        importance = {"importance": "magnitude"} if self.choice else {}  # which needs no data
+        return FPSConfig(budget=budget, bias=self.bias, seed=seed, **(importance | dict(self.options)))
 
     def _besides(self, base: PreTrainedModel) -> int:
         """Return how many numbers are trained beyond those that the config counts."""
@@ -135,6 +136,18 @@ LOW_RATES: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {
 
 CENTRED: dict[str, Any] = {**LOW_RATES, "centred": True}
 
+ADDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "layer": ("layer", {"options": {"granularity": "layer"}}),
+    "block": ("block", {"options": {"granularity": "block"}}),
+    "bottom": ("bottom", {"options": {"order": "bottom"}}),
+    "norm-weights": ("weights and biases of norms", {"bias": "with_norms", "norm_weights": True}),
+    "scales": ("scales", {"scales": True}),
+    "drop-path": ("stochastic depth 0.1", {"drop_path": 0.1}),
+    "decay": ("weight decay 0.1", {"weight_decay": 0.1}),
+    **{choice: (choice, {"choice": choice}) for choice in CHOICES},
+}
+"""What is tried in addition to centred inputs and low rates: label and fields of the candidate by name."""
+
 TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     "try-norms-biases": ("try: biases of norms", TrainingCandidate(bias="with_norms")),
     "try-norm-weights-biases": (
@@ -173,25 +186,12 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
         "try: centred inputs, low rates",
         TrainingCandidate(**CENTRED, learning_rates=(3e-3, 1e-2, 3e-2)),
     ),
-    "try-centred-layer": (
-        "try: centred inputs, low rates, layer",
-        TrainingCandidate(**CENTRED, granularity="layer", tuned_as="try-centred-low-rates"),
-    ),
-    "try-centred-norm-weights": (
-        "try: centred inputs, low rates, weights and biases of norms",
-        TrainingCandidate(**CENTRED, bias="with_norms", norm_weights=True, tuned_as="try-centred-low-rates"),
-    ),
-    "try-centred-drop-path": (
-        "try: centred inputs, low rates, stochastic depth 0.1",
-        TrainingCandidate(**CENTRED, drop_path=0.1, tuned_as="try-centred-low-rates"),
-    ),
-    "try-centred-decay": (
-        "try: centred inputs, low rates, weight decay 0.1",
-        TrainingCandidate(**CENTRED, weight_decay=0.1, tuned_as="try-centred-low-rates"),
-    ),
-    "try-centred-output-gradient": (
-        "try: centred inputs, low rates, output-gradient-layer",
-        TrainingCandidate(**CENTRED, choice="output-gradient-layer", tuned_as="try-centred-low-rates"),
-    ),
+    **{
+        f"try-centred-{name}": (
+            f"try: centred inputs, low rates, {label}",
+            TrainingCandidate(**{**CENTRED, **changes}, tuned_as="try-centred-low-rates"),
+        )
+        for name, (label, changes) in ADDED.items()
+    },
 }
 """Labels and candidates by the names of the command line."""
