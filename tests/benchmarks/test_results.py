@@ -208,3 +208,29 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
         ("try-fitted-head-tenth", "caltech101", "`caltech101` it is {:.2f},"),
     ):
         assert text.format(losses[method, task]) in page.replace("\n", " "), text
+
+
+def test_the_page_on_texts_is_that_of_its_cells() -> None:
+    kept = RESULTS / "transfer_text"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    header, records = read(kept / "cells.jsonl")
+    assert (header["setting"]["precision"], header["setting"]["epochs"]) == ("fp32", 5)
+    assert f", {len(records)} cells |" in README
+    first_seed = [record for record in records if record.cell.seed == 0]
+    found = {(each.cell.method, each.cell.learning_rate, each.cell.task): each for each in first_seed}
+    labels = {"fps": "FPS without biases", "try-centred-low-rates": "FPS with biases, centred inputs, low rates"}
+    for method, label in labels.items():
+        for rate, first in ((0.003, f" {label}"), (0.01, ""), (0.03, "")):
+            accuracies = (f"{100 * found[method, rate, task].validation:.1f}" for task in ("trec6", "subj"))
+            assert f"|{first} | {rate:g} | {' | '.join(accuracies)} |" in page
+    seeds = {
+        (task, rate): [
+            f"{100 * record.validation:.1f}"
+            for record in sorted(records, key=lambda record: record.cell.seed)
+            if (record.cell.method, record.cell.task, record.cell.learning_rate)
+            == ("try-centred-low-rates", task, rate)
+        ]
+        for task, rate in (("trec6", 0.01), ("subj", 0.003))
+    }
+    shown = ", ".join(f"{task} {', '.join(accuracies)}" for (task, _), accuracies in seeds.items())
+    assert f"chosen rates: {shown} with seeds 0 to 2." in page
