@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel  # type: ignore[attr-defined]
 
@@ -76,7 +77,8 @@ def load_task(name: str, setting: Setting) -> Task:
 
 def _load_text_task(folder: Path, setting: Setting) -> Task:
     """Load a task's texts as tokens of the setting's model."""
-    parts, classes = load_texts(folder)
+    classes = [str(name) for name in _meta(folder).get("classes", [])]
+    parts = load_texts(folder, len(classes))
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
     splits = {part: TextSplit(texts, labels, tokenizer) for part, (texts, labels) in parts.items()}
     return Task(
@@ -95,15 +97,20 @@ def group_of(folder: Path) -> str:
     Raises:
         ValueError: the file is no JSON.
     """
+    group = _meta(folder).get("group")
+    return group if isinstance(group, str) else "all"
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """Return what a task's `meta.json` says, nothing where there is none or no object."""
     meta = folder / "meta.json"
     if not meta.exists():
-        return "all"
+        return {}
     try:
         found = json.loads(meta.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{meta} is no JSON, expected an object with the task's group: {error}") from error
-    group = found.get("group") if isinstance(found, dict) else None
-    return group if isinstance(group, str) else "all"
+    return found if isinstance(found, dict) else {}
 
 
 def task_names(folder: Path) -> list[str]:

@@ -1,11 +1,10 @@
 """Tasks of labelled texts: their tokens, and the model with a new output head."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -44,36 +43,41 @@ def holds_texts(folder: Path) -> bool:
     return file.is_file() and "text" in Dataset.from_parquet(str(file)).column_names
 
 
-def load_texts(folder: Path) -> tuple[dict[str, tuple[list[str], list[int]]], list[str]]:
-    """Return the texts and class indices of the splits `train`, `validation` and `test`, and the classes' names.
+def load_texts(folder: Path, classes: int) -> dict[str, tuple[list[str], list[int]]]:
+    """Return the texts and class indices of the splits `train`, `validation` and `test`.
 
     Of training and validation so many are drawn as VTAB-1k has, the same ones each time. Where there is no split for
     validation, its texts are drawn from those of training that are left over.
 
     Args:
         folder: holds `train.parquet`, `test.parquet` and perhaps `validation.parquet` with the columns `text` and
-            `label`, and `meta.json` with the names of the `classes`.
+            `label`, an index of a class.
+        classes: number of classes, the length of `classes` in the task's `meta.json`.
 
     Raises:
-        ValueError: there are no names of classes, or too few texts.
+        ValueError: there are no classes, too few texts, no labels, or labels of other classes.
     """
     files = {part: folder / f"{part}.parquet" for part in ("train", "validation", "test")}
     there = {part: str(file) for part, file in files.items() if file.is_file()}
-    rows = {}
-    for part, data in load_dataset("parquet", data_files=there).items():
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for part, file in there.items():
+        data = Dataset.from_parquet(file)  # alone, since columns may differ
+        found = sorted(set(data["label"]), key=str) if "label" in data.column_names else []
+        if not found or any(label not in range(classes) for label in found):
+            raise ValueError(
+                f"{file} has the columns {data.column_names} and the labels {found[:5]}, expected the column "
+                f"`label` with class indices below {classes}, the number of `classes` in meta.json."
+            )
         drawn = data if part == "test" else data.shuffle(seed=0)
         rows[part] = list(zip(drawn["text"], drawn["label"], strict=True))
     train, held = rows["train"][:TRAIN], rows.get("validation", rows["train"][TRAIN:])[:VALIDATION]
-    meta = folder / "meta.json"
-    classes = json.loads(meta.read_text(encoding="utf-8")).get("classes", []) if meta.exists() else []
-    if not classes or "test" not in rows or len(train) < TRAIN or len(held) < VALIDATION:
+    if "test" not in rows or len(train) < TRAIN or len(held) < VALIDATION:
         raise ValueError(
-            f"{folder} holds the splits {sorted(there)}, {len(train)} texts to train on, {len(held)} to validate and "
-            f"{len(classes)} names of classes in meta.json, expected a split for tests, at least {TRAIN} and "
-            f"{VALIDATION} texts, and the names."
+            f"{folder} holds the splits {sorted(there)}, {len(train)} texts to train on and {len(held)} to validate, "
+            f"expected a split for tests, and at least {TRAIN} and {VALIDATION} texts."
         )
     chosen = {"train": train, "validation": held, "test": rows["test"]}
-    return {part: ([text for text, _ in each], [label for _, label in each]) for part, each in chosen.items()}, classes
+    return {part: ([text for text, _ in each], [label for _, label in each]) for part, each in chosen.items()}
 
 
 def load_text_model(name: str, classes: list[str], seed: int) -> PreTrainedModel:

@@ -135,6 +135,7 @@ LOW_RATES: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {
 """What keeps the first steps from overshooting: biases and head move less, and large gradients are soon forgotten."""
 
 CENTRED: dict[str, Any] = {**LOW_RATES, "centred": True}
+"""The way to train that others are added to."""
 
 ADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "layer": ("layer", {"options": {"granularity": "layer"}}),

@@ -73,8 +73,7 @@ def setting(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("validation", [0, 300])
 def test_splits_have_the_sizes_of_vtab_and_share_no_text(tmp_path, validation):
     sizes = {"train": 1100, "test": 60} | ({"validation": validation} if validation else {})
-    parts, classes = load_texts(write(tmp_path / "task", sizes, ["even", "odd"]))
-    assert classes == ["even", "odd"]
+    parts = load_texts(write(tmp_path / "task", sizes), 2)
     assert {part: len(texts) for part, (texts, _) in parts.items()} == {"train": 800, "validation": 200, "test": 60}
     numbers = {part: [int(words.split()[-1]) for words in texts] for part, (texts, _) in parts.items()}
     assert all(labels == [row % 2 for row in numbers[part]] for part, (_, labels) in parts.items())
@@ -83,22 +82,41 @@ def test_splits_have_the_sizes_of_vtab_and_share_no_text(tmp_path, validation):
     assert numbers["test"] == list(range(1100, 1160))
     assert (min(numbers["validation"]) >= 1160) == bool(validation)
     assert numbers["train"] != sorted(numbers["train"])
-    assert load_texts(tmp_path / "task")[0] == parts
+    assert load_texts(tmp_path / "task", 2) == parts
 
 
 @pytest.mark.parametrize(
-    ("sizes", "classes"),
+    "sizes",
     [
-        ({"train": 999, "test": 9}, ["a", "b"]),
-        ({"train": 799, "validation": 200, "test": 9}, ["a", "b"]),
-        ({"train": 800, "validation": 199, "test": 9}, ["a", "b"]),
-        ({"train": 1000}, ["a", "b"]),
-        ({"train": 1000, "test": 9}, None),
+        {"train": 999, "test": 9},
+        {"train": 799, "validation": 200, "test": 9},
+        {"train": 800, "validation": 199, "test": 9},
+        {"train": 1000},
     ],
 )
-def test_a_task_that_lacks_something(tmp_path, sizes, classes):
-    with pytest.raises(ValueError, match=r"task holds the splits .*expected a split for tests, at least 800 and 200"):
-        load_texts(write(tmp_path / "task", sizes, classes))
+def test_a_task_that_lacks_texts(tmp_path, sizes):
+    with pytest.raises(ValueError, match=r"task holds the splits .*expected a split for tests, and at least 800"):
+        load_texts(write(tmp_path / "task", sizes), 2)
+
+
+@pytest.mark.parametrize("classes", [None, ["even"]])
+def test_labels_of_classes_that_have_no_name(tmp_path, setting, classes):
+    write(tmp_path / "task", {"train": 1000, "test": 9}, classes)
+    with pytest.raises(ValueError, match=r"train.parquet has .* labels \[0, 1\], expected .* below [01], the number"):
+        load_task("task", Setting(setting.model, str(tmp_path)))
+
+
+def test_texts_without_labels(tmp_path):
+    folder = write(tmp_path / "task", {"train": 1000})
+    Dataset.from_dict({"text": ["word1"]}).to_parquet(str(folder / "test.parquet"))
+    with pytest.raises(ValueError, match=r"test.parquet has the columns \['text'\] and the labels \[\], expected"):
+        load_texts(folder, 2)
+
+
+def test_names_of_classes_that_cannot_be_read(tmp_path, setting):
+    (write(tmp_path / "task", {"train": 1000, "test": 9}) / "meta.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="meta.json is no JSON"):
+        load_task("task", Setting(setting.model, str(tmp_path)))
 
 
 def test_what_holds_texts(tmp_path):
