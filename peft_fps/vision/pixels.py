@@ -1,8 +1,7 @@
 """From images to the pixel values that a model takes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -16,24 +15,6 @@ from peft_fps.vision.labelled_images import LabelledImages
 
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of pixel values, all splits together, up to which images are prepared once and kept."""
-
-
-class LabelledExamples(Protocol):
-    """A split of whatever a collator makes batches of.
-
-    Attributes:
-        labels: `(examples,)`, class indices.
-    """
-
-    labels: Tensor
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-"""Makes a batch of examples: arguments of a model, `labels` among them."""
 
 
 class ImageSplit(Dataset[dict[str, Any]]):

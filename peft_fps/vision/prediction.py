@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_fps.vision.pixels import Collate, LabelledExamples
+from peft_fps.vision.labelled_examples import Collate, LabelledExamples
 
 
 TOLERANCE = 1e-4

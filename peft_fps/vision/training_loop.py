@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_fps.vision.pixels import Collate, LabelledExamples
+from peft_fps.vision.labelled_examples import Collate, LabelledExamples
 
 
 LOGGED = 10

@@ -28,7 +28,7 @@ from peft_fps.config import FPSConfig
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.training import FPSCallback
 from peft_fps.vision.classifiers import classifier
-from peft_fps.vision.pixels import Collate
+from peft_fps.vision.labelled_examples import Collate
 from peft_fps.vision.prediction import Predictor, accuracy
 from peft_fps.vision.training_loop import (
     DivergedError,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from peft_fps.vision.option_types import Precision, count, described, pixels
 from peft_fps.vision.timm_names import timm_name
@@ -58,6 +58,14 @@ class Setting:
             HOW,
         ),
     ] = "bf16"
+    attention: Annotated[
+        Literal["sdpa", "eager"],
+        described(
+            "Which of transformers' implementations a model's attention uses. On CPUs a training step of the default "
+            "model takes 3/4 of the time with `eager`.",
+            HOW,
+        ),
+    ] = "sdpa"
     threads: Annotated[int, count("CPU threads of each cell.", MACHINE)] = 1
 
     @property

@@ -32,7 +32,7 @@ class Store:
             self._append({"setting": setting.comparable(), **facts, **of_another})
             return
         header, self.records = read(path)
-        found, wanted = header["setting"], setting.comparable()
+        found, wanted = {"attention": "sdpa"} | header["setting"], setting.comparable()  # older files do not say it
         if found != wanted:
             raise ValueError(
                 f"{path} holds cells of the setting {found}, expected {wanted}. Choose another --output, or the same "

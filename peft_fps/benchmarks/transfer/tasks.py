@@ -13,8 +13,9 @@ from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.text_tasks import TextSplit, holds_texts, load_text_model, load_texts
 from peft_fps.gradients import TwoViews
 from peft_fps.vision.classifiers import interpolates, load_model, load_processor
+from peft_fps.vision.labelled_examples import Collate, LabelledExamples
 from peft_fps.vision.labelled_images import load_images
-from peft_fps.vision.pixels import Collate, Collator, ImageSplit, LabelledExamples, two_views
+from peft_fps.vision.pixels import Collator, ImageSplit, two_views
 
 
 PARTS = ("train", "validation", "test")
@@ -62,7 +63,7 @@ def load_task(name: str, setting: Setting) -> Task:
         split.keep(f"{name}, {part}")
 
     def load_base(seed: int) -> PreTrainedModel:
-        return load_model(setting.model, data.classes, seed, setting.image_size)
+        return _attending(load_model(setting.model, data.classes, seed, setting.image_size), setting)
 
     return Task(
         name,
@@ -86,9 +87,16 @@ def _load_text_task(folder: Path, setting: Setting) -> Task:
         group_of(folder),
         classes,
         splits,
-        load_base=lambda seed: load_text_model(setting.model, classes, seed),
+        load_base=lambda seed: _attending(load_text_model(setting.model, classes, seed), setting),
         collator=lambda base: DataCollatorWithPadding(tokenizer),
     )
+
+
+def _attending(model: PreTrainedModel, setting: Setting) -> PreTrainedModel:
+    """Return the model with the setting's implementation of attention."""
+    if setting.attention != "sdpa":  # which transformers chooses itself where a model has it
+        model.set_attn_implementation(setting.attention)
+    return model
 
 
 def group_of(folder: Path) -> str:

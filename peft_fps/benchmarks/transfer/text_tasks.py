@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -40,7 +41,7 @@ class TextSplit(torch.utils.data.Dataset[dict[str, Any]]):
 def holds_texts(folder: Path) -> bool:
     """Return whether a task's folder holds parquet files with a column `text`."""
     file = folder / "train.parquet"
-    return file.is_file() and "text" in Dataset.from_parquet(str(file)).column_names
+    return file.is_file() and "text" in pyarrow.parquet.read_schema(file).names
 
 
 def load_texts(folder: Path, classes: int) -> dict[str, tuple[list[str], list[int]]]:

@@ -21,6 +21,7 @@ def test_the_folders_of_model_and_tasks_do_not_matter_but_the_model_does():
         {"epochs": 9},
         {"batch_size": 3},
         {"precision": "fp32"},
+        {"attention": "eager"},
         {"threads": 2},
         {"tuned_share": 0.5},
     ],

@@ -76,6 +76,15 @@ def test_another_setting_is_refused_with_both_named(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_cells_from_before_attention_could_be_chosen_are_of_the_default(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    setting = {key: value for key, value in SETTING.comparable().items() if key != "attention"}
+    path.write_text(json.dumps({"setting": setting}) + "\n", encoding="utf-8")
+    assert Store(path, SETTING, {}).records == []
+    with pytest.raises(ValueError, match="'attention': 'sdpa'"):
+        Store(path, replace(SETTING, attention="eager"), {})
+
+
 HEADER = json.dumps({"setting": SETTING.comparable()}) + "\n"
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,13 @@ def test_a_task_holds_its_images_as_the_model_takes_them(name, setting):
 
 def test_a_task_is_prepared_once(setting):
     assert load_task("bright", setting) is load_task("bright", setting)
+
+
+def test_a_base_model_attends_as_the_setting_says(setting):
+    default, eager = (load_task("bright", replace(setting, attention=kind)).load_base(3) for kind in ("sdpa", "eager"))
+    assert default.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(eager.state_dict(), default.state_dict(), atol=0, rtol=0)
 
 
 def test_a_task_that_is_not_there(setting):
