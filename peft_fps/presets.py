@@ -211,6 +211,7 @@ def recipe_line(recipe: Mapping[str, Any]) -> str:
     parts = {
         "optim": "{}",
         "learning_rate": "learning rate {:g}",
+        "adam_beta2": "beta2 {:g}",
         "weight_decay": "weight decay {:g}",
         "lr_scheduler_type": "{}",
         "warmup_steps": "warm-up {:.0%}",

@@ -79,6 +79,12 @@ def summary(results: dict[str, Any]) -> Table:
         table.add_row("base model", escape(f"{results['model']}  ({results['weights']})"))
     table.add_row("selected by", results["selection"]["method"])
     table.add_row("recipe", recipe_line(results["recipe"]))
+    rates = {"bias_lr": "biases", "norm_lr": "norms", "head_lr": "the head"}
+    own = [f"{rates[name]} {rate:.2g}" for name, rate in results["rates"].items()]
+    if own:
+        table.add_row("other rates", ", ".join(own))
+    if results["centring"]:
+        table.add_row("inputs", results["centring"])
     table.add_section()
     method = preset or "FPS"
     for part, value in results["accuracy"].items():

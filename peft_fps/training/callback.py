@@ -16,7 +16,7 @@ from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.training.centred_steps import CentredSteps
-from peft_fps.training.centring import centrable, centre_steps, stepped_optimizer
+from peft_fps.training.centring import NUM_BATCHES, centrable, centre_steps, check_stepping, stepped_optimizer
 from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -49,9 +49,9 @@ class FPSCallback(TrainerCallback):
     learning rate and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the
     trainer's constructor then, since the trainer makes its optimizer before training begins.
 
-    With `centred` the optimizer's steps train entries as if their inputs had the mean 0, see
-    `peft_fps.training.centre_steps`. The means are those over the first batches of the training data. Layers without
-    a bias delta are trained as they are. DeepSpeed's optimizers cannot take centred steps.
+    The optimizer's steps train entries as if their inputs had the mean 0, see `peft_fps.training.centre_steps`. The
+    means are those over the first batches of the training data, 8 of them. Entries that this cannot be done for,
+    those of layers without a bias delta for example, are trained as they are. The log says which.
 
     Args:
         num_batches: number of batches to use. Default: the complete training set.
@@ -59,8 +59,12 @@ class FPSCallback(TrainerCallback):
         bias_lr: peak learning rate of bias deltas. Default: that of everything else.
         norm_lr: peak learning rate of norms. Default: `bias_lr`.
         head_lr: peak learning rate of modules that are trained whole, such as the head. Default: that of the entries.
-        centred: train entries with centred inputs.
+        centred: train entries with centred inputs. Default: where it is possible, with optimizers of torch,
+            transformers and bitsandbytes. With True it is an error if no entries can be, False trains all as they are.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
+
+    Attributes:
+        centring: what the last training has centred, and what not, in words; empty if it was not to.
 
     Raises:
         TypeError: an option is none of these.
@@ -74,7 +78,7 @@ class FPSCallback(TrainerCallback):
         bias_lr: float | None = None,
         norm_lr: float | None = None,
         head_lr: float | None = None,
-        centred: bool = False,
+        centred: bool | None = None,
         **options: Any,
     ) -> None:
         unknown = [name for name in options if name not in OPTIONS]
@@ -86,6 +90,7 @@ class FPSCallback(TrainerCallback):
         self.rates = {name: rate for name, rate in rates.items() if rate is not None}
         self.centred = centred
         self.options = options
+        self.centring = ""
         self._steps: CentredSteps | None = None
 
     def on_init_end(
@@ -110,12 +115,11 @@ class FPSCallback(TrainerCallback):
             check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
-        if self.centred:  # before calibration changes anything
-            self._end_centring()  # of a training that was interrupted
-            centrable(model, stepped_optimizer(kwargs["optimizer"]), name)
+        self._end_centring()  # of a training that was interrupted
+        centred = self._centres(model, name, kwargs.get("optimizer"))  # before calibration changes anything
         if not all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
             self._calibrate(model, name, args, kwargs["train_dataloader"])
-        if self.centred:
+        if centred:
             self._centre(model, name, args, kwargs["optimizer"], kwargs["train_dataloader"])
 
     def _calibrate(self, model: nn.Module, name: str, args: TrainingArguments, loader: Any) -> None:
@@ -142,17 +146,41 @@ class FPSCallback(TrainerCallback):
             )
         logger.info("%s", report)
 
+    def _centres(self, model: nn.Module, name: str, optimizer: Any) -> bool:
+        """Return whether the steps of an optimizer are to be centred.
+
+        Raises:
+            TypeError, ValueError: they are to be and cannot.
+        """
+        self.centring = ""
+        if self.centred is False:
+            return False
+        try:
+            stepped = stepped_optimizer(optimizer)
+            if self.centred is None:
+                check_stepping(stepped)
+            centrable(model, stepped, name)
+        except (TypeError, ValueError) as error:
+            if self.centred:
+                raise
+            self.centring = f"nothing is trained with centred inputs: {error}"
+            logger.info("%s", self.centring)
+            return False
+        return True
+
     def _centre(self, model: nn.Module, name: str, args: TrainingArguments, optimizer: Any, loader: Any) -> None:
         trainer = calling_trainer(self)
         data: Any = loader if trainer is None else AsTrained(trainer, model, loader, plainly=True)
         run = self.options.get("run", None if trainer is None else data.run)
         kept = nullcontext() if trainer is None else undisturbed_trainer(trainer, model)
+        batches = NUM_BATCHES if self.num_batches is None else min(self.num_batches, NUM_BATCHES)
         with kept, undisturbed(model), undisturbed_order(loader):
             set_seed(args.seed)  # a training that is resumed sees the same examples
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(0)  # the Trainer sets it again
-            self._steps = centre_steps(model, optimizer, data, adapter_name=name, run=run)
-        logger.info("%s", self._steps)
+            self._steps = centre_steps(model, optimizer, data, adapter_name=name, num_batches=batches, run=run)
+        self.centring = str(self._steps)
+        logger.info("%s", self.centring)
 
     def _end_centring(self) -> None:
         if self._steps is not None:

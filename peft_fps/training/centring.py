@@ -14,7 +14,7 @@ from peft_fps.lifecycle.input_means import input_means
 from peft_fps.training.centred_steps import CentredLayer, CentredSteps, is_centred
 
 
-NUM_BATCHES = 20
+NUM_BATCHES = 8
 """Batches that the means are taken over by default."""
 
 
@@ -42,7 +42,8 @@ def centre_steps(
 
     Args:
         model: model with a selected adapter.
-        optimizer: trains it, without a closure. What `Accelerator.prepare` returns is taken too.
+        optimizer: trains it, without a closure. What `Accelerator.prepare` returns is taken too. It must not keep
+            copies or averages of parameters, as schedule-free ones do.
         data: as `peft_fps.calibrate` takes it. The means are taken over its first batches.
         adapter_name: name of the adapter. Default: the active one.
         num_batches: number of batches after which to stop. None for all.
@@ -84,6 +85,23 @@ def stepped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return stepped
 
 
+STEPPING_BY_GRADIENTS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization")
+"""Modules of optimizers whose steps depend on gradients alone, weight decay aside."""
+
+
+def check_stepping(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer keeps no copy or average of parameters, which would lack the shift of biases.
+
+    Raises:
+        TypeError: it may keep one, as schedule-free optimizers do.
+    """
+    if not type(optimizer).__module__.startswith(STEPPING_BY_GRADIENTS):
+        raise TypeError(
+            f"{type(optimizer).__name__} is none of the optimizers that are known to step by gradients alone. If it "
+            "keeps no copies or averages of parameters, FPSCallback(centred=True) centres its steps."
+        )
+
+
 def centrable(
     model: nn.Module, optimizer: torch.optim.Optimizer, adapter_name: str
 ) -> tuple[dict[str, EntryLayer], dict[str, str]]:
@@ -98,7 +116,7 @@ def centrable(
         ValueError: there are none, or some are centred already.
     """
     layers = entry_layers(adapter_layers(model, adapter_name))
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group.get("params", ())}
     left_out = {path: reason for path, layer in layers.items() if (reason := _obstacle(layer, adapter_name, held))}
     found = {path: layer for path, layer in layers.items() if path not in left_out}
     if not found:

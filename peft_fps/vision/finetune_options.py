@@ -176,9 +176,9 @@ class FinetuneOptions:
     learning_rate: Annotated[
         Any,  # float, "auto" or None, which typer has no type for
         described(
-            "Peak learning rate of Adam (no weight decay), for the selected weights and the output head alike. It "
-            "rises over the first tenth of the steps and falls to 0 along a cosine, unless --preset has another "
-            f"schedule. auto: the best of {', '.join(f'{rate:g}' for rate in TRIED_RATES)} on the validation images, "
+            "Peak learning rate of the selected weights, by Adam without weight decay. It rises over the first tenth "
+            "of the steps and falls to 0 along a cosine, unless --preset has another schedule. "
+            f"auto: the best of {', '.join(f'{rate:g}' for rate in TRIED_RATES)} on the validation images, "
             f"each tried for the steps of one epoch ({LEAST_STEPS} to {MOST_STEPS}), which are undone. Without it and "
             f"--preset: {RECIPE['learning_rate']:g}.",
             TRAINING,
@@ -189,23 +189,29 @@ class FinetuneOptions:
     bias_learning_rate: Annotated[
         float | None,
         positive_rate(
-            "Peak learning rate of the biases of adapted layers and norms. Without it: that of everything else.",
+            "Peak learning rate of the biases of adapted layers and norms. Without it: a third of --learning-rate; "
+            "with --preset all of it.",
             TRAINING,
         ),
     ] = None
     head_learning_rate: Annotated[
         float | None,
-        positive_rate("Peak learning rate of the output head. Without it: that of everything else.", TRAINING),
+        positive_rate(
+            "Peak learning rate of the output head. Without it: a third of --learning-rate; with --preset all of it.",
+            TRAINING,
+        ),
     ] = None
     centred: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--centred",
+            "--centred/--not-centred",
             help="Train selected weights as if their inputs had the mean 0; biases take over the shift of outputs. "
-            "Layers without a trained bias are trained as they are. The adapter is of the same kind.",
+            "Layers without a trained bias are trained as they are. The adapter is of the same kind. Without it: "
+            "centred where possible, with --preset not.",
+            show_default=False,
             rich_help_panel=TRAINING,
         ),
-    ] = False
+    ] = None
     batch_size: Annotated[
         int | None,
         count(f"Images per step and device. Without it and --preset: {BATCH}.", TRAINING),

@@ -97,8 +97,8 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
 
     with stopwatch.stage("train"):
         history = LogHistory()
-        callbacks = [history, training_callback(options)]
-        loss = train(model, arguments, splits["train"], run.collator, callbacks=callbacks)
+        training = training_callback(options, model, arguments.learning_rate)
+        loss = train(model, arguments, splits["train"], run.collator, callbacks=[history, training])
 
     with stopwatch.stage("evaluate"):
         logits = {part: predictor.logits(model, splits[part], f"Predicting {part}") for part in ("validation", "test")}
@@ -133,6 +133,8 @@ def _finetune(options: FinetuneOptions, console: Console, kept: Path) -> dict[st
     results = {
         "options": options.to_dict(),
         "recipe": recipe,
+        "rates": training.rates,
+        "centring": training.centring,
         "model": name if options.model else "embedded",
         "weights": weights,
         "data": options.data or "embedded",

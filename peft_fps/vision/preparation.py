@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from peft_fps import FPSConfig, SelectionReport
 from peft_fps.gradients import TwoViews
-from peft_fps.training import FPSCallback
+from peft_fps.training import FPSCallback, parameter_groups
+from peft_fps.training.optimizer_creation import GROUPS
 from peft_fps.vision.classifiers import interpolates, load_model, load_processor
+from peft_fps.vision.default_training import LOW_RATE
 from peft_fps.vision.finetune_options import DEFAULT_MODEL, FinetuneOptions
 from peft_fps.vision.labelled_images import ImageData, load_images
 from peft_fps.vision.pixels import Collator, ImageSplit, two_views
@@ -95,10 +98,22 @@ def prepared(options: FinetuneOptions, config: FPSConfig) -> Prepared:
     return Prepared(options, config, name, data, base, processor, views)
 
 
-def training_callback(options: FinetuneOptions) -> FPSCallback:
-    """Return what trains at the rates of biases and head, and with centred inputs, as the options say."""
+def training_callback(options: FinetuneOptions, model: nn.Module, learning_rate: float) -> FPSCallback:
+    """Return what trains biases and head at their rates, and with centred inputs, as the options say.
+
+    Args:
+        options: what the user asked for.
+        model: what is trained.
+        learning_rate: of the selected weights.
+    """
+    centred, low = options.centred, dict.fromkeys(("bias_lr", "head_lr"))
+    if options.preset is None:
+        trained = {group["name"] for group in parameter_groups(model, learning_rate)}
+        low |= {name: learning_rate * LOW_RATE for name in low if trained.intersection(GROUPS[name])}
+    elif centred is None:
+        centred = False  # as published
     return FPSCallback(
-        bias_lr=options.bias_learning_rate,
-        head_lr=options.head_learning_rate,
-        centred=options.centred,
+        bias_lr=options.bias_learning_rate or low["bias_lr"],
+        head_lr=options.head_learning_rate or low["head_lr"],
+        centred=centred,
     )

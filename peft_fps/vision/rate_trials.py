@@ -96,7 +96,7 @@ def run_trials(
             short, images, predictor.workers, options.output, options.seed, options.precision
         )
         arguments.logging_strategy = IntervalStrategy.NO
-        train(model, arguments, splits["train"], collator, callbacks=[training_callback(options)])
+        train(model, arguments, splits["train"], collator, callbacks=[training_callback(options, model, rate)])
 
     def judge() -> float:
         logits = predictor.logits(model, splits["validation"], "Predicting validation")

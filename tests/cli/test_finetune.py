@@ -27,7 +27,7 @@ OPTIONS = (
     *("--model", "--data", "--image-column", "--label-column", "--image-size"),
     *("--preset", "--budget", "--per-neuron", "--importance", "--order", "--loss", "--granularity", "--bias"),
     "--calibration-batches",
-    *("--epochs", "--learning-rate", "--bias-learning-rate", "--head-learning-rate", "--centred"),
+    *("--epochs", "--learning-rate", "--bias-learning-rate", "--head-learning-rate", "--centred", "--not-centred"),
     *("--batch-size", "--precision", "--seed", "--output"),
     *("--overwrite", "--verbose"),
 )
@@ -76,6 +76,12 @@ def test_embedded_default_ends_with_the_table(digits_run):
     assert f"{results['adapter_bytes']:,} bytes" in result.output
     assert list(results["seconds"]) == STAGES
     assert results["images"] == {"train": 800, "validation": 200, "test": 797}
+    assert results["rates"] == pytest.approx({"bias_lr": 0.01 / 3, "head_lr": 0.01 / 3})
+    assert re.search(r"other rates\W+biases 0.0033, the head 0.0033", result.output)
+    assert "beta2 0.95" in result.output
+    centred = "16 layers are trained with centred inputs; 3 not (no bias delta)"
+    assert results["centring"] == centred
+    assert centred in result.output
     assert results["options"]["epochs"] == 1
     assert results["peak_memory"]["bytes"] > 100 * 2**20
 
@@ -271,9 +277,12 @@ def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "rates", "centred"),
     [
-        ([], {}, False),
-        (["--head-learning-rate", 3e-3], {"head_lr": 3e-3}, False),
-        (["--bias-learning-rate", 2e-3, "--centred"], {"bias_lr": 2e-3}, True),
+        ([], {"bias_lr": 1e-2 / 3, "head_lr": 1e-2 / 3}, None),
+        (["--head-learning-rate", 4e-3, "--learning-rate", 3e-3], {"bias_lr": 1e-3, "head_lr": 4e-3}, None),
+        (["--bias-learning-rate", 2e-3, "--centred"], {"bias_lr": 2e-3, "head_lr": 1e-2 / 3}, True),
+        (["--bias", "none", "--not-centred"], {"head_lr": 1e-2 / 3}, False),
+        (["--preset", "fps"], {}, False),
+        (["--preset", "fps", "--head-learning-rate", 3e-3, "--centred"], {"head_lr": 3e-3}, True),
     ],
 )
 def test_how_biases_head_and_inputs_are_trained(
@@ -283,7 +292,8 @@ def test_how_biases_head_and_inputs_are_trained(
     monkeypatch.setattr("peft_fps.vision.finetuning.train", lambda *args, callbacks: seen.append(callbacks[-1]) or 0.0)
     arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--output", tmp_path / "out"]
     assert run(*arguments, *options).exit_code == 0
-    assert (seen[0].rates, seen[0].centred) == (rates, centred)
+    assert seen[0].rates == pytest.approx(rates)
+    assert seen[0].centred is centred
 
 
 @pytest.mark.usefixtures("no_picture")

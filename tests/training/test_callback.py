@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_equals_calibration_by_hand(granularity: str, options: str, tmp_path: Path) -> None:
     """Bit for bit: order of the data and dropout are those of a run without the callback."""
     by_hand, by_callback = uncalibrated(granularity=granularity), uncalibrated(granularity=granularity)
-    first = trainer(by_callback, tmp_path, [FPSCallback()], **OPTIONS[options])
+    first = trainer(by_callback, tmp_path, [FPSCallback(centred=False)], **OPTIONS[options])
     again, data = seen_in_training(by_callback), first.get_train_dataloader()
     expected = seen_in_training(by_hand)
     first.train()
@@ -99,7 +99,7 @@ def test_some_batches_only(accumulation: int, tmp_path: Path, calls: list[dict[s
     by_hand, by_callback = uncalibrated(), uncalibrated()
     batch = next(iter(trainer(by_hand, tmp_path, **options).get_train_dataloader()))
     again, expected = seen_in_training(by_callback), seen_in_training(by_hand)
-    trainer(by_callback, tmp_path, [FPSCallback(num_batches=1)], **options).train()
+    trainer(by_callback, tmp_path, [FPSCallback(num_batches=1, centred=False)], **options).train()
     assert [call["num_batches"] for call in calls] == [1]
 
     by_hand.calibrate([{"pixel_values": batch["pixel_values"]}], progress=False)
@@ -172,7 +172,7 @@ def test_a_run_of_ones_own_comes_before_the_trainers(tmp_path: Path) -> None:
 
     model, other = uncalibrated(), uncalibrated()
     trainer(model, tmp_path, [FPSCallback(run=run)]).train()
-    assert seen == [model.get_base_model()] * 3
+    assert seen == [model.get_base_model()] * (3 + 3)  # to calibrate, and for the means
     other.calibrate([{"pixel_values": batch["pixel_values"].flip(3)} for batch in BATCHES], progress=False)
     assert selections(model) == selections(other)
 
@@ -315,7 +315,7 @@ def test_values_of_the_optimizer_are_the_calibrated_ones(tmp_path: Path) -> None
 def test_backward_passes_equal_those_by_hand(importance: str, accumulators: Any, tmp_path: Path) -> None:
     """Labels come with the Trainer's batches; the selection and all training are those of a run by hand."""
     by_hand, by_callback = uncalibrated(importance=importance), uncalibrated(importance=importance)
-    first = trainer(by_callback, tmp_path, [FPSCallback(accumulators=accumulators)])
+    first = trainer(by_callback, tmp_path, [FPSCallback(accumulators=accumulators, centred=False)])
     data = first.get_train_dataloader()
     first.train()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.training import CentredSteps, centre_steps
 from tests.helpers import adapted, bits, fill, image_batches, images, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit
-from tests.training.trainers import trained_state, trainer
+from tests.training.trainers import dropping, trained_state, trainer
 
 
 BATCHES = [{"x": 1 + normal(8, 10, seed=seed)} for seed in range(3)]
@@ -249,29 +249,90 @@ def test_another_optimizers_parameters_are_left_alone() -> None:
 
 
 def calibrating() -> Any:
-    return get_peft_model(tiny_vit(layers=1), FPSConfig(per_neuron=2))
+    return get_peft_model(dropping(tiny_vit(layers=1)), FPSConfig(per_neuron=2))
 
 
 def test_a_callback_centres_after_it_has_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     by_callback, by_hand, plain = calibrating(), calibrating(), calibrating()
-    callback = FPSCallback(centred=True)
+    callback = FPSCallback()
+    assert callback.centring == ""
     with caplog.at_level("INFO", "peft_fps"):
         made = trainer(by_callback, tmp_path, [callback])
         made.train()
-    assert "layers are trained with centred inputs; 1 not (no bias delta)" in caplog.text
+    centred = f"{len(layers_of(by_callback)) - 1} layers are trained with centred inputs; 1 not (no bias delta)"
+    assert centred in caplog.text
+    assert callback.centring == centred
     assert not made.optimizer.optimizer._optimizer_step_pre_hooks
 
     for model in (by_hand, plain):
-        trainer(model, tmp_path, [FPSCallback()], max_steps=1, learning_rate=0.0).train()
-    other = trainer(by_hand, tmp_path)
+        trainer(model, tmp_path, [FPSCallback(centred=False)], max_steps=1, learning_rate=0.0).train()
+    data = list(made.get_train_dataloader())
+    other = trainer(by_hand, tmp_path)  # which seeds order and dropout
     other.create_optimizer()
-    steps: CentredSteps = centre_steps(by_hand, other.optimizer, list(other.get_train_dataloader()))
+    steps: CentredSteps = centre_steps(by_hand, other.optimizer, data)
     assert len(steps.layers) == len(layers_of(by_hand)) - 1
     other.train()
     trainer(plain, tmp_path).train()
     pixels = images(4)
+    for model in (by_callback, by_hand, plain):
+        model.eval()
     torch.testing.assert_close(by_callback(pixel_values=pixels).logits, by_hand(pixel_values=pixels).logits)
     assert not torch.allclose(by_callback(pixel_values=pixels).logits, plain(pixel_values=pixels).logits, atol=1e-4)
+
+
+def test_a_callback_that_need_not_centre_trains_as_always_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks = [FPSCallback(), FPSCallback(centred=False)]
+    models = [get_peft_model(tiny_vit(layers=1), FPSConfig(per_neuron=2, bias="none")) for _ in callbacks]
+    with caplog.at_level("INFO", "peft_fps"):
+        for model, callback in zip(models, callbacks, strict=True):
+            trainer(model, tmp_path, [callback]).train()
+    reason = "nothing is trained with centred inputs: adapter 'default': no layer can be centred (no bias delta)"
+    assert callbacks[0].centring.startswith(reason)
+    assert caplog.text.count(reason) == 1
+    assert callbacks[1].centring == ""
+    assert trained_state(models[0]) == trained_state(models[1])
+
+
+class Averaging(torch.optim.SGD):
+    """As a library that keeps averages of parameters has it."""
+
+
+class WithoutParameters(torch.optim.SGD):
+    """As optimizers that step within the backward pass have it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups = [{"lr": 0.1}]
+
+
+def test_optimizers_that_may_keep_copies_of_parameters_are_centred_on_demand_alone(tmp_path: Path) -> None:
+    for centred, expected in ((None, "nothing is trained with centred inputs: Averaging is none of the optimizers"),
+                              (True, "layers are trained with centred inputs")):  # fmt: skip
+        model, callback = calibrating(), FPSCallback(centred=centred)
+        made = trainer(model, tmp_path, [callback], max_steps=1)
+        made.optimizer = Averaging(parameters(model), lr=0.1)
+        made.train()
+        assert expected in callback.centring
+    optimizer = WithoutParameters(parameters(model))
+    with pytest.raises(ValueError, match=r"no layer can be centred \(no bias delta, not in the optimizer\)"):
+        centre_steps(model, optimizer, BATCHES)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 8), (2, 2), (100, 8)])
+def test_a_callback_takes_the_means_over_no_more_batches_than_it_calibrates_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, expected: int
+) -> None:
+    taken: list[int] = []
+
+    def watched(*args: Any, num_batches: int, **options: Any) -> CentredSteps:
+        taken.append(num_batches)
+        return centre_steps(*args, num_batches=num_batches, **options)
+
+    monkeypatch.setattr("peft_fps.training.callback.centre_steps", watched)
+    trainer(calibrating(), tmp_path, [FPSCallback(num_batches=given)], max_steps=1).train()
+    assert taken == [expected]
 
 
 def test_a_callback_that_cannot_centre_says_so_before_it_calibrates(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def model(**options: Any) -> nn.Module:
 
 def test_a_callback_with_rates_gives_the_trainer_these_groups(tmp_path: Path) -> None:
     by_callback, by_hand = model(), model()
-    trainer(by_callback, tmp_path, [FPSCallback(**RATES)]).train()
+    trainer(by_callback, tmp_path, [FPSCallback(**RATES, centred=False)]).train()
     given = arguments(tmp_path)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(given)
     optimizer = kind(parameter_groups(by_hand, 0.01, weight_decay=0.1, **RATES), **options)
@@ -32,7 +32,7 @@ def test_a_callback_with_rates_gives_the_trainer_these_groups(tmp_path: Path) ->
 
 def test_without_rates_nothing_is_different(tmp_path: Path) -> None:
     with_callback, without = model(), model()
-    made = trainer(with_callback, tmp_path, [FPSCallback()])
+    made = trainer(with_callback, tmp_path, [FPSCallback(centred=False)])
     assert "create_optimizer" not in vars(made)
     made.train()
     trainer(without, tmp_path).train()
