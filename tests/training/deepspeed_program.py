@@ -55,6 +55,8 @@ def train(folder: Path, stage: int) -> None:
         training = trainer(adapted(), folder, stage)
         training.train(resume_from_checkpoint=last_complete_checkpoint(folder / "run"))
         training.save_model(str(folder / name))
+        told = [each.centring for each in training.callback_handler.callbacks if isinstance(each, FPSCallback)]
+        (folder / f"centring{dist.get_rank()}.txt").write_text(*told)
         dist.barrier()
         if dist.get_rank() == 0:
             (folder / "run" / "checkpoint-4" / "trainer_state.json").unlink()

@@ -42,6 +42,14 @@ def test_training_resumes_where_it_was(stage, two):
         assert torch.equal(tensor, files[1][name]), name
 
 
+@pytest.mark.parametrize("stage", deepspeed_program.STAGES)
+def test_entries_are_trained_as_they_are_and_the_reason_is_told(stage, two):
+    for rank in range(2):
+        told = (two / str(stage) / f"centring{rank}.txt").read_text()
+        assert told.startswith("nothing is trained with centred inputs: ")
+        assert "DeepSpeed" in told
+
+
 def test_partitioned_models_train_and_save_what_was_calibrated_before(two):
     partitioned, plain = (load_file(two / stage / "adapter" / "adapter_model.safetensors") for stage in ("3", "1"))
     assert partitioned.keys() == plain.keys()

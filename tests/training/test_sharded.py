@@ -176,6 +176,12 @@ def test_embeddings_experts_and_attention_live_sharded_as_in_one_process(case, k
 GUIDE = (ROOT / "peft_fps" / "training" / "README.md").read_text("utf-8")
 
 
+TELLING = """
+callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, FPSCallback)]
+open("centring.txt", "w").write(callbacks[0].centring)
+"""
+
+
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory):
     """Where the program of the guide ran twice: to its end, and resumed from its first checkpoint."""
@@ -188,7 +194,7 @@ def guided(tmp_path_factory):
         words = shlex.split(command)
         assert words[:2] == ["accelerate", "launch"]
         (folder / words[words.index("--config_file") + 1]).write_text(settings)
-        (folder / words[-1]).write_text(program)
+        (folder / words[-1]).write_text(program + TELLING)
         arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
         launched = prepare_multi_gpu_env(arguments)
     for name in ("adapter", "resumed"):
@@ -213,6 +219,12 @@ def test_the_guides_program_selects_what_one_process_selects(guided):
     base = names["model"].get_base_model()
     loaded = PeftModel.from_pretrained(base, folder / "adapter")
     assert isinstance(loaded.merge_and_unload(), nn.Module)
+
+
+def test_the_guides_program_is_told_that_sharded_entries_are_trained_as_they_are(guided):
+    told = (guided[0] / "centring.txt").read_text()
+    assert told.startswith("nothing is trained with centred inputs: adapter 'default': no layer can be centred (")
+    assert "sharded" in told
 
 
 def test_the_guides_program_resumes_where_it_was(guided):
