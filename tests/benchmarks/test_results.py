@@ -184,7 +184,7 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
     tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
     assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
     means = {line[0]: (line[2], line[-1]) for line in rows(tables) if len(line) == 15 and line[-1][:1].isdigit()}
-    alone = {"FPS, with biases", "try: centred inputs", "try: centred inputs, low rates", "try: low rates"}
+    alone = {"FPS, with biases", "try: centred inputs", "FPS, the default", "try: low rates"}
     besides = ("layer", "output-gradient-layer", "weights and biases of norms", "stochastic depth 0.1")
     added = {f"try: centred inputs, low rates, {each}" for each in besides}
     assert means.keys() >= alone | added
@@ -194,7 +194,7 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
     by_seed = Results(records, Setting(tasks="", **header["setting"]), rates, split="validation")
     found, default = (
         [mean(seeds[seed] for seeds in by_seed.accuracies((name, 0.0077)).values()) for seed in (0, 1)]
-        for name in ("try-centred-low-rates", "fps-biases")
+        for name in ("fps-default", "fps-biases")
     )
     ahead = [f"{100 * (one - other):.1f}" for one, other in zip(found, default, strict=True)]
     assert f"by {' and '.join(ahead)}." in page
@@ -218,7 +218,7 @@ def test_the_page_on_texts_is_that_of_its_cells() -> None:
     assert f", {len(records)} cells |" in README
     first_seed = [record for record in records if record.cell.seed == 0]
     found = {(each.cell.method, each.cell.learning_rate, each.cell.task): each for each in first_seed}
-    labels = {"fps": "FPS without biases", "try-centred-low-rates": "FPS with biases, centred inputs, low rates"}
+    labels = {"fps": "FPS without biases", "fps-default": "FPS with biases, centred inputs, low rates"}
     for method, label in labels.items():
         for rate, first in ((0.003, f" {label}"), (0.01, ""), (0.03, "")):
             accuracies = (f"{100 * found[method, rate, task].validation:.1f}" for task in ("trec6", "subj"))
@@ -227,8 +227,7 @@ def test_the_page_on_texts_is_that_of_its_cells() -> None:
         (task, rate): [
             f"{100 * record.validation:.1f}"
             for record in sorted(records, key=lambda record: record.cell.seed)
-            if (record.cell.method, record.cell.task, record.cell.learning_rate)
-            == ("try-centred-low-rates", task, rate)
+            if (record.cell.method, record.cell.task, record.cell.learning_rate) == ("fps-default", task, rate)
         ]
         for task, rate in (("trec6", 0.01), ("subj", 0.003))
     }

@@ -16,7 +16,7 @@ from peft_fps.benchmarks.transfer.method_configs import (
     shira,
     supertuning,
 )
-from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES, TrainingCandidate
+from peft_fps.benchmarks.transfer.training_candidates import DEFAULT, TRAINING_CANDIDATES, TrainingCandidate
 from peft_fps.benchmarks.transfer.tried_choices import CHOICES, choose
 
 
@@ -96,6 +96,7 @@ ARMS: dict[str, Arm] = {
         "magnitude, with biases", selecting(importance="magnitude", bias="all"), tuned_as="magnitude"
     ),
     "fps-biases": Arm("FPS, with biases", selecting(bias="all"), tuned_as="fps"),
+    "fps-default": Arm("FPS, the default", DEFAULT.build, training=DEFAULT),
     "fps-biases-lora": Arm(
         "FPS, with biases, and LoRA", biases_beside_lora, beside=lora_queries_values, tuned_as="fps"
     ),

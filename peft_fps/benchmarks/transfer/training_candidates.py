@@ -1,6 +1,7 @@
-"""Ways to train that are tried on FPS with biases: what is trained besides, at which rates, how it is regularised.
+"""Ways to train FPS with biases: the package's default, and what was tried beside it.
 
-None is a default of the package. What is trained besides counts in the budget, and the entries get the rest.
+They differ in what is trained besides, at which rates, and how it is regularised. What is trained besides counts in
+the budget, and the entries get the rest.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from peft_fps.selection.budget_allocation import exact
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.training.drop_path import add_drop_path
 from peft_fps.training.parameter_groups import HEAD, parameter_groups
+from peft_fps.vision.default_training import LOW_RATE, RECIPE
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,17 @@ def add_scale(layer: EntryLayer) -> None:
     layer.register_forward_hook(hook)
 
 
-LOW_RATES: dict[str, Any] = {"bias_rate": 1 / 3, "head_rate": 1 / 3, "recipe": {"adam_beta2": 0.95}}
+LOW_RATES: dict[str, Any] = {
+    **{"bias_rate": LOW_RATE, "head_rate": LOW_RATE},
+    "recipe": {"adam_beta2": RECIPE["adam_beta2"]},
+}
 """What keeps the first steps from overshooting: biases and head move less, and large gradients are soon forgotten."""
 
 CENTRED: dict[str, Any] = {**LOW_RATES, "centred": True}
-"""The way to train that others are added to."""
+"""The package's default, to which others are added."""
+
+DEFAULT = TrainingCandidate(**CENTRED)
+"""How `peft-fps finetune` trains."""
 
 ADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "layer": ("layer", {"options": {"granularity": "layer"}}),
@@ -183,14 +191,10 @@ TRAINING_CANDIDATES: dict[str, tuple[str, TrainingCandidate]] = {
     ),
     "try-low-rates": ("try: low rates", TrainingCandidate(**LOW_RATES, learning_rates=(1e-2,))),
     "try-centred": ("try: centred inputs", TrainingCandidate(centred=True)),
-    "try-centred-low-rates": (
-        "try: centred inputs, low rates",
-        TrainingCandidate(**CENTRED, learning_rates=(3e-3, 1e-2, 3e-2)),
-    ),
     **{
         f"try-centred-{name}": (
             f"try: centred inputs, low rates, {label}",
-            TrainingCandidate(**{**CENTRED, **changes}, tuned_as="try-centred-low-rates"),
+            TrainingCandidate(**{**CENTRED, **changes}, tuned_as="fps-default"),
         )
         for name, (label, changes) in ADDED.items()
     },

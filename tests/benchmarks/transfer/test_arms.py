@@ -97,7 +97,7 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     assert type(config) is others.get(method, FPSConfig)
     if isinstance(config, FPSConfig):
         assert (config.per_neuron, config.seed) == (None, 7)
-    if isinstance(config, FPSConfig) and method not in TRAINING_CANDIDATES:
+    if isinstance(config, FPSConfig) and method not in (*TRAINING_CANDIDATES, "fps-default"):
         spent = RANK_ONE["queries and values"] if ARMS[method].beside else 0
         assert config.budget == pytest.approx(0.1 - spent / BACKBONE)
         assert config.bias == ("all" if "-biases" in method else "none")

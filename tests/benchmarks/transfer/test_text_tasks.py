@@ -162,7 +162,7 @@ def test_a_model_that_is_not_there(tmp_path):
         load_text_model(str(tmp_path), ["a", "b"], 0)
 
 
-@pytest.mark.parametrize("method", ["fps-biases", "try-centred-low-rates", "lora", "full", "gps-task-biases"])
+@pytest.mark.parametrize("method", ["fps-biases", "fps-default", "lora", "full", "gps-task-biases"])
 def test_methods_learn_from_texts(setting, method):
     share = None if method == "full" else 0.3
     found = run_cell(Cell("words", method, share, 0, 3e-3 if method == "full" else 1e-2), setting)

@@ -10,7 +10,10 @@ from transformers import TrainingArguments
 
 from peft_fps.benchmarks.transfer import cell_run
 from peft_fps.benchmarks.transfer.cells import Cell
-from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES, TrainingCandidate, add_scale
+from peft_fps.benchmarks.transfer.training_candidates import DEFAULT, TRAINING_CANDIDATES, TrainingCandidate, add_scale
+from peft_fps.config import FPSConfig
+from peft_fps.vision.finetune_options import FinetuneOptions
+from peft_fps.vision.preparation import training_callback
 from tests.helpers import (
     adapted,
     dense_reference,
@@ -35,9 +38,12 @@ def trained(candidate: TrainingCandidate, share: float = 0.25) -> tuple[nn.Modul
     return model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", TRAINING_CANDIDATES)
+CANDIDATES = {"fps-default": DEFAULT} | {name: candidate for name, (_, candidate) in TRAINING_CANDIDATES.items()}
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_all_that_is_trained_counts_in_the_budget(name):
-    base, (_, found) = tiny_vit(), trained(TRAINING_CANDIDATES[name][1])
+    base, (_, found) = tiny_vit(), trained(CANDIDATES[name])
     backbone = sum(p.numel() for key, p in base.named_parameters() if "classifier" not in key)
     spent = sum(p.numel() for key, p in found.items() if "classifier" not in key)
     assert 0 <= int(0.25 * backbone) - spent < 1 + 2 * 6  # less than one entry per module
@@ -54,6 +60,18 @@ def test_what_is_trained_and_what_is_frozen():
     scales = names["try-scales-biases"] - standard
     assert len(scales) == 1 + 2 * 6
     assert scales == names["try-scales"] - {name for name in standard if "fps_bias" not in name}
+
+
+def test_the_default_trains_as_the_command_does():
+    model, _ = trained(DEFAULT)
+    callback = training_callback(FinetuneOptions(), model, 0.03)
+    assert {"bias_lr": 0.03 * DEFAULT.bias_rate, "head_lr": 0.03 * DEFAULT.head_rate} == callback.rates
+    assert DEFAULT.centred
+    assert callback.centred is None
+    assert DEFAULT.recipe == {"adam_beta2": FinetuneOptions().recipe(FPSConfig())["adam_beta2"]}
+    config = DEFAULT.build(tiny_vit(), 0.1, 0)
+    assert config.budget == pytest.approx(0.1, rel=1e-3)
+    assert replace(config, budget=None) == replace(FPSConfig(), budget=None, task_type=config.task_type)
 
 
 def test_weights_of_norms_get_the_gradient_that_they_have_in_the_base_model():
