@@ -10,10 +10,13 @@ from peft_fps.layers.fps_layer import FPSLayer
 
 
 @contextmanager
-def adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Let the model compute as the base model does within the context, with modules that the adapter trains whole.
+def adapters_off(model: nn.Module, adapter_name: str, whole: bool = True) -> Iterator[None]:
+    """Let the model compute as the base model does within the context. What is trainable stays so.
 
-    What is trainable stays so.
+    Args:
+        model: model with the adapter.
+        adapter_name: name of the adapter.
+        whole: let modules that it trains whole run, in place of the base model's.
     """
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     before = [layer._disable_adapters for layer in layers]
@@ -27,7 +30,7 @@ def adapters_off(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for layer in layers:
             layer._disable_adapters = True
         for wrapper in wrappers:
-            wrapper._active_adapter = [adapter_name]
+            wrapper._active_adapter = [adapter_name] if whole else []
         yield
     finally:
         for wrapper, names in zip(wrappers, active, strict=True):

@@ -28,7 +28,8 @@ def input_means(
 
     Args:
         model: model with the adapter.
-        adapter_name: name of the adapter, whose modules that are trained whole run too.
+        adapter_name: name of the adapter. Modules that it trains whole run as they are in the base model, so that the
+            means are the same when training is resumed.
         layers: layers by path in the base model.
         data: the batches.
         run: runs the model on a batch. Default: as `peft_fps.calibrate` does.
@@ -39,6 +40,6 @@ def input_means(
     """
     base = base_model(model)
     observed = {path: observed_layer(layer) for path, layer in layers.items()}
-    with adapters_off(base, adapter_name), run_eagerly(base):
+    with adapters_off(base, adapter_name, whole=False), run_eagerly(base):
         statistics, _ = observe(base, observed, "signed", data, run)
     return {path: found.mean() for path, found in statistics.items()}

@@ -4,19 +4,23 @@ import logging
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
 from peft_fps.calibration import undisturbed
-from peft_fps.card import evaluation_at, keep_card
+from peft_fps.card import keep_card
 from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import IMPORTANCES
-from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, fps_layers, target_layers
+from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
-from peft_fps.training.centred_steps import CentredSteps
-from peft_fps.training.centring import NUM_BATCHES, centrable, centre_steps, check_stepping, stepped_optimizer
+from peft_fps.training.centred_steps import CentredSteps, steps_of
+from peft_fps.training.centring import NUM_BATCHES, centrable, centre_steps, check_centrable, stepped_optimizer
+from peft_fps.training.centring_choice import reason_against
+from peft_fps.training.evaluation_notes import note_evaluation
 from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
 
@@ -50,8 +54,9 @@ class FPSCallback(TrainerCallback):
     trainer's constructor then, since the trainer makes its optimizer before training begins.
 
     The optimizer's steps train entries as if their inputs had the mean 0, see `peft_fps.training.centre_steps`. The
-    means are those over the first batches of the training data, 8 of them. Entries that this cannot be done for,
-    those of layers without a bias delta for example, are trained as they are. The log says which.
+    means are those over the first batches of the training data, 8 of them, or `num_batches` if these are fewer, for
+    which GRPO and RLOO generate completions too. Entries that this cannot be done for, those of layers without a bias
+    delta for example, are trained as they are. The log says which.
 
     Args:
         num_batches: number of batches to use. Default: the complete training set.
@@ -60,7 +65,8 @@ class FPSCallback(TrainerCallback):
         norm_lr: peak learning rate of norms. Default: `bias_lr`.
         head_lr: peak learning rate of modules that are trained whole, such as the head. Default: that of the entries.
         centred: train entries with centred inputs. Default: where it is possible, with optimizers of torch,
-            transformers and bitsandbytes. With True it is an error if no entries can be, False trains all as they are.
+            transformers and bitsandbytes, and data that can be read twice. With True it is an error if no entries
+            can be, False trains all as they are.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Attributes:
@@ -115,12 +121,30 @@ class FPSCallback(TrainerCallback):
             check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
-        self._end_centring()  # of a training that was interrupted
-        centred = self._centres(model, name, kwargs.get("optimizer"))  # before calibration changes anything
+        optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
+        self._end_centring(optimizer)  # of a training that was interrupted
+        reason = "not asked for" if self.centred is False else self._reason(model, optimizer, name, loader)
         if not all(layer.fps_state[name].selected for layer in adapter_layers(model, name).values()):
-            self._calibrate(model, name, args, kwargs["train_dataloader"])
-        if centred:
-            self._centre(model, name, args, kwargs["optimizer"], kwargs["train_dataloader"])
+            self._calibrate(model, name, args, loader)
+        if self.centred:
+            self._centre(model, name, args, optimizer, loader)
+        elif not reason:
+            reason = self._centre_if_possible(model, name, args, optimizer, loader)
+        if self.centred is not False:
+            self.centring = f"nothing is trained with centred inputs: {reason}" if reason else str(self._steps)
+            logger.info("%s", self.centring)
+
+    def _reason(self, model: nn.Module, optimizer: Any, name: str, loader: Any) -> str:
+        """Return why steps are not to be centred, before calibration changes anything.
+
+        Raises:
+            TypeError, ValueError: they are to be and cannot.
+        """
+        if not self.centred:
+            return reason_against(model, optimizer, name, loader)
+        stepped = stepped_optimizer(optimizer)
+        check_centrable(*centrable(model, stepped, name), stepped, name)
+        return ""
 
     def _calibrate(self, model: nn.Module, name: str, args: TrainingArguments, loader: Any) -> None:
         progress = not args.disable_tqdm if self.progress is None else self.progress
@@ -146,28 +170,6 @@ class FPSCallback(TrainerCallback):
             )
         logger.info("%s", report)
 
-    def _centres(self, model: nn.Module, name: str, optimizer: Any) -> bool:
-        """Return whether the steps of an optimizer are to be centred.
-
-        Raises:
-            TypeError, ValueError: they are to be and cannot.
-        """
-        self.centring = ""
-        if self.centred is False:
-            return False
-        try:
-            stepped = stepped_optimizer(optimizer)
-            if self.centred is None:
-                check_stepping(stepped)
-            centrable(model, stepped, name)
-        except (TypeError, ValueError) as error:
-            if self.centred:
-                raise
-            self.centring = f"nothing is trained with centred inputs: {error}"
-            logger.info("%s", self.centring)
-            return False
-        return True
-
     def _centre(self, model: nn.Module, name: str, args: TrainingArguments, optimizer: Any, loader: Any) -> None:
         trainer = calling_trainer(self)
         data: Any = loader if trainer is None else AsTrained(trainer, model, loader, plainly=True)
@@ -179,28 +181,46 @@ class FPSCallback(TrainerCallback):
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(0)  # the Trainer sets it again
             self._steps = centre_steps(model, optimizer, data, adapter_name=name, num_batches=batches, run=run)
-        self.centring = str(self._steps)
-        logger.info("%s", self.centring)
+        self._steps.of_callback = True
 
-    def _end_centring(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+    def _centre_if_possible(self, *arguments: Any) -> str:
+        """Centre the steps, and return why they are not; nothing if they are."""
+        try:
+            self._centre(*arguments)
+        except Exception as error:  # whatever a model raises on these batches, training may do without the means
+            if should_reduce_batch_size(error):
+                raise
+            logger.warning("FPSCallback could not take the mean inputs: %s", error)
+            return f"their mean inputs could not be taken: {error}"
+        return ""
+
+    def _end_centring(self, optimizer: Any) -> None:
+        """Remove what callbacks have left on an optimizer, this one or another."""
+        self.centring = ""
+        stepped = getattr(optimizer, "optimizer", optimizer)
+        left = steps_of(stepped) if isinstance(stepped, torch.optim.Optimizer) else []
+        own = [] if self._steps is None else [self._steps]
+        for steps in (*own, *left):
+            if steps.of_callback:
+                steps.remove()
+        self._steps = None
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the evaluation for the model card. The Trainer calls this method."""
-        _note(kwargs["model"], state, state.global_step, kwargs.get("eval_dataloader"))
+        note_evaluation(kwargs["model"], state, state.global_step, kwargs.get("eval_dataloader"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End centring, and record the evaluation of a restored best checkpoint. The Trainer calls this method."""
-        self._end_centring()
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
         restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if restored and state.best_global_step is not None:
-            _note(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))
+            note_evaluation(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,21 +234,3 @@ def _sizes(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """Return the number of entries of each module by its path."""
     layers = entry_layers(target_layers(model, adapter_name))
     return {path: layer.fps_values[adapter_name].numel() for path, layer in layers.items()}
-
-
-def _note(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
-    """Record the evaluation of a step in the active adapter, for its model card.
-
-    With several active adapters there is no record, because their evaluation belongs to none of them alone.
-
-    Args:
-        model: the trained model.
-        state: state of the Trainer with the log.
-        step: global step of the evaluation.
-        data: loader of the evaluation data, or None.
-    """
-    active = {name for layer in fps_layers(model).values() for name in layer.active_adapters}
-    measured = evaluation_at(step, state.log_history, getattr(data, "dataset", None))
-    if len(active) == 1 and measured is not None:
-        name = active.pop()
-        next(iter(target_layers(model, name).values())).fps_state[name].evaluation = measured

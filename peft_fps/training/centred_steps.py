@@ -62,7 +62,10 @@ class CentredSteps:
     Attributes:
         layers: what is centred, by path in the base model.
         left_out: reasons by path of the layers whose entries are trained as they are.
+        of_callback: whether an `FPSCallback` has made them, whose next training removes them if this one fails.
     """
+
+    of_callback = False
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, layers: Mapping[str, CentredLayer], left_out: Mapping[str, str]
@@ -85,11 +88,14 @@ class CentredSteps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for steps in _CENTRED.values():
+            if self in steps:
+                steps.remove(self)
 
     def centres(self, layer: EntryLayer, adapter_name: str) -> bool:
-        """Whether the adapter's entries in a layer are centred now."""
+        """Whether they centre the adapter's entries in a layer."""
         own = ((each.layer, each.adapter_name) for each in self.layers.values())
-        return bool(self._handles) and any(each is layer and name == adapter_name for each, name in own)
+        return any(each is layer and name == adapter_name for each, name in own)
 
     @torch.no_grad()
     def _centre_gradients(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -120,9 +126,14 @@ class CentredSteps:
 _CENTRED: WeakKeyDictionary[torch.optim.Optimizer, list[CentredSteps]] = WeakKeyDictionary()
 
 
+def steps_of(optimizer: torch.optim.Optimizer) -> list[CentredSteps]:
+    """Return what centres the optimizer's steps now."""
+    return list(_CENTRED.get(optimizer, ()))
+
+
 def is_centred(optimizer: torch.optim.Optimizer, layer: EntryLayer, adapter_name: str) -> bool:
     """Whether the optimizer's steps centre an adapter's entries in a layer already."""
-    return any(steps.centres(layer, adapter_name) for steps in _CENTRED.get(optimizer, ()))
+    return any(steps.centres(layer, adapter_name) for steps in steps_of(optimizer))
 
 
 def centring(bias_gradient: Tensor, rows: Tensor, means: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Which layers' steps can be centred, and the call that centres them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_fps.base.sharded import is_partitioned, is_sharded
+from peft_fps.base.substitution import TRANSPOSED
 from peft_fps.calibration import Pass, Run
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers
@@ -63,9 +64,11 @@ def centre_steps(
     name = adapter_name or active_adapter(model)
     stepped = stepped_optimizer(optimizer)
     layers, left_out = centrable(model, stepped, name)
+    check_centrable(layers, left_out, stepped, name)
     passes = Pass(data, num_batches, batch_size, collator, progress, purpose="centre_steps")
     means = input_means(model, name, layers, passes, run)
     left_out |= {path: "no data reached it" for path in layers if path not in means}
+    check_centrable({path: layers[path] for path in means}, left_out, stepped, name)
     centred = {path: _centred(layers[path], name, found) for path, found in means.items()}
     return CentredSteps(stepped, centred, left_out)
 
@@ -85,23 +88,6 @@ def stepped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return stepped
 
 
-STEPPING_BY_GRADIENTS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization")
-"""Modules of optimizers whose steps depend on gradients alone, weight decay aside."""
-
-
-def check_stepping(optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer keeps no copy or average of parameters, which would lack the shift of biases.
-
-    Raises:
-        TypeError: it may keep one, as schedule-free optimizers do.
-    """
-    if not type(optimizer).__module__.startswith(STEPPING_BY_GRADIENTS):
-        raise TypeError(
-            f"{type(optimizer).__name__} is none of the optimizers that are known to step by gradients alone. If it "
-            "keeps no copies or averages of parameters, FPSCallback(centred=True) centres its steps."
-        )
-
-
 def centrable(
     model: nn.Module, optimizer: torch.optim.Optimizer, adapter_name: str
 ) -> tuple[dict[str, EntryLayer], dict[str, str]]:
@@ -111,27 +97,46 @@ def centrable(
         model: model with the adapter.
         optimizer: as `stepped_optimizer` returns it.
         adapter_name: name of the adapter.
-
-    Raises:
-        ValueError: there are none, or some are centred already.
     """
     layers = entry_layers(adapter_layers(model, adapter_name))
     held = {id(parameter) for group in optimizer.param_groups for parameter in group.get("params", ())}
     left_out = {path: reason for path, layer in layers.items() if (reason := _obstacle(layer, adapter_name, held))}
-    found = {path: layer for path, layer in layers.items() if path not in left_out}
-    if not found:
-        reasons = ", ".join(sorted(set(left_out.values()))) or "it has no entries"
+    return {path: layer for path, layer in layers.items() if path not in left_out}, left_out
+
+
+def check_centrable(
+    layers: Mapping[str, EntryLayer],
+    left_out: Mapping[str, str],
+    optimizer: torch.optim.Optimizer,
+    adapter_name: str,
+) -> None:
+    """Check that some layers can be centred, and that none is.
+
+    Args:
+        layers: those that can be, by path.
+        left_out: reasons why others cannot.
+        optimizer: steps them.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ValueError: there are none, or some are centred already.
+    """
+    if not layers:
         raise ValueError(
-            f"adapter {adapter_name!r}: no layer can be centred ({reasons}), expected some with entries and bias "
-            "deltas that the optimizer trains. Choose FPSConfig(bias='all'), or train without centring."
+            f"adapter {adapter_name!r}: no layer can be centred ({told(left_out)}), expected some with entries and "
+            "bias deltas that the optimizer trains. Choose FPSConfig(bias='all'), or train without centring."
         )
-    for path, layer in found.items():
+    for path, layer in layers.items():
         if is_centred(optimizer, layer, adapter_name):
             raise ValueError(
                 f"{path}: steps of adapter {adapter_name!r} are centred already, expected an optimizer whose steps "
                 "are not. Call remove() of what centre_steps has returned before."
             )
-    return found, left_out
+
+
+def told(left_out: Mapping[str, str]) -> str:
+    """Return the different reasons why layers cannot be centred."""
+    return ", ".join(sorted(set(left_out.values()))) or "it has no entries"
 
 
 def _obstacle(layer: EntryLayer, adapter_name: str, held: set[int]) -> str:
@@ -147,6 +152,8 @@ def _obstacle(layer: EntryLayer, adapter_name: str, held: set[int]) -> str:
         return "no entries"
     if bias is None:
         return "no bias delta"
+    if isinstance(layer.base_layer, TRANSPOSED):
+        return "transposed convolution"  # at each output position, inputs reach only some of the entries
     if any(is_sharded(each) or is_partitioned(each) for each in (values, bias)):
         return "sharded"
     if not (values.requires_grad and bias.requires_grad):

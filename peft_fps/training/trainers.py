@@ -127,16 +127,38 @@ def undisturbed_order(data: Any) -> Iterator[None]:
         data: loader of the batches that the block reads.
     """
     states = [(generator, generator.get_state()) for generator in _generators(data)]
+    loader = _innermost(data)
+    collator = _collator(loader)
+    makes_generator = getattr(collator, "generator", loader) is None  # of a seed, with the first batch
+    keeps_workers = getattr(loader, "_iterator", loader) is None
     try:
         yield
     finally:
         for generator, state in states:
             generator.set_state(state)
+        if makes_generator:
+            collator.generator = None
+        if keeps_workers and loader._iterator is not None:  # persistent ones, whose generators have gone on
+            loader._iterator._shutdown_workers()
+            loader._iterator = None
+
+
+def _innermost(loader: Any) -> Any:
+    """Return the loader that others are wrapped around."""
+    inner = getattr(loader, "base_dataloader", None)
+    return loader if inner is None else _innermost(inner)
+
+
+def _collator(loader: Any) -> Any:
+    """Return what makes a loader's batches, without what the Trainer wraps around it."""
+    collator = getattr(loader, "collate_fn", None)
+    return getattr(collator, "data_collator", collator)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """Return the generators of a loader or sampler, and of the samplers and loaders within it."""
     direct = [getattr(loader, name, None) for name in ("generator", "synchronized_generator")]
+    direct.append(getattr(_collator(loader), "generator", None))
     parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
     nested = [generator for part in parts if part is not None for generator in _generators(part)]
     return [generator for generator in direct if isinstance(generator, torch.Generator)] + nested

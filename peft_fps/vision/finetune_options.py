@@ -1,6 +1,7 @@
 """What one run of `peft-fps finetune` is asked to do: its options, each with its description."""
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,10 +251,15 @@ class FinetuneOptions:
             TypeError, ValueError: a value is not allowed, or two contradict each other.
         """
         given = {name: getattr(self, name) for name in SELECTION_FIELDS if getattr(self, name) is not None}
-        if self.preset is None:
-            return FPSConfig(**given, seed=self.seed)
-        config = FPSConfig.preset(self.preset, **given, seed=self.seed)
-        config.recipe = self.recipe(config)
+        preset = FPSConfig if self.preset is None else partial(FPSConfig.preset, self.preset)
+        config = preset(**given, seed=self.seed)
+        if self.centred and config.bias == "none":
+            raise ValueError(
+                "--centred lets biases take over what entries shift, and no biases are trained, expected --bias all. "
+                "Leave --centred out, or train biases."
+            )
+        if self.preset is not None:
+            config.recipe = self.recipe(config)
         return config
 
     def recipe(self, config: FPSConfig) -> dict[str, Any]:

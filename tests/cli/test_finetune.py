@@ -281,6 +281,7 @@ def test_a_learning_rate_that_is_looked_for(image_folder, tiny_model, tmp_path, 
         (["--head-learning-rate", 4e-3, "--learning-rate", 3e-3], {"bias_lr": 1e-3, "head_lr": 4e-3}, None),
         (["--bias-learning-rate", 2e-3, "--centred"], {"bias_lr": 2e-3, "head_lr": 1e-2 / 3}, True),
         (["--bias", "none", "--not-centred"], {"head_lr": 1e-2 / 3}, False),
+        (["--budget", 0], {}, None),
         (["--preset", "fps"], {}, False),
         (["--preset", "fps", "--head-learning-rate", 3e-3, "--centred"], {"head_lr": 3e-3}, True),
     ],
@@ -290,7 +291,9 @@ def test_how_biases_head_and_inputs_are_trained(
 ):
     seen = []
     monkeypatch.setattr("peft_fps.vision.finetuning.train", lambda *args, callbacks: seen.append(callbacks[-1]) or 0.0)
-    arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--output", tmp_path / "out"]
+    arguments = ["--model", tiny_model, "--data", image_folder, "--output", tmp_path / "out"]
+    if "--budget" not in options:
+        arguments += ["--budget", 0.2]
     assert run(*arguments, *options).exit_code == 0
     assert seen[0].rates == pytest.approx(rates)
     assert seen[0].centred is centred
@@ -301,7 +304,7 @@ def test_centred_inputs_need_biases(image_folder, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--data", image_folder, "--budget", 0.2, "--epochs", 1]
     result = run(*arguments, "--bias", "none", "--centred", "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "no layer can be centred (no bias delta)" in " ".join(result.output.split())
+    assert "--centred lets biases take over what entries shift" in " ".join(result.output.split())
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 

@@ -223,7 +223,7 @@ def test_the_guides_program_selects_what_one_process_selects(guided):
 
 def test_the_guides_program_is_told_that_sharded_entries_are_trained_as_they_are(guided):
     told = (guided[0] / "centring.txt").read_text()
-    assert told.startswith("nothing is trained with centred inputs: adapter 'default': no layer can be centred (")
+    assert told.startswith("nothing is trained with centred inputs: ")
     assert "sharded" in told
 
 
