@@ -37,9 +37,9 @@ def centre_steps(
         optimizer = torch.optim.AdamW(peft_fps.parameter_groups(model, 1e-2))
         centre_steps(model, optimizer, loader)
 
-    This holds for layers that have a bias delta beside their entries. Between steps the adapter is an ordinary one, so
-    that it is saved and merged as always. A step needs room for a copy of the entries. Weight decay of entries
-    leaves b' as it is.
+    This holds for layers that have a bias delta beside their entries, transposed convolutions aside. Between steps the
+    adapter is an ordinary one, so that it is saved and merged as always. A step needs room for a copy of the entries.
+    Weight decay of entries leaves b' as it is.
 
     Args:
         model: model with a selected adapter.
@@ -58,8 +58,8 @@ def centre_steps(
 
     Raises:
         TypeError: the optimizer is DeepSpeed's, or none.
-        ValueError: no layer can be centred, the optimizer's steps are centred already, there is no data, or an input
-            is not finite. Nothing is changed then.
+        ValueError: no layer can be centred, the optimizer's steps are centred already, there is no data or none that
+            reaches such a layer, or an input is not finite. Nothing is changed then.
     """
     name = adapter_name or active_adapter(model)
     stepped = stepped_optimizer(optimizer)

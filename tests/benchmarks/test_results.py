@@ -19,6 +19,7 @@ from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.cli.app import app
 from tests.documents import RESULTS, blocks, commands, rows
+from tests.helpers import ROOT
 
 
 README = (RESULTS / "README.md").read_text(encoding="utf-8")
@@ -208,6 +209,35 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
         ("try-fitted-head-tenth", "caltech101", "`caltech101` it is {:.2f},"),
     ):
         assert text.format(losses[method, task]) in page.replace("\n", " "), text
+
+
+def test_the_page_on_the_default_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_default"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    shutil.copy(kept / "cells.jsonl", tmp_path)
+    words = shlex.split(next(command for command in commands(page) if "--report" in command))[1:]
+    header, records = read(kept / "cells.jsonl")
+    words[words.index("--output") + 1] = str(tmp_path)
+    words[words.index("--model") + 1] = header["setting"]["model"]
+    assert f", {len(records)} cells |" in README
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0, ended.output
+    tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
+    assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
+    lines = [line for line in rows(tables) if line[0] in DEFAULT_AND_OTHERS]
+    accuracies = {line[0]: line for line in lines if len(line) == 15 and line[2] in ("2", "3")}
+    differences = {line[0]: line for line in lines if len(line) == 6}
+    assert accuracies.keys() == set(DEFAULT_AND_OTHERS)
+    for name, (_, trained, seeds, *_, mean_accuracy) in accuracies.items():
+        compared = differences.get(name, ("", "", "", "", "", ""))
+        shown = (name, trained, seeds, mean_accuracy, *compared[1:4], compared[5])
+        assert f"| {' | '.join(shown)} |".replace("|  |", "| |") in page.replace("|  |", "| |"), shown
+    default, full, _, gps = (accuracies[name][-1].split()[0] for name in DEFAULT_AND_OTHERS)
+    summary = f"it has {default}, full fine-tuning {full}, GPS with biases {gps} (two or three seeds)"
+    assert summary in (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+
+
+DEFAULT_AND_OTHERS = ("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases")
 
 
 def test_the_page_on_texts_is_that_of_its_cells() -> None:
