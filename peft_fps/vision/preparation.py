@@ -108,7 +108,8 @@ def training_callback(options: FinetuneOptions, model: nn.Module, learning_rate:
     """
     centred, low = options.centred, dict.fromkeys(("bias_lr", "head_lr"))
     if options.preset is None:
-        trained = {group["name"] for group in parameter_groups(model, learning_rate)}
+        groups = parameter_groups(model, learning_rate)
+        trained = {group["name"] for group in groups if any(parameter.numel() for parameter in group["params"])}
         lower = low if "entries" in trained else {}  # biases alone have the given rate
         low |= {name: learning_rate * LOW_RATE for name in lower if trained.intersection(GROUPS[name])}
     elif centred is None:
