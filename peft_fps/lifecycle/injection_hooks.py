@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.base.opening import open_modules
+from peft_fps.base.packed_weights import keep_unpacked
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
@@ -67,6 +68,7 @@ class InjectionHooks(BaseTuner):
         if source is not None:
             self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
         self._modules_to_save, self._target_parameters = config.modules_to_save, config.target_parameters
+        keep_unpacked(self.model)
         try:
             with config_withdrawn_on_failure(model, self.peft_config, adapter_name), compiled_in_place(self):
                 check_adapter_name(self.model, adapter_name)

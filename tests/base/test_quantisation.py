@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_fps import FPSConfig
 from peft_fps.base.quantisation import (
     base_weight,
     check_quantised,
@@ -37,6 +39,34 @@ def backend(kind: str, layer: Any) -> Any:
 
         made.get_apply_tensor_subclass = Int8WeightOnlyConfig
     return made
+
+
+# --- packed for inference -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("evaluated", ["before", "after", "never"])
+def test_gradients_pass_a_layer_that_has_been_evaluated(evaluated: str, bias: bool) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes packs the weight then; on others nothing happens."""
+    x, gradients = normal(4, 64), []
+    for when in (evaluated, "never"):
+        torch.manual_seed(0)
+        first = nn.Linear(64, 64)
+        layer = quantised_layer("4bit", nn.Linear(64, 64, bias=bias))
+        layer.support_avx512bf16_for_cpu = library("4bit").functional.has_avx512bf16()  # as outside of these tests
+        model: Any = nn.Sequential(first, layer)
+        if when == "before":
+            with torch.no_grad():
+                model.eval()(x)
+        adapter = get_peft_model(model, FPSConfig(per_neuron=1, importance="magnitude", target_modules=["1"]))
+        if when == "after":
+            with torch.no_grad():
+                adapter.eval()(x)
+        first.weight.requires_grad_(True)
+        adapter.train()(x).square().sum().backward()
+        gradients.append(first.weight.grad)
+    assert gradients[0] is not None
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.05, atol=0.5)
 
 
 # --- what it is -----------------------------------------------------------------------------------------------------
