@@ -171,19 +171,27 @@ def test_the_page_on_accuracy_with_fewer_tokens_is_that_of_its_cells(tmp_path: P
     assert f"{step['bytes']['keep-0.7']['peak'] / step['bytes']['lora']['peak']:.2f} of its memory" in page
 
 
-def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
-    kept = RESULTS / "transfer_recipe"
+def reported(kept: Path, folder: Path) -> str:
+    """The tables of a results folder, which its page's command makes again; the list of files tells their number."""
+    shutil.copy(kept / "cells.jsonl", folder)
     page = (kept / "README.md").read_text(encoding="utf-8")
-    shutil.copy(kept / "cells.jsonl", tmp_path)
     words = shlex.split(next(command for command in commands(page) if "--report" in command))[1:]
     header, records = read(kept / "cells.jsonl")
-    words[words.index("--output") + 1] = str(tmp_path)
+    words[words.index("--output") + 1] = str(folder)
     words[words.index("--model") + 1] = header["setting"]["model"]
     assert f", {len(records)} cells |" in README
     ended = CliRunner().invoke(app, words)
     assert ended.exit_code == 0, ended.output
-    tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
+    tables = (folder / "transfer.md").read_text(encoding="utf-8")
     assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
+    return tables
+
+
+def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_recipe"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    header, records = read(kept / "cells.jsonl")
+    tables = reported(kept, tmp_path)
     means = {line[0]: (line[2], line[-1]) for line in rows(tables) if len(line) == 15 and line[-1][:1].isdigit()}
     alone = {"FPS, with biases", "try: centred inputs", "FPS, the default", "try: low rates"}
     besides = ("layer", "output-gradient-layer", "weights and biases of norms", "stochastic depth 0.1")
@@ -214,16 +222,7 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
 def test_the_page_on_the_default_is_that_of_its_cells(tmp_path: Path) -> None:
     kept = RESULTS / "transfer_default"
     page = (kept / "README.md").read_text(encoding="utf-8")
-    shutil.copy(kept / "cells.jsonl", tmp_path)
-    words = shlex.split(next(command for command in commands(page) if "--report" in command))[1:]
-    header, records = read(kept / "cells.jsonl")
-    words[words.index("--output") + 1] = str(tmp_path)
-    words[words.index("--model") + 1] = header["setting"]["model"]
-    assert f", {len(records)} cells |" in README
-    ended = CliRunner().invoke(app, words)
-    assert ended.exit_code == 0, ended.output
-    tables = (tmp_path / "transfer.md").read_text(encoding="utf-8")
-    assert tables == (kept / "transfer.md").read_text(encoding="utf-8")
+    tables = reported(kept, tmp_path)
     lines = [line for line in rows(tables) if line[0] in DEFAULT_AND_OTHERS]
     accuracies = {line[0]: line for line in lines if len(line) == 15 and line[2] in ("2", "3")}
     differences = {line[0]: line for line in lines if len(line) == 6}
