@@ -191,14 +191,15 @@ class FinetuneOptions:
         float | None,
         positive_rate(
             "Peak learning rate of the biases of adapted layers and norms. Without it: a third of --learning-rate; "
-            "with --preset all of it.",
+            "all of it with --preset and where no weights are selected.",
             TRAINING,
         ),
     ] = None
     head_learning_rate: Annotated[
         float | None,
         positive_rate(
-            "Peak learning rate of the output head. Without it: a third of --learning-rate; with --preset all of it.",
+            "Peak learning rate of the output head. Without it: a third of --learning-rate; all of it with --preset "
+            "and where no weights are selected.",
             TRAINING,
         ),
     ] = None

@@ -85,7 +85,8 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     images, nowhere = len(task.splits["train"]), Path(tempfile.gettempdir())
     arguments = training_arguments(recipe, images, 0, nowhere, cell.seed, setting.precision)
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
-    callbacks: list[TrainerCallback] = [FPSCallback()] if training.centred else []
+    centred = training.centred
+    callbacks: list[TrainerCallback] = [] if centred is False else [FPSCallback(centred=centred)]
     if ARMS[cell.method].rates_by_input:
         batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
         start = time.perf_counter()

@@ -43,7 +43,7 @@ class TrainingCandidate:
         drop_path: rate of stochastic depth in the last block.
         fitted_head: whether the output head starts as the linear head that is fitted to the frozen model's features,
             rather than at random.
-        centred: whether entries are trained as if their inputs had the mean 0.
+        centred: whether entries are trained as if their inputs had the mean 0; None: where possible, as the command.
         recipe: training arguments that differ.
         learning_rates: of entries, to choose from; those of `tuned_as` if empty.
         tuned_as: the method whose learning rate it takes.
@@ -59,7 +59,7 @@ class TrainingCandidate:
     weight_decay: float = 0.0
     drop_path: float = 0.0
     fitted_head: bool = False
-    centred: bool = False
+    centred: bool | None = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     tuned_as: str = "fps"
@@ -142,7 +142,7 @@ LOW_RATES: dict[str, Any] = {
 CENTRED: dict[str, Any] = {**LOW_RATES, "centred": True}
 """The package's default, to which others are added."""
 
-DEFAULT = TrainingCandidate(**CENTRED)
+DEFAULT = TrainingCandidate(**{**CENTRED, "centred": None})
 """How `peft-fps finetune` trains."""
 
 ADDED: dict[str, tuple[str, dict[str, Any]]] = {

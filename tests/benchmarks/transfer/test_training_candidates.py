@@ -66,8 +66,7 @@ def test_the_default_trains_as_the_command_does():
     model, _ = trained(DEFAULT)
     callback = training_callback(FinetuneOptions(), model, 0.03)
     assert {"bias_lr": 0.03 * DEFAULT.bias_rate, "head_lr": 0.03 * DEFAULT.head_rate} == callback.rates
-    assert DEFAULT.centred
-    assert callback.centred is None
+    assert DEFAULT.centred is callback.centred is None
     assert DEFAULT.recipe == {"adam_beta2": FinetuneOptions().recipe(FPSConfig())["adam_beta2"]}
     config = DEFAULT.build(tiny_vit(), 0.1, 0)
     assert config.budget == pytest.approx(0.1, rel=1e-3)
