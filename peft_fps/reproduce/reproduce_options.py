@@ -9,7 +9,6 @@ import typer
 from peft_fps.config import FPSConfig
 from peft_fps.presets import ADAM, PRESETS
 from peft_fps.reproduce.recipes import BENCHMARKS, COMMON, TASKS, Task, find_task, published_settings
-from peft_fps.vision.finetune_options import PRESET_NAMES
 from peft_fps.vision.option_types import (
     DATA,
     OUTPUT,
@@ -25,6 +24,7 @@ from peft_fps.vision.option_types import (
     positive_rate,
     seed_number,
 )
+from peft_fps.vision.selection_options import PRESET_NAMES
 
 
 METHODS = tuple(PRESETS)

@@ -1,15 +1,13 @@
 """What one run of `peft-fps finetune` is asked to do: its options, each with its description."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from peft_fps.config import DEFAULT_BUDGET, FPSConfig
-from peft_fps.importance import IMPORTANCES
-from peft_fps.presets import PRESETS
+from peft_fps.config import FPSConfig
 from peft_fps.vision.default_training import BATCH, LEAST_STEPS, MOST_STEPS, RECIPE, TRAINING_ARGUMENTS, TRIED_RATES
 from peft_fps.vision.option_types import (
     AUTO,
@@ -23,34 +21,28 @@ from peft_fps.vision.option_types import (
     Precision,
     count,
     described,
-    one_of,
     pixels,
     positive_rate,
     rate_or_auto,
     seed_number,
 )
+from peft_fps.vision.selection_options import (
+    SELECTION_FIELDS,
+    Bias,
+    Budget,
+    Granularity,
+    ImportanceName,
+    Loss,
+    Order,
+    PerNeuron,
+    Preset,
+)
 
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
-SELECTION_FIELDS = ("budget", "per_neuron", "importance", "order", "loss", "granularity", "bias")
-"""Options that are fields of the config."""
-
-SELECTION_DEFAULTS: dict[str, Any] = {
-    field.name: field.default for field in fields(FPSConfig) if field.name in SELECTION_FIELDS
-}
-"""What the config has without these options."""
-
 TRAINING_ONLY = ("epochs", "learning_rate", "bias_learning_rate", "head_learning_rate", "centred", "precision")
 """Options that have no say in a selection."""
-
-PRESET_NAMES = one_of(tuple(PRESETS), f"{{value!r}} is none of {', '.join(PRESETS)}.")
-IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.join(map(repr, IMPORTANCES))}.")
-
-
-def without(field: str) -> str:
-    """Return the sentence of `--help` on what holds where an option of the selection is not given."""
-    return f"Without it and --preset: {SELECTION_DEFAULTS[field]}."
 
 
 @dataclass(frozen=True)
@@ -96,73 +88,14 @@ class FinetuneOptions:
             DATA,
         ),
     ] = None
-    preset: Annotated[
-        str | None,
-        described(
-            f"A published method with all its settings, training included: {', '.join(PRESETS)}. Other options "
-            "replace single settings of it.",
-            SELECTION,
-            metavar="NAME",
-            callback=PRESET_NAMES,
-        ),
-    ] = None
-    budget: Annotated[
-        float | None,
-        described(
-            "Largest share of the model's parameters to train, 0 to 1: selected weights and biases together, output "
-            f"head left out. Without it, --per-neuron and --preset: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 "
-            "trains biases alone.",
-            SELECTION,
-            metavar="SHARE",
-        ),
-    ] = None
-    per_neuron: Annotated[
-        float | None,
-        described(
-            "Selected weights per output neuron, instead of --budget. Need not be whole.", SELECTION, metavar="K"
-        ),
-    ] = None
-    importance: Annotated[
-        str | None,
-        described(
-            "How a weight is scored. "
-            + "; ".join(f"{name}: {importance.help}" for name, importance in IMPORTANCES.items())
-            + f". {without('importance')}",
-            SELECTION,
-            metavar="NAME",
-            callback=IMPORTANCE_NAMES,
-        ),
-    ] = None
-    order: Annotated[
-        Literal["top", "bottom"] | None,
-        described(f"Select the largest or the smallest scores. {without('order')}", SELECTION),
-    ] = None
-    loss: Annotated[
-        Literal["task", "contrastive"] | None,
-        described(
-            "What gradient, fisher and sensitivity take gradients of: cross-entropy with the classes, or the "
-            "supervised contrastive loss between two augmented views of each image (GPS; needs the extra views). "
-            f"{without('loss')}",
-            SELECTION,
-        ),
-    ] = None
-    granularity: Annotated[
-        Literal["neuron", "layer", "model", "block", "row", "column"] | None,
-        described(
-            "Where the best weights are chosen. neuron: equally many per output neuron; layer: the best of each "
-            "layer; model: the best of all; block: per neuron, more in blocks with large scores; row, column: whole "
-            f"neurons or whole inputs. {without('granularity')}",
-            SELECTION,
-            metavar="NAME",
-        ),
-    ] = None
-    bias: Annotated[
-        Literal["all", "with_norms", "none"] | None,
-        described(
-            f"Train the biases of the adapted layers, those of LayerNorms besides, or none. {without('bias')}",
-            SELECTION,
-        ),
-    ] = None
+    preset: Preset = None
+    budget: Budget = None
+    per_neuron: PerNeuron = None
+    importance: ImportanceName = None
+    order: Order = None
+    loss: Loss = None
+    granularity: Granularity = None
+    bias: Bias = None
     calibration_batches: Annotated[
         int | None,
         count("Batches of training images to choose from. Without it: all of them, once.", SELECTION),
