@@ -14,8 +14,8 @@ from peft_fps import FPSConfig
 from peft_fps.base.packed_weight import OpenedModule
 from peft_fps.calibration import Observed, Pass, observe
 from peft_fps.layers.packed_layer import PackedLayer
-from tests.expert_models import packed_layers
-from tests.helpers import adapted, bits, config, layers_of, normal, selected_columns, unchanged
+from tests.support.expert_models import packed_layers
+from tests.support.helpers import adapted, bits, config, layers_of, normal, selected_columns, unchanged
 
 
 PROJECTIONS = ["in_proj", "out_proj"]

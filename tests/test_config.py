@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_fps import FPSConfig
 from peft_fps.checkpoint.record import AdapterRecord
-from tests.helpers import adapted, layers_of, tiny_llama, tiny_vit, with_fields
+from tests.support.helpers import adapted, layers_of, tiny_llama, tiny_vit, with_fields
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

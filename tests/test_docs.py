@@ -14,7 +14,7 @@ from peft import PeftConfig
 
 import peft_fps
 from peft_fps import plots
-from tests.forked import run_program
+from tests.support.forked import run_program
 
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import peft_fps
 from peft_fps import FPSConfig, Selection
 from peft_fps.base.packed_weight import OpenedModule
-from tests.expert_models import EXPERTS, MODELS, expert_model, packed_layers, stored_change, write_changes
-from tests.helpers import adapted, base_bytes, bits, config, fill, layers_of, normal, tokens, unchanged
+from tests.support.expert_models import EXPERTS, MODELS, expert_model, packed_layers, stored_change, write_changes
+from tests.support.helpers import adapted, base_bytes, bits, config, fill, layers_of, normal, tokens, unchanged
 
 
 pytestmark = pytest.mark.filterwarnings(

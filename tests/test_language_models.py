@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.calibration import Observed, Pass, observe
-from tests.helpers import (
+from tests.support.helpers import (
     base_bytes,
     bits,
     config,
@@ -28,7 +28,7 @@ from tests.helpers import (
     tiny_llama,
     tokens,
 )
-from tests.language_models import (
+from tests.support.language_models import (
     SHORT,
     SOURCES,
     TARGETS,

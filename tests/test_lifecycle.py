@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peft_fps import FPSConfig, FPSModel
 from peft_fps.checkpoint import fingerprint
-from tests.helpers import (
+from tests.support.helpers import (
     TinyConv,
     adapted,
     base_bytes,

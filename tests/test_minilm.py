@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_fps import FPSConfig
-from tests.helpers import ROOT, base_bytes
+from tests.support.helpers import ROOT, base_bytes
 
 
 TASK = ROOT.parent / "shared" / "text" / "trec6"

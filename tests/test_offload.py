@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from peft_fps import FPSConfig
-from tests.forked import run_program
-from tests.helpers import fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
-from tests.language_models import of_one_stack, of_two_stacks, texts, tiny_t5
+from tests.support.forked import run_program
+from tests.support.helpers import fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.support.language_models import of_one_stack, of_two_stacks, texts, tiny_t5
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig
-from tests.helpers import _seeded, adapted, base_bytes, bits, config, dense_change, fill, layers_of, normal
+from tests.support.helpers import _seeded, adapted, base_bytes, bits, config, dense_change, fill, layers_of, normal
 
 
 class Mixed(nn.Module):

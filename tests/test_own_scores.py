@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_fps import Selection
-from tests.helpers import (
+from tests.selection import naive
+from tests.support.helpers import (
     adapted,
     layers_of,
     normal,
@@ -20,7 +21,6 @@ from tests.helpers import (
     unchanged,
     weighted_of,
 )
-from tests.selection import naive
 
 
 MODELS = {"vit": tiny_vit, "gpt2": tiny_gpt2, "conv": tiny_conv, "mlp": tiny_mlp}

@@ -20,9 +20,9 @@ from peft_fps.benchmarks.transfer.transfer_tables import Results, accuracy_table
 from peft_fps.cli.app import app
 from peft_fps.reproduce.preset_table import preset_table
 from peft_fps.reproduce.recipes import recipe_table
-from tests.documents import DOCUMENTS, RESULTS, blocks, broken_links, commands, rows
-from tests.forked import run_program
-from tests.helpers import ROOT, tiny_vit
+from tests.support.documents import DOCUMENTS, RESULTS, blocks, broken_links, commands, rows
+from tests.support.forked import run_program
+from tests.support.helpers import ROOT, tiny_vit
 
 
 README = DOCUMENTS["README.md"].read_text(encoding="utf-8")

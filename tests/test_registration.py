@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 import peft_fps
 from peft_fps import FPSConfig, FPSMixedModel, FPSModel, registration
-from tests.helpers import finish, start_python
+from tests.support.helpers import finish, start_python
 
 
 FPS = PeftType("FPS")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import peft_fps
 from peft_fps import FPSConfig, Selection
 from peft_fps.saved_selection import ModuleEntries
-from tests.helpers import (
+from tests.support.helpers import (
     PLAIN,
     adapted,
     base_bytes,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import peft_fps
 from peft_fps import FPSCallback, FPSConfig
-from tests.helpers import base_bytes, layers_of, selected_columns, through_transformers, tiny_bert
+from tests.support.helpers import base_bytes, layers_of, selected_columns, through_transformers, tiny_bert
+from tests.support.words import LINES, tokenizer
 from tests.training.trainers import QUIET
-from tests.words import LINES, tokenizer
 
 
 sentence_transformers = pytest.importorskip(

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from peft_fps import FPSCallback, FPSConfig, Selection
-from tests.helpers import base_bytes, fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.support.helpers import base_bytes, fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.support.words import LINES, tokenizer
 from tests.training.trainers import QUIET
-from tests.words import LINES, tokenizer
 
 
 trl = pytest.importorskip("trl", reason="trl is not installed; pip install trl")

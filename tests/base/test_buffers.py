@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from tests.helpers import bits, config, normal
+from tests.support.helpers import bits, config, normal
 
 
 class WithStatistics(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_fps.base.checkpoint_keys import checkpoint_keys
-from tests.helpers import tiny_bert, tiny_vit
+from tests.support.helpers import tiny_bert, tiny_vit
 
 
 def test_present_names_are_keys() -> None:

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 
 import peft_fps
 from peft_fps import FPSConfig
-from tests import helpers
-from tests.helpers import (
+from tests.support import helpers
+from tests.support.helpers import (
     adapted,
     config,
     fill,

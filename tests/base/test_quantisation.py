@@ -21,8 +21,8 @@ from peft_fps.base.quantisation import (
     requantised,
     stored_weight,
 )
-from tests.helpers import normal
-from tests.quantised_bases import KINDS, dense, library, plain_layer, quantised_layer, stored_bytes, tolerance
+from tests.support.helpers import normal
+from tests.support.quantised_bases import KINDS, dense, library, plain_layer, quantised_layer, stored_bytes, tolerance
 
 
 ERROR = {"8bit": 0.02, "4bit": 0.2, "nested 4bit": 0.2, "torchao": 0.02, "hqq": 0.2}

@@ -11,7 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.sharded import gathered, has_shards, is_sharded
-from tests.expert_models import expert_model
+from tests.support.expert_models import expert_model
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,
@@ -24,7 +24,7 @@ from tests.helpers import (
     selected_columns,
     unchanged,
 )
-from tests.own_forwards import Causal, Halved, Normalised, PadsFirst, Standardised, Times, Trimmed
+from tests.support.own_forwards import Causal, Halved, Normalised, PadsFirst, Standardised, Times, Trimmed
 
 
 class Switched(nn.Linear):

@@ -6,7 +6,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps.benchmarks.cost.random_models import build_model, spread_gains
 from peft_fps.benchmarks.cost.workload import Workload
-from tests.forked import forking
+from tests.support.forked import forking
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -18,8 +18,8 @@ from peft_fps.benchmarks.transfer.plan import pending, trials
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.cli.app import app
-from tests.documents import RESULTS, blocks, commands, rows
-from tests.helpers import ROOT
+from tests.support.documents import RESULTS, blocks, commands, rows
+from tests.support.helpers import ROOT
 
 
 README = (RESULTS / "README.md").read_text(encoding="utf-8")

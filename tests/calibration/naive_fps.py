@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from peft_fps import FPSConfig
 from tests.gradients.naive_sums import CONVOLUTIONS, KINDS, TRANSPOSED, matrix
-from tests.helpers import (
+from tests.selection import naive
+from tests.support.helpers import (
     image_batches,
     images,
     layers_of,
@@ -26,7 +27,6 @@ from tests.helpers import (
     tokens,
     waves,
 )
-from tests.selection import naive
 
 
 Rows = list[list[int]]

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, BatchFeature
 
 from peft_fps.calibration import batches, feed, run_model, single_examples
 from peft_fps.calibration.batches import count_examples
-from tests.helpers import tiny_llama, tokens
+from tests.support.helpers import tiny_llama, tokens
 
 
 CPU = torch.device("cpu")

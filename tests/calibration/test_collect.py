@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_fps.calibration import Collector, InputStatistics, Observed, collect
-from tests.helpers import images, normal, tiny_conv, tiny_mlp, tiny_vit
+from tests.support.helpers import images, normal, tiny_conv, tiny_mlp, tiny_vit
 
 
 def observed(model: nn.Module) -> dict[str, Observed]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from peft_fps import FPSConfig
 from peft_fps.calibration import Observed, Pass, observe
-from tests.expert_models import EXPERTS, MODELS, expert_model, packed_layers
-from tests.helpers import tokens
+from tests.support.expert_models import EXPERTS, MODELS, expert_model, packed_layers
+from tests.support.helpers import tokens
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Llama4Router:UserWarning", "ignore:Experts without a token")

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from peft_fps import FPSConfig
 from peft_fps.benchmarks.tensor_memory import peak_bytes
-from tests.helpers import normal, tiny_mlp
+from tests.support.helpers import normal, tiny_mlp
 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient", "fisher"])

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_fps.calibration import Collector, Observed
-from tests.helpers import normal
-from tests.own_forwards import Causal, Normalised, PadsFirst, Standardised, Trimmed
+from tests.support.helpers import normal
+from tests.support.own_forwards import Causal, Normalised, PadsFirst, Standardised, Trimmed
 
 
 def observed(base: nn.Module, inputs: int, groups: int, x: Tensor, norm: str) -> Tensor:

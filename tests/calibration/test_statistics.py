@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_fps.calibration import InputStatistics, statistics
 from peft_fps.calibration.statistics import column_sums, token_counts
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 def naive_sums(positions: Tensor, norm: str) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_fps.calibration import Collector, Observed
 from peft_fps.calibration.tap_sums import convolution_sums
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 KINDS: dict[tuple[int, bool], Any] = {

@@ -22,7 +22,7 @@ from peft_fps.card.facts import Facts
 from peft_fps.card.markdown import BEGIN, END, code, loading_snippet, plain, put, render
 from peft_fps.hub import write_card
 from peft_fps.layers.adapter_state import AdapterState, Evaluation
-from tests.helpers import (
+from tests.support.helpers import (
     CHARACTERS,
     adapted,
     config,

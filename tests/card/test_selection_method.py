@@ -11,7 +11,7 @@ from peft_fps import FPSConfig, Selection
 from peft_fps.card.selection_method import describe, method_record
 from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.selection.calibration_record import CalibrationRecord
-from tests.helpers import adapted, normal, tiny_mlp
+from tests.support.helpers import adapted, normal, tiny_mlp
 
 
 def fresh(**options: Any) -> PeftModel:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_fps.checkpoint import tensors_digest
-from tests.helpers import adapted, bits, tiny_mlp
+from tests.support.helpers import adapted, bits, tiny_mlp
 
 
 TENSORS = {

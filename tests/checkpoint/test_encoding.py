@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_fps.checkpoint import TENSORS, decode, encode, encoded_bytes, is_left_out, left_out_bias
-from tests.helpers import bits, csr, selections
+from tests.support.helpers import bits, csr, selections
 
 
 @pytest.mark.parametrize(

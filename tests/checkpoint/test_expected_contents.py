@@ -7,7 +7,7 @@ from torch import nn
 
 from peft_fps.checkpoint import Expected
 from peft_fps.checkpoint.expected_contents import expected_module, whole_keys
-from tests.helpers import adapted, config, layers_of, tiny_mlp, tiny_vit
+from tests.support.helpers import adapted, config, layers_of, tiny_mlp, tiny_vit
 
 
 def test_a_module_has_the_sizes_of_its_layer_and_the_entries_of_the_file() -> None:

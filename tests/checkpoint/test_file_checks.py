@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.checkpoint import Expected, check_adapter_tensors, check_whole_modules, encode
-from tests.helpers import csr, selections
+from tests.support.helpers import csr, selections
 
 
 Modules = dict[str, dict[str, Tensor]]

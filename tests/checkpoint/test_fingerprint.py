@@ -21,8 +21,8 @@ from transformers.models.mistral import MistralConfig
 from peft_fps import FPSConfig
 from peft_fps.base.quantisation import BaseWeight
 from peft_fps.checkpoint import check_fingerprint, fingerprint
-from tests.helpers import adapted, layers_of, normal, unchanged
-from tests.quantised_bases import KINDS, plain_bert, quantised
+from tests.support.helpers import adapted, layers_of, normal, unchanged
+from tests.support.quantised_bases import KINDS, plain_bert, quantised
 
 
 def base(seed: int = 0) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 from peft import PeftModel
 
 from peft_fps.checkpoint import folder_replacement, recover_adapter, save_adapter
-from tests.helpers import adapted, bits, fill, layers_of, tiny_mlp, with_fields
+from tests.support.helpers import adapted, bits, fill, layers_of, tiny_mlp, with_fields
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from torch import Tensor
 from peft_fps.checkpoint.record import ModuleSizes
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.selection.entries import ModuleEntries
-from tests.helpers import PLAIN, csr, selections
+from tests.support.helpers import PLAIN, csr, selections
 
 
 Rows = list[list[int]]

@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerState
 
 from peft_fps.checkpoint import last_complete_checkpoint
-from tests.helpers import adapted, tiny_mlp
+from tests.support.helpers import adapted, tiny_mlp
 
 
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"

@@ -17,7 +17,7 @@ from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.layers.lookup import entry_layers
 from peft_fps.selection.module_sizes import ModuleSizes
 from tests.checkpoint.version_1.encoder import Encoder
-from tests.helpers import layers_of
+from tests.support.helpers import layers_of
 
 
 FILES = Path(__file__).parent / "version_1"

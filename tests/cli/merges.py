@@ -20,7 +20,7 @@ from transformers import (
 
 from peft_fps.cli.saved_adapters.merged_folder import MergeOptions, merge
 from tests.cli.saved import save_adapted
-from tests.helpers import tiny_vit
+from tests.support.helpers import tiny_vit
 
 
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from peft_fps.cli.app import app
-from tests.helpers import adapted, with_fields
+from tests.support.helpers import adapted, with_fields
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

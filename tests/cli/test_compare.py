@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_fps import Selection
 from tests.cli.saved import WEIGHTS, check_user_error, edit_tensors, run, save_adapted
-from tests.helpers import fill, layers_of, selected_columns, tiny_mlp, tiny_vit
+from tests.support.helpers import fill, layers_of, selected_columns, tiny_mlp, tiny_vit
 
 
 Entries = dict[tuple[str, int, int], float]

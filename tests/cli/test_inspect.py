@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_fps.cli.saved_adapters import sources
 from tests.cli.saved import CONFIG, PREFIX, WEIGHTS, check_user_error, edit_config, edit_tensors, run, save_adapted
-from tests.helpers import tiny_mlp, tiny_vit
+from tests.support.helpers import tiny_mlp, tiny_vit
 
 
 MODULE = "vit.layers.0.mlp.fc1"

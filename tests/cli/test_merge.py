@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, ViTModel
 
 from tests.cli.saved import check_user_error, edit_config, edit_tensors, run, save_adapted, save_base
-from tests.helpers import dense_reference, images, tiny_llama, tiny_mlp, tiny_vit, tokens
+from tests.support.helpers import dense_reference, images, tiny_llama, tiny_mlp, tiny_vit, tokens
 
 
 PROCESSOR = "preprocessor_config.json"

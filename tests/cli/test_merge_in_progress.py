@@ -16,7 +16,7 @@ from peft_fps.cli.saved_adapters import shard_writing
 from peft_fps.cli.saved_adapters.stored_weights import StoredTensor
 from tests.cli.merges import language_case, rewrite
 from tests.cli.saved import check_user_error, edit_tensors, run
-from tests.helpers import tiny_llama
+from tests.support.helpers import tiny_llama
 
 
 def test_changes_that_rounding_loses_are_warned_of(tmp_path: Path) -> None:

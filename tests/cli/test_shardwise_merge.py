@@ -27,7 +27,7 @@ from tests.cli.merges import (
     vision_case,
 )
 from tests.cli.saved import save_adapted
-from tests.helpers import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from tests.support.helpers import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 
 def test_renamed_keys_norms_and_a_head_in_the_base_models_files(tmp_path: Path) -> None:

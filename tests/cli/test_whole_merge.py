@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.cli.merges import Case, check_same, gated_case, language_case, reference, rewrite, vision_case
-from tests.helpers import tiny_gpt2, tiny_llama, tiny_vit
-from tests.language_models import tiny_mixtral
+from tests.support.helpers import tiny_gpt2, tiny_llama, tiny_vit
+from tests.support.language_models import tiny_mixtral
 
 
 def check_whole(case: Case, caplog: pytest.LogCaptureFixture, reason: str, **options: Any) -> None:

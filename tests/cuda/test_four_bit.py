@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_fps import FPSConfig
-from tests.helpers import tokens
-from tests.quantised_bases import plain_bert, quantised
+from tests.support.helpers import tokens
+from tests.support.quantised_bases import plain_bert, quantised
 
 
 @pytest.mark.cuda

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.forked import run_program
+from tests.support.forked import run_program
 
 
 PIECE = 250

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from peft_fps import Selection, hotswap_adapter
 from peft_fps.layers.entry_layer import EntryLayer
-from tests.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns, with_fields
+from tests.support.helpers import _seeded, adapted, bits, fill, layers_of, normal, selected_columns, with_fields
 
 
 WEIGHTS, CONFIG, SELECTION = "adapter_model.safetensors", "adapter_config.json", "selection.safetensors"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_fps.gradients import Weight
 from peft_fps.sparse import Layout
-from tests.helpers import (
+from tests.support.helpers import (
     image_batches,
     normal,
     tiny_bert,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from peft_fps.gradients import Accumulator, Exact, Streaming
 from peft_fps.gradients.accumulate import SHORTLIST
-from tests.helpers import normal
 from tests.selection.naive import best
+from tests.support.helpers import normal
 
 
 TERMS = [normal(6, 40, seed=seed) for seed in range(3)]

@@ -27,7 +27,7 @@ from tests.gradients.naive_sums import (
     texts,
     weights_of,
 )
-from tests.helpers import (
+from tests.support.helpers import (
     bits,
     images,
     layers_of,

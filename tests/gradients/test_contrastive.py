@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_fps.benchmarks.cost.random_models import copy_model
 from peft_fps.gradients.contrastive import contrastive_step, supervised_contrastive
-from tests.helpers import images, normal, tiny_conv, tiny_vit
+from tests.support.helpers import images, normal, tiny_conv, tiny_vit
 
 
 # --- supervised contrastive -----------------------------------------------------------------------------------------

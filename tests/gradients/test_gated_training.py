@@ -13,7 +13,7 @@ from torch.func import functional_call
 from peft_fps.calibration import Pass, run_model
 from peft_fps.gradients import Exact, Weight, accumulate_gated_changes
 from peft_fps.gradients.gated_training import GATE_LEARNING_RATE, GatedChange
-from tests.helpers import bits, normal, tiny_mlp, unchanged
+from tests.support.helpers import bits, normal, tiny_mlp, unchanged
 
 
 RATE = 0.01

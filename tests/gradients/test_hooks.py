@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from transformers.cache_utils import Cache
 
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
-from tests.helpers import images, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, tokens
+from tests.support.helpers import images, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, tokens
 
 
 ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
 from peft_fps.gradients.losses import check_loss, task_loss
-from tests.helpers import images, normal, tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit, tokens
+from tests.support.helpers import images, normal, tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit, tokens
 
 
 def naive_cross_entropy(logits: Tensor, labels: Tensor) -> float:

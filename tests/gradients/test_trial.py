@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_fps.gradients import Exact, Weight
 from peft_fps.gradients.trial import Trial, distinct, hand_in, on_trial
 from peft_fps.sparse import Layout
-from tests.helpers import bits, normal, tiny_mlp
+from tests.support.helpers import bits, normal, tiny_mlp
 
 
 def naive_adam(start: Tensor, gradients: list[Tensor], rate: float) -> Tensor:

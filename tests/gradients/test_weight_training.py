@@ -15,7 +15,7 @@ from peft_fps.calibration import Pass, run_model
 from peft_fps.gradients import Exact, Weight, accumulate_movement
 from peft_fps.gradients.trial import Trial
 from peft_fps.sparse import Layout
-from tests.helpers import bits, images, normal, tiny_conv, tiny_gpt2, tiny_mlp, tokens, unchanged
+from tests.support.helpers import bits, images, normal, tiny_conv, tiny_gpt2, tiny_mlp, tokens, unchanged
 
 
 RATE = 0.003

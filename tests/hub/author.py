@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.hub import push_adapter
-from tests.helpers import config, fill, normal
+from tests.support.helpers import config, fill, normal
 
 
 BASE = files("peft_fps") / "vision" / "default_model"

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.forked import TIMEOUT
-from tests.helpers import ROOT
 from tests.hub.server import Hub
+from tests.support.forked import TIMEOUT
+from tests.support.helpers import ROOT
 
 
 class Client:

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 import peft_fps  # noqa: F401 - registers the method
-from tests.helpers import snapshot
 from tests.hub.author import base, logits
+from tests.support.helpers import snapshot
 
 
 def load(name: str, **options: Any) -> torch.Tensor | str:

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT
 from tests.hub.processes import Client
 from tests.hub.server import Hub
 from tests.hub.state import State
+from tests.support.helpers import ROOT
 
 
 ALICE, BOB = "hf_alice", "hf_bob"

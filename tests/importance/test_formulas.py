@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_fps.importance.activation import activation_alone, weight_times_activation
 from peft_fps.importance.magnitude import magnitude
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import peft_fps
 from peft_fps.importance import gradient_sums
 from tests.calibration.naive_fps import assert_same_selection, fresh, naive_selection, selection_of
-from tests.combinations import pairwise
 from tests.gradients.naive_sums import (
     BACKWARD,
     CASES,
@@ -25,7 +24,8 @@ from tests.gradients.naive_sums import (
     texts,
     weights_of,
 )
-from tests.helpers import image_batches, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit, unchanged
+from tests.support.combinations import pairwise
+from tests.support.helpers import image_batches, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit, unchanged
 
 
 Scores = dict[str, list[list[float]]]

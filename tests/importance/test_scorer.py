@@ -13,7 +13,7 @@ from peft_fps.importance import Evidence
 from peft_fps.importance.importance import UNREACHED
 from peft_fps.importance.random import STRIPE, random_scorer
 from peft_fps.importance.scorer import scorer
-from tests.helpers import adapted, layers_of, normal, tiny_conv, tiny_gpt2, tiny_mlp
+from tests.support.helpers import adapted, layers_of, normal, tiny_conv, tiny_gpt2, tiny_mlp
 
 
 PATH = "first"

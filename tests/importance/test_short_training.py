@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from peft_fps import FPSConfig
 from peft_fps.importance import short_training
-from tests.helpers import (
+from tests.support.helpers import (
     images,
     layers_of,
     normal,

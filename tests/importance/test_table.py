@@ -11,7 +11,7 @@ from peft_fps.calibration import feed
 from peft_fps.cli.app import app
 from peft_fps.importance import IMPORTANCES, WITHOUT_DATA, Importance
 from peft_fps.selection.calibration_record import CalibrationRecord
-from tests.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp
+from tests.support.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp
 
 
 @pytest.mark.parametrize("name", IMPORTANCES)

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.checkpoint import last_complete_checkpoint, save_adapter
 from peft_fps.selection.entries import ModuleEntries
-from tests.helpers import _seeded, bits, layers_of, normal
+from tests.support.helpers import _seeded, bits, layers_of, normal
 
 
 WIDTH, ENTRIES = 768, 256

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.forked import run_program
 from tests.kill.scenes import SCENES, Wrong, adapters
+from tests.support.forked import run_program
 
 
 pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="processes are forked")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_fps
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     config,

@@ -14,7 +14,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from peft_fps import FPSConfig, rescale_adapter_scale
 from peft_fps.layers import embedding
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_fps
 from peft_fps import FPSConfig
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     config,
     fill,

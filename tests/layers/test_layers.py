@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_fps.layers.layer_types import layer_class
-from tests.helpers import (
+from tests.support.helpers import (
     COPIES,
     adapted,
     assert_threads_do_not_mix,

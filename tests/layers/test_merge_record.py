@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.layers import entry_layer
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.merge_record import independent_copy, merge_entries
-from tests.combinations import pairwise
-from tests.helpers import (
+from tests.support.combinations import pairwise
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,

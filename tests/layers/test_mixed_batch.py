@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_fps.layers.sample_names import by_adapter
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     config,
     fill,

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, ViltConfig, ViltForQuestio
 
 from peft_fps.layers.norm import Norm
 from peft_fps.selection import NormSelection
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     assert_threads_do_not_mix,
     base_bytes,
@@ -41,9 +41,9 @@ from tests.helpers import (
     unchanged,
     with_fields,
 )
-from tests.helpers import dense_reference as reference
-from tests.reading_nets import READERS, TOKENS, WIDTH, net, saved
-from tests.reading_nets import inputs as leaf_inputs
+from tests.support.helpers import dense_reference as reference
+from tests.support.reading_nets import READERS, TOKENS, WIDTH, net, saved
+from tests.support.reading_nets import inputs as leaf_inputs
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

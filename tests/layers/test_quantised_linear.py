@@ -20,7 +20,7 @@ from peft_fps.layers import quantised_linear
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
 from peft_fps.targets.base_parameters import count_base_parameters
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     config,
     fill,
@@ -31,7 +31,7 @@ from tests.helpers import (
     tokens,
     unchanged,
 )
-from tests.quantised_bases import (
+from tests.support.quantised_bases import (
     KINDS,
     LOADED,
     dense,

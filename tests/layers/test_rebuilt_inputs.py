@@ -17,8 +17,8 @@ from transformers import activations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peft_fps.sparse import products
-from tests.combinations import pairwise
-from tests.helpers import (
+from tests.support.combinations import pairwise
+from tests.support.helpers import (
     COPIES,
     adapted,
     dense_change,
@@ -31,9 +31,9 @@ from tests.helpers import (
     tiny_llama,
     tiny_vit,
 )
-from tests.helpers import images as image_inputs
-from tests.helpers import tokens as token_inputs
-from tests.reading_nets import READERS, TOKENS, WIDTH, inputs, net, saved, saved_storages
+from tests.support.helpers import images as image_inputs
+from tests.support.helpers import tokens as token_inputs
+from tests.support.reading_nets import READERS, TOKENS, WIDTH, inputs, net, saved, saved_storages
 
 
 EXACT = ("rebuild", "columns")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_fps
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     config,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_fps.layers.tensors_as_read import ChangedTensor, as_read
-from tests.helpers import adapted, base_bytes, bits, config, dense_reference, fill, layers_of, normal
+from tests.support.helpers import adapted, base_bytes, bits, config, dense_reference, fill, layers_of, normal
 
 
 class Reads(nn.Module):

@@ -15,7 +15,7 @@ from transformers import BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3
 
 from peft_fps import FPSConfig
 from peft_fps.layers.tied_uses import is_tied_use
-from tests.helpers import (
+from tests.support.helpers import (
     _seeded,
     adapted,
     base_bytes,
@@ -29,7 +29,7 @@ from tests.helpers import (
     tokens,
     with_fields,
 )
-from tests.language_models import bart_config, tiny_masked, tiny_t5
+from tests.support.language_models import bart_config, tiny_masked, tiny_t5
 
 
 TOKENS, WIDTH = 9, 4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_fps import FPSConfig, hotswap_adapter
 from peft_fps.layers.token_gate import LARGEST, passing, relative_magnitude
-from tests.helpers import dense_change, images, normal, tiny_mlp, tiny_vit, weighted_of
+from tests.support.helpers import dense_change, images, normal, tiny_mlp, tiny_vit, weighted_of
 
 
 # --- the maths ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tests.calibration.naive_fps import (
     padded_batches,
     selection_of,
 )
-from tests.helpers import (
+from tests.support.helpers import (
     bits,
     fill,
     image_batches,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.lifecycle.combination import Combination, combine, united_entries
 from peft_fps.sparse import Layout, build_structure
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft_fps
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,

@@ -16,7 +16,7 @@ from peft_fps import FPSConfig, Selection, hotswap_adapter
 from peft_fps.card.facts import read_facts
 from peft_fps.cli.saved_adapters.soundness import inspect_adapter
 from peft_fps.lifecycle import plan
-from tests.helpers import base_bytes, fill, image_batches, images, layers_of, tiny_bert, tiny_vit, tokens
+from tests.support.helpers import base_bytes, fill, image_batches, images, layers_of, tiny_bert, tiny_vit, tokens
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, GPT2LMHeadModel, ViTForImageClassification
 
 from peft_fps import FPSConfig
-from tests.helpers import (
+from tests.support.helpers import (
     TinyMLP,
     adapted,
     bits,

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_fps import FPSConfig
 from peft_fps.layers import entry_layer, layer_merge, merge_record, norm
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     base_bytes,
     bits,

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_fps
 from peft_fps import FPSConfig, FPSMixedModel
 from peft_fps.layers.entry_layer import EntryLayer
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     bits,
     config,

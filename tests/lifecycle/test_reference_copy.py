@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_fps import FPSConfig
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     fill,
     image_batches,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 
-from tests.helpers import config, fill, tiny_vit
+from tests.support.helpers import config, fill, tiny_vit
 
 
 def partition(parameter: Any) -> None:

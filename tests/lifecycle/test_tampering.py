@@ -25,8 +25,8 @@ from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTM
 
 from peft_fps import hotswap_adapter
 from peft_fps.layers.fps_layer import FPSLayer
-from tests.combinations import in_turn
-from tests.helpers import (
+from tests.support.combinations import in_turn
+from tests.support.helpers import (
     adapted,
     bits,
     config,

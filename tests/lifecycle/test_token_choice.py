@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_fps import FPSConfig
-from tests.helpers import normal, weighted_of
+from tests.support.helpers import normal, weighted_of
 
 
 def deep_vit() -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
 from peft_fps.layers.entry_layer import EntryLayer
-from tests.helpers import base_bytes, fill, layers_of, normal, unchanged
+from tests.support.helpers import base_bytes, fill, layers_of, normal, unchanged
 
 
 class Reads(nn.Module):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from peft_fps import Selection
 from peft_fps.plots import plot_overlap
 from peft_fps.plots.overlap import plot_module_overlap
-from tests.helpers import adapted, layers_of, selected_columns, tiny_mlp, tiny_vit
+from tests.support.helpers import adapted, layers_of, selected_columns, tiny_mlp, tiny_vit
 
 
 def entries(model) -> set[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_fps.plots.reading import chance_concentration, concentration, input_counts
 from peft_fps.selection.entries import ModuleEntries
-from tests.helpers import csr, selections
+from tests.support.helpers import csr, selections
 
 
 @given(selections())

@@ -13,7 +13,16 @@ from torch import nn
 
 from peft_fps import Selection
 from peft_fps.plots import plot_selection
-from tests.helpers import adapted, config, layers_of, selected_columns, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit
+from tests.support.helpers import (
+    adapted,
+    config,
+    layers_of,
+    selected_columns,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mlp,
+    tiny_vit,
+)
 
 
 SHARES, READING, BIASES = "Where the entries lie", "Which inputs are read", "How far biases have moved"

@@ -9,7 +9,7 @@ from peft_fps.reproduce import recipe_model
 from peft_fps.reproduce.recipe_model import model_size, normalisation, prepared_model
 from peft_fps.vision import timm_names
 from peft_fps.vision.timm_names import check_timm, is_timm
-from tests.helpers import drop_path_rates
+from tests.support.helpers import drop_path_rates
 
 
 PAPERS = "timm/vit_base_patch16_224.augreg_in21k"

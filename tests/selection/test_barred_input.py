@@ -5,7 +5,7 @@ import torch
 
 from peft_fps.selection import Candidate, LayerShape, select_entries
 from peft_fps.selection.barred_input import with_input, without_input
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 def chosen(barred: int | None, entries: int, granularity: str) -> list[set[int]]:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from peft_fps.selection import LayerShape, block_of
 from peft_fps.selection.blocks import block_entries, entries_by_share
-from tests.helpers import normal
 from tests.selection import naive
 from tests.selection.cases import Layers, candidate, layers, selected
+from tests.support.helpers import normal
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from peft_fps.selection import LayerShape
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.sparse import StructureError
-from tests.helpers import csr, selections
+from tests.support.helpers import csr, selections
 
 
 Rows = list[list[int]]

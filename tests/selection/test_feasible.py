@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_fps.selection import LayerShape, allocate, check_granularity, select_entries
-from tests.helpers import normal
 from tests.selection.cases import candidate
+from tests.support.helpers import normal
 
 
 TWO = {

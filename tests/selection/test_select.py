@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.selection import Candidate, LayerShape, select_entries
-from tests.helpers import normal
 from tests.selection import naive
 from tests.selection.cases import Layers, as_rows, layers, selected
+from tests.support.helpers import normal
 
 
 GRANULARITIES = ["neuron", "layer", "model", "block", "row", "column"]

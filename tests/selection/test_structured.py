@@ -11,9 +11,9 @@ from torch import Tensor
 
 from peft_fps.selection import Candidate, LayerShape, select_entries
 from peft_fps.selection.structured import whole_numbers
-from tests.helpers import normal
 from tests.selection.cases import Layers, as_rows, candidate, layers, selected
 from tests.selection.naive import best
+from tests.support.helpers import normal
 
 
 EXACT = st.sampled_from([0.0, 0.25, 0.5, 0.50390625, 1.0, 1.0078125, 2.0])  # float64 sums of these are exact

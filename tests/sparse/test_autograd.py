@@ -27,7 +27,7 @@ from peft_fps.sparse import (
     structure,
 )
 from peft_fps.sparse import products as ways
-from tests.helpers import bits, csr, flat_positions, normal, selections
+from tests.support.helpers import bits, csr, flat_positions, normal, selections
 
 
 Selection = tuple[int, list[list[int]]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_fps.sparse import Layout, build_structure, compose_weight, dense_delta, merged_entries, structure
 from peft_fps.sparse.compose import compact_delta
-from tests.helpers import bits, csr, flat_positions, normal, selections
+from tests.support.helpers import bits, csr, flat_positions, normal, selections
 
 
 ROWS, INPUTS = [[0, 3], [], [1, 2, 4], [0, 1, 2, 3, 4]], 5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import Geometry, Layout, build_structure, sparse_convolution
-from tests.helpers import csr, normal
+from tests.support.helpers import csr, normal
 
 
 CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

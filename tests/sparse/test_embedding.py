@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import Layout, Structure, add_token_products, build_structure, changed_lookup
-from tests.helpers import bits, csr, flat_positions, normal, selections
+from tests.support.helpers import bits, csr, flat_positions, normal, selections
 
 
 def dense(rows: list[list[int]], inputs: int, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import Kept, Reading, Structure, build_structure, keep_columns, keep_whole, sparse_linear
-from tests.helpers import csr, normal, selections
+from tests.support.helpers import csr, normal, selections
 
 
 Rows = list[list[int]]

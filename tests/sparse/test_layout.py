@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import Layout, build_structure, unite_structures
-from tests.helpers import csr
+from tests.support.helpers import csr
 
 
 def walked(groups: int, channels: int, width: int, taps: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_fps.sparse import Layout, Structure, build_structure, products, sparse_linear, structure
 from peft_fps.sparse.kernels import cpu
-from tests.helpers import csr, normal, selections
+from tests.support.helpers import csr, normal, selections
 
 
 Rows = list[list[int]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_fps.sparse import Layout, build_structure, unite_structures
-from tests.helpers import csr
+from tests.support.helpers import csr
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_fps.sparse import Layout, build_structure
 from peft_fps.sparse.stand_ins import StandIn, changed_stand_in, formed_again
-from tests.helpers import csr, normal
+from tests.support.helpers import csr, normal
 
 
 STRUCTURE = build_structure(*csr([[0, 2], [1], [], [3]]), 4, 4, Layout(groups=2, stacked=True))

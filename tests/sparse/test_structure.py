@@ -16,7 +16,7 @@ from peft_fps.sparse import (
     structure,
     unite_structures,
 )
-from tests.helpers import csr, flat_positions, selections
+from tests.support.helpers import csr, flat_positions, selections
 
 
 VALID = {"columns": torch.tensor([0, 2, 1]), "row_counts": torch.tensor([2, 1]), "neurons": 2, "inputs": 3}

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from peft_fps.sparse import Geometry, Layout, build_structure, sparse_convolution, sparse_delta_linear, sparse_linear
-from tests.helpers import csr, flat_positions, normal
+from tests.support.helpers import csr, flat_positions, normal
 
 
 # torch's own forward-mode rules too; the category depends on the version of torch

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig
-from tests.helpers import base_bytes, bits, layers_of
+from tests.support.helpers import base_bytes, bits, layers_of
 
 
 @dataclass(frozen=True)

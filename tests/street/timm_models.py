@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tests.helpers import normal
 from tests.street.lifecycle import Case
+from tests.support.helpers import normal
 
 
 def architecture(name: str, **options: Any) -> Callable[[], nn.Module]:

@@ -6,8 +6,8 @@ from typing import Any
 import transformers as hf
 from torch import Tensor, nn
 
-from tests.helpers import normal, tokens
 from tests.street.lifecycle import Case
+from tests.support.helpers import normal, tokens
 
 
 def pixels(size: int = 32, channels: int = 3) -> Callable[[], dict[str, Tensor]]:

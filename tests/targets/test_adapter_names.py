@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.helpers import adapted, config, fill, normal, through_transformers, tiny_mlp, tiny_vit, unchanged
+from tests.support.helpers import adapted, config, fill, normal, through_transformers, tiny_mlp, tiny_vit, unchanged
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peft_fps
 from peft_fps import FPSConfig
-from tests.helpers import adapted, config, fill, image_batches, images, layers_of, tiny_vit
+from tests.support.helpers import adapted, config, fill, image_batches, images, layers_of, tiny_vit
 
 
 @contextmanager

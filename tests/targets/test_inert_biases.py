@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_fps.targets.inert_biases import KEY_PROJECTIONS, has_inert_bias, inert_biases
-from tests.helpers import tiny_vit
+from tests.support.helpers import tiny_vit
 
 
 # models warn of settings that do not matter here

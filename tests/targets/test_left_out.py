@@ -10,8 +10,8 @@ from torch import nn
 
 from peft_fps import FPSConfig
 from peft_fps.targets.left_out import left_out
-from tests.helpers import tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit
-from tests.language_models import tiny_mixtral
+from tests.support.helpers import tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit
+from tests.support.language_models import tiny_mixtral
 
 
 class Parts(nn.Module):

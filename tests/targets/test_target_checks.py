@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.targets.target_checks import check_target
-from tests.helpers import config, layers_of, unchanged
+from tests.support.helpers import config, layers_of, unchanged
 
 
 class Parts(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peft_fps import FPSConfig
 from peft_fps.base.opening import weight_at
 from peft_fps.base.packed_weight import OpenedModule
-from tests.expert_models import EXPERTS, expert_model, packed_layers
-from tests.helpers import config, unchanged
+from tests.support.expert_models import EXPERTS, expert_model, packed_layers
+from tests.support.helpers import config, unchanged
 
 
 class Experts(nn.Module):

@@ -10,8 +10,18 @@ from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tests.helpers import adapted, bits, config, dense_change, layers_of, tiny_gpt2, tiny_llama, tokens, unchanged
-from tests.language_models import tiny_t5
+from tests.support.helpers import (
+    adapted,
+    bits,
+    config,
+    dense_change,
+    layers_of,
+    tiny_gpt2,
+    tiny_llama,
+    tokens,
+    unchanged,
+)
+from tests.support.language_models import tiny_t5
 
 
 TOKENS, WIDTH = 9, 4

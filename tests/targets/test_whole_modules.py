@@ -8,7 +8,18 @@ import torch
 from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from tests.helpers import adapted, bits, config, images, layers_of, tiny_gpt2, tiny_mlp, tiny_vit, tokens, unchanged
+from tests.support.helpers import (
+    adapted,
+    bits,
+    config,
+    images,
+    layers_of,
+    tiny_gpt2,
+    tiny_mlp,
+    tiny_vit,
+    tokens,
+    unchanged,
+)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:classifier. part of the model's output head:UserWarning")

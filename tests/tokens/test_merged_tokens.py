@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, ViTForMaskedImageModel
 import peft_fps
 from peft_fps import FPSConfig
 from peft_fps.tokens.merged_tokens import KEY
-from tests.helpers import fill, normal
+from tests.support.helpers import fill, normal
 from tests.tokens.vision_models import build, logits, timm_vit
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_fps.tokens.merged_tokens import select_tokens, set_token_keep_rate
-from tests.helpers import normal
+from tests.support.helpers import normal
 from tests.tokens.vision_models import BLOCKS, MODELS, RATE, build, logits, naive_logits, vit
 
 

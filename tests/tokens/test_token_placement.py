@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
 from peft_fps.tokens.token_placement import eligible
-from tests.helpers import config, fill, normal
+from tests.support.helpers import config, fill, normal
 from tests.tokens.vision_models import build, logits, naive_logits
 
 

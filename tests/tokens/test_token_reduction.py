@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from peft_fps.tokens.token_reduction import cls_attention, fuse_inattentive, kept_count
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 def test_cls_attention_is_a_row_of_the_whole_attention() -> None:

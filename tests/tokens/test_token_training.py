@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_fps import FPSCallback, FPSConfig
-from tests.helpers import normal, weighted_of
+from tests.support.helpers import normal, weighted_of
 from tests.tokens.vision_models import build
 
 

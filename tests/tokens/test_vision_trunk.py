@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_fps import FPSConfig
 from peft_fps.tokens.vision_trunk import vision_trunk
-from tests.helpers import snapshot, tiny_bert
+from tests.support.helpers import snapshot, tiny_bert
 from tests.tokens.vision_models import MODELS, PROTECTED, build, sizes, timm, timm_vit, vit
 
 

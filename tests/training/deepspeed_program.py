@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_fps import FPSCallback, FPSConfig, last_complete_checkpoint
-from tests.helpers import tiny_vit
+from tests.support.helpers import tiny_vit
 from tests.training.ddp_program import Images
 
 

@@ -17,7 +17,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from peft_fps import FPSConfig, Selection
-from tests.helpers import tokens
+from tests.support.helpers import tokens
 
 
 CASES = {

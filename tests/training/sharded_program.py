@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter, save_adapter
-from tests.helpers import images, tiny_vit
+from tests.support.helpers import images, tiny_vit
 from tests.training.together_program import Breaking, prepared
 
 

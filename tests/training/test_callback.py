@@ -19,7 +19,7 @@ from transformers.training_args import ParallelMode
 
 from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.training import callback as module
-from tests.helpers import adapted, images, layers_of, selected_columns, tiny_vit
+from tests.support.helpers import adapted, images, layers_of, selected_columns, tiny_vit
 from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state, trainer
 
 

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.training import CentredSteps, centre_steps
-from tests.helpers import adapted, bits, fill, image_batches, images, layers_of, normal, tiny_conv, tiny_mlp, tiny_vit
+from tests.support.helpers import (
+    adapted,
+    bits,
+    fill,
+    image_batches,
+    images,
+    layers_of,
+    normal,
+    tiny_conv,
+    tiny_mlp,
+    tiny_vit,
+)
 from tests.training.trainers import dropping, trained_state, trainer
 
 

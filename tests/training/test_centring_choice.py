@@ -23,8 +23,8 @@ from transformers import (
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.training import centre_steps
 from peft_fps.training.centring_choice import reason_against
-from tests.helpers import adapted, normal, tiny_mlp, tiny_vit
-from tests.language_models import tiny_masked
+from tests.support.helpers import adapted, normal, tiny_mlp, tiny_vit
+from tests.support.language_models import tiny_masked
 from tests.training.trainers import EXAMPLES, arguments, trained_state, trainer
 
 

@@ -6,8 +6,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_fps import Selection
-from tests.helpers import tiny_vit
-from tests.processes import run_together
+from tests.support.helpers import tiny_vit
+from tests.support.processes import run_together
 from tests.training import deepspeed_program
 from tests.training.ddp_program import Images
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import default_data_collator
 
 from peft_fps import FPSConfig, Selection
-from tests.helpers import bits, images, layers_of, selected_columns, tiny_vit
-from tests.processes import run_together, variables_of_a_group
+from tests.support.helpers import bits, images, layers_of, selected_columns, tiny_vit
+from tests.support.processes import run_together, variables_of_a_group
 from tests.training import ddp_program, together_program
 
 

@@ -12,7 +12,7 @@ from transformers import (
 
 from peft_fps.training import drop_path as module
 from peft_fps.training.drop_path import DropPath, add_drop_path, drop_path
-from tests.helpers import adapted, drop_path_rates
+from tests.support.helpers import adapted, drop_path_rates
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from peft_fps import FPSCallback, parameter_groups
-from tests.helpers import adapted, tiny_vit
+from tests.support.helpers import adapted, tiny_vit
 from tests.training.trainers import EXAMPLES, arguments, trained_state, trainer
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_fps.training.parameter_groups import parameter_groups
-from tests.helpers import adapted, images, tiny_mlp, tiny_vit
+from tests.support.helpers import adapted, images, tiny_mlp, tiny_vit
 
 
 def group_of(name: str, parameter: nn.Parameter) -> str:

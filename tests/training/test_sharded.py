@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from peft_fps import Selection
-from tests.documents import blocks
-from tests.helpers import ROOT, tiny_vit
-from tests.processes import run_together, variables_of_a_group
+from tests.support.documents import blocks
+from tests.support.helpers import ROOT, tiny_vit
+from tests.support.processes import run_together, variables_of_a_group
 from tests.training import sharded_kinds_program, sharded_program
 from tests.training.sharded_program import IMPORTANCES, adapted, outputs, shares
 from tests.training.together_program import Breaking

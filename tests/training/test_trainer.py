@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from peft_fps import FPSCallback, FPSConfig
-from tests.helpers import bits, config, image_batches, images, layers_of, selected_columns, tiny_vit, unchanged
+from tests.support.helpers import bits, config, image_batches, images, layers_of, selected_columns, tiny_vit, unchanged
 from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state, trainer
 
 

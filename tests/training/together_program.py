@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from peft_fps import FPSConfig, Selection
-from tests.helpers import bits, image_batches, images, layers_of, selected_columns, snapshot, tiny_vit
+from tests.support.helpers import bits, image_batches, images, layers_of, selected_columns, snapshot, tiny_vit
 
 
 IMPORTANCES = ("activation", "gradient")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.helpers import bits, images
+from tests.support.helpers import bits, images
 
 
 EXAMPLES = [{"pixel_values": image, "labels": number % 5} for number, image in enumerate(images(12))]

@@ -6,7 +6,7 @@ from torch import nn
 
 from peft_fps.vision.rate_trials import RateTrial, best_rate, told, trial_steps, try_rates
 from peft_fps.vision.training_loop import DivergedError
-from tests.helpers import adapted, bits, images, tiny_vit
+from tests.support.helpers import adapted, bits, images, tiny_vit
 
 
 def trials(**accuracies: float | None) -> list[RateTrial]:

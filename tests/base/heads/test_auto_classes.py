@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.base.head import Head, find_head
 from peft_fps.targets.default_targets import default_targets
 from peft_fps.targets.target_checks import check_untied
-from tests.helpers import config
+from tests.support.helpers import config
 
 
 # weight norm of the positional convolution in models of speech

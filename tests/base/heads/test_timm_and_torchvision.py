@@ -12,7 +12,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from peft_fps.base.head import find_head
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.targets.default_targets import default_targets
-from tests.helpers import adapted, config, layers_of, normal
+from tests.support.helpers import adapted, config, layers_of, normal
 
 
 def library(name: str) -> Any:

@@ -41,7 +41,7 @@ from transformers import (
 
 from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import default_targets
-from tests.helpers import adapted, config, fill, layers_of, normal, tiny_llama, tiny_vit, unchanged
+from tests.support.helpers import adapted, config, fill, layers_of, normal, tiny_llama, tiny_vit, unchanged
 
 
 # weight norm of the positional convolution in models of speech

@@ -6,7 +6,7 @@ from torch import nn
 
 from peft_fps.benchmarks.cost.methods import METHODS, columns_used, fps
 from peft_fps.benchmarks.cost.training_step import Training
-from tests.helpers import layers_of
+from tests.support.helpers import layers_of
 
 
 WIDTH, HIDDEN, LAYERS, CLASSES, PATCH = 32, 48, 2, 10, 3 * 8 * 8

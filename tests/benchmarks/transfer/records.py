@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
-from tests.helpers import CHARACTERS
+from tests.support.helpers import CHARACTERS
 
 
 SHARE = 0.05

@@ -16,7 +16,7 @@ from peft_fps.benchmarks.transfer.cells import Cell
 from peft_fps.benchmarks.transfer.store import Store, read
 from peft_fps.cli.app import app
 from tests.benchmarks.transfer.records import SETTING, SHARE, chosen, results
-from tests.forked import forking
+from tests.support.forked import forking
 
 
 RATES = (0.003, 0.01, 0.03)

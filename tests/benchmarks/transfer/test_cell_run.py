@@ -24,7 +24,7 @@ from peft_fps.vision.pixels import Collator
 from peft_fps.vision.training_loop import DivergedError
 from tests.benchmarks.transfer.conftest import COUNTS, TASKS, picture
 from tests.benchmarks.transfer.records import SHARE, results
-from tests.helpers import bits
+from tests.support.helpers import bits
 
 
 WIDTH, HIDDEN, LAYERS, PATCH = 32, 48, 2, 3 * 4 * 4

@@ -9,8 +9,8 @@ from torch import nn
 
 from peft_fps import Selection
 from peft_fps.benchmarks.transfer.class_scores import SCORES, Moments, as_tokens, gather_moments, select_by
-from tests.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp, tiny_vit, unchanged
 from tests.selection import naive
+from tests.support.helpers import adapted, layers_of, normal, selected_columns, tiny_mlp, tiny_vit, unchanged
 
 
 CLASSES = 4

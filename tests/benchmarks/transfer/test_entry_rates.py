@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_fps.benchmarks.transfer.entry_rates import EntryRates, by_input
-from tests.helpers import adapted, normal, tiny_vit
+from tests.support.helpers import adapted, normal, tiny_vit
 
 
 def begin(rates: EntryRates, optimizer, tmp_path) -> None:

@@ -2,8 +2,8 @@ import pytest
 
 from peft_fps.benchmarks.transfer.granularity_mix import select_one_each
 from peft_fps.selection import Candidate, LayerShape
-from tests.helpers import normal
 from tests.selection import naive
+from tests.support.helpers import normal
 
 
 @pytest.mark.parametrize("entries", [0, 3, 5, 6, 9, 20])

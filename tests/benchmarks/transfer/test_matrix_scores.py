@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_fps.benchmarks.transfer.matrix_scores import expected_gradient, low_rank_magnitude, relative_importance
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 @pytest.mark.parametrize(("neurons", "inputs"), [(6, 9), (60, 70), (110, 52)])

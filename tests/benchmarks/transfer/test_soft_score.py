@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_fps import FPSConfig
 from peft_fps.benchmarks.transfer.soft_score import SoftScore, extra_operations, reordered_pairs
-from tests.helpers import tiny_vit
+from tests.support.helpers import tiny_vit
 
 
 def test_the_score_is_the_accuracy_over_the_costs() -> None:

@@ -14,7 +14,7 @@ from peft_fps.benchmarks.transfer.training_candidates import DEFAULT, TRAINING_C
 from peft_fps.config import FPSConfig
 from peft_fps.vision.finetune_options import FinetuneOptions
 from peft_fps.vision.preparation import training_callback
-from tests.helpers import (
+from tests.support.helpers import (
     adapted,
     dense_reference,
     drop_path_rates,

@@ -4,8 +4,8 @@ import torch
 from peft_fps import Selection
 from peft_fps.benchmarks.transfer.tried_choices import CHOICES, choose
 from peft_fps.benchmarks.transfer.typical_sizes import gather_sizes
-from tests.helpers import adapted, fill, images, layers_of, selected_columns, tiny_vit, unchanged
 from tests.selection import naive
+from tests.support.helpers import adapted, fill, images, layers_of, selected_columns, tiny_vit, unchanged
 
 
 UNEVEN = ("owl", "alpha")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_fps.benchmarks.transfer.typical_sizes import gather_sizes
-from tests.helpers import adapted, images, layers_of, tiny_vit, unchanged
+from tests.support.helpers import adapted, images, layers_of, tiny_vit, unchanged
 
 
 def labelled_images() -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from peft_fps.benchmarks.transfer.uneven_budget import (
     tail_exponent,
 )
 from peft_fps.selection import LayerShape
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 def test_outliers_are_scores_above_five_times_the_mean_of_their_block():

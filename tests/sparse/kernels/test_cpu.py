@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_fps.sparse import Structure, build_structure, products, sparse_linear
 from peft_fps.sparse.kernels import cpu
-from tests.helpers import csr, normal, selections
+from tests.support.helpers import csr, normal, selections
 
 
 needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler that builds the kernel")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peft_fps.sparse import Structure, build_structure, products
 from peft_fps.sparse.kernels import cuda
-from tests.helpers import ROOT, csr, normal, selections
+from tests.support.helpers import ROOT, csr, normal, selections
 
 
 OLDEST = "3.7"  # the interpreters of older ones fail with recent versions of NumPy

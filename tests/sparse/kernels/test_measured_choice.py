@@ -10,7 +10,7 @@ from peft_fps.sparse import build_structure
 from peft_fps.sparse.kernels import measured_choice
 from peft_fps.sparse.kernels.measured_choice import RUNS, fastest, size_class
 from peft_fps.sparse.products import measured_product
-from tests.helpers import csr, normal
+from tests.support.helpers import csr, normal
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.helpers import (
+from tests.support.helpers import (
     _seeded,
     tokens,
 )

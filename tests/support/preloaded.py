@@ -1,4 +1,4 @@
-"""What the server of `tests.forked` does before it forks: it imports libraries, and builds the kernel for the CPU."""
+"""What the server of `tests.support.forked` does before it forks: import libraries, and build the CPU kernel."""
 
 import gc
 
@@ -10,7 +10,7 @@ import transformers.trainer
 
 import peft_fps.plots
 from peft_fps.sparse.kernels import cpu
-from tests import beside_torchvision, helpers
+from tests.support import beside_torchvision, helpers
 
 
 cpu.library()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import (
+from tests.support.helpers import (
     normal,
 )
 

@@ -38,7 +38,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.training.drop_path import DropPath
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _refusal_of_transformers() -> str:

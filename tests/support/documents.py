@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 
 RESULTS = ROOT / "peft_fps" / "benchmarks" / "results"

@@ -22,7 +22,7 @@ def forking() -> Any:
     """How such processes are started; they share one server for the whole of a pytest process."""
     context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     if FORKS:
-        context.set_forkserver_preload(["tests.preloaded"])
+        context.set_forkserver_preload(["tests.support.preloaded"])
         multiprocessing.forkserver.ensure_running()  # before the package starts it with fewer imports
     return context
 

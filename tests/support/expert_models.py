@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_fps.layers.packed_layer import PackedLayer
-from tests.helpers import layers_of, selected_columns
+from tests.support.helpers import layers_of, selected_columns
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.forked import TIMEOUT, start
+from tests.support.forked import TIMEOUT, start
 
 
 def variables_of_a_group(count: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from peft_fps.base.quantisation import stored_weight
-from tests.helpers import normal
+from tests.support.helpers import normal
 
 
 LIBRARIES = {

@@ -9,7 +9,7 @@ from typing import Any
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-from tests.forked import FORKS, start
+from tests.support.forked import FORKS, start
 
 
 def fork_kernels() -> None:
