@@ -38,8 +38,8 @@ def peak() -> int:
 
 def measure(folder: Path, whole: bool) -> dict[str, int]:
     """Merge a tiny model, and then the large one; returns the peaks."""
-    from peft_fps.cli.saved_adapters import merged_folder
-    from peft_fps.cli.saved_adapters.stored_weights import WholeModelNeededError
+    from peft_fps.adapter_folders import merged_folder
+    from peft_fps.adapter_folders.stored_weights import WholeModelNeededError
 
     def needed(*_: Any, **__: Any) -> None:
         raise WholeModelNeededError("asked for")

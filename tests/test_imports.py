@@ -36,6 +36,7 @@ LAYERS = (
     "plots",
     "hub",
     "vision",
+    "adapter_folders",
     "benchmarks",
     "reproduce",
     "cli",

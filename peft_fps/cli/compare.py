@@ -7,8 +7,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli.saved_adapters.comparison import Comparison, Values, load_side
-from peft_fps.cli.saved_adapters.comparison import compare as measure
+from peft_fps.adapter_folders.comparison import Comparison, Values, load_side
+from peft_fps.adapter_folders.comparison import compare as measure
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, print_json, say, wide_console
 
 

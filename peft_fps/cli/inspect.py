@@ -7,9 +7,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-from peft_fps.cli.saved_adapters.soundness import inspect_adapter
-from peft_fps.cli.saved_adapters.sources import adapter_folder
+from peft_fps.adapter_folders.adapter_contents import Inspection
+from peft_fps.adapter_folders.soundness import inspect_adapter
+from peft_fps.adapter_folders.sources import adapter_folder
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from rich.markup import escape
 
+from peft_fps.adapter_folders.merged_folder import MergeOptions
+from peft_fps.adapter_folders.merged_folder import merge as run
+from peft_fps.adapter_folders.sources import adapter_folder
 from peft_fps.cli.inspect import Adapter, Revision
 from peft_fps.cli.option_fields import options_of
-from peft_fps.cli.saved_adapters.merged_folder import MergeOptions
-from peft_fps.cli.saved_adapters.merged_folder import merge as run
-from peft_fps.cli.saved_adapters.sources import adapter_folder
 from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, print_json, say, wide_console
 
 

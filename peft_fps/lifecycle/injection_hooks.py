@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
 from peft_fps.base.opening import open_modules
-from peft_fps.base.packed_weights import keep_unpacked
+from peft_fps.base.quantisation import keep_unpacked
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_fps.cli.saved_adapters import sources
+from peft_fps.adapter_folders import sources
 from tests.cli.saved import CONFIG, PREFIX, WEIGHTS, check_user_error, edit_config, edit_tensors, run, save_adapted
 from tests.support.helpers import tiny_mlp, tiny_vit
 

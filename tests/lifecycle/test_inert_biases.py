@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter
+from peft_fps.adapter_folders.soundness import inspect_adapter
 from peft_fps.card.facts import read_facts
-from peft_fps.cli.saved_adapters.soundness import inspect_adapter
 from peft_fps.lifecycle import plan
 from tests.support.helpers import base_bytes, fill, image_batches, images, layers_of, tiny_bert, tiny_vit, tokens
 

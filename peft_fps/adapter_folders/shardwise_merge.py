@@ -17,13 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_fps.base.opening import weight_at
-from peft_fps.base.quantisation import base_weight
-from peft_fps.base.renamed_modules import current_names
-from peft_fps.base.substitution import overrides_forward
-from peft_fps.checkpoint import check_fingerprint, fingerprint
-from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-from peft_fps.cli.saved_adapters.shardwise_checks import (
+from peft_fps.adapter_folders.adapter_contents import Inspection
+from peft_fps.adapter_folders.shardwise_checks import (
     check_apart,
     check_embeddings,
     check_kept_names,
@@ -31,7 +26,12 @@ from peft_fps.cli.saved_adapters.shardwise_checks import (
     check_plain,
     tied,
 )
-from peft_fps.cli.saved_adapters.stored_weights import StoredWeights, WholeModelNeededError, stored_weights
+from peft_fps.adapter_folders.stored_weights import StoredWeights, WholeModelNeededError, stored_weights
+from peft_fps.base.opening import weight_at
+from peft_fps.base.quantisation import base_weight
+from peft_fps.base.renamed_modules import current_names
+from peft_fps.base.substitution import overrides_forward
+from peft_fps.checkpoint import check_fingerprint, fingerprint
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import adapter_layers
 from peft_fps.layers.merge_record import MergeRecord

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.cli.merges import Case, check_same, gated_case, language_case, reference, rewrite, vision_case
+from tests.adapter_folders.merges import Case, check_same, gated_case, language_case, reference, rewrite, vision_case
 from tests.support.helpers import tiny_gpt2, tiny_llama, tiny_vit
 from tests.support.language_models import tiny_mixtral
 

@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_fps.cli.saved_adapters.shard_writing import saved_names
-from peft_fps.cli.saved_adapters.stored_weights import StoredWeights, WholeModelNeededError
+from peft_fps.adapter_folders.shard_writing import saved_names
+from peft_fps.adapter_folders.stored_weights import StoredWeights, WholeModelNeededError
 
 
 def tied(model: nn.Module) -> list[tuple[str, str]]:

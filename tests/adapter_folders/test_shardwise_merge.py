@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification, MixtralConfig, MixtralForCausalLM
 
-from peft_fps.cli.saved_adapters.merged_folder import MergeOptions, merge
-from tests.cli.merges import (
+from peft_fps.adapter_folders.merged_folder import MergeOptions, merge
+from tests.adapter_folders.merges import (
     INDEX,
     Case,
     check_same,

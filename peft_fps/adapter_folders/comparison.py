@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fps.cli.saved_adapters.soundness import inspect_adapter
-from peft_fps.cli.saved_adapters.sources import adapter_folder
+from peft_fps.adapter_folders.soundness import inspect_adapter
+from peft_fps.adapter_folders.sources import adapter_folder
 from peft_fps.saved_selection import Selection
 from peft_fps.selection.entries import ModuleEntries, check_same_modules
 from peft_fps.selection.overlap import Overlap, measure_overlap

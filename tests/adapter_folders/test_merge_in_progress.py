@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from peft_fps.cli.saved_adapters import shard_writing
-from peft_fps.cli.saved_adapters.stored_weights import StoredTensor
-from tests.cli.merges import language_case, rewrite
+from peft_fps.adapter_folders import shard_writing
+from peft_fps.adapter_folders.stored_weights import StoredTensor
+from tests.adapter_folders.merges import language_case, rewrite
 from tests.cli.saved import check_user_error, edit_tensors, run
 from tests.support.helpers import tiny_llama
 

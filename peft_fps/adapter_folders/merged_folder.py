@@ -13,12 +13,12 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-from peft_fps.cli.saved_adapters.recorded_base import load_base
-from peft_fps.cli.saved_adapters.shard_writing import write_shards
-from peft_fps.cli.saved_adapters.shardwise_merge import prepare_shardwise
-from peft_fps.cli.saved_adapters.soundness import inspect_adapter
-from peft_fps.cli.saved_adapters.stored_weights import WholeModelNeededError
+from peft_fps.adapter_folders.adapter_contents import Inspection
+from peft_fps.adapter_folders.recorded_base import load_base
+from peft_fps.adapter_folders.shard_writing import write_shards
+from peft_fps.adapter_folders.shardwise_merge import prepare_shardwise
+from peft_fps.adapter_folders.soundness import inspect_adapter
+from peft_fps.adapter_folders.stored_weights import WholeModelNeededError
 from peft_fps.vision.locations import check_path
 from peft_fps.vision.output_folders import check_output, folder_bytes, written_whole
 from peft_fps.vision.upstream_noise import upstream_deprecations

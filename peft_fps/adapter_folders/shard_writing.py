@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from peft_fps.adapter_folders.stored_weights import StoredWeights
 from peft_fps.checkpoint import open_safetensors
-from peft_fps.cli.saved_adapters.stored_weights import StoredWeights
 
 
 PATTERN = SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_fps.cli.saved_adapters.merged_folder import MergeOptions, merge
+from peft_fps.adapter_folders.merged_folder import MergeOptions, merge
 from tests.cli.saved import save_adapted
 from tests.support.helpers import tiny_vit
 

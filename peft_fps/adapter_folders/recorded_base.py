@@ -8,8 +8,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from peft_fps.cli.saved_adapters.adapter_contents import Inspection
-from peft_fps.cli.saved_adapters.stored_weights import WholeModelNeededError
+from peft_fps.adapter_folders.adapter_contents import Inspection
+from peft_fps.adapter_folders.stored_weights import WholeModelNeededError
 from peft_fps.vision.upstream_noise import no_head_report
 
 

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
+from peft_fps.adapter_folders.adapter_contents import Check, Inspection, Modules
 from peft_fps.checkpoint import (
     PEFT_PREFIX,
     REMEDY,
@@ -21,7 +22,6 @@ from peft_fps.checkpoint import (
     open_safetensors,
 )
 from peft_fps.checkpoint.record import AdapterRecord
-from peft_fps.cli.saved_adapters.adapter_contents import Check, Inspection, Modules
 from peft_fps.config import FPSConfig
 
 
