@@ -23,7 +23,7 @@ os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "beside_torchvision.py")
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from tests.notebook_kernels import fork_kernels
+from tests.support.notebook_kernels import fork_kernels
 
 
 fork_kernels()

@@ -10,7 +10,7 @@ from peft_fps.config_fields import (
     check_information,
     check_modules,
     check_selection,
-    check_tokens,
+    check_token_fields,
     put_names_in_form,
     read_empty_values,
 )
@@ -216,7 +216,7 @@ class FPSConfig(SavedConfig):
         check_selection(self)
         check_modules(self)
         check_information(self)
-        check_tokens(self)
+        check_token_fields(self)
         put_names_in_form(self)
         names = ("allocation", "calibration", "base_fingerprint", "whole_tensors", "tensors_sha256", "pickled")
         held = (allocation, calibration, base_fingerprint, whole_tensors, tensors_sha256, pickled)

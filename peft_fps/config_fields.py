@@ -157,7 +157,7 @@ def check_modules(config: Any) -> None:
         )
 
 
-def check_tokens(config: Any) -> None:
+def check_token_fields(config: Any) -> None:
     """Raise TypeError or ValueError unless the fields of token selection are valid, alone and together."""
     check_number("token_keep_rate", config.token_keep_rate, upper=1.0)
     check_indices("token_blocks", config.token_blocks)

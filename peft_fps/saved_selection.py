@@ -13,13 +13,13 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from peft_fps.card.selection_method import CHOSEN, method_record, plain_method
-from peft_fps.checkpoint import REMEDY, WEIGHTS
+from peft_fps.card.selection_method import METHOD_FIELDS, method_record, plain_method
+from peft_fps.checkpoint import FILE_REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
 from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.adapter_state import AdapterState
-from peft_fps.layers.lookup import active_adapter, adapter_layers
+from peft_fps.layers.lookup import active_adapter, adapter_layers, adapter_state
 from peft_fps.lifecycle.entry_transfer import best_entries, entries_of, give_entries
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.selection import SelectionReport
@@ -74,7 +74,7 @@ class Selection:
         """
         name = adapter_name or active_adapter(model)
         config, layers = adapter_config(model, name), adapter_layers(model, name)
-        return cls(entries_of(model, name), _method(config, next(iter(layers.values())).fps_state[name]))
+        return cls(entries_of(model, name), _method(config, adapter_state(layers, name)))
 
     def apply(
         self, model: nn.Module, adapter_name: str | None = None, *, discard_values: bool = False
@@ -98,7 +98,9 @@ class Selection:
                 The model is unchanged then.
         """
         name = adapter_name or active_adapter(model)
-        give_entries(model, name, self.modules, _record_of(plain_method(self.method)), discard_values=discard_values)
+        give_entries(
+            model, name, self.modules, _calibration_record(plain_method(self.method)), discard_values=discard_values
+        )
         return selection_report(model, name)
 
     @classmethod
@@ -136,7 +138,7 @@ class Selection:
             "importance": importance,
             "order": config.order,
             "granularity": config.granularity,
-            "base_fingerprint": next(iter(layers.values())).fps_state[name].base_fingerprint,
+            "base_fingerprint": adapter_state(layers, name).base_fingerprint,
         }
         return cls(modules, method)
 
@@ -187,7 +189,7 @@ class Selection:
         try:
             return cls(modules, method)
         except ValueError as error:
-            raise ValueError(f"{path}: {error} {REMEDY}") from error
+            raise ValueError(f"{path}: {error} {FILE_REMEDY}") from error
 
     def overlap(self, other: "Selection") -> Overlap:
         """Compare with a selection of the same modules, say for another task.
@@ -205,16 +207,16 @@ class Selection:
 def _method(config: FPSConfig, state: AdapterState) -> dict[str, Any]:
     """Return how an adapter's entries were chosen, as plain data, from its config and state."""
     record = method_record(config, state)
-    chosen = {key: None if record is None else getattr(record, key) for key in CHOSEN}
+    chosen = {key: None if record is None else getattr(record, key) for key in METHOD_FIELDS}
     plain = None if record is None else record.to_json()
     return {**chosen, "calibration": plain, "base_fingerprint": state.base_fingerprint}
 
 
-def _record_of(method: dict[str, Any]) -> CalibrationRecord:
+def _calibration_record(method: dict[str, Any]) -> CalibrationRecord:
     """Return the record that a selection's method holds, or what the method says of the choice.
 
     That record may say nothing. Without any, a report would tell what the adapter's config asks for.
     """
     if method.get("calibration") is not None:
         return CalibrationRecord.from_json(method["calibration"], "method['calibration']")
-    return CalibrationRecord.from_json({key: method.get(key) for key in CHOSEN}, "method")
+    return CalibrationRecord.from_json({key: method.get(key) for key in METHOD_FIELDS}, "method")

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 from peft_fps import FPSConfig, calibrate
 from peft_fps.presets import PRESETS, preset_settings, recipe_line
-from peft_fps.reproduce.preset_table import preset_table
 from tests.support.helpers import image_batches, layers_of, selected_columns, tiny_vit
+from tests.support.preset_table import preset_table
 
 
 NAMES = [

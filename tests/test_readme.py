@@ -18,11 +18,11 @@ from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results, accuracy_table, difference_table
 from peft_fps.cli.app import app
-from peft_fps.reproduce.preset_table import preset_table
 from peft_fps.reproduce.recipes import recipe_table
 from tests.support.documents import DOCUMENTS, RESULTS, blocks, broken_links, commands, rows
 from tests.support.forked import run_program
 from tests.support.helpers import ROOT, tiny_vit
+from tests.support.preset_table import preset_table
 
 
 README = DOCUMENTS["README.md"].read_text(encoding="utf-8")

@@ -10,18 +10,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from peft_fps.adapter_folders.adapter_contents import Inspection
 from peft_fps.adapter_folders.stored_weights import WholeModelNeededError
+from peft_fps.card.facts import TASKS
 from peft_fps.vision.upstream_noise import no_head_report
-
-
-OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""The class to load a base model by, where an adapter records PEFT's task type instead of the model's class."""
 
 
 def load_base(
@@ -80,8 +70,8 @@ def model_class(name: str, adapter: Inspection, base: Any) -> Any:
         ValueError: neither tells, the model's code is not part of transformers, or the base is another kind of model.
     """
     task = adapter.config and adapter.config.task_type
-    if task in OF_TASK:
-        return getattr(transformers, OF_TASK[task])
+    if task in TASKS:
+        return getattr(transformers, TASKS[task][0])
     names = [kind for kind in (adapter.base_class, *(base.architectures or ())) if isinstance(kind, str)]
     for kind in names:
         found = getattr(transformers, kind, None)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peft_fps.adapter_folders.adapter_contents import Check, Inspection, Modules
 from peft_fps.checkpoint import (
+    FILE_REMEDY,
     PEFT_PREFIX,
-    REMEDY,
     TENSORS,
     WEIGHTS,
     Expected,
@@ -116,7 +116,7 @@ def _read_tensors(path: Path, modules: Modules, heads: dict[str, Tensor]) -> Non
             held = modules.setdefault(module, {}) if name in TENSORS else heads
             place = name if name in TENSORS else own
             if place in held:
-                raise ValueError(f"{own} is in the file twice, expected it once. {REMEDY}")
+                raise ValueError(f"{own} is in the file twice, expected it once. {FILE_REMEDY}")
             held[place] = file.get_tensor(key)
 
 

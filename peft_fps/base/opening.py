@@ -51,10 +51,17 @@ def open_modules(model: nn.Module, paths: Iterable[str]) -> None:
             module = OpenedModule(module)
             put_module(model, owner, module)
             if isinstance(model.get_submodule(owner.rpartition(".")[0]), nn.TransformerEncoderLayer):
-                # its fused path reads the weights without calling the module; any hook makes it step aside
-                module.register_forward_pre_hook(_no_op)
+                keep_off_fused_path(module)
         if name not in module._modules:
             module._modules[name] = found
+
+
+def keep_off_fused_path(module: nn.Module) -> None:
+    """Keep the fused path of PyTorch's `TransformerEncoderLayer` from reading a module's weight without calling it.
+
+    Any hook on a module inside the layer makes that path step aside.
+    """
+    module.register_forward_pre_hook(_no_op)
 
 
 def _base_at(model: nn.Module, path: str) -> nn.Module | None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
-from peft_fps.calibration.expert_inputs import Rows
 from peft_fps.calibration.own_forward import WatchedProduct
-from peft_fps.calibration.packed_inputs import watch_packed
+from peft_fps.calibration.packed_inputs import Rows, watch_packed
 from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
 from peft_fps.calibration.statistics import InputStatistics, add_rows, check_dense, column_sums, token_counts
 from peft_fps.calibration.tap_sums import convolution_sums

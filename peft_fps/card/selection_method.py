@@ -13,7 +13,7 @@ from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.selection.calibration_record import CalibrationRecord
 
 
-CHOSEN = ("importance", "order", "granularity")
+METHOD_FIELDS = ("importance", "order", "granularity")
 """Fields that every record of known origin has."""
 
 

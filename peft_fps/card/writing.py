@@ -20,7 +20,7 @@ from peft_fps.card.facts import CardSettings, Facts, SavedAdapter, read_facts
 from peft_fps.card.markdown import BEGIN, END, put, render
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS
 from peft_fps.checkpoint.record import read_record
-from peft_fps.layers.lookup import target_layers
+from peft_fps.layers.lookup import adapter_state, target_layers
 from peft_fps.registration import fps_type
 
 
@@ -61,7 +61,7 @@ def write_cards(
         record = read_record(path)
         if record is None:
             continue
-        state = next(iter(target_layers(model, name).values())).fps_state[name]
+        state = adapter_state(target_layers(model, name), name)
         saved = SavedAdapter(record, state.base_parameters, state.evaluation)
         told: dict[str, str] = {}
         if location is not None:

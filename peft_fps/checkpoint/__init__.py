@@ -31,15 +31,15 @@ from peft_fps.checkpoint.file_checks import Expected, check_adapter_tensors, che
 from peft_fps.checkpoint.fingerprint import check_fingerprint, fingerprint
 from peft_fps.checkpoint.folder import PICKLED_WEIGHTS, WEIGHTS, check_folder, is_pickled
 from peft_fps.checkpoint.folder_replacement import recover_adapter, save_adapter
-from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
+from peft_fps.checkpoint.safetensors_file import FILE_REMEDY, open_safetensors
 from peft_fps.checkpoint.trainer_checkpoint import last_complete_checkpoint
 
 
 __all__ = [
+    "FILE_REMEDY",
     "PEFT_PREFIX",
     "PICKLED_WEIGHTS",
     "PREFIX",
-    "REMEDY",
     "TENSORS",
     "TRAINED",
     "WEIGHTS",

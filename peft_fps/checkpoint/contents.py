@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peft_fps.checkpoint.encoding import PEFT_PREFIX, PREFIX
-from peft_fps.checkpoint.safetensors_file import REMEDY
+from peft_fps.checkpoint.safetensors_file import FILE_REMEDY
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ class Contents:
             else:
                 owner, place, where = wholes, plain, f"{plain}: the adapter file holds this tensor"
             if place in owner:
-                raise ValueError(f"{where} twice, expected it once. {REMEDY}")
+                raise ValueError(f"{where} twice, expected it once. {FILE_REMEDY}")
             owner[place] = tensor
         return cls(modules, wholes)

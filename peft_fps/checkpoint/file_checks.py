@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_fps.checkpoint.contents import Contents
-from peft_fps.checkpoint.safetensors_file import REMEDY
+from peft_fps.checkpoint.safetensors_file import FILE_REMEDY
 from peft_fps.sparse import StructureError, check_entries, check_finite, check_floating
 
 
@@ -88,7 +88,7 @@ def check_adapter_tensors(
         if name not in expected:
             raise ValueError(
                 f"{name}: the adapter file holds {sorted(modules[name])}, expected tensors of the modules that this "
-                f"adapter targets alone. {REMEDY}"
+                f"adapter targets alone. {FILE_REMEDY}"
             )
     found = 0
     for name, wanted in expected.items():
@@ -97,17 +97,18 @@ def check_adapter_tensors(
         names |= ({"fps_bias"} if wanted.bias else set()) | ({"fps_threshold"} if wanted.gate else set())
         if set(tensors) != names:
             raise ValueError(
-                f"{name}: the adapter file holds {sorted(tensors) or 'nothing'}, expected {sorted(names)}. {REMEDY}"
+                f"{name}: the adapter file holds {sorted(tensors) or 'nothing'}, expected {sorted(names)}. "
+                f"{FILE_REMEDY}"
             )
         try:
             _check_module(tensors, wanted, total_only)
         except StructureError as error:
-            raise ValueError(f"{name}: {error}. {REMEDY}") from error
+            raise ValueError(f"{name}: {error}. {FILE_REMEDY}") from error
         found += tensors["fps_columns"].numel()
     if found != sum(wanted.entries for wanted in expected.values()):
         raise ValueError(
             f"The adapter file holds {found:,} entries, expected {sum(w.entries for w in expected.values()):,} in "
-            f"{len(expected)} modules as the config says. {REMEDY}"
+            f"{len(expected)} modules as the config says. {FILE_REMEDY}"
         )
 
 
@@ -144,14 +145,14 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
         if key not in expected:
             raise ValueError(
                 f"{key}: the adapter file holds this tensor, expected only sparse tensors of targeted modules and the "
-                f"modules named in modules_to_save; base weights are never loaded from an adapter. {REMEDY}"
+                f"modules named in modules_to_save; base weights are never loaded from an adapter. {FILE_REMEDY}"
             )
         found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
         if found[:1] != wanted[:1] and found[1:] == wanted[1:] and len(found) == len(wanted):
             raise ValueError(
                 f"{key}: the adapter's head has {found[0]} outputs (shape {found}), expected {wanted[0]} as "
                 f"the model's (shape {wanted}). Load the base model with as many classes as the adapter was trained "
-                f"for (num_labels, num_classes, ...). {REMEDY} Nothing was loaded."
+                f"for (num_labels, num_classes, ...). {FILE_REMEDY} Nothing was loaded."
             )
         try:
             if expected[key].is_floating_point():
@@ -162,10 +163,10 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
                     f"and {tuple(expected[key].shape)}"
                 )
         except StructureError as error:
-            raise ValueError(f"{key}: {error}. {REMEDY}") from error
+            raise ValueError(f"{key}: {error}. {FILE_REMEDY}") from error
     for key in expected:
         if key not in tensors:
-            raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {REMEDY}")
+            raise ValueError(f"{key}: not in the adapter file, expected since modules_to_save names it. {FILE_REMEDY}")
 
 
 def _check_trained(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -19,7 +19,7 @@ from peft_fps.selection.module_sizes import ModuleSizes
 FORMAT_VERSION = 2
 """Of the adapter files that this package writes. It reads older ones too."""
 
-REMEDY = "The config is damaged; fetch or save the adapter again."
+CONFIG_REMEDY = "The config is damaged; fetch or save the adapter again."
 
 
 def check_version(version: Any) -> None:
@@ -33,7 +33,7 @@ def check_version(version: Any) -> None:
         )
 
 
-Allocation = Mapping[str, ModuleSizes]
+SavedSizes = Mapping[str, ModuleSizes]
 """Sizes by module path in the base model."""
 
 
@@ -62,7 +62,7 @@ def allocation_from_json(value: Any, where: str = "allocation") -> dict[str, Mod
     return allocation
 
 
-def allocation_to_json(allocation: Allocation) -> dict[str, dict[str, int]]:
+def allocation_to_json(allocation: SavedSizes) -> dict[str, dict[str, int]]:
     """Return the sizes of every module as plain data."""
     return {module: asdict(sizes) for module, sizes in allocation.items()}
 
@@ -85,7 +85,7 @@ class AdapterRecord:
         TypeError, ValueError: names the field, what was found and what is expected.
     """
 
-    allocation: Allocation
+    allocation: SavedSizes
     calibration: CalibrationRecord | None = None
     base_fingerprint: Mapping[str, str] | None = None
     whole_tensors: tuple[str, ...] | None = None
@@ -152,7 +152,7 @@ class AdapterRecord:
                 tuple(blocks) if isinstance(blocks, list) else blocks,
             )
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} {REMEDY}") from error
+            raise type(error)(f"{error} {CONFIG_REMEDY}") from error
 
 
 def record_from(record: Any, flat: Mapping[str, Any]) -> AdapterRecord | None:
@@ -167,7 +167,7 @@ def record_from(record: Any, flat: Mapping[str, Any]) -> AdapterRecord | None:
     """
     given = {name: value for name, value in flat.items() if value is not None}
     if record is not None and given:
-        raise ValueError(f"record was given beside {', '.join(given)}, expected one of the two. {REMEDY}")
+        raise ValueError(f"record was given beside {', '.join(given)}, expected one of the two. {CONFIG_REMEDY}")
     if record is not None:
         return record if isinstance(record, AdapterRecord) else AdapterRecord.from_json(record)
     found = AdapterRecord.from_json({"allocation": {}, **given}, where="") if given else None

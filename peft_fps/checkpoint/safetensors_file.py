@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
-REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
+FILE_REMEDY = "The file is damaged or belongs to another model; fetch or save it again."
 """What to do about a file that fails a check."""
 
 
@@ -38,5 +38,5 @@ def open_safetensors(path: Path, *, mapped: bool = True) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file: found {str(error) or type(error).__name__}, expected an "
-            f"intact one. {REMEDY}"
+            f"intact one. {FILE_REMEDY}"
         ) from error

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from peft_fps.checkpoint.contents import Contents
 from peft_fps.checkpoint.encoding import encode
-from peft_fps.checkpoint.record import Allocation, allocation_from_json, allocation_to_json
-from peft_fps.checkpoint.safetensors_file import REMEDY, open_safetensors
+from peft_fps.checkpoint.record import SavedSizes, allocation_from_json, allocation_to_json
+from peft_fps.checkpoint.safetensors_file import FILE_REMEDY, open_safetensors
 from peft_fps.selection.entries import ModuleEntries
 from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sparse import StructureError
@@ -75,11 +75,11 @@ def read_selection(path: Path) -> tuple[dict[str, ModuleEntries], dict[str, Any]
     try:
         allocation = allocation_from_json(record["allocation"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error} {REMEDY}") from error
+        raise ValueError(f"{path}: {error} {FILE_REMEDY}") from error
     return _checked_modules(path, tensors, allocation), record["method"]
 
 
-def read_adapter(path: Path, allocation: Allocation) -> dict[str, ModuleEntries]:
+def read_adapter(path: Path, allocation: SavedSizes) -> dict[str, ModuleEntries]:
     """Read the selection of an adapter file, without norms, of which only a bias is trained.
 
     Args:
@@ -115,14 +115,14 @@ def _read(path: Path, ending: str | tuple[str, ...] = "") -> tuple[dict[str, str
         return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
 
 
-def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Allocation) -> dict[str, ModuleEntries]:
+def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: SavedSizes) -> dict[str, ModuleEntries]:
     """Check a file's tensors against the sizes in the allocation, and return the entries of each module."""
     expected = {f"{module}.{name}" for module in allocation for name in INDICES}
     if set(tensors) != expected:
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         raise ValueError(
             f"{path}: lacks the tensors {missing} and holds {unknown} besides, expected {' and '.join(INDICES)} of "
-            f"each of {len(allocation)} modules. {REMEDY}"
+            f"each of {len(allocation)} modules. {FILE_REMEDY}"
         )
     modules = {}
     for module, sizes in allocation.items():
@@ -130,7 +130,7 @@ def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Allo
         try:
             modules[module] = _checked_module(columns, row_counts, sizes)
         except StructureError as error:
-            raise ValueError(f"{path}: {module}: {error}. {REMEDY}") from error
+            raise ValueError(f"{path}: {module}: {error}. {FILE_REMEDY}") from error
     return modules
 
 
@@ -156,10 +156,12 @@ def _checked_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its record is not valid JSON ({error}), expected an object. {REMEDY}") from error
+        raise ValueError(
+            f"{path}: its record is not valid JSON ({error}), expected an object. {FILE_REMEDY}"
+        ) from error
     version = record.get("format_version") if isinstance(record, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path}: format_version is {version!r}, expected an integer of at least 1. {REMEDY}")
+        raise ValueError(f"{path}: format_version is {version!r}, expected an integer of at least 1. {FILE_REMEDY}")
     if version > FILE_VERSION:
         raise ValueError(
             f"{path}: format_version is {version}, expected at most {FILE_VERSION}: the selection was written by a "
@@ -167,6 +169,6 @@ def _checked_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     if not all(isinstance(record.get(key), dict) for key in ("allocation", "method")):
         raise ValueError(
-            f"{path}: its record holds {sorted(record)}, expected the objects 'allocation' and 'method'. {REMEDY}"
+            f"{path}: its record holds {sorted(record)}, expected the objects 'allocation' and 'method'. {FILE_REMEDY}"
         )
     return record

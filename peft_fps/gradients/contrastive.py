@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_fps.calibration.batches import inputs_of
-from peft_fps.gradients.losses import REMEDY, contents_of, labels_of
+from peft_fps.gradients.losses import LOSS_REMEDY, contents_of, labels_of
 
 
 TEMPERATURE = 0.07
@@ -114,9 +114,9 @@ def _images(batch: Any) -> tuple[Tensor, bool]:
     named = isinstance(inputs, Mapping)
     images = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
     if images is None:
-        raise ValueError(f"the batch {contents_of(inputs)}, expected images as 'pixel_values'. {REMEDY}")
+        raise ValueError(f"the batch {contents_of(inputs)}, expected images as 'pixel_values'. {LOSS_REMEDY}")
     if not isinstance(images, Tensor):
-        raise TypeError(f"the batch's images are of type {type(images).__name__}, expected a tensor. {REMEDY}")
+        raise TypeError(f"the batch's images are of type {type(images).__name__}, expected a tensor. {LOSS_REMEDY}")
     return images, named
 
 
@@ -143,7 +143,8 @@ def _first_input(model: nn.Module, path: str, inputs: Tensor | dict[str, Any]) -
         handle.remove()
     if not seen:
         raise ValueError(
-            f"{path}: not called when the model ran, expected the module that turns features into classes. {REMEDY}"
+            f"{path}: not called when the model ran, expected the module that turns features into classes. "
+            f"{LOSS_REMEDY}"
         )
     return seen[0]
 
@@ -168,5 +169,5 @@ def _features(inputs: Any, path: str) -> Tensor:
     actual = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(
         f"{path}: its input is {actual}, expected features (batch, size), (batch, tokens, size) or "
-        f"(batch, channels, height, width). {REMEDY}"
+        f"(batch, channels, height, width). {LOSS_REMEDY}"
     )

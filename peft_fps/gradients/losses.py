@@ -13,7 +13,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 IGNORED = -100
 """The label that losses of transformers and torch leave out."""
-REMEDY = "For another kind of task, pass loss=callable to calibrate."
+LOSS_REMEDY = "For another kind of task, pass loss=callable to calibrate."
 
 
 def task_loss(outputs: Any, batch: Any) -> Tensor:
@@ -41,13 +41,13 @@ def task_loss(outputs: Any, batch: Any) -> Tensor:
         raise ValueError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}), expected class "
             "indices of shape (batch,) for logits (batch, classes), or (batch, tokens) for (batch, tokens, classes). "
-            f"{REMEDY}"
+            f"{LOSS_REMEDY}"
         )
     labels = labels.long().to(logits.device)
     classes = logits.shape[-1]
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
-        raise ValueError(f"labels hold {int(wrong[0])}, expected 0 to {classes - 1}, or {IGNORED}. {REMEDY}")
+        raise ValueError(f"labels hold {int(wrong[0])}, expected 0 to {classes - 1}, or {IGNORED}. {LOSS_REMEDY}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
@@ -96,10 +96,10 @@ def labels_of(batch: Any) -> Tensor:
     if labels is None:
         raise ValueError(
             f"the batch {contents_of(batch)} and no labels, expected an entry 'labels' or 'label', or a tuple whose "
-            f"second element they are. {REMEDY}"
+            f"second element they are. {LOSS_REMEDY}"
         )
     if not isinstance(labels, Tensor):
-        raise TypeError(f"the batch's labels are of type {type(labels).__name__}, expected a tensor. {REMEDY}")
+        raise TypeError(f"the batch's labels are of type {type(labels).__name__}, expected a tensor. {LOSS_REMEDY}")
     return labels
 
 
@@ -127,6 +127,6 @@ def _logits(outputs: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model's outputs are of type {type(outputs).__name__} without loss or logits, expected one of them, "
-            f"or a tensor. {REMEDY}"
+            f"or a tensor. {LOSS_REMEDY}"
         )
     return logits

@@ -1,7 +1,7 @@
 """Merging of one layer: add an adapter's changes to the base layer in place, and undo that bit for bit."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,22 @@ class MergingLayer(PlacedLayer):
         for name in adapter_names or self.active_adapters:
             self.check_mergeable(name)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fps_state]
-        if names:
-            self._check_at_hand("merge into")
         for name in names if safe_merge else ():
             self.check_finite(name)
+        self.merge_checked(names, safe_merge)
+
+    def merge_checked(self, names: Sequence[str], safe_merge: bool) -> None:
+        """Merge adapters whose tensors are checked, all or none.
+
+        Args:
+            names: adapters to merge, in order, which this layer has and which are not merged.
+            safe_merge: refuse a merge that would write NaN or infinity.
+
+        Raises:
+            ValueError: the weight is not at hand, or, with `safe_merge`, the merged weights would not be finite.
+        """
+        if names:
+            self._check_at_hand("merge into")
         before = len(self.merged_adapters)
         try:
             for name in names:

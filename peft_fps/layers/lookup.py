@@ -8,6 +8,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_fps.base.compiled import unwrapped
+from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 
@@ -45,6 +46,16 @@ def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return all layers that the adapter targets, by path in the base model, those that no data reached included."""
     layers = fps_layers(model).values()
     return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+
+
+def adapter_state(layers: Mapping[str, FPSLayer], adapter_name: str) -> AdapterState:
+    """Return the state of an adapter, which is one object that all of its layers hold.
+
+    Args:
+        layers: of the adapter, at least one.
+        adapter_name: name of the adapter.
+    """
+    return next(iter(layers.values())).fps_state[adapter_name]
 
 
 def entry_layers(layers: Mapping[str, FPSLayer]) -> dict[str, EntryLayer]:

@@ -17,22 +17,17 @@ from peft_fps.importance.scorer import scorer
 from peft_fps.layers.embedding import Embedding
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.lookup import (
-    active_adapter,
-    base_model,
-    entry_layers,
-    target_layers,
-)
+from peft_fps.layers.lookup import active_adapter, adapter_state, base_model, entry_layers, target_layers
 from peft_fps.lifecycle.adapters_off import adapters_off
-from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
-from peft_fps.lifecycle.selection_report import selection_report
-from peft_fps.lifecycle.token_choice import chosen_token_blocks
-from peft_fps.lifecycle.unreached import (
-    entries_of_reached,
+from peft_fps.lifecycle.calibration_warnings import (
     warn_of_idle_experts,
     warn_of_tied_uses,
     warn_of_unreached,
 )
+from peft_fps.lifecycle.entry_allocation import entries_of_reached
+from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
+from peft_fps.lifecycle.selection_report import selection_report
+from peft_fps.lifecycle.token_choice import chosen_token_blocks
 from peft_fps.selection import SelectionReport
 from peft_fps.selection.calibration_record import CalibrationRecord
 from peft_fps.tokens.token_placement import place_token_selection
@@ -148,7 +143,7 @@ def calibrate(
         carrying = {path for path, layer in layers.items() if layer.carries(adapter_name)}
         found = _Findings({}, carrying, CalibrationRecord(**_settings(config, RECORDED)))
     weighted = entry_layers(layers)
-    entries = entries_of_reached(model, adapter_name, found.reached)
+    entries = entries_of_reached(base_model(model), config, layers, adapter_name, found.reached)
     scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
     selected = rank(weighted, config, entries, scores)
     token_blocks = chosen_token_blocks(model, config, weighted, scores)
@@ -158,7 +153,7 @@ def calibrate(
         kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, kind)
     warn_of_idle_experts(layers, found.evidence)
-    state = next(iter(layers.values())).fps_state[adapter_name]
+    state = adapter_state(layers, adapter_name)
     state.selected, state.calibration = True, replace(found.record, unreached=unreached)
     if state.token_blocks != token_blocks:
         state.token_blocks = token_blocks

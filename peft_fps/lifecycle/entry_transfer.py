@@ -12,7 +12,7 @@ from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.lookup import adapter_layers, base_model, entry_layers, target_layers
+from peft_fps.layers.lookup import adapter_layers, adapter_state, base_model, entry_layers, target_layers
 from peft_fps.lifecycle.entry_replacement import check_selectable, rank, set_entries
 from peft_fps.selection.budget_allocation import exact
 from peft_fps.selection.calibration_record import CalibrationRecord
@@ -97,7 +97,7 @@ def give_entries(
     _check_budget(entries, config, sum(layer.neurons for layer in biased), base, adapter_name)
     selected = {path: (module.columns, module.row_counts) for path, module in given.items()}
     set_entries(layers, adapter_name, selected, layers.keys() - unreached)
-    state = next(iter(layers.values())).fps_state[adapter_name]
+    state = adapter_state(layers, adapter_name)
     state.selected, state.calibration = True, record
 
 

@@ -20,8 +20,8 @@ from peft_fps.config import FPSConfig
 from peft_fps.config_lookup import adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.lookup import base_model, target_layers
-from peft_fps.lifecycle.injection import prepare_injection
+from peft_fps.layers.lookup import adapter_state, base_model, target_layers
+from peft_fps.lifecycle.injection import adopt_config, prepare_injection
 from peft_fps.lifecycle.lora_layers import lora_layers_out
 from peft_fps.tokens.token_placement import place_token_selection
 
@@ -59,23 +59,20 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
     """Read and check the saved adapter, then write it into the layers."""
     old, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     _check_present(layers, adapter_name)
-    config = _checked_config(FPSConfig.from_pretrained(path, **options), old, model, adapter_name, layers)
+    config, record = _checked_config(FPSConfig.from_pretrained(path, **options), old, model, adapter_name, layers)
     options = {key: value for key, value in options.items() if key != "check_base"}
     # PEFT reads the file, as in every other way to load
     state_dict = load_peft_weights(path, device=infer_device() if device is None else device, **options)
-    contents, present = _checked_contents(model, config, adapter_name, layers, state_dict)
+    contents, present = _checked_contents(model, record, adapter_name, layers, state_dict)
     # all conversions first, since they may fail for want of memory
     tensors = {path: _as_held(layer, adapter_name, contents.modules.get(path, {})) for path, layer in layers.items()}
     wholes = [(present[name], tensor.to(present[name])) for name, tensor in contents.wholes.items()]
     _put(layers, adapter_name, tensors, wholes)
     config.inference_mode = old.inference_mode
-    state = next(iter(layers.values())).fps_state[adapter_name]
-    record = _record_of(config)
-    state.selected, state.calibration, state.saved_inputs = True, record.calibration, config.saved_inputs
+    state = adapter_state(layers, adapter_name)
+    adopt_config(state, config)
     state.unreached.difference_update(record.allocation)
     state.before = state.evaluation = None
-    state.gate_penalty = None if config.token_gate is None else config.token_gate_penalty
-    state.token_keep_rate, state.token_blocks = config.token_keep_rate, record.selecting_blocks
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and adapter_name in configs:
@@ -100,8 +97,12 @@ def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
 
 def _checked_config(
     found: Any, old: FPSConfig, model: nn.Module, adapter_name: str, layers: Mapping[str, FPSLayer]
-) -> FPSConfig:
-    """Check the saved adapter's config against model and adapter, and return it with modules under present names."""
+) -> tuple[FPSConfig, AdapterRecord]:
+    """Check the saved adapter's config against model and adapter.
+
+    Returns:
+        The config and its record, in which modules have their present names.
+    """
     if not isinstance(found, FPSConfig) or found.record is None:
         kind = type(found).__name__
         raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
@@ -130,18 +131,12 @@ def _checked_config(
             f"adapter that it replaces alone. {ADVICE}"
         )
     prepare_injection(base, found)
-    return found
-
-
-def _record_of(config: FPSConfig) -> AdapterRecord:
-    """Return the record of a config that `_checked_config` has checked."""
-    assert config.record is not None
-    return config.record
+    return found, found.record
 
 
 def _checked_contents(
     model: nn.Module,
-    config: FPSConfig,
+    record: AdapterRecord,
     adapter_name: str,
     layers: Mapping[str, FPSLayer],
     state_dict: Mapping[str, Tensor],
@@ -154,8 +149,7 @@ def _checked_contents(
     contents = Contents.of(state_dict.items())
     contents = replace(contents, modules=current_names(base_model(model), contents.modules))
     expected = {
-        path: expected_module(layers[path], adapter_name, sizes.entries)
-        for path, sizes in _record_of(config).allocation.items()
+        path: expected_module(layers[path], adapter_name, sizes.entries) for path, sizes in record.allocation.items()
     }
     held = model.state_dict(keep_vars=True)
     present = {name: held[key] for name, key in whole_keys(model, adapter_name).items()}
@@ -172,7 +166,8 @@ def _as_held(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) 
     result = {}
     for name in layer.tensor_names():
         inert = name == "fps_bias" and layer.has_inert_bias(adapter_name)
-        if name not in tensors if inert else adapter_name not in getattr(layer, name):
+        will_be_there = name in tensors if inert else adapter_name in getattr(layer, name)
+        if not will_be_there:
             continue
         present = getattr(layer, "fps_values" if inert else name)[adapter_name].detach()
         if tensors:

@@ -6,7 +6,7 @@ from torch import nn
 from peft_fps.config import FPSConfig
 from peft_fps.importance.random import random_scorer
 from peft_fps.importance.scorer import scorer
-from peft_fps.layers.lookup import adapter_layers, entry_layers
+from peft_fps.layers.lookup import adapter_layers, adapter_state, entry_layers
 from peft_fps.lifecycle.entry_replacement import rank, set_entries
 from peft_fps.lifecycle.token_choice import chosen_token_blocks
 
@@ -36,7 +36,7 @@ def select_without_data(model: nn.Module, config: FPSConfig, adapter_name: str) 
     entries = {path: layer.fps_values[adapter_name].numel() for path, layer in weighted.items()}
     set_entries(layers, adapter_name, rank(weighted, config, entries, scores), layers)
     if config.token_keep_rate is not None:
-        state = next(iter(layers.values())).fps_state[adapter_name]
+        state = adapter_state(layers, adapter_name)
         state.token_blocks = chosen_token_blocks(model, config, weighted, scores)
     if not config.init_weights:
         for layer in layers.values():

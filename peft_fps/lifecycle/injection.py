@@ -19,7 +19,7 @@ from peft_fps.layers.adapter_state import AdapterState, Before
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.lifecycle.opened_targets import names_path, opened_targets
 from peft_fps.lifecycle.plan import Plan, plan
-from peft_fps.lifecycle.token_choice import check_tokens, given_token_blocks
+from peft_fps.lifecycle.token_choice import check_token_choice, given_token_blocks
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
 from peft_fps.targets.target_checks import check_gated
@@ -102,7 +102,7 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
         ValueError: a target cannot be adapted, the budget does not fit, or a record is another model's.
     """
     _check_task(model, config)
-    check_tokens(model, config)
+    check_token_choice(model, config)
     check_whole(model, "attach or swap an adapter", ATTACH_FIRST, allow_zero=True)
     head = find_head(model)
     _settle_targets(model, config, head)
@@ -209,16 +209,24 @@ def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:
             is refused.
         config: of the adapter.
     """
+    state = AdapterState(before=None if config.record is None else Before.of(model))
+    adopt_config(state, config)
+    return state
+
+
+def adopt_config(state: AdapterState, config: FPSConfig) -> None:
+    """Let the state of an adapter say what a config and its record say.
+
+    Args:
+        state: of a new adapter, or of one that a saved adapter replaces.
+        config: of the new or saved adapter.
+    """
     record = config.record
-    return AdapterState(
-        selected=record is not None or not config.needs_calibration,
-        calibration=None if record is None else record.calibration,
-        saved_inputs=config.saved_inputs,
-        token_keep_rate=config.token_keep_rate,
-        token_blocks=given_token_blocks(config),
-        gate_penalty=None if config.token_gate is None else config.token_gate_penalty,
-        before=None if record is None else Before.of(model),
-    )
+    state.selected = record is not None or not config.needs_calibration
+    state.calibration = None if record is None else record.calibration
+    state.saved_inputs = config.saved_inputs
+    state.token_keep_rate, state.token_blocks = config.token_keep_rate, given_token_blocks(config)
+    state.gate_penalty = None if config.token_gate is None else config.token_gate_penalty
 
 
 @contextmanager

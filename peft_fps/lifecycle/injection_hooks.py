@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
 from peft_fps.base.compiled import compiled_in_place, plain_name, unwrapped
-from peft_fps.base.opening import open_modules
+from peft_fps.base.opening import keep_off_fused_path, open_modules
 from peft_fps.base.quantisation import keep_unpacked
 from peft_fps.checkpoint import PREFIX
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.lifecycle.adapted_module import adapted
+from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.initial_entries import select_without_data
 from peft_fps.lifecycle.injection import Injection, config_withdrawn_on_failure, new_state, prepare_injection
 from peft_fps.lifecycle.model_hooks import attach_hooks
@@ -25,6 +25,10 @@ from peft_fps.targets.base_parameters import base_parameters
 from peft_fps.targets.target_checks import check_adapter_name
 from peft_fps.targets.whole_modules import wrap_whole
 from peft_fps.tokens.token_placement import place_token_selection
+
+
+HIDDEN_FROM_PEFT = ("modules_to_save", "target_parameters")
+"""Fields of the config that PEFT does not see while it injects, since the adapter acts on them in its own way."""
 
 
 class InjectionHooks(BaseTuner):
@@ -41,8 +45,7 @@ class InjectionHooks(BaseTuner):
     _injected: str
     _state: AdapterState
     _stored: set[str] | None
-    _modules_to_save: list[str] | None
-    _target_parameters: list[str] | None
+    _hidden: dict[str, Any]
 
     def inject_adapter(
         self,
@@ -67,7 +70,7 @@ class InjectionHooks(BaseTuner):
         source = None if to_be_loaded else reference_of(self.peft_config, adapter_name)
         if source is not None:
             self.peft_config[adapter_name] = config = config_of_copy(unwrapped(model), config, source)
-        self._modules_to_save, self._target_parameters = config.modules_to_save, config.target_parameters
+        self._hidden = {name: getattr(config, name) for name in HIDDEN_FROM_PEFT}
         keep_unpacked(self.model)
         try:
             with config_withdrawn_on_failure(model, self.peft_config, adapter_name), compiled_in_place(self):
@@ -86,7 +89,7 @@ class InjectionHooks(BaseTuner):
                     state_dict=state_dict,
                 )
         finally:
-            config.modules_to_save, config.target_parameters = self._modules_to_save, self._target_parameters
+            vars(config).update(self._hidden)
         attach_hooks(self.model)
         self._state.buffers = buffer_digests(self.model)
         if source is not None:
@@ -104,7 +107,7 @@ class InjectionHooks(BaseTuner):
         self._state.base_parameters = injection.plan.base_parameters
         self._state.inert_biases = injection.plan.inert_biases
         self._injections = self._injections | {self._injected: injection}
-        self._modules_to_save, self._target_parameters = peft_config.modules_to_save, peft_config.target_parameters
+        self._hidden = {name: getattr(peft_config, name) for name in HIDDEN_FROM_PEFT}
         # PEFT then finds a module at the path of each parameter, and has no parameter to look for
         open_modules(model, injection.parameters)
         peft_config.target_parameters = None
@@ -124,7 +127,7 @@ class InjectionHooks(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        adapted(parent, target_name, target, current_key, self.active_adapters).update_layer(
+        _adapted(parent, target_name, target, current_key, self.active_adapters).update_layer(
             adapter_name,
             self._injections[adapter_name].plan.entries.get(current_key, 0),
             peft_config.bias != "none",
@@ -161,6 +164,28 @@ class InjectionHooks(BaseTuner):
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         # PEFT allows one adapter with biases, since it trains the base model's; ours sum like all other values
         pass
+
+
+def _adapted(parent: nn.Module, name: str, target: nn.Module, path: str, active: list[str]) -> FPSLayer:
+    """Return the FPS layer of a module. A module without one is replaced by a new layer around it.
+
+    Args:
+        parent: holds the module.
+        name: of the module in its parent.
+        target: the module.
+        path: of the module in the base model.
+        active: names of the active adapters.
+    """
+    if isinstance(target, FPSLayer):
+        return target
+    kind = layer_class(target)
+    assert kind is not None, path
+    layer = kind(target, path)
+    layer.set_adapter(active, inference_mode=True)
+    setattr(parent, name, layer)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        keep_off_fused_path(layer)
+    return layer
 
 
 def _modules_of(keys: Iterable[str]) -> set[str]:

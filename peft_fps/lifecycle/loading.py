@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.base.sharded import reshard, sharded_like
-from peft_fps.checkpoint import REMEDY, TRAINED, Contents, Expected, check_contents, decode
+from peft_fps.checkpoint import FILE_REMEDY, TRAINED, Contents, Expected, check_contents, decode
 from peft_fps.checkpoint.expected_contents import expected_module, state_dict_path, whole_keys, without_left_out
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
@@ -146,7 +146,7 @@ def _expected(
     if trained > planned:
         raise ValueError(
             f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
-            f"expected at most the {planned:,} that this adapter has. {REMEDY}"
+            f"expected at most the {planned:,} that this adapter has. {FILE_REMEDY}"
         )
     entries = {path: tensors["fps_columns"].numel() for path, tensors in modules.items() if "fps_columns" in tensors}
     return {path: expected_module(layers[path], adapter_name, entries.get(path, 0)) for path in modules}

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from peft_fps.base.sharded import check_whole, gathered, has_shards, reshard
@@ -45,15 +45,22 @@ def merge_whole(model: nn.Module, adapter_names: Sequence[str] | None, safe_merg
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     check_before_merge(model, layers, adapter_names, safe_merge)
     before = [len(layer.merged_adapters) for layer in layers]
-    names = None if adapter_names is None else list(adapter_names)
     try:
         for layer in layers:
-            _at_hand(layer, partial(layer.merge, safe_merge=safe_merge, adapter_names=names))
+            _at_hand(layer, partial(layer.merge_checked, _unmerged(layer, adapter_names), safe_merge))
         _warn_of_losses(layers, before)
     except BaseException:
         for layer, count in zip(layers, before, strict=True):
             _at_hand(layer, partial(layer.take_out, len(layer.merged_adapters) - count))
         raise
+
+
+def _unmerged(layer: FPSLayer, adapter_names: Sequence[str] | None) -> list[str]:
+    """Return which adapters a layer has and is still to merge; PEFT warns of those that are merged."""
+    if adapter_names is not None and not adapter_names:
+        return []
+    names = None if adapter_names is None else list(adapter_names)
+    return [name for name in check_adapters_to_merge(layer, names) if name in layer.fps_state]
 
 
 def unmerge_whole(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The plan of an adapter before the model is changed: how many entries each module gets, and whether they fit."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ from peft_fps.base.opening import module_at
 from peft_fps.base.quantisation import BaseWeight, base_weight
 from peft_fps.base.sharded import is_partitioned, is_sharded
 from peft_fps.checkpoint import check_fingerprint, fingerprint
-from peft_fps.checkpoint.record import Allocation
+from peft_fps.checkpoint.record import SavedSizes
 from peft_fps.config import FPSConfig
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.merge_record import unmerged_copy
-from peft_fps.selection import LayerShape, allocate, check_granularity
-from peft_fps.selection.budget_allocation import matches
+from peft_fps.lifecycle.entry_allocation import allocate_entries, bias_count
+from peft_fps.selection import LayerShape
 from peft_fps.targets.base_parameters import base_parameters, count_base_parameters
 from peft_fps.targets.inert_biases import inert_biases
 from peft_fps.targets.target_checks import check_named_modules, check_target, check_untied
@@ -89,59 +89,12 @@ def _inert_biases(model: nn.Module, config: FPSConfig, bases: Mapping[str, Any])
     return inert_biases(model, [name for name, base in bases.items() if bias_count(base)])
 
 
-def allocate_entries(
-    shapes: Mapping[str, LayerShape],
-    biases: int,
-    config: FPSConfig,
-    base_parameters: int,
-    *,
-    absent: Collection[str] = (),
-) -> dict[str, int]:
-    """Return the number of entries of each module, by path, as the config's budget or K says.
-
-    Args:
-        shapes: of the weights that are trained, by module path.
-        biases: number of elements of all biases of the modules that are trained, norms included. With `bias="none"`
-            none of them counts.
-        config: of the adapter.
-        base_parameters: of the base model without its head.
-        absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.
-
-    Raises:
-        ValueError: the budget does not fit.
-    """
-    biases = 0 if config.bias == "none" else biases
-    biases += len(shapes) if config.token_gate is not None else 0  # thresholds, one per module
-    patterns = {
-        pattern: value
-        for pattern, value in config.budget_pattern.items()
-        if any(matches(pattern, name) for name in shapes) or not any(matches(pattern, name) for name in absent)
-    }
-    allocation = allocate(
-        shapes,
-        biases=biases,
-        base_parameters=base_parameters,
-        budget=config.budget,
-        per_neuron=config.per_neuron,
-        budget_pattern=patterns,
-    )
-    entries = sum(allocation.entries.values())
-    check_granularity(config.granularity, shapes, entries, biases=biases, base_parameters=base_parameters)
-    return allocation.entries
-
-
-def bias_count(base: Any) -> int:
-    """Return the number of elements of a base layer's bias, 0 if it has none."""
-    bias = getattr(base, "bias", None)
-    return 0 if bias is None else bias.numel()
-
-
 def _sizes(shape: LayerShape | None, base: Any) -> tuple[int, int]:
     """Return a module's neurons and inputs as a saved config holds them; a norm, which has no shape, has 0 inputs."""
     return (bias_count(base), 0) if shape is None else (shape.neurons, shape.inputs)
 
 
-def _check_allocation(allocation: Allocation, sizes_of: Mapping[str, tuple[int, int]]) -> None:
+def _check_allocation(allocation: SavedSizes, sizes_of: Mapping[str, tuple[int, int]]) -> None:
     """Raise ValueError unless a saved allocation describes exactly these modules, given by neurons and inputs."""
     advice = (
         "The config was made for another model; load it onto that one, or start afresh from an FPSConfig without "

@@ -11,7 +11,7 @@ from torch import nn
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
-from peft_fps.layers.lookup import adapter_layers
+from peft_fps.layers.lookup import adapter_layers, adapter_state
 from peft_fps.targets.whole_checks import whole_tensors
 
 
@@ -49,7 +49,7 @@ def config_of_copy(model: nn.Module, config: FPSConfig, adapter_name: str) -> FP
     layers = adapter_layers(model, adapter_name)
     for layer in layers.values():
         layer.check_tensors(adapter_name)
-    state = next(iter(layers.values())).fps_state[adapter_name]
+    state = adapter_state(layers, adapter_name)
     wholes = [
         path
         for path, module in model.named_modules()

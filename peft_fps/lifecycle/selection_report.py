@@ -12,6 +12,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.lookup import (
     active_adapter,
     adapter_layers,
+    adapter_state,
     base_model,
     entry_layers,
     whole_parameters,
@@ -62,7 +63,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None, *, probe
             size = encoded_bytes(held["fps_row_counts"], 0, held["fps_values"].element_size(), biases)
             rows.append(NormSelection(path, layer.neurons, biases=biases, bytes=size))
     head = whole_parameters(model, adapter_name).values()
-    state = next(iter(layers.values())).fps_state[adapter_name]
+    state = adapter_state(layers, adapter_name)
     counted, base = state.base_parameters, base_model(model)
     wholes = [
         path

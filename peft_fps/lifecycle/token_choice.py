@@ -4,17 +4,17 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from peft_fps.checkpoint.record import REMEDY
+from peft_fps.checkpoint.record import CONFIG_REMEDY
 from peft_fps.config import FPSConfig
 from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.selection import Candidate
 from peft_fps.selection.blocks import best_shares
-from peft_fps.tokens.token_placement import CHOSEN, check_token_selection, eligible
+from peft_fps.tokens.token_placement import NUM_BLOCKS, check_token_selection, eligible
 from peft_fps.tokens.vision_trunk import vision_trunk
 
 
-def check_tokens(model: nn.Module, config: FPSConfig) -> None:
+def check_token_choice(model: nn.Module, config: FPSConfig) -> None:
     """Raise ValueError if the config asks for token selection and the model cannot do with some of its patches."""
     if config.token_keep_rate is None:
         return
@@ -22,7 +22,7 @@ def check_tokens(model: nn.Module, config: FPSConfig) -> None:
     if blocks is None and config.record is not None:
         raise ValueError(
             f"record.selecting_blocks is None beside token_keep_rate={config.token_keep_rate}, expected the indices "
-            f"of the blocks that select tokens. {REMEDY}"
+            f"of the blocks that select tokens. {CONFIG_REMEDY}"
         )
     check_token_selection(model, blocks)
 
@@ -57,4 +57,4 @@ def chosen_token_blocks(
     places = {path: next((i for start, i in paths.items() if path.startswith(start)), None) for path in candidates}
     shares = best_shares(candidates, config.block_top, places)
     ranked = sorted(eligible(len(paths)), key=lambda index: (shares.get(index, 0), index))
-    return tuple(sorted(ranked[:CHOSEN]))
+    return tuple(sorted(ranked[:NUM_BLOCKS]))

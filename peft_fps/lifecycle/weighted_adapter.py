@@ -15,7 +15,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import entry_layers, fps_layers
 from peft_fps.lifecycle.combination import Combination, combine, united_entries
-from peft_fps.lifecycle.plan import bias_count
+from peft_fps.lifecycle.entry_allocation import bias_count
 from peft_fps.selection.budget_allocation import round_up
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.targets.inert_biases import inert_biases

@@ -5,7 +5,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_fps.base.packed_weight import close_modules
-from peft_fps.layers.lookup import base_model, fps_layers
+from peft_fps.layers.lookup import adapter_state, base_model, fps_layers
 from peft_fps.layers.rebuilt_inputs import watch_producers
 from peft_fps.layers.tied_uses import follow_tied_uses, unfollow_tied_uses
 from peft_fps.lifecycle.lora_layers import lora_layers
@@ -25,7 +25,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
     layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_state}
     if not any(layer.awaits_loading(adapter_name) for layer in layers.values()):
         return
-    before = next(iter(layers.values())).fps_state[adapter_name].before
+    before = adapter_state(layers, adapter_name).before
     if before is not None:
         before.restore()  # first, so that what is taken out is active nowhere
     for name, layer in layers.items():

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peft_fps.vision.training_loop import trained_parameters
 
 
-Score = Callable[[nn.Module], float]
+Evaluate = Callable[[nn.Module], float]
 
 RAW, AVERAGED = "raw", "averaged"
 
@@ -61,7 +61,7 @@ class BestEpoch(TrainerCallback):
         weights: `"raw"` or `"averaged"`, which of its two scores that was.
     """
 
-    def __init__(self, score: Score, decay: float | None) -> None:
+    def __init__(self, score: Evaluate, decay: float | None) -> None:
         self.score, self.decay = score, decay
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -86,7 +86,7 @@ class BestEpoch(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score the model; called by the Trainer."""
+        """Evaluate the model; called by the Trainer."""
         model = kwargs["model"]
         self.history.append({"epoch": round(state.epoch or 0)})
         self._compete(model, RAW)
@@ -99,7 +99,7 @@ class BestEpoch(TrainerCallback):
         put(trained_parameters(model), self._kept)
 
     def _compete(self, model: nn.Module, weights: str) -> None:
-        """Score the model, and keep its trained parameters if they are the best so far."""
+        """Evaluate the model, and keep its trained parameters if they are the best so far."""
         entry = self.history[-1]
         entry[weights] = self.score(model)
         if self.best is None or entry[weights] > self.best[self.weights]:

@@ -12,7 +12,7 @@ from peft_fps.tokens.token_switch import TokenSwitch
 from peft_fps.tokens.vision_trunk import VisionTrunk, class_name, vision_trunk
 
 
-CHOSEN = 3
+NUM_BLOCKS = 3
 """Number of blocks that select tokens where the user names none, as in TR-PTS's tree."""
 
 

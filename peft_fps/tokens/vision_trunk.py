@@ -90,7 +90,7 @@ SUPPORTED = (
     "transformers' ViT and DeiT with their classification heads, DINOv2's models without theirs (which pools "
     "patches), and timm's VisionTransformer with global_pool='token'"
 )
-REMEDY = "Leave token_keep_rate at None for this model. Nothing was changed."
+TOKENS_REMEDY = "Leave token_keep_rate at None for this model. Nothing was changed."
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def vision_trunk(model: nn.Module) -> VisionTrunk:
     if len(found) != 1:
         what = f"{len(found)} vision transformers ({', '.join(found)})" if found else "no vision transformer of them"
         raise ValueError(
-            f"token_keep_rate: {type(root).__name__} holds {what}, expected exactly one of {SUPPORTED}. {REMEDY}"
+            f"token_keep_rate: {type(root).__name__} holds {what}, expected exactly one of {SUPPORTED}. "
+            f"{TOKENS_REMEDY}"
         )
     [(place, trunk)] = found.items()
     _check_head(named, place, trunk)
@@ -155,13 +156,13 @@ def _check_head(named: list[tuple[str, nn.Module]], place: str, trunk: Any) -> N
         if around and foreign and type(module).__name__ not in OF_CLS:
             raise ValueError(
                 f"token_keep_rate: found a {type(module).__name__}, which may read every patch, expected a model that "
-                f"reads the CLS token alone: {SUPPORTED}. {REMEDY}"
+                f"reads the CLS token alone: {SUPPORTED}. {TOKENS_REMEDY}"
             )
     pool = getattr(trunk, "global_pool", "token")
     if pool != "token" or getattr(trunk, "cls_token", None) is None and hasattr(trunk, "global_pool"):
         raise ValueError(
             f"token_keep_rate: {place or type(trunk).__name__} has global_pool={pool!r}, which reads every patch, "
-            f"expected global_pool='token'. {REMEDY}"
+            f"expected global_pool='token'. {TOKENS_REMEDY}"
         )
 
 
@@ -173,18 +174,18 @@ def _check_block(path: str, block: Any, architecture: Architecture) -> None:
         found = class_name(block) if attention is None else class_name(attention)
         raise ValueError(
             f"{path}: found a {found}, expected {' or '.join((*architecture.block, *architecture.attention))}, in "
-            f"which tokens can be selected. {REMEDY}"
+            f"which tokens can be selected. {TOKENS_REMEDY}"
         )
     for module in (block, attention):
         if "forward" in vars(module):
             raise ValueError(
                 f"{path}: found a forward put over its own, as accelerate does to offload weights (device_map), "
-                f"expected a {class_name(module)} as it is. Load the model on one device. {REMEDY}"
+                f"expected a {class_name(module)} as it is. Load the model on one device. {TOKENS_REMEDY}"
             )
     if isinstance(attention, Switched) or architecture.attention[class_name(attention)] is not ScoringAttention:
         return
     if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")):
         raise ValueError(
             f"{path}: its attention has other projections than q_proj, k_proj, v_proj and o_proj, expected those of "
-            f"current versions of transformers. {REMEDY}"
+            f"current versions of transformers. {TOKENS_REMEDY}"
         )

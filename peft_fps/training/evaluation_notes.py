@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerState
 
 from peft_fps.card import evaluation_at
-from peft_fps.layers.lookup import fps_layers, target_layers
+from peft_fps.layers.lookup import adapter_state, fps_layers, target_layers
 
 
 def note_evaluation(model: nn.Module, state: TrainerState, step: int, data: Any) -> None:
@@ -24,4 +24,4 @@ def note_evaluation(model: nn.Module, state: TrainerState, step: int, data: Any)
     measured = evaluation_at(step, state.log_history, getattr(data, "dataset", None))
     if len(active) == 1 and measured is not None:
         name = active.pop()
-        next(iter(target_layers(model, name).values())).fps_state[name].evaluation = measured
+        adapter_state(target_layers(model, name), name).evaluation = measured

@@ -74,7 +74,7 @@ class Moments:
         return (self.token_squares / self.tokens - (self.token_sums / self.tokens).square()).clamp_min(0).sqrt()
 
 
-Score = Callable[[Tensor, Moments], Tensor]
+MomentScore = Callable[[Tensor, Moments], Tensor]
 
 
 def _by_class_covariance(weight: Tensor, moments: Moments) -> Tensor:
@@ -82,7 +82,7 @@ def _by_class_covariance(weight: Tensor, moments: Moments) -> Tensor:
     return (moments.class_outputs.t() @ moments.class_inputs).abs() / len(moments.class_inputs)
 
 
-SCORES: dict[str, Score] = {
+SCORES: dict[str, MomentScore] = {
     "class-spread": lambda weight, moments: weight.abs() * moments.spread_of_classes(),
     "token-spread": lambda weight, moments: weight.abs() * moments.spread_of_tokens(),
     "class-covariance": _by_class_covariance,

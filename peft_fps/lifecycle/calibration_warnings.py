@@ -1,4 +1,4 @@
-"""Modules that data does not reach: an adapter holds nothing there, and their budget goes to the others."""
+"""What calibration warns of: modules and experts that its data did not reach, and weights read past a layer."""
 
 import warnings
 from collections.abc import Collection, Mapping
@@ -9,44 +9,10 @@ from torch import Tensor, nn
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.calibration import InputStatistics
 from peft_fps.config import FPSConfig
-from peft_fps.config_lookup import adapter_config
 from peft_fps.importance import Evidence
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
-from peft_fps.layers.lookup import base_model, entry_layers, target_layers
 from peft_fps.layers.packed_layer import PackedLayer
-from peft_fps.lifecycle.plan import allocate_entries
-from peft_fps.targets.base_parameters import count_base_parameters
-
-
-def entries_of_reached(model: nn.Module, adapter_name: str, reached: Collection[str]) -> dict[str, int]:
-    """Return the number of entries of each module that data has reached, by path. Norms are left out.
-
-    If the adapter holds something in just these modules, they keep their numbers. Else the budget is allocated anew,
-    as if the adapter had been made for them alone.
-
-    Args:
-        model: has the adapter.
-        adapter_name: its name.
-        reached: paths of the modules that data has reached.
-
-    Raises:
-        ValueError: no module was reached, or the budget does not fit those that were.
-    """
-    config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
-    if not reached:
-        raise ValueError(
-            f"{next(iter(layers))}: neither it nor any other of the {len(layers)} modules of adapter {adapter_name!r} "
-            "was reached during calibration, expected data that the model calls targeted modules with. Check the "
-            "data, and that the model calls these modules. Nothing was changed."
-        )
-    trained = {path: layer for path, layer in layers.items() if path in reached}
-    if all(layer.carries(adapter_name) == (path in reached) for path, layer in layers.items()):
-        return {path: layer.fps_values[adapter_name].numel() for path, layer in entry_layers(trained).items()}
-    shapes = {path: layer.selectable_shape(layer.base_layer) for path, layer in entry_layers(trained).items()}
-    biases = sum(layer.neurons for layer in trained.values() if adapter_name in layer.fps_bias)
-    parameters = count_base_parameters(base_model(model))
-    return allocate_entries(shapes, biases, config, parameters, absent=layers.keys() - trained.keys())
 
 
 def warn_of_unreached(
