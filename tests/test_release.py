@@ -82,6 +82,17 @@ def test_a_tag_that_is_not_the_version_stops_the_release(tmp_path: Path) -> None
 
 
 @on_github
+def test_what_is_unreleased_stops_the_release(tmp_path: Path) -> None:
+    line = command("build", "Nothing in the changelog is left unreleased")
+    released = f"# Changelog\n\n## [Unreleased]\n\n## [{VERSION}] - 2026-01-01\n\n- A thing.\n"
+    (tmp_path / "CHANGELOG.md").write_text(released, encoding="utf-8")
+    assert run(line, tmp_path, f"v{VERSION}") == 0
+    left = released.replace("## [Unreleased]\n", "## [Unreleased]\n\n### Added\n\n- More.\n")
+    (tmp_path / "CHANGELOG.md").write_text(left, encoding="utf-8")
+    assert run(line, tmp_path, f"v{VERSION}") != 0
+
+
+@on_github
 def test_what_is_published_is_what_was_checked() -> None:
     workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
     assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads "on" as a truth value
