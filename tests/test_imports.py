@@ -1,6 +1,7 @@
 """Imports run one way: a module may be read with what lies below it alone."""
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -161,7 +162,33 @@ def test_a_name_of_a_file_tells_it_from_all_others():
     assert len([name for name, times in names.items() if times > 1]) <= 4
 
 
-def test_the_table_for_contributors_names_the_folders():
+def named_in(text: str, head: str) -> list[str]:
+    """The names in backticks in the first column of the tables whose first line begins so."""
+    found, within = [], False
+    for line in text.splitlines():
+        within = line.startswith((head, "|" if within else head))
+        found += re.findall(r"`([^`]+)`", line.split("|")[1]) if within else []
+    return found
+
+
+def test_the_table_for_contributors_is_in_the_order_of_imports():
     text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1].strip().strip("`").rstrip("/") for line in text.splitlines() if line.startswith("| `")]
-    assert [row for row in rows if row in LAYERS] == [name for name in LAYERS if (ROOT / "peft_fps" / name).is_dir()]
+    assert named_in(text, "| folder or module |") == list(LAYERS)
+
+
+FOLDERS = {name: path.parent for name, path in MODULES.items() if path.name == "__init__.py" and layer(name)}
+MODULE_TABLE = "| module | subject |"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_table_of_a_folder_names_its_modules(name):
+    """Each once, in a folder of more than six modules, and in a smaller one that has a table."""
+    text = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or ""
+    own = {path.stem for path in FOLDERS[name].glob("*.py")} - {"__init__"}
+    if len(own) <= 6 and MODULE_TABLE not in text:
+        return
+    named = named_in(text, MODULE_TABLE)
+    beside = {path.parent.name for path in FOLDERS[name].glob("*/__init__.py")}  # a folder in it may have a row
+    assert sorted(own - {*named}) == [], "not in the table"
+    assert sorted({*named} - own - beside) == [], "in the table, and not there"
+    assert len(named) == len({*named})

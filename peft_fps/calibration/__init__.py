@@ -1,4 +1,21 @@
-"""Forward passes over data that measure the typical magnitude of each input of each layer."""
+"""Forward passes over data that measure the typical magnitude of each input of each layer.
+
+`observe` runs the model on the batches of a `passes.Pass`, while `collect.Collector` sums up the inputs of the layers.
+
+| module | subject |
+|---|---|
+| `observe` | the passes as a whole, in all processes |
+| `batches`, `calls` | batches of data, and calls of a model on them |
+| `passes`, `shares` | passes with a progress bar, and the share of the data that a process reads |
+| `collect` | hooks on layers that add inputs to statistics |
+| `statistics`, `tap_sums` | sums of inputs by column; those of convolutions |
+| `padding` | masks of the positions that are padding |
+| `own_forward` | the input of the product, where a layer overrides forward |
+| `packed_inputs`, `attention_inputs` | inputs of stacked weights, and of `nn.MultiheadAttention` |
+| `preserve` | runs of a model that change nothing in it |
+| `reach` | the modules that a model calls on data |
+| `together`, `gathered_calls` | processes that calibrate together; sharded models, one module gathered at a time |
+"""
 
 from peft_fps.calibration.batches import batches, single_examples
 from peft_fps.calibration.calls import Run, feed, fits, run_model

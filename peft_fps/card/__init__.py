@@ -1,8 +1,9 @@
 """The model card of an adapter: PEFT's card, and in it how to load it, what was selected, and results.
 
-| module | content |
+| module | subject |
 |---|---|
 | `evaluation` | what the Trainer has measured, as `model-index` |
+| `selection_method` | how the entries were chosen, as a record and on one line |
 | `facts` | everything that a card says |
 | `markdown` | our part of the text, and its place among what others wrote |
 | `writing` | the files |

@@ -1,11 +1,15 @@
 """The adapter on disk.
 
+Loading a file checks it in the order that `file_checks` lists.
+
 | module | subject |
 |---|---|
 | `encoding` | names and dtypes of the tensors in a file |
 | `safetensors_file` | opening a file |
 | `contents` | telling the tensors of a file apart |
-| `file_checks`, `folder`, `fingerprint` | what is checked before a file is loaded; `file_checks` lists all of it |
+| `expected_contents` | what a model with an adapter expects of the file |
+| `file_checks`, `folder`, `fingerprint` | what is checked before a file is loaded |
+| `field_checks` | checks of single values of a config or a record |
 | `record` | what saving records in the config |
 | `digest` | SHA-256 of the sparse tensors |
 | `folder_replacement` | saving over an old adapter |

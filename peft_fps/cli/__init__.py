@@ -1,4 +1,15 @@
-"""The `peft-fps` command: a module for each of its commands, and `app`, which puts them together."""
+"""The `peft-fps` command: a module for each of its commands, and `app`, which puts them together.
+
+| module | subject |
+|---|---|
+| `app` | the commands, put together |
+| `finetune`, `select` | fine-tune a model, and choose entries without training |
+| `inspect`, `compare`, `merge` | look at a saved adapter, compare two, merge one into its base model |
+| `reproduce` | the papers' recipes |
+| `benchmark_cost`, `benchmark_transfer`, `benchmark_overlap`, `benchmark_derive` | the benchmarks |
+| `option_fields` | options made of the fields of a dataclass |
+| `terminal` | what commands write: tables, JSON, log records, errors |
+"""
 
 import sys
 from importlib.util import find_spec

@@ -1,4 +1,16 @@
-"""Sums of gradients, and changes in a short training, of each weight."""
+"""Sums of gradients, and changes in a short training, of each weight.
+
+| module | subject |
+|---|---|
+| `accumulate` | sums over batches, one accumulator per module |
+| `losses` | the loss of the task |
+| `contrastive`, `views` | the supervised contrastive loss, and two augmented views of every image |
+| `backward_pass` | backward passes over data that sum up functions of gradients |
+| `hooks` | hooks that hand over one gradient at a time |
+| `weight_training` | changes of weights in a short full fine-tuning |
+| `gated_training`, `gates` | changes of weights under an L0 penalty, and their hard-concrete gates |
+| `trial` | short training that is undone |
+"""
 
 from peft_fps.gradients.accumulate import Accumulator, Exact, Streaming
 from peft_fps.gradients.backward_pass import BatchLoss, Weight, accumulate_gradients

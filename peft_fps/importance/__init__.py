@@ -1,7 +1,17 @@
 """The scores of weights, one module for each importance.
 
-The config, the command line, calibration, records and reports read the table `IMPORTANCES`. `gradient_sums` (backward
-passes) and `short_training` hold the code that several importances share.
+The config, the command line, calibration, records and reports read the table `IMPORTANCES`. Calibration calls an
+importance's `gather` for evidence; `scorer.scorer` turns the evidence of a layer into scores.
+
+| module | subject |
+|---|---|
+| `importance` | `Importance`, what each of them is |
+| `activation`, `magnitude`, `random` | scores from inputs, from weights alone, and from a seed |
+| `gradient`, `fisher`, `sensitivity` | scores from backward passes |
+| `movement`, `l0` | scores from a short training that is undone |
+| `gradient_sums`, `short_training` | code that several of them share: backward passes, short training |
+| `scorer` | the scores of one layer by the importance of a config |
+| `settings` | the fields of `FPSConfig` that importances read |
 """
 
 from peft_fps.importance.activation import ACTIVATION

@@ -1,15 +1,28 @@
 """The life of an adapter in a model.
 
+Most steps begin in `peft_fps.model.FPSModel`.
+
+`injection_hooks` coordinates the adding of an adapter. `injection` finds out what the model gets and checks it, with
+`plan` for the numbers of entries. `initial_entries` then chooses entries without data.
+
+`adapter_calibration` coordinates calibration. With `adapters_off`, the importance gathers evidence from the data.
+`entry_allocation` gives the numbers of entries. `entry_replacement` ranks the entries by their scores, and sets them.
+`calibration_warnings` and `selection_report` tell the outcome.
+
 | module | subject |
 |---|---|
-| `plan` | before a model is changed: numbers of entries, fingerprint, checks of the targets |
-| `injection`, `injection_hooks` | what a model gets, found out and checked; what PEFT calls to put it in |
-| `model_hooks` | hooks on modules beside the adapted layers |
+| `injection_hooks` | what PEFT calls while it adds an adapter |
+| `injection`, `opened_targets` | what a model gets, found out and checked; targets at paths where it has no layer |
+| `plan`, `entry_allocation` | before a model is changed: checks of targets, fingerprint, numbers of entries |
+| `token_choice` | which blocks select tokens |
 | `initial_entries` | the entries that a new adapter has before any data was seen |
-| `adapter_calibration`, `unreached` | choosing the entries from data |
-| `entry_replacement` | setting other entries in the layers |
+| `model_hooks` | hooks on modules beside the adapted layers |
+| `adapter_calibration`, `calibration_warnings` | choosing the entries from data, and what that warns of |
+| `adapters_off` | the model computes as its base model |
+| `entry_replacement` | whether an adapter may get other entries, which are the best, and setting them |
 | `entry_transfer` | entries apart from an adapter: taken from one, given to one |
-| `selection_report` | what an adapter has selected |
+| `selection_report`, `change_probe` | what an adapter has selected, and how large its change is on data |
+| `input_means` | mean inputs of the adapted layers, for centred steps |
 | `saved_state` | the tensors and the record that are saved |
 | `loading`, `withdrawal` | loading a file, and taking out an adapter whose file is refused |
 | `hotswap` | replacing a loaded adapter in place |

@@ -2,6 +2,14 @@
 
 The functions do not use pyplot. So they need no display and change no global state. `figure.savefig("selection.png")`
 saves a figure. A notebook shows a figure that ends a cell.
+
+| module | subject |
+|---|---|
+| `selection`, `overlap`, `training` | the pictures |
+| `reading` | how unevenly entries read the inputs of a module |
+| `grid` | where modules stand in a picture |
+| `heat_map` | matrices as coloured cells |
+| `looks` | colours and style |
 """
 
 try:

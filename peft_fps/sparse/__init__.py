@@ -1,6 +1,17 @@
 """The maths of a frozen weight W plus a sparse change ΔW: structure, composition, products and their gradients.
 
 The functions take tensors and return tensors. They know nothing of PEFT, transformers or modules.
+
+| module | subject |
+|---|---|
+| `layout` | how a weight that reads as `(neurons, inputs)` is stored |
+| `structure` | where the selected entries of one weight lie |
+| `compose` | dense tensors of W + ΔW |
+| `autograd`, `convolution_autograd`, `embedding` | linear layers, convolutions and lookups with W + ΔW |
+| `products`, `kernels` | products with ΔW alone and the gradient of its values; compiled kernels for them |
+| `keeping` | what a product keeps of its input for backward |
+| `stand_ins` | tensors in place of a module's parameters, formed again in backward |
+| `transforms` | plain operators for transforms that do not support our autograd functions |
 """
 
 from peft_fps.sparse.autograd import sparse_delta_linear, sparse_linear

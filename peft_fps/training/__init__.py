@@ -1,4 +1,17 @@
-"""What training needs beyond PEFT: a callback for transformers' `Trainer`, rates, centred steps, stochastic depth."""
+"""What training needs beyond PEFT: a callback for transformers' `Trainer`, rates, centred steps, stochastic depth.
+
+`callback` coordinates the others while a Trainer runs.
+
+| module | subject |
+|---|---|
+| `callback` | calibrates when training begins, and notes evaluations |
+| `trainers` | runs of a model with the preparation and the loss of its trainer |
+| `evaluation_notes` | the newest evaluation, for the model card |
+| `parameter_groups`, `optimizer_creation` | learning rates for biases, norms and the head |
+| `centred_steps`, `centring` | optimizer steps as if the inputs had the mean 0, and the call that makes them so |
+| `centring_choice` | whether a callback centres steps of its own accord |
+| `drop_path` | stochastic depth |
+"""
 
 from peft_fps.training.callback import FPSCallback
 from peft_fps.training.centred_steps import CentredSteps
