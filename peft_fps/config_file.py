@@ -19,9 +19,9 @@ class SavedConfig(PeftConfig):
     """The part of an `FPSConfig` that reads and writes files.
 
     Attributes:
-        check_base: what to do about another base model. The side that loads chooses.
+        check_base: what to do about another base model, `"error"` or `"warn"`. The caller that loads chooses.
         record: what the file that the config came from records of its adapter. None for a new adapter.
-        to_save: what a model hands over just before it saves its config. None before.
+        to_save: what a model hands over about its adapter just before it saves the config. None before.
         missing_weights: the folder that the config came from, if it holds no adapter file. Else None.
     """
 
@@ -104,15 +104,15 @@ class SavedConfig(PeftConfig):
 
     @property
     def trainable_token_indices(self) -> dict[str, list[int]] | None:
-        """Whole rows of embeddings that are trained, by module, while the adapter is saved: none. None otherwise.
+        """An empty dict while the adapter is saved, else None.
 
-        PEFT saves the whole weight of a targeted `embed_tokens` or `lm_head`, unless it finds this.
+        PEFT saves the whole weight of a targeted `embed_tokens` or `lm_head`, unless it finds a dict here.
         """
         return None if self.to_save is None else {}
 
     @property
     def record_to_save(self) -> AdapterRecord | None:
-        """The record that saving writes: of the adapter as a model has handed it over, else as the config came."""
+        """The record that saving writes: the one that a model has handed over, else the one that the config has."""
         return self.record if self.to_save is None else self.to_save.record
 
 

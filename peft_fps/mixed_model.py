@@ -47,7 +47,7 @@ class FPSMixedModel(FPSModel, MixedModel):
     - PEFT refuses `save_pretrained` of such a model. `peft_fps.save_adapter(model, folder)` saves all of its adapters,
       each as `PeftModel` would, `"default"` in the folder and others in folders of their own within it.
       `PeftMixedModel.from_pretrained` and `model.load_adapter` load them in any order; `PeftModel` loads each alone.
-    - Of PEFT's other methods none, and of LoRA none that does more than to add B A (DoRA, PiSSA, trained biases),
+    - Of PEFT's other methods none, and of LoRA none that does more than add B A (DoRA, PiSSA, trained biases),
       shares a model with FPS adapters.
     """
 
@@ -143,10 +143,11 @@ class FPSMixedModel(FPSModel, MixedModel):
         place_token_selection(self.model)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Combine FPS adapters into a new one; see `FPSModel`.
+        """Combine FPS adapters into a new one; see `FPSModel.add_weighted_adapter`.
 
         Raises:
-            ValueError: besides, one of the adapters is not an FPS adapter. The model is unchanged then.
+            TypeError, ValueError: as `FPSModel.add_weighted_adapter`, or one of the adapters is not an FPS adapter.
+                The model is unchanged then.
         """
         others = [name for name in adapters if not isinstance(self.peft_config.get(name, FPSConfig()), FPSConfig)]
         if others:

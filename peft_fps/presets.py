@@ -207,7 +207,7 @@ def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_line(recipe: Mapping[str, Any]) -> str:
-    """Return training arguments on one short line: those of the arguments that a preset may set."""
+    """Return training arguments on one short line. Arguments that no preset sets are left out."""
     parts = {
         "optim": "{}",
         "learning_rate": "learning rate {:g}",

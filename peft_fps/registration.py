@@ -112,6 +112,7 @@ def _peft_own(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_member() -> None:
+    """Write the member into `PeftType` and its lookup tables; Python has no public way to extend an enum."""
     member: Any = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
     member.__objclass__ = PeftType
@@ -128,8 +129,10 @@ def _add_member() -> None:
 
 
 def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
+    """Return how pickle restores the member: by calling `fps_type` of this module, which imports the plugin."""
     return fps_type, ()
 
 
 def _path(cls: type) -> str:
+    """Return the dotted path of a class, which a reload of its module does not change."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -88,14 +88,14 @@ class Selection:
         Args:
             model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
             adapter_name: the active adapter if None.
-            discard_values: allow it although training has begun. The learned changes are lost.
+            discard_values: allow it although training has begun. The learned changes are lost. Default: False.
 
         Returns:
             What is selected now. It prints as a table.
 
         Raises:
-            ValueError: the adapter has other modules, a budget too small, trained changes, is merged or not loaded.
-                The model is unchanged then.
+            ValueError: the adapter has other modules or too small a budget, holds trained changes, is merged, or is
+                not loaded. The model is unchanged then.
         """
         name = adapter_name or active_adapter(model)
         give_entries(

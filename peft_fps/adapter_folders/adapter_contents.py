@@ -23,7 +23,13 @@ Modules = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One check: whether it was passed, None if it could not be made, and what was wrong or why not."""
+    """One check of an adapter's folder.
+
+    Attributes:
+        name: what was checked.
+        passed: whether the check was passed; None if it could not be made.
+        says: what was wrong, or why the check could not be made.
+    """
 
     name: str
     passed: bool | None
@@ -52,7 +58,7 @@ class Inspection:
 
     @property
     def problem(self) -> str | None:
-        """The first check that failed, by name, and what it says."""
+        """Name and message of the first check that failed, None if none did."""
         return next((f"{check.name}: {check.says}" for check in self.checks if check.passed is False), None)
 
     @property
@@ -158,5 +164,5 @@ class Inspection:
 
 
 def _by_number(path: str) -> list[tuple[int, str]]:
-    """Order of module paths in which block 10 follows block 9; PEFT saves them in alphabetical order."""
+    """Return a sort key of module paths by which block 10 follows block 9; PEFT saves them in alphabetical order."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

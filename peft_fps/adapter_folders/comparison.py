@@ -17,12 +17,12 @@ from peft_fps.selection.overlap import Overlap, measure_overlap
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two adapters or selections that are compared.
 
     Attributes:
         name: as the user gave it.
         entries: by module path.
-        values: of an adapter, likewise `(nnz,)`; None of a selection.
+        values: values `(nnz,)` of an adapter, by module path; None for a selection.
         settings: of an adapter its config; of a selection how it was made.
         fingerprint: of the base model, None where it is not known.
         bytes: size of the file.
@@ -57,7 +57,17 @@ class Values:
 
 @dataclass(frozen=True)
 class ModuleComparison:
-    """One module: entries of each side, of both and of either, and their Jaccard index."""
+    """The comparison of one module.
+
+    Attributes:
+        module: path of the module.
+        first: number of entries of the first side.
+        second: number of entries of the second side.
+        shared: number of entries that both have.
+        either: number of entries that at least one has.
+        jaccard: `shared / either`, 1 if neither has an entry.
+        values: at the shared entries, None unless both sides are adapters.
+    """
 
     module: str
     first: int
@@ -206,7 +216,7 @@ def _compare_values(first: Tensor, second: Tensor) -> Values:
 
 
 def _differences(first: Side, second: Side) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ; between an adapter and a selection, of those that a selection knows."""
+    """Return the settings that differ; between an adapter and a selection, only those that both have."""
     names = dict.fromkeys([*first.settings, *second.settings])
     if (first.values is None) != (second.values is None):
         names = {name: None for name in names if name in first.settings and name in second.settings}
@@ -215,6 +225,6 @@ def _differences(first: Side, second: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def _flat(record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A calibration record as settings of their own; what repeats the config's is left out."""
+    """Return a calibration record as settings. What repeats the config's is left out."""
     kept = ("examples", "batches", "combination", "adapters")
     return {f"calibration.{key}": value for key, value in (record or {}).items() if key in kept}

@@ -23,7 +23,7 @@ def load_base(
         name: a folder, or a name on the Hub.
         revision: on the Hub.
         adapter: what the adapter holds.
-        dtype: name of a dtype of torch; that of the file if None.
+        dtype: name of a dtype of torch. None means that of the files.
         weights: whether to read them. Otherwise they are checked as well, and the model is on the meta device.
 
     Raises:
@@ -66,6 +66,11 @@ def model_class(name: str, adapter: Inspection, base: Any) -> Any:
 
     Nothing outside transformers is imported, whatever a config says.
 
+    Args:
+        name: folder or name on the Hub of the base model, for the error.
+        adapter: what the adapter holds.
+        base: config of the base model.
+
     Raises:
         ValueError: neither tells, the model's code is not part of transformers, or the base is another kind of model.
     """
@@ -88,6 +93,11 @@ def model_class(name: str, adapter: Inspection, base: Any) -> Any:
 
 def head_sizes(kind: Any, base: Any, heads: Mapping[str, Tensor]) -> dict[str, int]:
     """Return `num_labels` if the adapter's output head is for another number of classes than the base's, else nothing.
+
+    Args:
+        kind: class of the base model.
+        base: its config.
+        heads: tensors that the adapter holds whole, by name.
 
     Raises:
         ValueError: a tensor that the adapter holds whole has a shape that another number of classes does not explain.

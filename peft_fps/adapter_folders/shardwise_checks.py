@@ -19,7 +19,16 @@ def tied(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def check_apart(model: nn.Module, layers: Iterable[str], ties: Iterable[tuple[str, str]]) -> None:
-    """Check that no layer shares a tensor with another module, and that what was tied still is."""
+    """Check that no layer shares a tensor with another module, and that what was tied still is.
+
+    Args:
+        model: the plain model, with the tensors that the adapter holds whole.
+        layers: paths of the layers that the adapter changes.
+        ties: pairs of names that were one tensor before the adapter was loaded.
+
+    Raises:
+        WholeModelNeededError: they are not.
+    """
     state = model.state_dict(keep_vars=True)
     for first, second in ties:
         if state.get(first) is not state.get(second):
@@ -33,7 +42,11 @@ def check_apart(model: nn.Module, layers: Iterable[str], ties: Iterable[tuple[st
 
 
 def check_embeddings(model: PreTrainedModel) -> None:
-    """Check that the embeddings are tied if the config says so; else PEFT's merge changes the config."""
+    """Check that the embeddings are tied if the config says so; else PEFT's merge changes the config.
+
+    Raises:
+        WholeModelNeededError: the config ties them, and they are two tensors.
+    """
     if not getattr(model.config, "tie_word_embeddings", False):
         return
     try:
@@ -46,13 +59,30 @@ def check_embeddings(model: PreTrainedModel) -> None:
 
 
 def check_plain(weights: StoredWeights, changed: Iterable[str]) -> None:
-    """Check that transformers does not make the tensors that the adapter changes from others."""
+    """Check that transformers does not make the tensors that the adapter changes from others.
+
+    Args:
+        weights: of the base model.
+        changed: names of these tensors in the state dict.
+
+    Raises:
+        WholeModelNeededError: one of them is made from others.
+    """
     if name := next((name for name in changed if name in weights.made), None):
         raise WholeModelNeededError(f"{name} is joined, split or transposed on loading, from {weights.made[name]}")
 
 
 def check_known(model: nn.Module, weights: StoredWeights, targets: Iterable[str]) -> None:
-    """Check that each tensor comes from the files or from the adapter, and the targets' from the files."""
+    """Check that each tensor comes from the files or from the adapter, and the targets' from the files.
+
+    Args:
+        model: the plain model, on the meta device but for the tensors that the adapter holds whole.
+        weights: of the base model.
+        targets: paths of the layers that the adapter changes.
+
+    Raises:
+        WholeModelNeededError: a tensor comes from neither.
+    """
     if path := next((path for path in targets if f"{path}.weight" not in weights.plain), None):
         raise WholeModelNeededError(f"{path}.weight is not in its files")
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -63,7 +93,15 @@ def check_known(model: nn.Module, weights: StoredWeights, targets: Iterable[str]
 
 
 def check_kept_names(model: PreTrainedModel, weights: StoredWeights) -> None:
-    """Check that saving gives all tensors their old keys, so that those that are copied fit them."""
+    """Check that saving gives all tensors their old keys, so that those that are copied fit them.
+
+    Args:
+        model: the plain model.
+        weights: of the base model. Without converted tensors there is nothing to check.
+
+    Raises:
+        WholeModelNeededError: a tensor would be saved under another key.
+    """
     if not weights.converted:
         return
     with TemporaryDirectory() as nowhere:

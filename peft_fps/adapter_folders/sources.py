@@ -39,6 +39,6 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
 
 
 def _hint(folder: Path) -> str:
-    """Where in a folder the adapters are, if there are some."""
+    """Return a sentence that names the folders inside a folder that hold adapters; empty if none does."""
     inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"*/{CONFIG_NAME}"))
     return f" Adapters are in its folders {', '.join(inside[:5])}." if inside else ""

@@ -54,9 +54,9 @@ class StoredWeights:
     """The tensors of a model in its files.
 
     Attributes:
-        plain: those that the model has as they are stored, by their names in its state dict. Names of one tensor that
-            is tied have the same.
-        converted: those from which transformers makes the model's, by key.
+        plain: tensors that the model has as they are stored, by their names in its state dict. All names of a tied
+            tensor have the same entry.
+        converted: tensors from which transformers makes the model's, by key.
         made: by name in the state dict, the key of a tensor of `converted` from which transformers makes this one.
     """
 

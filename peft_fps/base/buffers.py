@@ -71,34 +71,41 @@ def buffer_digests(model: nn.Module) -> dict[str, str]:
 
 
 def _trained_whole(model: nn.Module) -> set[int]:
+    """Return the ids of all modules within the copies that adapters train whole."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     return {id(part) for wrapper in wrappers for part in wrapper.modules_to_save.modules()}
 
 
 def _parts(module: Any) -> Iterator[nn.Module]:
+    """Yield a module and all modules within it."""
     yield from module.modules()
 
 
 def _tracks(module: nn.Module) -> bool:
+    """Return whether a module is a normalisation with running statistics."""
     return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
 
 
 def _evaluate(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: put a normalisation in evaluation mode, which `model.train()` may have ended."""
     if module.training:
         module.training = False
 
 
 def _thaw(module: nn.Module) -> None:
+    """Remove the hook of `freeze_statistics` from a module."""
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _evaluate]:
         del module._forward_pre_hooks[key]
 
 
 def _is_at_hand(buffer: Tensor | None) -> bool:
+    """Return whether a buffer can be digested: dense, whole, not on meta, not empty, at most `LARGEST` elements."""
     if buffer is None or buffer.device.type == "meta" or is_sharded(buffer):
         return False
     return buffer.layout == torch.strided and 0 < buffer.numel() <= LARGEST
 
 
 def _digest(buffer: Tensor) -> str:
+    """Return the SHA-256 of a buffer's bytes in hexadecimal."""
     data = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return hashlib.sha256(data).hexdigest()

@@ -89,6 +89,7 @@ def output_head(model: nn.Module) -> list[str]:
 
 
 def _is_backbone(model: nn.Module, path: str) -> bool:
+    """Return whether the module at a path is the backbone of a transformers model."""
     return isinstance(model, PreTrainedModel) and path == model.base_model_prefix
 
 
@@ -106,10 +107,12 @@ def _classifier(model: Any) -> list[str]:
 
 
 def _is_torchvision(model: nn.Module) -> bool:
+    """Return whether the class of a model, or one that it derives from, is one of torchvision's."""
     return any(base.__module__.startswith("torchvision.models.") for base in type(model).__mro__)
 
 
 def _torchvision_head(model: nn.Module) -> list[str]:
+    """Return the names of the modules that are the head of a torchvision model; see `find_head`."""
     children = dict(model.named_children())
     found = [name for name in TORCHVISION if name in children]
     if "backbone" in children:

@@ -65,6 +65,7 @@ def keep_off_fused_path(module: nn.Module) -> None:
 
 
 def _base_at(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module of the base model at a path, None if there is no module."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -73,4 +74,5 @@ def _base_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook that does nothing."""
     return None

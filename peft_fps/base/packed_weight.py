@@ -78,7 +78,7 @@ class PackedWeight(nn.Module):
         return (inputs, out) if self.transposed else (out, inputs)
 
     def copied(self) -> Any:
-        """Return one with copies of its tensors."""
+        """Return a packed weight that holds copies of weight and biases."""
         names = [name for name in (self.name, self.bias_name) if self.owner._parameters.get(name) is not None]
         own = {name: self.owner._parameters[name].detach().clone() for name in names}
         twin = copy.copy(self)
@@ -145,7 +145,7 @@ class OpenedModule(nn.Module):
         return {name: layer for name, layer in self._modules.items() if layer is not None and name != "base_layer"}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the module."""
+        """Return the module inside."""
         return self.base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ class OpenedModule(nn.Module):
 
 
 def close_modules(model: nn.Module) -> None:
-    """Put modules back of which no parameter has more than a `PackedWeight`, and take these out of others."""
+    """Take packed weights without an adapter out of opened modules. Put a module back that has no other layer."""
     for path, module in list(opened_modules(model)):
         for name, layer in module.weights.items():
             if isinstance(layer, PackedWeight):
@@ -182,7 +182,13 @@ def opened_modules(model: nn.Module) -> Iterator[tuple[str, OpenedModule]]:
 
 
 def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of the one at a path."""
+    """Put a module in the place of the one at a path.
+
+    Args:
+        model: changed in place.
+        path: full name of the module that is replaced.
+        module: takes its place.
+    """
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

@@ -85,6 +85,7 @@ def is_of_torchao(tensor: object) -> bool:
 
 
 def _lineage(thing: object) -> frozenset[str]:
+    """Return the names of an object's class and of the bases of that class, each behind its package's name."""
     kind: Any = type(thing)
     return _names(kind)
 

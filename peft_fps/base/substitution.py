@@ -99,7 +99,7 @@ def follows_its_weight(base: Any) -> bool | None:
 
 
 def _bare(base: Any) -> Any:
-    """The layer without hooks and forwards put over its own, which are others' and may hold anything."""
+    """Return a copy of the layer without hooks and without a forward put over its own, since others made them."""
     bare = copy.copy(base)
     for name in ("forward", "_hf_hook", "_old_forward"):
         bare.__dict__.pop(name, None)
@@ -111,19 +111,20 @@ def _bare(base: Any) -> Any:
 
 
 def _ramp(like: Tensor) -> Tensor:
-    """Numbers between -1 and 1 of which no two neighbours are alike."""
+    """Return numbers between -1 and 1, no two neighbours alike, in the shape and dtype of a tensor."""
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
     return torch.sin(steps * 0.7 + 0.3).to(like.dtype).view(like.shape)
 
 
 def _trial_input(base: Any) -> Tensor:
-    """A small input; for an embedding, tokens that also make sense as a mask, which some read positions off."""
+    """Return a small input. Tokens of an embedding make sense as a mask too, from which some derive positions."""
     if isinstance(base, nn.Embedding):
         return torch.tensor([[1, 0, 1]], device=base.weight.device).clamp(max=base.num_embeddings - 1)
     return _ramp(base.weight.new_empty(_input_shape(base)))
 
 
 def _input_shape(base: Any) -> tuple[int, ...]:
+    """Return the shape of the input on which `follows_its_weight` tries a layer."""
     if isinstance(base, CONVOLUTIONS + TRANSPOSED):
         extent = [(kernel - 1) * step + 1 for kernel, step in zip(base.kernel_size, base.dilation, strict=True)]
         return (1, base.in_channels, *(size + more for size, more in zip(extent, SIZES, strict=False)))
@@ -132,7 +133,7 @@ def _input_shape(base: Any) -> tuple[int, ...]:
 
 @contextmanager
 def _undrawn(base: Any) -> Iterator[None]:
-    """Leave the generators as they are, should the forward draw numbers."""
+    """Restore torch's random generators after the block, since the forward may draw numbers."""
     device = base.weight.device
     kind = device.type if device.type != "cpu" else "cuda"
     devices = [] if device.type == "cpu" else [device.index or 0]

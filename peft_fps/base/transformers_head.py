@@ -74,6 +74,14 @@ def sized_by_labels(model: PreTrainedModel, known: list[str], raw: list[str]) ->
     """Return the names of the layers and parameters outside the known head whose size depends on the number of labels.
 
     A twin with one label more, made without memory for its weights, tells.
+
+    Args:
+        model: a transformers model.
+        known: names of the modules of its head that are known already.
+        raw: names of the parameters of its head that are known already.
+
+    Returns:
+        Names of layers, and names of parameters that the model holds itself.
     """
     labels = getattr(model.config, "num_labels", None)
     if not _of_transformers(model) or not has_task(model) or not isinstance(labels, int):
@@ -101,10 +109,12 @@ def sized_by_labels(model: PreTrainedModel, known: list[str], raw: list[str]) ->
 
 
 def _of_transformers(model: nn.Module) -> bool:
+    """Return whether the class of a model is defined in transformers."""
     return type(model).__module__.startswith("transformers.")
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:
+    """Return what a getter of the model returns, None if the model has no such embeddings."""
     try:
         found = getattr(model, getter)()
     except (NotImplementedError, AttributeError):  # transformers' way to say that there are none
@@ -113,5 +123,6 @@ def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:
 
 
 def _rows(module: Any) -> int | None:
+    """Return the number of rows of a module's weight, None if it has no weight."""
     weight: Any = getattr(module, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() else None

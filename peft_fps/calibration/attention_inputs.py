@@ -36,6 +36,8 @@ def watch_attention(weights: Mapping[str, Projection], receive: Receive) -> list
 
 
 def _hook(path: str, weight: Projection, receive: Receive) -> Any:
+    """Return a forward pre-hook of an attention that hands over the inputs of one of its projections."""
+
     def of_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         for matrix, name in enumerate(("query", "key", "value")):
@@ -62,6 +64,7 @@ def heads_of(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _batch_first(x: Tensor, attention: Any, path: str) -> Tensor:
+    """Return an attention's tensor as rows `(positions, size)`, batch first. Raise ValueError if it is nested."""
     check_dense(path, x)
     ordered = x if attention.batch_first or x.dim() == 2 else x.transpose(0, 1)
     return ordered.reshape(-1, x.shape[-1])

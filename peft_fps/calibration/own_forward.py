@@ -72,4 +72,5 @@ class WatchedProduct(TorchFunctionMode):
 
 
 def _fixed(number: Any) -> Any:
+    """Return a list of numbers as a tuple, which the constructors of convolutions take, and anything else as it is."""
     return tuple(number) if isinstance(number, list) else number

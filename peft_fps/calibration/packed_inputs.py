@@ -74,6 +74,7 @@ def watch_stacked(weights: Mapping[str, PackedWeight], receive: Receive) -> list
 
 
 def _watch_module(weights: Mapping[str, PackedWeight], receive: Receive) -> list[Any]:
+    """Put hooks on a module that hand over the inputs of its stacked weights in each call. Return their handles."""
     running: list[ExpertInputs] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,4 +165,5 @@ class ExpertInputs(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage, which views of the tensor share."""
     return tensor.untyped_storage().data_ptr()

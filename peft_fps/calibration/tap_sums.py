@@ -114,6 +114,7 @@ def _reaching(convolution: Any, axis: int, tap: int, size: int) -> slice:
 
 
 def _part(x: Tensor, axis: int, places: slice) -> Tensor:
+    """Return a view of a slice along one axis."""
     return x[(slice(None),) * axis + (places,)]
 
 

@@ -72,4 +72,5 @@ def is_measured(result: EvalResult) -> bool:
 
 
 def _finite(value: Any) -> bool:
+    """Return whether a value is a finite number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -176,6 +176,7 @@ def base_of(config: CardSettings, base: Mapping[str, str] | None) -> tuple[str |
 
 
 def _names(classes: Mapping[str, Any]) -> list[str]:
+    """Return the names of all classes of a task; transformers' table holds one or several for each type of model."""
     return [name for held in classes.values() for name in ([held] if isinstance(held, str) else held)]
 
 

@@ -102,6 +102,7 @@ def percent(share: float) -> str:
 
 
 def _rows(facts: Facts) -> list[tuple[str, str]]:
+    """Return the rows of the table on the selection: what it is about, and the value as Markdown."""
     asked = facts.settings
     chosen = ", ".join(code(f"{key}={asked[key]!r}") for key in ("importance", "order", "granularity", "bias"))
     if asked["budget"] is None:
@@ -137,6 +138,7 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _product(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of a tensor of this shape."""
     result = 1
     for size in shape:
         result *= size
@@ -144,6 +146,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _one_line(text: str) -> str:
+    """Return text on one line, without a mark of ours in it, and cut to `LONGEST` characters."""
     text = " ".join(text.split()).replace("<!--", "<! --")  # no value may hold one of our marks
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 

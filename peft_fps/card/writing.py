@@ -138,5 +138,6 @@ def keep_card(model: PeftModel, location: str | None = None) -> None:
 
 
 def _create_or_update(model: PeftModel, location: str | None, output_dir: str) -> None:
+    """Write the card as PEFT does, and our part into it."""
     type(model).create_or_update_model_card(model, output_dir)
     write_cards(model, output_dir, location=location)

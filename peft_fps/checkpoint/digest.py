@@ -16,8 +16,8 @@ from peft_fps.checkpoint.encoding import TENSORS
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of a file's sparse tensors.
 
-    It depends neither on their order nor on the names of the modules, which may change between versions of a model,
-    see `renames`. Other checks compare the names.
+    It depends neither on their order nor on the names of the modules, which may change between versions of
+    transformers (see `peft_fps.base.renamed_modules`). Other checks compare the names.
 
     Args:
         tensors: by key in the file, as they are on disk. Those whose keys do not end in one of `TENSORS` do not count.

@@ -38,7 +38,7 @@ PREFIX = "fps_"
 TENSORS = ("fps_values", "fps_columns", "fps_row_counts", "fps_bias", "fps_threshold")
 
 TRAINED = ("fps_values", "fps_bias", "fps_threshold")
-"""Those of them that are parameters."""
+"""Those of `TENSORS` that are parameters."""
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the path of a module in its keys."""
@@ -98,7 +98,7 @@ def is_left_out(bias: Tensor) -> bool:
 
 
 def encoded_bytes(row_counts: Tensor, inputs: int, value_size: int, biases: int) -> int:
-    """Return the number of bytes that one module's tensors take on disk.
+    """Return the number of bytes that one module's tensors take on disk, without the threshold of a gate.
 
     Args:
         row_counts: `(neurons,)` entries per neuron.

@@ -5,7 +5,18 @@ from typing import Any
 
 
 def check_number(name: str, value: Any, upper: float | None = None, optional: bool = True) -> None:
-    """Raise TypeError or ValueError unless the value is a finite number from 0 to `upper`, or None where optional."""
+    """Check that a value is a finite number from 0 to `upper`.
+
+    Args:
+        name: name of the field, for errors.
+        value: its value.
+        upper: largest value that is allowed. Default: None, no limit.
+        optional: allow None. Default: True.
+
+    Raises:
+        TypeError: the value is no number.
+        ValueError: the value is out of range or not finite.
+    """
     allowed = f"between 0 and {upper:g}" if upper is not None else "of at least 0"
     if value is None and optional:
         return
@@ -16,19 +27,38 @@ def check_number(name: str, value: Any, upper: float | None = None, optional: bo
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of those allowed."""
+    """Raise ValueError unless the value is one of those allowed.
+
+    Args:
+        name: name of the field, for the error.
+        value: its value.
+        allowed: the words that are allowed.
+    """
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}.")
 
 
 def check_type(name: str, value: Any, expected: type, description: str) -> None:
-    """Raise TypeError unless the value is of the expected type."""
+    """Raise TypeError unless the value is of the expected type.
+
+    Args:
+        name: name of the field, for the error.
+        value: its value.
+        expected: the type.
+        description: what the error expects.
+    """
     if not isinstance(value, expected):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {description}.")
 
 
 def check_names(name: str, value: Any, types: Any) -> None:
-    """Raise TypeError unless the value is None, a non-empty name where `types` has strings, or a list of names."""
+    """Raise TypeError unless the value is of one of the types, and no name is empty.
+
+    Args:
+        name: name of the field, for the error.
+        value: its value: None, a name, or a list, set or tuple of names.
+        types: union of the types that are allowed. A single name is allowed only if `str` is among them.
+    """
     members = value if isinstance(value, (list, set, tuple)) else ()
     if not isinstance(value, types) or value == "" or any(not isinstance(item, str) or not item for item in members):
         kinds = "a name or a list of names" if isinstance("", types) else "a list of names"

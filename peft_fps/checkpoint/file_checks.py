@@ -113,6 +113,7 @@ def check_adapter_tensors(
 
 
 def _check_module(tensors: Mapping[str, Tensor], wanted: Expected, total_only: bool) -> None:
+    """Raise StructureError unless a module's tensors have the right dtypes, shapes, indices and number of entries."""
     columns, row_counts, values = (tensors[name] for name in ("fps_columns", "fps_row_counts", "fps_values"))
     for name, tensor, allowed in (
         ("fps_columns", columns, (torch.uint16, torch.int32)),
@@ -170,5 +171,6 @@ def check_whole_modules(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def _check_trained(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raise StructureError unless a trained tensor has a floating dtype, this shape and finite values."""
     check_floating(name, tensor, shape)
     check_finite(name, tensor)

@@ -50,7 +50,8 @@ def fingerprint(weights: Mapping[str, Tensor | BaseWeight]) -> dict[str, str] | 
 
     Returns:
         None if a weight is on the meta device. Otherwise `sha256`: digest of names, shapes and up to 256 entries of
-        each weight; `dtype`: how the weights are stored; `sample`: base64 of at most 256 of these entries in bfloat16.
+        each weight; `dtype`: how the weights are stored; `sample`: base64 of at most 256 of these entries in bfloat16,
+        without norms.
     """
     if any(weight.device.type == "meta" for weight in weights.values()):
         return None

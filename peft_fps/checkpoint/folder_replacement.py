@@ -134,6 +134,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _beside(target: Path, role: str) -> Path:
+    """Return the path of the hidden folder with a role beside the target: `.adapter.saving` for the role `saving`."""
     return target.with_name(f".{target.name}.{role}")
 
 

@@ -42,11 +42,12 @@ def allocation_from_json(value: Any, where: str = "allocation") -> dict[str, Mod
 
     Args:
         value: a dict from module path to `neurons`, `inputs` and `entries`.
-        where: what the error calls it.
+        where: what the error calls it. Default: "allocation".
 
     Raises:
         TypeError: it is no dict.
-        ValueError: the sizes of a module are not such; names the module.
+        ValueError: the sizes of a module are missing, negative or no integers, or hold more entries than weights. The
+            error names the module.
     """
     check_type(where, value, dict, "what an adapter_config.json holds, a dict of sizes by module")
     allocation = {}

@@ -3,7 +3,7 @@
 | tensor | shape | dtype |
 |---|---|---|
 | `<module path>.fps_columns` | `(nnz,)` | as in an adapter file, see `encoding` |
-| `<module path>.fps_row_counts` | `(neurons,)` | likewise |
+| `<module path>.fps_row_counts` | `(neurons,)` | as in an adapter file |
 
 Everything is checked before it is returned. An adapter file holds the same tensors among others.
 """
@@ -135,6 +135,17 @@ def _checked_modules(path: Path, tensors: Mapping[str, Tensor], allocation: Save
 
 
 def _checked_module(columns: Tensor, row_counts: Tensor, sizes: ModuleSizes) -> ModuleEntries:
+    """Return the entries of one module.
+
+    Args:
+        columns: as they are in the file.
+        row_counts: as they are in the file.
+        sizes: of the module, from the record.
+
+    Raises:
+        StructureError: the tensors form no selection of this size, have other dtypes than `encode` gives, or hold
+            another number of entries.
+    """
     checked = ModuleEntries.of_size(columns, row_counts, sizes.neurons, sizes.inputs)
     for name, found, right in zip(INDICES, (columns, row_counts), (checked.columns, checked.row_counts), strict=True):
         wanted = encode(name, right, sizes.inputs).dtype

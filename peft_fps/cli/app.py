@@ -1,5 +1,7 @@
 """The commands, put together."""
 
+from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +25,24 @@ app = typer.Typer(name="peft-fps", add_completion=False, pretty_exceptions_enabl
 benchmarks = typer.Typer(**LOOKS, help="Measure on this machine what the method costs and how well it does.")
 recipes = typer.Typer(
     **LOOKS,
-    help="Train a benchmark's task by the published recipe: backbone, splits, images, K, learning rate and the rest.",
+    help="Train a benchmark's task by the published recipe: backbone, splits, images, weights per neuron, learning "
+    "rate and the rest.",
 )
+
+
+def flowing(text: str) -> str:
+    """Return a text with each paragraph on one line: rich wraps lines and keeps the breaks that are there.
+
+    Paragraphs with indented lines or items of a list stay as they are.
+    """
+    paragraphs = [paragraph.splitlines() for paragraph in text.split("\n\n")]
+    kept = [any(line.startswith((" ", "- ", "* ")) for line in lines) for lines in paragraphs]
+    return "\n\n".join(("\n" if keep else " ").join(lines) for keep, lines in zip(kept, paragraphs, strict=True))
+
+
+def add(group: typer.Typer, command: Callable[..., None]) -> None:
+    """Add a command to a group, with its docstring as help."""
+    group.command(help=flowing(getdoc(command) or ""))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -45,9 +63,9 @@ def commands(
 
 app.add_typer(benchmarks, name="benchmark")
 for measuring in (transfer, overlap, derive, cost):
-    benchmarks.command()(measuring)
+    add(benchmarks, measuring)
 app.add_typer(recipes, name="reproduce")
 for benchmark, task, data in (("vtab-1k", "cifar100", "vtab-1k"), ("fgvc", "cub", "CUB_200_2011")):
     recipes.command(benchmark, help=page(benchmark, task, data))(reproduce)
 for command in (finetune, select, inspect, compare, merge):
-    app.command()(command)
+    add(app, command)

@@ -41,10 +41,10 @@ Rows = Annotated[
         "step: seconds of a training step of ten methods. memory: bytes of the same. selection: choosing the "
         "weights, beside bare forward passes and gradients. merge: merging and unmerging. switch: another loaded "
         "adapter. inference: with an adapter that is not merged. file: bytes on disk. attach: adding and loading. "
-        "Only if named: importance: choosing the weights by every importance. tokens: steps, memory and inference of "
-        "FPS with token selection, beside LoRA and the floor; of vision transformers. grid, which is all that "
-        "--device cuda measures by default: steps of vit-b16, vit-l16 and decoder-1b in both precisions, with and "
-        "without torch.compile, in eight minutes.",
+        "Three rows are measured only if named. importance: choosing the weights by every importance. tokens: steps, "
+        "memory and inference of a vision transformer with token selection, beside LoRA and the frozen network. grid: "
+        "steps of vit-b16, vit-l16 and decoder-1b in both precisions, with and without torch.compile, in eight "
+        "minutes; by default --device cuda measures grid alone.",
         MEASURED,
         metavar="ROW,ROW...",
         callback=known_rows,
@@ -66,9 +66,9 @@ Output = Annotated[
 def cost(rows: Rows = None, output: Output = FOLDER, verbose: Verbose = False, **options: Any) -> None:
     """Measure time, memory and bytes of FPS beside LoRA, SHiRA, Super-Tuning, gradient masks and full fine-tuning.
 
-    All methods take turns in one process, so that a machine that slows down slows all of them; ratios are ratios of
-    medians. Memory is counted in a process for each method, but for the row grid. Every figure stands beside its
-    target, met or not. The exit code is 0 either way; 1 means that something could not be measured.
+    All methods take turns in one process, so that a machine that slows down slows all of them. Ratios are ratios of
+    medians. Memory is counted in a process of its own for each method, except in the row grid. Every figure stands
+    beside its target, met or not. The exit code is 0 either way; 1 means that something could not be measured.
 
     [bold]Examples[/bold]
 
@@ -84,7 +84,7 @@ def cost(rows: Rows = None, output: Output = FOLDER, verbose: Verbose = False, *
 
         $ peft-fps benchmark cost --model decoder-0.5b --rows step,memory
 
-    Everything on a GPU, in eight minutes:
+    Training steps on a GPU, in eight minutes:
 
         $ peft-fps benchmark cost --device cuda
     """

@@ -13,8 +13,8 @@ from peft_fps.cli.terminal import Verbose, errors_told, say
 def derive(verbose: Verbose = False, **options: Any) -> None:
     """Make tasks of other kinds out of the images of given tasks: orientation, position, number, colour, distance.
 
-    Each has 800 images for training, 200 for validation and 1,000 for test, all classes alike. Every image is made of
-    images of one split and belongs to it. The same seed gives the same files.
+    Each has 800 images for training, 200 for validation and 1,000 for test, with equally many of every class. Images
+    of a split are made of images of that split alone. The same seed gives the same files.
 
     [bold]Example[/bold]
 

@@ -1,19 +1,37 @@
 """The command `peft-fps benchmark overlap`."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
 from peft_fps.benchmarks.transfer.transfer_options import OverlapOptions
 from peft_fps.cli.option_fields import options_of
 from peft_fps.cli.terminal import Verbose, errors_told, say, show_text_table
+from peft_fps.vision.option_types import count, described, pixels
 
 
-@options_of(OverlapOptions, without=("tuned_share", "epochs", "precision", "threads"))
+HOW = "How weights are chosen"
+"""Panel of `--help`."""
+
+ImageSize = Annotated[int, pixels("Height, width of images.", HOW, least=8)]
+BatchSize = Annotated[int, count("Examples in a batch.", HOW)]
+Attention = Annotated[
+    Literal["sdpa", "eager"],
+    described("Which of transformers' implementations a model's attention uses.", HOW),
+]
+
+
+@options_of(
+    OverlapOptions,
+    without=("tuned_share", "epochs", "precision", "threads"),
+    image_size=ImageSize,
+    batch_size=BatchSize,
+    attention=Attention,
+)
 def overlap(verbose: Verbose = False, **options: Any) -> None:
     """Compare what methods select: with FPS, between seeds and between tasks. Nothing is trained.
 
-    Seeds decide which images a selection from few of them sees, and their order.
+    The seed decides which images are seen, in which order, and how they are augmented.
 
     [bold]Example[/bold]
 

@@ -21,10 +21,9 @@ def transfer(
 ) -> None:
     """Compare methods by their accuracy on many small image tasks, at equal numbers of trained parameters.
 
-    A cell is a method on a task with a seed. All methods get the same data, schedule and head; each one's learning
-    rate is, for every task, the best of three on its validation images. Test images are read once per cell, when
-    training has ended. The same cell gives the same accuracy again, on the same machine with the same number of
-    threads.
+    A cell is a method on a task with a seed. All methods get the same data, schedule and head. For every task, each
+    method has the best of three learning rates on the validation images. Test images are read once per cell, when
+    training has ended. On the same machine with the same number of threads, the same cell gives the same accuracy.
 
     [bold]Examples[/bold]
 

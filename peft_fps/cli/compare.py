@@ -9,7 +9,7 @@ from rich.table import Table
 
 from peft_fps.adapter_folders.comparison import Comparison, Values, load_side
 from peft_fps.adapter_folders.comparison import compare as measure
-from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, print_json, say, wide_console
+from peft_fps.cli.terminal import AsJson, UngroupedVerbose, errors_told, facts, listing, print_json, say, wide_console
 
 
 WHAT = "A saved FPS adapter (folder, or its name on the Hub), or a selection (the file that select writes)."
@@ -30,12 +30,13 @@ def compare(
     second: Second,
     as_json: AsJson = False,
     picture: Picture = None,
-    verbose: Verbose = False,
+    verbose: UngroupedVerbose = False,
 ) -> None:
     """Compare two adapters or selections: entries, settings, and values where both have them.
 
-    The overlap is the Jaccard index |A and B| / |A or B| of the entries, 0 to 1. Modules that only one of the two has
-    count with their entries. Exit code 1 means that something could not be read, or belongs to other shapes.
+    The overlap is the Jaccard index |A and B| / |A or B| of the entries, 0 to 1. Entries in modules that only one of
+    the two has count too. Exit code 1 means that something could not be read, or that the two do not fit one base
+    model.
 
     [bold]Examples[/bold]
 

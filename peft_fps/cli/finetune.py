@@ -19,8 +19,8 @@ def finetune(verbose: Verbose = False, **options: Any) -> None:
 
     Loads model and data, fits the linear head, chooses the weights to train (calibration) and shows the selection,
     trains, evaluates, saves the adapter, merges it, and verifies that the merged model and the reloaded adapter
-    predict the same. Exit code 1 means that they do not, or that something was wrong with model, data or a
-    combination of options; 2, that a single option was.
+    predict the same. Exit code 1 means that they do not, or that model, data or a combination of options cannot be
+    used; 2, that a single option cannot.
 
     [bold]Examples[/bold]
 
@@ -44,7 +44,7 @@ def finetune(verbose: Verbose = False, **options: Any) -> None:
 
         $ peft-fps finetune --importance random --output runs/random
 
-    Another published method, with its own training, and with fewer epochs of it:
+    Other published methods, with their own training; the second for fewer epochs:
 
         $ peft-fps finetune --preset bitfit --output runs/bitfit
 

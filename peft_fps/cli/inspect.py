@@ -10,7 +10,17 @@ from rich.table import Table
 from peft_fps.adapter_folders.adapter_contents import Inspection
 from peft_fps.adapter_folders.soundness import inspect_adapter
 from peft_fps.adapter_folders.sources import adapter_folder
-from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, listing, one_line, print_json, say, wide_console
+from peft_fps.cli.terminal import (
+    AsJson,
+    UngroupedVerbose,
+    errors_told,
+    facts,
+    listing,
+    one_line,
+    print_json,
+    say,
+    wide_console,
+)
 
 
 SHOWN = (
@@ -23,7 +33,7 @@ Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Folder of a saved FPS adapter, or its name on the Hub.")
 ]
 Revision = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub. Without it: the main branch.")
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub. Default: the main branch.")
 ]
 Picture = Annotated[
     Path | None,
@@ -41,13 +51,13 @@ def inspect(
     revision: Revision = None,
     as_json: AsJson = False,
     picture: Picture = None,
-    verbose: Verbose = False,
+    verbose: UngroupedVerbose = False,
 ) -> None:
     """Show what an adapter holds, and check its files, without its base model.
 
-    Checked is all that loading checks and that takes no base model: the config, the file, its digest, keys, dtypes,
-    shapes, ranges, order and finite values of the entries, and the tensors of modules that are saved whole. Exit code
-    1 means that a check failed, which is named, or that there is no FPS adapter.
+    Makes every check of loading that needs no base model: of the config, of the file's digest, keys, dtypes and
+    shapes, of the range, order and finite values of the entries, and of the tensors of modules that are saved whole.
+    Exit code 1 means that a check failed, which the output names, or that there is no FPS adapter.
 
     [bold]Examples[/bold]
 

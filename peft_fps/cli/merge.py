@@ -10,23 +10,28 @@ from peft_fps.adapter_folders.merged_folder import merge as run
 from peft_fps.adapter_folders.sources import adapter_folder
 from peft_fps.cli.inspect import Adapter, Revision
 from peft_fps.cli.option_fields import options_of
-from peft_fps.cli.terminal import AsJson, Verbose, errors_told, facts, print_json, say, wide_console
+from peft_fps.cli.terminal import AsJson, UngroupedVerbose, errors_told, facts, print_json, say, wide_console
 
 
 @options_of(MergeOptions, without=("adapter",))
 def merge(
-    adapter: Adapter, revision: Revision = None, as_json: AsJson = False, verbose: Verbose = False, **options: Any
+    adapter: Adapter,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: UngroupedVerbose = False,
+    **options: Any,
 ) -> None:
     """Write adapter and base model as one plain model, which from_pretrained loads without peft_fps.
 
-    Only if the adapter selects tokens, which a warning says, import peft_fps before the model is loaded.
+    If the adapter selects tokens, import peft_fps before you load the merged model; a warning says so.
 
     Adapter and base model are checked as on loading. The base model's safetensors files are merged one after the
-    other, in the memory of the largest of them, in --dtype, and of the adapter. Where that is impossible (pickled or
-    quantised weights, targets that transformers joins or splits on loading), the model is loaded whole, in the memory
-    of one copy of it, and one line says why. The result is the same. The output head is the adapter's if it was saved
-    with one; names of classes are the base model's if it has as many, else LABEL_0, LABEL_1 and so on. Exit code 1
-    means that something could not be used; nothing is written then.
+    other. This takes memory for the largest of them, in --dtype, and for the adapter. Where it is impossible (pickled
+    or quantised weights, targets that transformers joins or splits on loading), the model is loaded whole, in the
+    memory of one copy of it, and one line says why. The result is the same.
+
+    The output head is the adapter's if it was saved with one. Names of classes are the base model's if it has as
+    many, else LABEL_0, LABEL_1 and so on. Exit code 1 means that something could not be used; nothing is written then.
 
     [bold]Examples[/bold]
 

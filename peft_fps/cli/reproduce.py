@@ -17,16 +17,16 @@ from peft_fps.vision.option_types import described
 
 ABOUT = {
     "vtab-1k": (
-        "Train and evaluate a task of VTAB-1k, 1,000 images, as GPS and FPS do.",
-        "--data is a folder with train800.txt, val200.txt, train800val200.txt and test.txt, each line an image path "
-        "below the folder and a class index from 0, as the scripts of NOAH and SPT write VTAB-1k; or the folder above "
-        "it, with one subfolder per task.",
+        "Train and evaluate a task of VTAB-1k (1,000 images), as GPS and FPS do.",
+        "--data is a folder with train800.txt, val200.txt, train800val200.txt and test.txt, as the scripts of NOAH "
+        "and SPT write VTAB-1k. Each line is an image path below the folder and a class index from 0. --data may also "
+        "be the folder above it, with one subfolder per task.",
     ),
     "fgvc": (
-        "Train and evaluate a task of FGVC, birds, flowers, cars and dogs, as GPS and FPS do.",
+        "Train and evaluate a task of FGVC (birds, flowers, cars, dogs), as GPS and FPS do.",
         "--data is a folder with VPT's train.json, val.json and test.json, each from image path to class id, beside "
-        "the images (paths begin at the folder, or at images/ or Images/ in it); or the folder above it, with one "
-        "subfolder per task.",
+        "the images. Paths begin at the folder, or at images/ or Images/ in it. --data may also be the folder above "
+        "it, with one subfolder per task.",
     ),
 }
 """By benchmark: what the command does, and the files that it reads."""
@@ -58,7 +58,7 @@ def page(benchmark: str, task: str, data: str) -> str:
 Augmentation = Annotated[
     Literal["on", "off"] | None,
     described(
-        "Random crops and mirroring, mixup, CutMix and label smoothing; on for fgvc, off for vtab-1k in the recipe.",
+        "Random crops and mirroring, mixup, CutMix and label smoothing; in the recipe on for fgvc, off for vtab-1k.",
         RECIPE,
         callback=lambda value: None if value is None else value == "on",
     ),

@@ -23,7 +23,7 @@ Output = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, count(f"Images in a batch of calibration. Without it and --preset: {BATCH}.", SELECTION)
+    int | None, count(f"Images in a batch of calibration. Default: {BATCH}, unless --preset is given.", SELECTION)
 ]
 Seed = Annotated[
     int,
@@ -44,8 +44,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 def select(output: Output, as_json: AsJson = False, verbose: Verbose = False, **options: Any) -> None:
     """Choose the weights to train, save the selection and show it; nothing is trained.
 
-    Chooses as `peft-fps finetune` with the same options does. In a program, Selection.load(...).apply(model) gives
-    the selection to an adapter. Exit code 1 means that model, data or a combination of options cannot be used.
+    The choice is that of `peft-fps finetune` with the same options. In a program, Selection.load(...).apply(model)
+    gives the selection to an adapter. Exit code 1 means that model, data or a combination of options cannot be used.
 
     [bold]Examples[/bold]
 

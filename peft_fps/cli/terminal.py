@@ -28,9 +28,10 @@ LONGEST_ERROR = 600
 UNUSABLE = (ValueError, TypeError, OSError, ImportError)
 """Errors that say that something a command was given cannot be used."""
 
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Show where in the code an error arose.", rich_help_panel=OUTPUT)
-]
+WHERE = "Show where in the code an error arose."
+Verbose = Annotated[bool, typer.Option("--verbose", help=WHERE, rich_help_panel=OUTPUT)]
+UngroupedVerbose = Annotated[bool, typer.Option("--verbose", help=WHERE)]
+"""The same option for commands whose options have no panels in `--help`."""
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout instead of tables.")]
 
 

@@ -60,7 +60,16 @@ def gather_gradients(
 
 
 def size_of_sums(layer: EntryLayer, path: str, config: Settings, sums: Accumulator) -> Score:
-    """Return the absolute values of a layer's sums as its scores; see `Importance.scorer`."""
+    """Return the absolute values of a layer's sums as its scores.
+
+    It is the `Importance.scorer` of importances that sum up gradients or changes.
+
+    Args:
+        layer: not used.
+        path: not used.
+        config: not used.
+        sums: of the layer.
+    """
     return lambda first, last: sums.rows(first, last).float().abs()
 
 

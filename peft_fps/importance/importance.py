@@ -25,7 +25,7 @@ UNREACHED = 1e-30
 
 @dataclass(frozen=True)
 class Gathering:
-    """Arguments of `peft_fps.calibrate` that say how to gather evidence. Its docstring explains them."""
+    """Arguments of `peft_fps.calibrate` that say how to gather evidence; see there."""
 
     loss: Loss | None = None
     views: Callable[[Tensor], Tensor] | None = None

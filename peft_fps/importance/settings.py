@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 
 class Settings(Protocol):
-    """The fields of `FPSConfig` that importances read. Its docstring explains them."""
+    """The fields of `FPSConfig` that importances read; see there."""
 
     importance: str
     order: Literal["top", "bottom"]

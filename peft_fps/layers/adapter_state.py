@@ -37,16 +37,18 @@ class AdapterState:
     """What all layers of one adapter share.
 
     Attributes:
-        selected: its entries are those its config asks for: calibrated, loaded, or chosen by a score without data.
-        warned: the warning about training without calibration was given.
+        selected: whether its entries are those that its config asks for: calibrated, loaded, or chosen by a score that
+            needs no data.
+        warned: whether the warning about training without calibration was given.
         calibration: how its entries were chosen; None if they were chosen without data, or that is unknown.
-        base_fingerprint: of the base model, None where it could not be taken.
+        base_fingerprint: of the base weights; None if they could not be read.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
         unreached: paths of modules that no data has reached, which hold neither entries nor a bias delta.
         inert_biases: paths of modules whose bias does not change the output, see `has_inert_bias`. The adapter has a
             bias delta there only if it came with one.
         buffers: digests of the base model's buffers when the adapter was added, by name.
-        before: an adapter file began to load; None once it has, and for an adapter that came from no file.
+        before: the model before an adapter file began to load, to be restored if the file is refused. None once the
+            file is loaded, and for an adapter that came from no file.
         base_parameters: number of parameters of the base model without its output head; None if it was not counted.
         evaluation: the newest evaluation by a Trainer, for the model card; None if there was none.
         token_keep_rate: share of the patches that stay in the blocks that select tokens, at the moment; None if the

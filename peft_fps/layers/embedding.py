@@ -45,7 +45,7 @@ class Embedding(ProductLayer):
         return False
 
     def applied(self, names: list[str]) -> tuple[Structure, Tensor]:
-        """Return the sum of the named adapters' ΔW; see `ProductLayer`.
+        """Return the sum of the named adapters' ΔW; see `ChangedLayer`.
 
         Raises:
             ValueError: the embedding has been resized since the adapter was added.
@@ -101,7 +101,7 @@ class Embedding(ProductLayer):
 
 
 def looks_up_distances(path: str) -> bool:
-    """Whether an embedding looks up distances between positions, which have no samples; its name tells."""
+    """Whether an embedding looks up distances between positions, which samples share, as far as its name tells."""
     return re.search(r"relative|(^|_)rel_|distance", path.rpartition(".")[2]) is not None
 
 

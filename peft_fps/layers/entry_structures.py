@@ -17,7 +17,7 @@ from peft_fps.sparse import Layout, Structure, build_structure, unite_structures
 
 @dataclass(frozen=True)
 class _Known:
-    """A structure and the very tensors it was derived from, to notice when they are replaced or overwritten."""
+    """A structure, the tensors that it was derived from, and their versions, which tell whether they have changed."""
 
     structure: Structure
     columns: Tensor
@@ -36,10 +36,10 @@ class StructuredLayer(CheckedLayer):
     """The part of a layer with entries that derives where they lie.
 
     Attributes:
-        shape: of the weight.
+        shape: of the weight seen as `(neurons, inputs)`.
         layout: how the weight is stored.
-        fps_columns: per adapter `(nnz,)`.
-        fps_row_counts: per adapter `(neurons,)`.
+        fps_columns: per adapter `(nnz,)` int32, the input of each entry.
+        fps_row_counts: per adapter `(neurons,)` int32, the number of entries of each neuron.
     """
 
     shape: LayerShape
@@ -128,6 +128,7 @@ class StructuredLayer(CheckedLayer):
 
 
 def _is_up_to_date(known: _Known, columns: Tensor, row_counts: Tensor) -> bool:
+    """Return whether a structure was derived from these very tensors, and nothing has written to them since."""
     same = known.columns is columns and known.row_counts is row_counts
     return same and known.versions == (tensor_version(columns), tensor_version(row_counts))
 

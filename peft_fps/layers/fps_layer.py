@@ -1,4 +1,4 @@
-"""What every FPS layer is: a frozen base layer with adapters, of which each changes the bias and what a kind adds."""
+"""The base class of FPS layers: a frozen base layer, and adapters that change its bias. Subclasses change more."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +17,9 @@ from peft_fps.selection.module_sizes import ModuleSizes
 
 
 class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
-    """A frozen base layer with adapters, below which there are two kinds.
+    """A frozen base layer with adapters.
 
-    A `Norm` has bias deltas alone. An `EntryLayer` has sparse changes of its weight besides.
+    There are two kinds. A `Norm` has bias deltas alone. An `EntryLayer` has sparse changes of its weight besides.
 
     Attributes:
         base_class: the kind of base layer.
@@ -214,7 +214,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
                 (state.unreached.discard if reached else state.unreached.add)(self.module_path)
 
     def _resized(self, adapter_name: str, tensors: Mapping[str, Tensor | None]) -> bool | None:
-        """Resize what a kind adds, and return whether data had reached the layer; None where tensors are missing."""
+        """Resize a subclass's tensors, and return whether data had reached the layer; None if tensors are missing."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -51,6 +51,7 @@ def pass_names(model: nn.Module) -> None:
 
 @eager
 def _begin(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]) -> Names:
+    """Check a call, and set the names of its samples for every module that needs them. Return what `end` needs."""
     _check(model, adapter_names)
     pass_names(model)
     copies = _copies(options)
@@ -65,6 +66,7 @@ def _begin(model: nn.Module, adapter_names: Any, options: Mapping[str, Any]) -> 
 
 
 def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of PEFT's wrappers: add the samples' names to the call. None where there is nothing to add."""
     names = names_for(module)
     if names is None or "adapter_names" in kwargs:
         return None
@@ -74,6 +76,13 @@ def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dic
 
 
 def _check(model: nn.Module, adapter_names: Any) -> None:
+    """Check that a model can compute each sample under the adapter of its name.
+
+    Raises:
+        TypeError: the names are no list of strings, or there are none.
+        ValueError: a name is unknown; the model is in training mode or merged; or a module is trained whole that PEFT
+            does not run sample by sample.
+    """
     strings = isinstance(adapter_names, (list, tuple)) and all(isinstance(name, str) for name in adapter_names)
     if not strings or not adapter_names:
         raise TypeError(f"adapter_names is {_short(adapter_names)}, expected a list with one name per sample.")
@@ -102,7 +111,7 @@ def _check(model: nn.Module, adapter_names: Any) -> None:
 
 
 def _copies(options: Mapping[str, Any]) -> int:
-    """How often generation repeats every sample."""
+    """Return how often generation repeats every sample: the larger of `num_beams` and `num_return_sequences`."""
     found = [1]
     for name in ("num_beams", "num_return_sequences"):
         value = options.get(name)
@@ -112,7 +121,7 @@ def _copies(options: Mapping[str, Any]) -> int:
 
 
 def _encoder_modules(model: nn.Module) -> set[int]:
-    """The modules of an encoder, which runs before generation repeats the samples, by their ids."""
+    """Return the ids of the modules of an encoder, which runs before generation repeats the samples."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return set()
     found: Any = model
@@ -120,5 +129,6 @@ def _encoder_modules(model: nn.Module) -> set[int]:
 
 
 def _short(names: Any) -> str:
+    """Return a value as text for an error, of 80 characters at most."""
     text = repr(names)
     return text if len(text) < 80 else f"{text[:77]}..."

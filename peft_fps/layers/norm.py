@@ -16,7 +16,7 @@ from peft_fps.selection.module_sizes import ModuleSizes
 
 
 FORMER_TENSORS = ("fps_values", "fps_columns", "fps_row_counts")
-"""What state dicts of earlier versions hold for a norm besides its bias delta, without entries."""
+"""Tensors without entries that state dicts of earlier versions hold for a norm, besides its bias delta."""
 
 
 class Norm(FPSLayer):
@@ -123,4 +123,5 @@ def is_biased_norm(module: nn.Module) -> bool:
 
 
 def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.layer_norm` with the constants first, so that `partial` binds them and the tensors stay open."""
     return F.layer_norm(x, shape, weight, bias, eps)

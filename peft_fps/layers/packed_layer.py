@@ -81,4 +81,5 @@ class PackedLayer(ProductLayer):
 
 
 def _same(tensor: Tensor) -> Tensor:
+    """Return the tensor itself; a `StandIn` takes a function that gives it."""
     return tensor

@@ -42,7 +42,7 @@ class PlacedLayer(BaseTunerLayer):
         return tensor
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """Return what the adapter trains here: values, if the layer has entries, and its bias delta, if it has one."""
+        """Return what the adapter trains here: values, bias delta and threshold, as far as it has them."""
         trained = (getattr(self, name) for name in self.adapter_layer_names)
         return [held[adapter_name] for held in trained if adapter_name in held]
 

@@ -21,7 +21,7 @@ class QuantisedLinear(ProductLayer):
     """A linear layer with a quantised weight and sparse changes, `y = base(x) + x ΔWᵀ + Δb`.
 
     Changes are float32 parameters and are multiplied in float32 (in autocast's dtype under autocast), so they are as
-    exact as beside a float32 weight. The weight is never dequantised in a forward. Merging dequantises, adds and
+    exact as with a float32 weight. The weight is never dequantised in a forward. Merging dequantises, adds and
     quantises again; the merge record keeps the quantised weight from before, so that unmerging restores it bit for
     bit. That costs its memory once more for every merged adapter.
 

@@ -84,8 +84,8 @@ class Producer:
     Attributes:
         form: what was called: gives the tensor again, bit for bit, from `tensors`, whatever has become of the module.
         tensors: its input and its parameters, as they were in the call.
-        versions: of these tensors.
-        autocast: whether it was on, and its dtype.
+        versions: numbers of in-place changes of these tensors, as they were in the call.
+        autocast: whether it was on in the call, and its dtype.
     """
 
     form: Callable[..., Tensor]
@@ -153,7 +153,15 @@ def keep_input(x: Tensor, product_dtype: torch.dtype, structure: Structure, save
 
 
 def note_producer(output: Tensor, form: Callable[..., Tensor], tensors: list[Tensor]) -> None:
-    """Note that `output` is `form(*tensors)`, where the graph holds the tensors for the backward of that call."""
+    """Note that `output` is `form(*tensors)`, where the graph holds the tensors for the backward of that call.
+
+    Nothing is noted under `torch.compile`, or if the output has no gradient function.
+
+    Args:
+        output: what the call gave.
+        form: gives `output` again from the tensors, bit for bit.
+        tensors: its arguments, as they were in the call.
+    """
     if torch.compiler.is_compiling() or output.grad_fn is None:
         return
     kind = output.device.type
@@ -176,6 +184,14 @@ def _note_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _call_again(module: nn.Module, names: list[str], source: Tensor, *parameters: Tensor) -> Tensor:
+    """Run a module's forward again, with the parameters that it had in the noted call.
+
+    Args:
+        module: the module.
+        names: names of its parameters.
+        source: its input.
+        parameters: in the order of the names.
+    """
     return functional_call(module, dict(zip(names, parameters, strict=True)), (source,))
 
 
@@ -207,6 +223,6 @@ def _memory_is_kept(x: Tensor) -> bool:
 
 
 def _run() -> Any:
-    """A weak reference to the saved-tensor hooks in force, None if there are none."""
+    """Return a weak reference to the saved-tensor hooks in force, None if there are none."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else weakref.ref(hooks[0])

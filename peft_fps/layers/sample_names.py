@@ -84,6 +84,7 @@ def names_for(module: nn.Module) -> list[str] | None:
 
 @eager
 def _look_up(module: nn.Module) -> list[str] | None:
+    """Return the names of the present call for a module. `torch.compile` does not trace it."""
     return (_names.get() or {}).get(id(module))
 
 
@@ -118,7 +119,13 @@ def check_unmerged(layer: MergingLayer) -> None:
 
 
 def check_samples(layer: MergingLayer, x: Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError unless an unmerged layer gets one sample per name."""
+    """Raise ValueError unless an unmerged layer gets one sample per name.
+
+    Args:
+        layer: about to compute.
+        x: its input, `(samples, ...)`.
+        names: of the call.
+    """
     check_unmerged(layer)
     if len(x) != len(names):
         raise ValueError(

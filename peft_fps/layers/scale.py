@@ -77,6 +77,11 @@ class ScaledLayer:
 def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
     """Set the scale of an adapter in all layers.
 
+    Args:
+        model: has the adapter.
+        adapter_name: its name.
+        scale: factor of the changes, finite.
+
     Raises:
         TypeError, ValueError: the scale is no finite number, there is no such adapter, or it is merged. Nothing is
             changed then.

@@ -17,8 +17,8 @@ class ProductLayer(ChangedLayer):
     """A base layer whose weight is multiplied as W + ΔW; the products are those of a linear layer.
 
     Attributes:
-        in_features: as PEFT's layers say it.
-        out_features: likewise.
+        in_features: number of inputs, under the name that PEFT's layers use; the channels of a convolution.
+        out_features: number of neurons, likewise.
         neuron_axis: axis of the output that runs over neurons.
     """
 

@@ -19,7 +19,7 @@ class CheckedLayer(PlacedLayer):
     """The part of an FPS layer that checks.
 
     Attributes:
-        neurons: number of bias deltas of an adapter, if it has any.
+        neurons: number of elements of a bias delta.
         fps_bias: per adapter `(neurons,)`, bias delta.
     """
 

@@ -69,8 +69,8 @@ def as_read(frozen: Tensor, changed: Callable[[], Tensor]) -> Tensor:
     """Return a tensor that is `changed()` in every computation, which is called for each.
 
     Args:
-        frozen: has its shape, dtype and device.
-        changed: gives the numbers.
+        frozen: a tensor of its shape, dtype and device.
+        changed: returns its numbers, with gradients.
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or needs_operators(frozen):
         return changed()

@@ -64,6 +64,12 @@ class ThresholdGate(torch.autograd.Function):
 
 
 def passing(magnitude: Tensor, threshold: Tensor, penalty: float) -> Tensor:
-    """Return where a change counts: 1 where r ≥ τ, else 0. See `ThresholdGate` for the arguments."""
+    """Return where a change counts: 1 where r ≥ τ, else 0, with the gradients of `ThresholdGate`.
+
+    Args:
+        magnitude: r of every position, float32.
+        threshold: τ, `(1,)`.
+        penalty: λ, the weight of the share of positions that pass, in the loss. 0 for no such term.
+    """
     result: Tensor = ThresholdGate.apply(magnitude, threshold, penalty)
     return result

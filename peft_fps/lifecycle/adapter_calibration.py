@@ -44,7 +44,7 @@ BEFORE_SHARDING = (
 
 
 def _collective(model: nn.Module, data: Any = None, *, adapter_name: str | None = None, **_: Any) -> Any:
-    """Return the device on which a calibration meets with other processes, None if it does not."""
+    """Return the device on which the processes of a distributed run exchange their sums, None if they need not."""
     name = adapter_name or active_adapter(model)
     config = adapter_config(model, name)
     base = base_model(model)
@@ -85,8 +85,10 @@ def calibrate(
     A model that FSDP2 has sharded is calibrated with the parameters of one module gathered at a time, by an importance
     that needs no gradients. All processes call this function together. Its modules keep their numbers of entries.
 
-    A module that no batch reaches holds nothing, and its part of the budget goes to the others. A warning names it.
-    Such modules are unused poolers, experts without a token, layers whose weight the model reads without calling them.
+    A module that no batch reaches gets no entries and no bias delta, and a warning names it. Examples are unused
+    poolers, experts (as layers of their own) without a token, and layers whose weight the model reads without calling
+    them. With `budget` its part of the budget goes to the other modules. With `per_neuron` these keep their numbers of
+    entries.
 
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
@@ -97,18 +99,19 @@ def calibrate(
             Labels stand under `labels`, or second in a tuple. Not needed if the importance uses no data.
         adapter_name: name of the adapter. Default: the active one.
         num_batches: number of batches after which to stop. Default: all.
-        batch_size: examples per batch, if `data` holds examples.
+        batch_size: examples per batch, if `data` holds examples. Default: 32.
         collator: turns a list of examples into a batch. Default: transformers' default collator, for datasets.
-        progress: show a progress bar.
-        discard_values: allow calibration although training has begun. The learned changes are lost.
+        progress: show a progress bar. Default: True.
+        discard_values: allow calibration although training has begun. The learned changes are lost. Default: False.
         loss: from the model's outputs and the batch to a scalar, a mean over the batch. Default: the `loss` among the
             outputs, or else the cross-entropy of the logits with the labels.
         views: makes two views `(2 * batch, ...)` of images `(batch, ...)` for `loss="contrastive"`. Default:
-            `TwoViews()`, which needs kornia and images normalised with mean and standard deviation 0.5.
+            `peft_fps.gradients.TwoViews()`, which needs kornia and images normalised with mean and standard deviation
+            0.5.
         accumulators: where sums of gradients are held, one number per targeted weight: on the `"device"` of the
-            weights, or on the `"cpu"`. `"streaming"` holds a shortlist: the entries that are largest in the first
-            batch, eight times as many as will be selected. It misses entries that become large only later.
-        training_mode: run backward passes in training mode, with dropout, as GPS's code does.
+            weights, the default, or on the `"cpu"`. `"streaming"` holds a shortlist: the entries that are largest in
+            the first batch, eight times as many as will be selected. It misses entries that become large only later.
+        training_mode: run backward passes in training mode, with dropout, as GPS's code does. Default: False.
         run: called with the base model and a batch of any kind on the model's device. It runs the model and returns
             the outputs, whose entry `loss` counts where a loss is needed. Default: batches are passed as said above.
 
@@ -118,7 +121,8 @@ def calibrate(
     Raises:
         TypeError: the data is of an unknown kind, or the model takes nothing of what a batch holds.
         ValueError: no data; activations, losses or gradients that are not finite; gradients that are zero everywhere;
-            or a model that is merged, offloaded without hooks, or has been trained. The model is unchanged then.
+            an adapter that is merged, on the meta device, or trained; or, where the importance needs gradients,
+            weights that are quantised, offloaded, or made in inference mode. The model is unchanged then.
     """
     adapter_name = adapter_name or active_adapter(model)
     config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
@@ -138,48 +142,48 @@ def calibrate(
             purpose=f"importance={config.importance!r}",
         )
         how = Gathering(loss, views, accumulators, training_mode, run)
-        found = _gather(base_model(model), layers, config, adapter_name, batches, how)
+        findings = _gather(base_model(model), layers, config, adapter_name, batches, how)
     else:
         carrying = {path for path, layer in layers.items() if layer.carries(adapter_name)}
-        found = _Findings({}, carrying, CalibrationRecord(**_settings(config, RECORDED)))
+        findings = _Findings({}, carrying, CalibrationRecord(**_settings(config, RECORDED)))
     weighted = entry_layers(layers)
-    entries = entries_of_reached(base_model(model), config, layers, adapter_name, found.reached)
-    scores = {path: scorer(weighted[path], path, config, found.evidence) for path in entries}
+    entries = entries_of_reached(base_model(model), config, layers, adapter_name, findings.reached)
+    scores = {path: scorer(weighted[path], path, config, findings.evidence) for path in entries}
     selected = rank(weighted, config, entries, scores)
     token_blocks = chosen_token_blocks(model, config, weighted, scores)
-    set_entries(layers, adapter_name, selected, found.reached)
-    unreached = tuple(path for path in layers if path not in found.reached)
+    set_entries(layers, adapter_name, selected, findings.reached)
+    unreached = tuple(path for path in layers if path not in findings.reached)
     if unreached:
         kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
         warn_of_unreached(unreached, layers, config, kind)
-    warn_of_idle_experts(layers, found.evidence)
+    warn_of_idle_experts(layers, findings.evidence)
     state = adapter_state(layers, adapter_name)
-    state.selected, state.calibration = True, replace(found.record, unreached=unreached)
+    state.selected, state.calibration = True, replace(findings.record, unreached=unreached)
     if state.token_blocks != token_blocks:
         state.token_blocks = token_blocks
         place_token_selection(model)
-    return replace(selection_report(model, adapter_name), unseen=_unseen(weighted, adapter_name, found.evidence))
+    return replace(selection_report(model, adapter_name), unseen=_unseen(weighted, adapter_name, findings.evidence))
 
 
 def _unseen(layers: Mapping[str, EntryLayer], adapter_name: str, evidence: Evidence) -> dict[str, int]:
     """Return the number of entries at tokens that the data does not hold, by path of the embeddings that have such."""
-    found = {}
+    numbers = {}
     for path, layer in layers.items():
         statistics = evidence.get(path)
         if isinstance(layer, Embedding) and isinstance(statistics, InputStatistics):
             seen = (statistics.sums[0] > 0).to(layer.fps_columns[adapter_name].device)
-            found[path] = int((~seen[layer.fps_columns[adapter_name].long()]).sum())
-    return {path: number for path, number in found.items() if number}
+            numbers[path] = int((~seen[layer.fps_columns[adapter_name].long()]).sum())
+    return {path: number for path, number in numbers.items() if number}
 
 
 @dataclass(frozen=True)
 class _Findings:
-    """What the data has told.
+    """Results of a run over the data.
 
     Attributes:
-        evidence: what the importance scores by, as it gathers it.
+        evidence: what the importance scores by, by module path.
         reached: paths of the modules that the data has reached.
-        record: how the entries are chosen.
+        record: how the entries are chosen, for the adapter's file.
     """
 
     evidence: Evidence
@@ -195,7 +199,16 @@ def _gather(
     batches: Pass,
     how: Gathering,
 ) -> _Findings:
-    """Run the base model over the data as the config's importance wants it."""
+    """Run the base model over the data, as the importance of the config needs.
+
+    Args:
+        base: base model. Its adapters are switched off meanwhile.
+        layers: all that the adapter targets, by path.
+        config: of the adapter.
+        adapter_name: name of the adapter.
+        batches: the data.
+        how: arguments of `calibrate`.
+    """
     importance, weighted = IMPORTANCES[config.importance], entry_layers(layers)
     assert importance.gather is not None
     watched = {**layers, **{place: use for layer in weighted.values() for place, use in layer.sharing.items()}}
@@ -212,4 +225,5 @@ def _gather(
 
 
 def _settings(config: FPSConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return the values of the named fields of a config, by name."""
     return {name: getattr(config, name) for name in names}

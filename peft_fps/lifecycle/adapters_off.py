@@ -16,7 +16,7 @@ def adapters_off(model: nn.Module, adapter_name: str, whole: bool = True) -> Ite
     Args:
         model: model with the adapter.
         adapter_name: name of the adapter.
-        whole: let modules that it trains whole run, in place of the base model's.
+        whole: run the adapter's copies of modules that it trains whole, instead of the base model's. Default: True.
     """
     layers = [module for module in model.modules() if isinstance(module, FPSLayer)]
     before = [layer._disable_adapters for layer in layers]

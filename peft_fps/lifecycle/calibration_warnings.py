@@ -24,7 +24,7 @@ def warn_of_unreached(
         unreached: their paths.
         layers: all that the adapter targets.
         config: of the adapter.
-        found: what calibration found of them.
+        found: what calibration found of them, as a verb with its object: `"saw no input"`.
     """
     rest = "Their part of the budget goes to the others" if config.per_neuron is None else "The others keep per_neuron"
     warnings.warn(

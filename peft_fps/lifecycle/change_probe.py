@@ -60,7 +60,7 @@ def probe_changes(model: nn.Module, adapter_name: str, data: Any) -> dict[str, M
 
 @contextmanager
 def _watched(layers: Mapping[str, ProductLayer], adapter_name: str, found: dict[str, Measured]) -> Iterator[None]:
-    """Measure the change in every call of the layers within the context."""
+    """Add up in `found`, by path, the change in every call of the layers within the context."""
 
     def measure(path: str) -> Any:
         def hook(layer: Any, args: tuple[Any, ...], output: Any) -> None:

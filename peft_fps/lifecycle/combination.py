@@ -125,6 +125,7 @@ def _pruned(change: Tensor, how: Combination) -> Tensor:
 
 
 def _check_weights(weights: Any, count: int) -> None:
+    """Raise TypeError or ValueError unless the weights are a list of `count` finite numbers."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights is {weights!r}, expected a list of numbers.")
     for weight in weights:

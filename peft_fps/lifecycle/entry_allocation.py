@@ -28,7 +28,7 @@ def allocate_entries(
         biases: number of elements of all biases of the modules that are trained, norms included. With `bias="none"`
             none of them counts.
         config: of the adapter.
-        base_parameters: of the base model without its head.
+        base_parameters: number of parameters of the base model without its head.
         absent: paths of targeted modules that get nothing, and for which `budget_pattern` may have values.
 
     Raises:

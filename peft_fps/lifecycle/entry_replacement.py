@@ -53,7 +53,8 @@ def rank(
     Args:
         layers: by module path.
         config: says how entries are spread, by `granularity`, `block_top` and `order`.
-        entries: number of entries of each layer, by path. Where the granularity spreads them, only their sum counts.
+        entries: number of entries of each layer, by path. `"neuron"` and `"layer"` keep these numbers. Under the other
+            granularities only their sum counts.
         scores: of the layers named in `entries`, by path.
 
     Returns:
@@ -77,8 +78,8 @@ def check_sizes_kept(
     Args:
         layers: all that the adapter targets, by module path.
         adapter_name: its name.
-        selected: as for `set_entries`.
-        reached: likewise.
+        selected: columns and row counts, as for `set_entries`.
+        reached: paths of the layers in which the adapter is to hold something.
 
     Raises:
         ValueError: a sharded layer would get another number of entries, or a sharded bias delta would come or go.

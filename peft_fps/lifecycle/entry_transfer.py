@@ -69,8 +69,8 @@ def give_entries(
         discard_values: allow it although training has begun.
 
     Raises:
-        ValueError: the adapter has other modules, a budget too small, trained changes, is merged or not loaded. The
-            model is unchanged then.
+        ValueError: the adapter has other modules or too small a budget, holds trained changes, is merged, or is not
+            loaded. The model is unchanged then.
     """
     config, layers = adapter_config(model, adapter_name), target_layers(model, adapter_name)
     base = base_model(model)
@@ -126,12 +126,14 @@ def best_entries(
 
 @torch.no_grad()
 def _own_scores(path: str, layer: EntryLayer, score: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Return the user's scores of a layer, checked, `(neurons, inputs)` float32 without gradient."""
     with gathered([layer.base_layer]):
         weight = layer.weight_rows(0, layer.shape.neurons)
         return checked_scores(path, score(path, weight), layer.shape)
 
 
 def _rows_of(scores: Tensor) -> Score:
+    """Return a score that reads runs of neurons from scores `(neurons, inputs)`."""
     return lambda first, last: scores[first:last]
 
 

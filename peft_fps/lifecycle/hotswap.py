@@ -34,10 +34,10 @@ def hotswap_adapter(
 ) -> None:
     """Replace what an adapter holds by a saved adapter, which may have other entries, and other numbers of them.
 
-    Everything is read and checked before anything changes. Modules of the adapter that the saved one leaves out keep
-    no changes. A saved adapter with a module that the adapter lacks is refused. The adapter gets the config of the
-    saved one, and the scale 1. A compiled model gives the new results, and compiles again where the number of entries
-    of a layer changes.
+    Everything is read and checked before anything changes. Modules that the saved adapter leaves out have no entries
+    afterwards, and bias deltas of 0. A saved adapter with a module that the adapter lacks is refused. The adapter gets
+    the config of the saved one, and the scale 1. A compiled model gives the new results, and compiles again where the
+    number of entries of a layer changes.
 
     Args:
         model: a model with the adapter, compiled or not.
@@ -96,42 +96,49 @@ def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
 
 
 def _checked_config(
-    found: Any, old: FPSConfig, model: nn.Module, adapter_name: str, layers: Mapping[str, FPSLayer]
+    saved: Any, old: FPSConfig, model: nn.Module, adapter_name: str, layers: Mapping[str, FPSLayer]
 ) -> tuple[FPSConfig, AdapterRecord]:
     """Check the saved adapter's config against model and adapter.
+
+    Args:
+        saved: config of the saved adapter, of any method.
+        old: config of the adapter to replace.
+        model: has that adapter.
+        adapter_name: its name.
+        layers: its layers, by path.
 
     Returns:
         The config and its record, in which modules have their present names.
     """
-    if not isinstance(found, FPSConfig) or found.record is None:
-        kind = type(found).__name__
+    if not isinstance(saved, FPSConfig) or saved.record is None:
+        kind = type(saved).__name__
         raise ValueError(f"The saved adapter has a {kind} without saved entries, expected an FPSConfig. {ADVICE}")
-    found.check_complete()
-    if found.bias != old.bias:
+    saved.check_complete()
+    if saved.bias != old.bias:
         raise ValueError(
-            f"The saved adapter has bias={found.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
+            f"The saved adapter has bias={saved.bias!r}, expected {old.bias!r} as the adapter that it replaces has. "
             f"{ADVICE}"
         )
-    if found.token_gate != old.token_gate:
+    if saved.token_gate != old.token_gate:
         raise ValueError(
-            f"The saved adapter has token_gate={found.token_gate!r}, expected {old.token_gate!r} as the adapter "
+            f"The saved adapter has token_gate={saved.token_gate!r}, expected {old.token_gate!r} as the adapter "
             f"that it replaces has. {ADVICE}"
         )
-    whole, present = set(found.record.whole_tensors or ()), set(whole_keys(model, adapter_name))
+    whole, present = set(saved.record.whole_tensors or ()), set(whole_keys(model, adapter_name))
     if whole != present:
         raise ValueError(
             f"The saved adapter trains {sorted(whole) or 'nothing'} whole (modules_to_save), expected "
             f"{sorted(present) or 'nothing'} as the adapter that it replaces does. {ADVICE}"
         )
     base = base_model(model)
-    names = current_names(base, found.record.allocation)
+    names = current_names(base, saved.record.allocation)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
             f"{unknown[0]}: the saved adapter changes this module ({len(unknown)} like it), expected modules of the "
             f"adapter that it replaces alone. {ADVICE}"
         )
-    prepare_injection(base, found)
-    return found, found.record
+    prepare_injection(base, saved)
+    return saved, saved.record
 
 
 def _checked_contents(
@@ -151,8 +158,8 @@ def _checked_contents(
     expected = {
         path: expected_module(layers[path], adapter_name, sizes.entries) for path, sizes in record.allocation.items()
     }
-    held = model.state_dict(keep_vars=True)
-    present = {name: held[key] for name, key in whole_keys(model, adapter_name).items()}
+    state = model.state_dict(keep_vars=True)
+    present = {name: state[key] for name, key in whole_keys(model, adapter_name).items()}
     check_contents(contents, expected, present)
     return replace(contents, modules=without_left_out(contents.modules, layers, adapter_name)), present
 
@@ -198,14 +205,14 @@ def _put(
         if isinstance(layer, EntryLayer):
             layer.hold_inert_bias(adapter_name, "fps_bias" in tensors[path])
         for name, tensor in tensors[path].items():
-            held = getattr(layer, name)
-            old = held[adapter_name]
+            by_adapter = getattr(layer, name)
+            old = by_adapter[adapter_name]
             if old.shape == tensor.shape and old.dtype == tensor.dtype and not old.is_inference():
                 old.copy_(tensor)  # in the same memory, which compiled graphs may have noted
             elif name in TRAINED:
                 old.data = tensor
             else:
-                held[adapter_name] = tensor
+                by_adapter[adapter_name] = tensor
         for parameter in layer.adapter_parameters(adapter_name):
             parameter.grad = None
         layer.scaling[adapter_name] = 1.0

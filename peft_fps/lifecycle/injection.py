@@ -49,11 +49,11 @@ class Injection:
     """What an adapter gets in a model.
 
     Attributes:
-        whole: paths of the modules that the adapter trains whole.
+        whole: paths of the modules that the adapter trains and saves whole.
         norms: paths of the norms whose bias it trains on top of its targets.
         parameters: paths of the parameters and projections that it adapts, see `opened_targets`.
-        opened: paths of the modules that own such ones, those of other adapters included.
-        excluded: paths of those that are left out with `exclude_modules`.
+        opened: paths of the modules that own such parameters and projections, those of other adapters included.
+        excluded: paths of the parameters and projections that `exclude_modules` leaves out.
         plan: numbers of entries of its targets, and what is recorded of the base model.
     """
 
@@ -65,7 +65,7 @@ class Injection:
     plan: Plan = field(default_factory=lambda: Plan({}, None, 0))
 
     def targets(self, config: FPSConfig, path: str) -> Any:
-        """Return whether the adapter targets a module, as a bool or in the form in which PEFT has it.
+        """Return whether the adapter targets a module: a bool, PEFT's match, or its mark of an excluded module.
 
         Args:
             config: of the adapter.
@@ -107,25 +107,25 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     head = find_head(model)
     _settle_targets(model, config, head)
     config.modules_to_save = with_whole_head(model, config, head.modules)
-    found = Injection(whole_modules(model, config, head.modules))
+    injection = Injection(whole_modules(model, config, head.modules))
     _name_linear_layers(model, config)
     saved_names = _rename_record(model, config)
-    parameters, excluded = opened_targets(model, config, found.whole, stored)
+    parameters, excluded = opened_targets(model, config, injection.whole, stored)
     opened = {path.rpartition(".")[0] for path in parameters} | {name for name, _ in opened_modules(model)}
-    found = replace(found, parameters=parameters, excluded=excluded, opened=opened)
+    injection = replace(injection, parameters=parameters, excluded=excluded, opened=opened)
     # norms come on top of targets; without any, PEFT is to say which were not found
-    if config.bias == "with_norms" and config.record is None and _matched(model, config, found, stored):
-        found = replace(found, norms=biased_norms(model, config, head))
-    names = _matched(model, config, found, stored)
-    check_whole_modules_apart(model, config, found.whole, names)
-    check_tied_uses(model, names, found.whole)
+    if config.bias == "with_norms" and config.record is None and _matched(model, config, injection, stored):
+        injection = replace(injection, norms=biased_norms(model, config, head))
+    names = _matched(model, config, injection, stored)
+    check_whole_modules_apart(model, config, injection.whole, names)
+    check_tied_uses(model, names, injection.whole)
     planned = plan(model, config, head, names, saved_names)
-    check_whole_tensors(model, config, found.whole)
+    check_whole_tensors(model, config, injection.whole)
     check_gated(model, config, names)
-    warn_of_untrained_head(head, config, names, found.whole)
-    warn_of_shared_weights(model, config, found.whole)
-    warn_of_left_out(model, config, head, found.whole)
-    return replace(found, plan=planned)
+    warn_of_untrained_head(head, config, names, injection.whole)
+    warn_of_shared_weights(model, config, injection.whole)
+    warn_of_left_out(model, config, head, injection.whole)
+    return replace(injection, plan=planned)
 
 
 def _check_task(model: nn.Module, config: FPSConfig) -> None:
@@ -188,17 +188,17 @@ def _rename_record(model: nn.Module, config: FPSConfig) -> dict[str, str]:
     return saved_names
 
 
-def _matched(model: nn.Module, config: FPSConfig, found: Injection, stored: Collection[str] | None) -> list[str]:
+def _matched(model: nn.Module, config: FPSConfig, injection: Injection, stored: Collection[str] | None) -> list[str]:
     """Return the paths of the modules that PEFT's loop is about to hand over, in the model's order."""
     inner = [name for name, module in model.named_modules() if isinstance(module, FPSLayer)]
-    inside = tuple(f"{name}." for name in {*inner, *found.opened})
+    inside = tuple(f"{name}." for name in {*inner, *injection.opened})
     names = []
     for name in [name for name, _ in model.named_modules() if not name.startswith(inside)]:
         names += [name] if name else []
-        names += [path for path in found.parameters if path.rpartition(".")[0] == name]
+        names += [path for path in injection.parameters if path.rpartition(".")[0] == name]
     if stored is not None:
         return [name for name in names if name in stored]
-    return [name for name in names if found.targets(config, name)]
+    return [name for name in names if injection.targets(config, name)]
 
 
 def new_state(model: nn.Module, config: FPSConfig) -> AdapterState:

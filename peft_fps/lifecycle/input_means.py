@@ -14,7 +14,7 @@ from peft_fps.lifecycle.adapters_off import adapters_off
 
 
 def _collective(model: nn.Module, *_: Any) -> Any:
-    """Return the device on which the processes meet."""
+    """Return the device on which the processes of a distributed run exchange their sums."""
     return device_of(base_model(model))
 
 

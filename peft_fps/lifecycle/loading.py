@@ -27,7 +27,8 @@ def load_state(
         model: has the adapter.
         config: of the adapter.
         adapter_name: name of the adapter.
-        state_dict: tensors of the file by key, those of modules that are trained whole already by model key.
+        state_dict: tensors of the file by key. PEFT has given those of modules that are trained whole their keys in
+            the model's state dict already.
 
     Returns:
         The tensors by model key.

@@ -62,7 +62,7 @@ def check_methods(configs: Mapping[str, PeftConfig]) -> None:
 
 
 def _beyond_addition(config: Any) -> list[str]:
-    """Return the settings of a LoRA config with which it does more than to add B A to frozen weights."""
+    """Return the settings of a LoRA config with which it does more than add B A to frozen weights."""
     unlike = {field.name: bool(field.metadata.get("is_lora_variant")) for field in fields(config)}
     names = [name for name, variant in unlike.items() if variant or name in BEYOND_LAYERS]
     found = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name)]

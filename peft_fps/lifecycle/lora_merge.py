@@ -94,6 +94,7 @@ def unmerge_all(model: nn.Module, originals: Mapping[str, KeptTensors]) -> None:
 
 
 def _carried(layer: LoraLayer, names: Sequence[str]) -> list[str]:
+    """Return those of the named adapters that a LoRA layer has, in the given order."""
     return [name for name in names if name in layer._get_available_adapters()]
 
 
@@ -125,12 +126,19 @@ def _original(layer: LoraLayer) -> KeptTensors:
 
 
 def _copies(base: Any, merged: Sequence[str] = ()) -> KeptTensors:
+    """Return copies of a base layer's weight and bias.
+
+    Args:
+        base: the base layer.
+        merged: names of the LoRA adapters that are merged into it.
+    """
     bias = getattr(base, "bias", None)
     return KeptTensors(base.weight.detach().clone(), None if bias is None else bias.detach().clone(), tuple(merged))
 
 
 @torch.no_grad()
 def _put_back(layer: LoraLayer, kept: KeptTensors) -> None:
+    """Write the kept tensors into the base layer, and mark as merged the LoRA adapters that were merged then."""
     base: Any = layer.get_base_layer()
     base.weight.copy_(kept.weight)
     if kept.bias is not None:
@@ -139,5 +147,6 @@ def _put_back(layer: LoraLayer, kept: KeptTensors) -> None:
 
 
 def _take_out(before: Sequence[tuple[FPSLayer, int]]) -> None:
+    """Unmerge, in each FPS layer, the adapters that were merged after its first `count`."""
     for layer, count in before:
         layer.take_out(len(layer.merged_adapters) - count)

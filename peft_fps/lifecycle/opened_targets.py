@@ -15,7 +15,7 @@ from peft_fps.targets.target_parameters import is_excluded, named_parameters
 
 
 def names_path(config: FPSConfig, path: str) -> Any:
-    """Return whether the config's `target_modules` name a path, as a bool or in the form in which PEFT has it."""
+    """Return whether `target_modules` names a path: a bool, PEFT's match, or its mark of an excluded module."""
     by_names = copy(config)
     by_names.modules_to_save = None  # PEFT would leave out every module whose path holds such a name
     return BaseTuner._check_target_module_exists(by_names, path)
@@ -24,7 +24,7 @@ def names_path(config: FPSConfig, path: str) -> Any:
 def opened_targets(
     model: nn.Module, config: FPSConfig, wholes: Collection[str], stored: Collection[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Return the paths of these targets, and of those that `exclude_modules` leaves out.
+    """Return the paths of the targeted parameters and projections, and of those that `exclude_modules` leaves out.
 
     Args:
         model: base model, with or without adapters.

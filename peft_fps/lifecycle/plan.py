@@ -31,7 +31,7 @@ class Plan:
         entries: number of entries of each targeted module, by path.
         base_fingerprint: fingerprint of the base weights; None if they cannot be read.
         base_parameters: number of parameters of the base model without its output head.
-        inert_biases: paths of the modules of which a new adapter trains no bias, since it changes nothing.
+        inert_biases: paths of the modules whose bias a new adapter does not train, since it cannot change the output.
     """
 
     entries: dict[str, int]
@@ -61,22 +61,23 @@ def plan(model: nn.Module, config: FPSConfig, head: Head, names: list[str], save
     check_untied(model, names)
     kinds = {name: kind for name, base in bases.items() if (kind := entry_layer_class(base))}
     weights = {name: _base_weight(model, name) for name in names}
-    found = fingerprint(weights)
+    base_fingerprint = fingerprint(weights)
     parameters, inert = count_base_parameters(model, head), _inert_biases(model, config, bases)
     if config.record is not None:
         shapes = {name: kind.shape_of(bases[name]) for name, kind in kinds.items()}
-        found_sizes = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
-        _check_allocation(config.record.allocation, found_sizes)
+        sizes_of = {name: _sizes(shapes.get(name), base) for name, base in bases.items()}
+        _check_allocation(config.record.allocation, sizes_of)
         renamed = {saved_names.get(name, name): weight for name, weight in weights.items()}
-        as_saved = found if renamed == weights else fingerprint(renamed)
+        as_saved = base_fingerprint if renamed == weights else fingerprint(renamed)
         check_fingerprint(config.record.base_fingerprint, as_saved, config.check_base)
         entries = {name: sizes.entries for name, sizes in config.record.allocation.items()}
-        return Plan(entries, found, parameters, inert)
+        return Plan(entries, base_fingerprint, parameters, inert)
     if not names:
-        return Plan({}, found, parameters)  # PEFT says which targets were not found
+        return Plan({}, base_fingerprint, parameters)  # PEFT says which targets were not found
     biases = sum(bias_count(base) for name, base in bases.items() if name not in inert)
     shapes = {name: kind.selectable_shape(bases[name]) for name, kind in kinds.items()}
-    return Plan(allocate_entries(shapes, biases, config, parameters), found, parameters, inert)
+    entries = allocate_entries(shapes, biases, config, parameters)
+    return Plan(entries, base_fingerprint, parameters, inert)
 
 
 def _inert_biases(model: nn.Module, config: FPSConfig, bases: Mapping[str, Any]) -> frozenset[str]:
@@ -103,10 +104,10 @@ def _check_allocation(allocation: SavedSizes, sizes_of: Mapping[str, tuple[int, 
     for name, sizes in allocation.items():
         if name not in sizes_of:
             raise ValueError(f"{name}: named in the adapter's config, but the model has no such target. {advice}")
-        found = sizes_of[name]
-        if found != (sizes.neurons, sizes.inputs):
+        neurons, inputs = sizes_of[name]
+        if (neurons, inputs) != (sizes.neurons, sizes.inputs):
             raise ValueError(
-                f"{name}: found {found[0]} neurons with {found[1]} inputs, expected {sizes.neurons} with "
+                f"{name}: found {neurons} neurons with {inputs} inputs, expected {sizes.neurons} with "
                 f"{sizes.inputs} as in the adapter's config. {advice}"
             )
 
@@ -119,7 +120,7 @@ def fingerprint_of(model: nn.Module, names: Iterable[str]) -> dict[str, str] | N
 
 
 def _base_weight(model: nn.Module, name: str) -> BaseWeight:
-    """How to read a module's weight without what is merged into it; a quantised one is dequantised only then."""
+    """Return how to read a module's weight without what is merged into it. It is dequantised only when it is read."""
     layer: Any = module_at(model, name)
     base = layer
     if isinstance(layer, FPSLayer):

@@ -39,8 +39,9 @@ def chosen_token_blocks(
 ) -> tuple[int, ...] | None:
     """Return the indices of the blocks that select tokens, in order; None if no tokens are selected.
 
-    Without names these are the blocks that hold the smallest share of the best `block_top` of all scores, among those
-    of `eligible`. The earlier block comes first where shares are equal. A block without a score has the share 0.
+    If the config names none, these are the `NUM_BLOCKS` blocks among those of `eligible` that hold the smallest share
+    of the best `block_top` of all scores. The earlier block comes first where shares are equal. A block without a
+    score has the share 0.
 
     Args:
         model: has the adapter.

@@ -25,7 +25,7 @@ from peft_fps.targets.whole_checks import whole_tensors
 
 @dataclass(frozen=True)
 class _Entries:
-    """The new adapter's entries in one layer, see `EntryLayer`."""
+    """The new adapter's entries in one layer, in the form of `EntryLayer`: columns, row counts and values."""
 
     columns: Tensor
     row_counts: Tensor
@@ -46,7 +46,18 @@ class _Combined:
 
 
 def add_weighted_adapter(tuner: Any, how: Combination, adapter_name: str, whole_from: str | None) -> None:
-    """Add the combination to the model of an `FPSModel`; see `FPSModel.add_weighted_adapter`."""
+    """Add the combination to the model of an `FPSModel`; see `FPSModel.add_weighted_adapter`.
+
+    Args:
+        tuner: the `FPSModel`. Its model gets the new adapter.
+        how: adapters, weights and rule.
+        adapter_name: name of the new adapter.
+        whole_from: name of the adapter that gives its modules that are trained whole. None if at most one of the
+            adapters trains each module.
+
+    Raises:
+        TypeError, ValueError: the adapters cannot be combined. The model is unchanged then.
+    """
     model: nn.Module = tuner.model
     check_whole(model, "combine adapters", "Combine them before the model is sharded, or on a whole base model.")
     layers = _checked_layers(tuner, how, adapter_name)
@@ -121,6 +132,7 @@ def _token_blocks(tuner: Any, how: Combination, layers: Mapping[str, FPSLayer]) 
 
 
 def _carried(layer: FPSLayer, how: Combination) -> list[str]:
+    """Return those of the combined adapters that hold something in a layer, each once."""
     return [name for name in dict.fromkeys(how.adapters) if layer.carries(name)]
 
 
@@ -147,11 +159,13 @@ def _whole_modules(model: nn.Module, adapters: Sequence[str], chosen: str | None
 
 @torch.no_grad()
 def _combine_layer(layer: FPSLayer, how: Combination) -> _Combined:
+    """Return what the combination of the adapters has in one layer."""
     entries = _combine_entries(layer, how) if isinstance(layer, EntryLayer) else None
     return _Combined(entries, _combine_biases(layer, how))
 
 
 def _combine_entries(layer: EntryLayer, how: Combination) -> _Entries:
+    """Return the combined entries of a layer: the union of those of the adapters that it carries."""
     own = _of_those(how, [layer.carries(name) for name in how.adapters])
     columns, row_counts, places = united_entries([layer.structure(name) for name in own.adapters])
     values = [layer.scaled(layer.fps_values[name], name) for name in own.adapters]
@@ -159,6 +173,7 @@ def _combine_entries(layer: EntryLayer, how: Combination) -> _Entries:
 
 
 def _combine_biases(layer: FPSLayer, how: Combination) -> Tensor | None:
+    """Return the combined bias delta of a layer, `(neurons,)`; None if no adapter has one here."""
     present = [layer.carries(name) and name in layer.fps_bias for name in how.adapters]
     if not any(present):
         return None
@@ -175,6 +190,7 @@ def _of_those(how: Combination, present: Sequence[bool]) -> Combination:
 
 
 def _checked(tensor: Tensor, layer: FPSLayer) -> Tensor:
+    """Return the tensor, which is to be finite. Raise ValueError with the path of the layer if it is not."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"{layer.module_path}: the combined changes hold NaN or infinity, expected finite numbers. Use smaller "
@@ -215,6 +231,7 @@ def _combined_config(
 
 
 def _fill(layer: FPSLayer, adapter_name: str, tensors: _Combined) -> None:
+    """Write the combination into a layer that has just got the new adapter."""
     if isinstance(layer, EntryLayer):
         assert tensors.entries is not None
         layer.set_selection(adapter_name, tensors.entries.columns, tensors.entries.row_counts)

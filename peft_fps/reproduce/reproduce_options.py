@@ -63,7 +63,7 @@ class ReproduceOptions:
     data: Annotated[
         str,
         described(
-            "A folder with the benchmark's own files (see above), or with one subfolder of the task's name that has "
+            "A folder with the benchmark's own files (see above), or with a subfolder of the task's name that has "
             "them. Or, as for finetune: a folder with one subfolder per class or with parquet files, or a data set on "
             "the Hub, HUB_ID:CONFIG if it has several configurations.",
             DATA,
@@ -75,9 +75,9 @@ class ReproduceOptions:
     model: Annotated[
         str | None,
         described(
-            f"Pre-trained image model. Without it the papers': {COMMON['model']}, which needs timm: "
-            'pip install "peft-fps\\[reproduce]". Images are normalised as the model wants it; for this one with 0.5 '
-            "and 0.5.",
+            "Pre-trained image model. Images are normalised as the model wants it. Default: the papers', "
+            f"{COMMON['model']}, with mean and standard deviation 0.5. It needs timm: "
+            'pip install "peft-fps\\[reproduce]".',
             DATA,
             metavar="FOLDER|HUB_ID",
         ),
@@ -85,8 +85,8 @@ class ReproduceOptions:
     method: Annotated[
         str,
         described(
-            f"How the weights are chosen: {', '.join(PRESETS)}. Methods other than fps and gps are trained by the "
-            "same recipe.",
+            f"How the weights are chosen: {', '.join(PRESETS)}. All are trained by the recipe, which was published "
+            "for fps and gps.",
             SELECTION,
             metavar="NAME",
             callback=PRESET_NAMES,
@@ -96,19 +96,22 @@ class ReproduceOptions:
         bool,
         typer.Option(
             "--train-on-all",
-            help="Train on the validation images too, as the papers do, and keep the last epoch. Without it the epoch "
-            "that is best on the validation images is kept.",
+            help="Train on the validation images too, as the papers do, and keep the last epoch. Default: keep the "
+            "epoch that is best on the validation images.",
             rich_help_panel=TRAINING,
         ),
     ] = False
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"],
         described(
-            "Arithmetic in training, where that is safe (autocast). The papers': fp16, which needs a GPU.", RECIPE
+            "Arithmetic in training; fp16 and bf16 where they are safe (autocast). The papers have fp16, which needs "
+            "a GPU.",
+            RECIPE,
         ),
     ] = "fp32"
     per_neuron: Annotated[
-        float | None, described("Selected weights per output neuron.", RECIPE, metavar="K", min=0)
+        float | None,
+        described("Selected weights per output neuron; the recipe has a K for each task.", RECIPE, metavar="K", min=0),
     ] = None
     epochs: Annotated[int | None, count("Passes over the training images; 100 in the recipe.", RECIPE)] = None
     learning_rate: Annotated[float | None, positive_rate("Peak learning rate of Adam.", RECIPE)] = None
@@ -139,7 +142,7 @@ class ReproduceOptions:
         Path | None,
         described(
             "Gets adapter/ (the PEFT adapter) and results.json (everything in the final table, all epochs, and how "
-            "it came about). Without it: runs/reproduce/TASK-METHOD.",
+            "it came about). Default: runs/reproduce/TASK-METHOD.",
             OUTPUT,
             metavar="FOLDER",
         ),

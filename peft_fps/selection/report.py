@@ -196,6 +196,7 @@ class SelectionReport:
 
 
 def _probed(layer: LayerSelection) -> tuple[str, str]:
+    """Return the cells of a row on the probe, relative change and share of positions. They are empty without one."""
     if layer.relative_change is None or layer.passing is None:
         return "", ""
     return f"{layer.relative_change:.4f}", f"{layer.passing:.1%}"

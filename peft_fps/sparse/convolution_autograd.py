@@ -95,13 +95,27 @@ class _SparseConvolution(torch.autograd.Function):
 
 
 def input_gradient(shape: torch.Size, weight: Tensor, grad_output: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of a convolution's input, of the given shape, from the gradient of its output."""
+    """Return the gradient of a convolution's input from the gradient of its output.
+
+    Args:
+        shape: of the input, `(batch, channels, *size)`.
+        weight: dense, as in `convolve`.
+        grad_output: gradient of the output, `(batch, neurons, *size)`.
+        geometry: all else that the convolution is.
+    """
     x = grad_output.new_empty(1).expand(shape)  # only its shape is read
     return _gradients(x, weight, grad_output, geometry, (True, False, False))[0]
 
 
 def weight_gradient(x: Tensor, shape: torch.Size, grad_output: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of a convolution's weight, of the given shape, from the gradient of its output."""
+    """Return the dense gradient of a convolution's weight from the gradient of its output.
+
+    Args:
+        x: input, `(batch, channels, *size)`.
+        shape: of the weight.
+        grad_output: gradient of the output, `(batch, neurons, *size)`.
+        geometry: all else that the convolution is.
+    """
     weight = grad_output.new_empty(1).expand(shape)
     return _gradients(x, weight, grad_output, geometry, (False, True, False))[1]
 
@@ -109,6 +123,15 @@ def weight_gradient(x: Tensor, shape: torch.Size, grad_output: Tensor, geometry:
 def _gradients(
     x: Tensor, weight: Tensor, grad_output: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of a convolution's input, weight and bias, from ATen's backward.
+
+    Args:
+        x: input. Only its shape is read for the input's own gradient.
+        weight: weight. Only its shape is read for the weight's own gradient.
+        grad_output: gradient of the output.
+        geometry: all else that the convolution is.
+        wanted: which of the three to form. The others are undefined.
+    """
     stride, padding, dilation, groups, transposed, output_padding = geometry
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad_output, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, wanted

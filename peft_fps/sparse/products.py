@@ -4,8 +4,8 @@ The gradient of the values is `grad_outputᵀ @ inputs` at the selected entries.
 `grad_output` over the tokens, comes with it.
 
 Several algorithms give the same numbers. PyTorch alone computes a dense product over the needed columns and gathers
-the entries, or one dot product along the tokens per entry. `kernels` holds compiled ones. On the CPU a cost model
-decides between them; on CUDA they are measured.
+the entries, or one dot product along the tokens per entry. The package `kernels` beside this module has compiled ones.
+On the CPU a cost model decides between them; on CUDA they are measured.
 """
 
 from collections.abc import Callable

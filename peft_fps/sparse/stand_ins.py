@@ -66,9 +66,14 @@ class StandIn:
 
 
 def changed_stand_in(weight: Tensor, values: Tensor, structure: Structure) -> StandIn:
-    """Return W + ΔW, with a gradient for `values`; see `changed_weight` for the arguments.
+    """Return a stand-in for W + ΔW, with a gradient for `values`.
 
     Forming it again raises RuntimeError if weight or values have changed meanwhile.
+
+    Args:
+        weight: stored weight W of any shape; it gets no gradient.
+        values: `(nnz,)` ΔW at the selected entries.
+        structure: where the selected entries lie.
     """
     if torch.compiler.is_compiling():  # the compiler decides what is kept, and cannot ask for versions
         return StandIn(lambda: changed_weight(weight, values, structure))
@@ -118,4 +123,5 @@ def formed_again(stand_ins: Iterable[StandIn]) -> Iterator[None]:
 
 
 def _versions(*tensors: Tensor) -> list[int]:
+    """Return the numbers of in-place changes of tensors; those made in inference mode do not count them."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -22,6 +22,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _all_names_of_parameters(module: Any, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of the base model. A shared parameter comes once under each of its names."""
     if isinstance(module, (BaseTunerLayer, OpenedModule)):
         yield from _all_names_of_parameters(module.get_base_layer(), path)
     elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -73,5 +74,6 @@ def count_base_parameters(model: nn.Module, head: Head | None = None) -> int:
 
 
 def _elements(parameter: nn.Parameter) -> int:
+    """Return the number of elements that a parameter stands for. A 4-bit parameter packs several into one number."""
     state = getattr(parameter, "quant_state", None)  # 4-bit embeddings and experts
     return parameter.numel() if state is None else int(state.shape.numel())

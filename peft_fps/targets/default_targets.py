@@ -85,6 +85,11 @@ def biased_norms(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:
     """Return the names of all LayerNorms with a bias outside the output head, embedding normalisations included.
 
     `layers_to_transform` limits them to some blocks.
+
+    Args:
+        model: base model, with or without adapters.
+        config: gives `layers_to_transform` and `layers_pattern`.
+        head: of the model.
     """
     heads = head.left_out
     wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]

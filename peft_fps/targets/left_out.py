@@ -98,6 +98,7 @@ def _unfit(modules: dict[str, nn.Module], targets: Collection[str]) -> list[str]
 
 
 def _is_packed(module: nn.Module, own: str) -> bool:
+    """Return whether a parameter holds the weights of many experts: no vector, in a class that is named so."""
     parameter = module._parameters[own]
     return "expert" in type(module).__name__.lower() and parameter is not None and parameter.dim() > 1
 
@@ -132,5 +133,6 @@ def _advice(modules: dict[str, nn.Module], head: Head, saved: list[str], owner: 
 
 
 def _listed(weights: list[LeftOut]) -> str:
+    """Return the first two weights, how many more there are, and the share of all together, for a warning."""
     more = f" and {len(weights) - 2} more ({sum(weight.share for weight in weights):.1%} together)"
     return ", ".join(map(str, weights[:2])) + (more if len(weights) > 2 else "")

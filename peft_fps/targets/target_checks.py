@@ -181,6 +181,7 @@ def check_gated(model: nn.Module, config: Any, names: Iterable[str]) -> None:
 
 
 def _why_ungated(base: Any) -> str | None:
+    """Return why the change of a base layer cannot have a gate, for an error. None if it can."""
     if quantisation(base) is not None:
         return "quantised"
     if isinstance(base, PackedWeight):

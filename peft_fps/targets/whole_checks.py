@@ -12,7 +12,13 @@ from peft_fps.config import FPSConfig
 
 
 def check_trainable_whole(model: nn.Module, path: str, config: FPSConfig) -> None:
-    """Raise ValueError if a module is part of an adapter, offloaded or quantised. A copy of it would not learn."""
+    """Raise ValueError if a module is part of an adapter, offloaded or quantised. A copy of it would not learn.
+
+    Args:
+        model: base model, with or without other adapters.
+        path: of the module.
+        config: of the new adapter, for the error.
+    """
     module = model.get_submodule(path)
     found = None
     if around := _around(model, path, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -71,7 +77,15 @@ def check_whole_modules_apart(
 
 
 def check_whole_tensors(model: nn.Module, config: FPSConfig, wholes: Sequence[str]) -> None:
-    """Raise ValueError unless a config from a file lists just the tensors of its modules that are trained whole."""
+    """Raise ValueError unless a config from a file lists just the tensors of its modules that are trained whole.
+
+    A config without a record passes.
+
+    Args:
+        model: base model, with or without other adapters.
+        config: of the new adapter.
+        wholes: paths of the modules that are to be trained whole.
+    """
     if config.record is None:
         return
     expected = whole_tensors(model, wholes)
@@ -97,11 +111,13 @@ def _around(model: nn.Module, path: str, kinds: Any) -> str | None:
 
 
 def _ancestors(path: str) -> Iterator[str]:
+    """Return the paths of the modules around the one at a path, the outermost first."""
     parts = path.split(".")
     return (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _original(module: nn.Module) -> nn.Module:
+    """Return the module of the base model that PEFT's wrapper holds, or the module itself."""
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 

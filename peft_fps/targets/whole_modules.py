@@ -169,12 +169,15 @@ def wrap_whole(model: nn.Module, names: list[str], adapter_name: str, *, inferen
 
 
 def _inside(name: str, modules: list[str]) -> bool:
+    """Return whether a name is one of some modules, or lies inside one of them."""
     return name in modules or name.startswith(tuple(f"{module}." for module in modules))
 
 
 def _holds(name: str, modules: list[str]) -> bool:
+    """Return whether the module of a name is one of some modules, or holds one of them."""
     return any(module == name or module.startswith(f"{name}.") for module in modules)
 
 
 def _listed(names: list[str]) -> str:
+    """Return the first three names, and how many more there are, for a warning."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

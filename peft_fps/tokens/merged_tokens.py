@@ -16,7 +16,7 @@ from peft_fps.tokens.vision_trunk import ARCHITECTURES, class_name
 
 
 KEY = "fps_token_keep_rates"
-"""Under which a merged model's config holds keep rates, by the index of the block as a string."""
+"""Key in a merged model's config: keep rates by the index of the block, as a string."""
 
 
 def select_tokens(model: nn.Module, keep_rate: float, blocks: Sequence[int]) -> None:
@@ -33,8 +33,8 @@ def select_tokens(model: nn.Module, keep_rate: float, blocks: Sequence[int]) -> 
         blocks: indices of the blocks, from 0.
 
     Raises:
-        TypeError, ValueError: the share or the indices are not such, or tokens cannot be selected in this model.
-            Nothing is changed then.
+        TypeError, ValueError: the share or an index is invalid, or tokens cannot be selected in this model. Nothing is
+            changed then.
     """
     _check_rate(keep_rate)
     check_indices("blocks", list(blocks))
@@ -54,7 +54,7 @@ def set_token_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | 
             own selection, also below new adapters.
 
     Raises:
-        TypeError, ValueError: the share is not such, or nothing selects tokens. Nothing is changed then.
+        TypeError, ValueError: the share is invalid, or nothing selects tokens. Nothing is changed then.
     """
     _check_rate(keep_rate)
     layers = fps_layers(model).values()
@@ -118,6 +118,7 @@ def _fixed_switches(model: nn.Module) -> list[Any]:
 
 
 def _check_rate(keep_rate: Any) -> None:
+    """Raise TypeError or ValueError unless a keep rate is a number above 0 and at most 1."""
     check_number("keep_rate", keep_rate, upper=1.0, optional=False)
     if keep_rate == 0:
         raise ValueError("keep_rate is 0, expected a share of the patches above 0 and at most 1.")

@@ -168,6 +168,7 @@ def derived_class(plain: type[nn.Module], kind: type[Switched]) -> Any:
 
 
 def _derived(plain: type[nn.Module], kind: type[Switched]) -> Any:
+    """Make the class that `derived_class` returns."""
     members: dict[str, Any] = {"__module__": plain.__module__, "plain_class": plain, "kind": kind}
     if issubclass(kind, ScoringAttention):
         members["eager_attention"] = staticmethod(sys.modules[plain.__module__].__dict__["eager_attention_forward"])

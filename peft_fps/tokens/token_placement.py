@@ -163,11 +163,20 @@ def _guides(model: nn.Module) -> dict[str, FPSLayer]:
 
 
 def _blocks(layer: FPSLayer, adapter_name: str) -> tuple[int, ...]:
+    """Return the indices of the blocks in which an adapter of the layer selects tokens; none if it selects none."""
     state = layer.fps_state[adapter_name]
     return () if state.token_keep_rate is None else state.token_blocks or ()
 
 
 def _place(path: str, block: nn.Module, trunk: VisionTrunk, switch: TokenSwitch) -> None:
+    """Put a switch into a block that is to select tokens, or give a block its own class back.
+
+    Args:
+        path: of the block in the base model.
+        block: the block.
+        trunk: vision transformer that has the block.
+        switch: says whether the block is to select tokens, and how many.
+    """
     kind = trunk.architecture.block[class_name(block)]
     attention = block.get_submodule(kind.attention_name)
     if switch.needed:

@@ -44,6 +44,13 @@ class TokenSwitch:
 
 
 def _rate(adapter_name: str, guide: FPSLayer, present: list[str]) -> float:
+    """Return the keep rate of an adapter, 1 if it selects no tokens or is not present.
+
+    Args:
+        adapter_name: name of the adapter.
+        guide: one of its layers.
+        present: names of the adapters that count: the active or the merged ones.
+    """
     state = guide.fps_state.get(adapter_name)
     if adapter_name not in present or state is None or state.token_keep_rate is None:
         return 1.0

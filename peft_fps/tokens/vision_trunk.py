@@ -46,6 +46,15 @@ class Architecture:
 def _of_transformers(
     name: str, prefix: str, blocks: str, kind: type[SelectingBlock], protected: Callable[[Any], int]
 ) -> tuple[str, Architecture]:
+    """Return an item of `ARCHITECTURES` for a model family of transformers.
+
+    Args:
+        name: name of the family, as in `transformers.models`.
+        prefix: how the names of its classes begin.
+        blocks: path of the list of blocks.
+        kind: what a block becomes.
+        protected: from the transformer to the number of tokens before the patches.
+    """
     place = f"transformers.models.{name}.modeling_{name}.{prefix}"
     architecture = Architecture(blocks, protected, {f"{place}Layer": kind}, {f"{place}Attention": ScoringAttention})
     return f"{place}Model", architecture
@@ -78,7 +87,7 @@ ARCHITECTURES = dict(
         ("timm.models.deit.VisionTransformerDistilled", TIMM),
     ]
 )
-"""By class of the transformer."""
+"""How each supported vision transformer is built, by the full name of its class."""
 
 OF_CLS = (
     *("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),

@@ -65,12 +65,12 @@ class FPSCallback(TrainerCallback):
         norm_lr: peak learning rate of norms. Default: `bias_lr`.
         head_lr: peak learning rate of modules that are trained whole, such as the head. Default: that of the entries.
         centred: train entries with centred inputs. Default: where it is possible, with optimizers of torch,
-            transformers and bitsandbytes, and data that can be read twice. With True it is an error if no entries
-            can be, False trains all as they are.
+            transformers and bitsandbytes, and data that can be read twice. True: an error if no entries can be
+            centred. False: all entries are trained as they are.
         options: further arguments of `peft_fps.calibrate`: `loss`, `views`, `accumulators`, `training_mode`, `run`.
 
     Attributes:
-        centring: what the last training has centred, and what not, in words; empty if it was not to.
+        centring: what the last training has centred, and what not, in words. Empty with `centred=False`.
 
     Raises:
         TypeError: an option is none of these.

@@ -127,12 +127,18 @@ _CENTRED: WeakKeyDictionary[torch.optim.Optimizer, list[CentredSteps]] = WeakKey
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> list[CentredSteps]:
-    """Return what centres the optimizer's steps now."""
+    """Return the hooks that centre the optimizer's steps now."""
     return list(_CENTRED.get(optimizer, ()))
 
 
 def is_centred(optimizer: torch.optim.Optimizer, layer: EntryLayer, adapter_name: str) -> bool:
-    """Whether the optimizer's steps centre an adapter's entries in a layer already."""
+    """Whether the optimizer's steps centre an adapter's entries in a layer already.
+
+    Args:
+        optimizer: of torch.
+        layer: has the adapter.
+        adapter_name: name of the adapter.
+    """
     return any(steps.centres(layer, adapter_name) for steps in steps_of(optimizer))
 
 

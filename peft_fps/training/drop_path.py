@@ -47,7 +47,7 @@ def add_drop_path(model: nn.Module, rate: float) -> list[RemovableHandle]:
     Each branch of each example is drawn alone, from torch's global generator. It comes beside dropout and drop-path
     that the model has already. Parameters, state dict and predictions stay, before and after merging.
 
-        handles = peft_fps.add_drop_path(model, 0.1)
+        handles = peft_fps.training.add_drop_path(model, 0.1)
         ...  # training
         for handle in handles:
             handle.remove()

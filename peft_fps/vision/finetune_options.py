@@ -57,9 +57,10 @@ class FinetuneOptions:
         str | None,
         described(
             "Pre-trained image model. It is loaded in float32 and gets a new output head for the classes of the "
-            "data. timm:NAME is one of timm's models with the weights that timm publishes, random ones if these "
-            "cannot be had (which is said); timm:NAME@FILE takes the weights from a local file (.safetensors, .pth), "
-            "whatever the size of its head. Without it: an embedded tiny ViT (0.9 million parameters, 32 px).",
+            "data. timm:NAME is one of timm's models with the weights that timm publishes; if these cannot be had, a "
+            "message says so and the weights are random. timm:NAME@FILE takes the weights from a local file "
+            "(.safetensors, .pth), whatever the size of its head. Default: an embedded tiny ViT (0.9 million "
+            "parameters, 32 px).",
             DATA,
             metavar="FOLDER|HUB_ID|timm:NAME",
         ),
@@ -70,7 +71,7 @@ class FinetuneOptions:
             "Labelled images: a folder with one subfolder per class (below train/, validation/, test/ where there "
             "are splits), a folder with parquet files (train*.parquet, validation*.parquet, test*.parquet), a folder "
             "written by save_to_disk of datasets, or a data set on the Hub, HUB_ID:CONFIG if it has several "
-            "configurations. Splits that are missing are drawn from those that are there. Without it: scikit-learn's "
+            "configurations. Splits that are missing are drawn from those that are there. Default: scikit-learn's "
             "1,797 handwritten digits.",
             DATA,
             metavar="FOLDER|FILE|HUB_ID",
@@ -83,7 +84,7 @@ class FinetuneOptions:
         pixels(
             "Height and width of the images that the model sees; a ViT interpolates its position embeddings to it. "
             "112 instead of 224 makes a ViT about four times as fast. The merged model then wants "
-            "interpolate_pos_encoding=True when it is called; a model of timm is made for the size. Without it: the "
+            "interpolate_pos_encoding=True when it is called; a model of timm is made for the size. Default: the "
             "model's own size.",
             DATA,
         ),
@@ -98,12 +99,12 @@ class FinetuneOptions:
     bias: Bias = None
     calibration_batches: Annotated[
         int | None,
-        count("Batches of training images to choose from. Without it: all of them, once.", SELECTION),
+        count("Batches of training images by which weights are chosen. Default: all of them, once.", SELECTION),
     ] = None
     epochs: Annotated[
         int | None,
         count(
-            f"Passes over the training images. Without it and --preset: {RECIPE['num_train_epochs']}.",
+            f"Passes over the training images. Default: {RECIPE['num_train_epochs']}, unless --preset is given.",
             TRAINING,
         ),
     ] = None
@@ -113,8 +114,8 @@ class FinetuneOptions:
             "Peak learning rate of the selected weights, by Adam without weight decay. It rises over the first tenth "
             "of the steps and falls to 0 along a cosine, unless --preset has another schedule. "
             f"auto: the best of {', '.join(f'{rate:g}' for rate in TRIED_RATES)} on the validation images, "
-            f"each tried for the steps of one epoch ({LEAST_STEPS} to {MOST_STEPS}), which are undone. Without it and "
-            f"--preset: {RECIPE['learning_rate']:g}.",
+            f"each tried for the steps of one epoch ({LEAST_STEPS} to {MOST_STEPS}), which are undone. Default: "
+            f"{RECIPE['learning_rate']:g}, unless --preset is given.",
             TRAINING,
             metavar="RATE|auto",
             parser=rate_or_auto,
@@ -123,16 +124,16 @@ class FinetuneOptions:
     bias_learning_rate: Annotated[
         float | None,
         positive_rate(
-            "Peak learning rate of the biases of adapted layers and norms. Without it: a third of --learning-rate; "
-            "all of it with --preset and where no weights are selected.",
+            "Peak learning rate of the biases of adapted layers and norms. Default: a third of --learning-rate. With "
+            "--preset, or where no weights are selected: the same as --learning-rate.",
             TRAINING,
         ),
     ] = None
     head_learning_rate: Annotated[
         float | None,
         positive_rate(
-            "Peak learning rate of the output head. Without it: a third of --learning-rate; all of it with --preset "
-            "and where no weights are selected.",
+            "Peak learning rate of the output head. Default: a third of --learning-rate. With --preset, or where no "
+            "weights are selected: the same as --learning-rate.",
             TRAINING,
         ),
     ] = None
@@ -141,15 +142,15 @@ class FinetuneOptions:
         typer.Option(
             "--centred/--not-centred",
             help="Train selected weights as if their inputs had the mean 0; biases take over the shift of outputs. "
-            "Layers without a trained bias are trained as they are. The adapter is of the same kind. Without it: "
-            "centred where possible, with --preset not.",
+            "Layers without a trained bias are trained as they are. The saved adapter is an ordinary one. Default: "
+            "centred where possible; with --preset not centred.",
             show_default=False,
             rich_help_panel=TRAINING,
         ),
     ] = None
     batch_size: Annotated[
         int | None,
-        count(f"Images per step and device. Without it and --preset: {BATCH}.", TRAINING),
+        count(f"Images per step and device. Default: {BATCH}, unless --preset is given.", TRAINING),
     ] = None
     precision: Annotated[
         Precision,

@@ -108,12 +108,12 @@ def one_of(names: tuple[str, ...], refusal: str) -> Callable[[str | None], str |
 
 
 ImageColumn = Annotated[
-    str | None, described("Column with the images. Without it: found by its type.", DATA, metavar="NAME")
+    str | None, described("Column with the images. Default: found by its type.", DATA, metavar="NAME")
 ]
 LabelColumn = Annotated[
     str | None,
     described(
-        "Column with the classes (class labels or integers). Without it: found by its name or type.",
+        "Column with the classes (class labels or integers). Default: found by its name or type.",
         DATA,
         metavar="NAME",
     ),

@@ -23,14 +23,14 @@ IMPORTANCE_NAMES = one_of(tuple(IMPORTANCES), f"{{value!r}} is not one of {', '.
 
 def without(field: str) -> str:
     """Return the sentence of `--help` on what holds where an option of the selection is not given."""
-    return f"Without it and --preset: {SELECTION_DEFAULTS[field]}."
+    return f"Default: {SELECTION_DEFAULTS[field]}, unless --preset is given."
 
 
 Preset = Annotated[
     str | None,
     described(
-        f"A published method with all its settings, training included: {', '.join(PRESETS)}. Other options "
-        "replace single settings of it.",
+        f"A published method with all its settings, those of training included: {', '.join(PRESETS)}. Other "
+        "options replace single settings of it.",
         SELECTION,
         metavar="NAME",
         callback=PRESET_NAMES,
@@ -41,8 +41,8 @@ Budget = Annotated[
     float | None,
     described(
         "Largest share of the model's parameters to train, 0 to 1: selected weights and biases together, output "
-        f"head left out. Without it, --per-neuron and --preset: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}. 0 "
-        "trains biases alone.",
+        f"head left out. 0 trains biases alone. Default: {DEFAULT_BUDGET}, that is {DEFAULT_BUDGET:.2%}, unless "
+        "--per-neuron or --preset is given.",
         SELECTION,
         metavar="SHARE",
     ),
@@ -50,7 +50,7 @@ Budget = Annotated[
 
 PerNeuron = Annotated[
     float | None,
-    described("Selected weights per output neuron, instead of --budget. Need not be whole.", SELECTION, metavar="K"),
+    described("Selected weights per output neuron, instead of --budget. K need not be whole.", SELECTION, metavar="K"),
 ]
 
 ImportanceName = Annotated[
@@ -74,7 +74,7 @@ Loss = Annotated[
     Literal["task", "contrastive"] | None,
     described(
         "What gradient, fisher and sensitivity take gradients of: cross-entropy with the classes, or the "
-        "supervised contrastive loss between two augmented views of each image (GPS; needs the extra views). "
+        "supervised contrastive loss between two augmented views of each image (GPS). "
         f"{without('loss')}",
         SELECTION,
     ),
@@ -83,9 +83,9 @@ Loss = Annotated[
 Granularity = Annotated[
     Literal["neuron", "layer", "model", "block", "row", "column"] | None,
     described(
-        "Where the best weights are chosen. neuron: equally many per output neuron; layer: the best of each "
-        "layer; model: the best of all; block: per neuron, more in blocks with large scores; row, column: whole "
-        f"neurons or whole inputs. {without('granularity')}",
+        "Within what the best weights are chosen. neuron: the best of each output neuron, equally many for all; "
+        "layer: the best of each layer; model: the best of all; block: as neuron, with more in blocks that have "
+        f"large scores; row, column: whole neurons or whole inputs. {without('granularity')}",
         SELECTION,
         metavar="NAME",
     ),
@@ -94,7 +94,8 @@ Granularity = Annotated[
 Bias = Annotated[
     Literal["all", "with_norms", "none"] | None,
     described(
-        f"Train the biases of the adapted layers, those of LayerNorms besides, or none. {without('bias')}",
+        f"all: train the biases of the adapted layers; with_norms: those of LayerNorms too; none: no biases. "
+        f"{without('bias')}",
         SELECTION,
     ),
 ]

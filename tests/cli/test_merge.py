@@ -197,4 +197,4 @@ def test_a_model_that_is_none_of_transformers_is_refused(tmp_path: Path) -> None
 def test_help_says_what_memory_it_takes() -> None:
     text = run("merge", "--help").stdout
     assert text.count("$ peft-fps merge") >= 2
-    assert "in the memory of the largest of them" in " ".join(text.split())
+    assert "memory for the largest of them" in " ".join(text.split())

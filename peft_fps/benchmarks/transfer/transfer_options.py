@@ -8,11 +8,19 @@ from peft_fps.benchmarks.transfer.cells import MACHINE, WHAT, Setting
 from peft_fps.vision.option_types import OUTPUT, count, described, seed_number
 
 
+MADE = "What is made"
+"""Panel of `--help`."""
+
 Only = Annotated[
-    str | None, described("Only these tasks, in the tables too; all if not given.", WHAT, metavar="TASK,TASK...")
+    str | None, described("Only these tasks, in the tables too. Default: all.", WHAT, metavar="TASK,TASK...")
 ]
 Methods = Annotated[
-    str, described("By name, or in part with *, as in 'fps*'; `--list` shows all.", WHAT, metavar="METHOD,METHOD...")
+    str,
+    described(
+        "By name, or in part with *, as in 'fps*'. `peft-fps benchmark transfer --list` shows all.",
+        WHAT,
+        metavar="METHOD,METHOD...",
+    ),
 ]
 Seeds = Annotated[int, count("Seeds 0 to N - 1.", WHAT)]
 Compared = Annotated[str, described("What the others are compared with.", WHAT, metavar="METHOD")]
@@ -34,13 +42,13 @@ class TransferOptions(Setting):
     baseline: Compared = "gps"
     split: Annotated[
         Literal["test", "validation"],
-        described("Whose accuracies are shown. Choose between methods by `validation`.", WHAT),
+        described("Images whose accuracies are shown. Choose between methods by `validation`.", WHAT),
     ] = "test"
     steps: Annotated[
         Path | None,
         described(
-            "cost.json of `benchmark cost --rows tokens`: token selection is drawn against its step times, too, as "
-            "steps.png.",
+            "cost.json of `peft-fps benchmark cost --rows tokens`. steps.png then shows the accuracy of token "
+            "selection against the time of its steps.",
             WHAT,
             metavar="FILE",
             dir_okay=False,
@@ -49,8 +57,9 @@ class TransferOptions(Setting):
     rates_of: Annotated[
         Path | None,
         described(
-            "An earlier --output whose learning rates are taken, so that these methods need no trials here, and "
-            "those that it took itself. Its epochs and precision may differ. Kept with the cells.",
+            "Take learning rates from an earlier --output, including those it took from another run. Methods with "
+            "such a rate need no trials. Epochs and precision of that run may differ. The rates are kept with the "
+            "cells.",
             WHAT,
             metavar="FOLDER",
             file_okay=False,
@@ -60,8 +69,8 @@ class TransferOptions(Setting):
     output: Annotated[
         Path,
         described(
-            "Gets cells.jsonl, a line for each finished cell; transfer.md, the tables; transfer.png. A run that was "
-            "stopped goes on here, and other methods, tasks or seeds are added to what is there.",
+            "Gets cells.jsonl (a line for each finished cell), transfer.md (the tables) and transfer.png. A run that "
+            "was stopped goes on here. Other methods, tasks or seeds are added to what is there.",
             OUTPUT,
             metavar="FOLDER",
             file_okay=False,
@@ -75,9 +84,9 @@ class OverlapOptions(Setting):
 
     only: Only = None
     methods: Methods = "fps-*-images,fps-augmented,fps-l2,fps-unweighted,magnitude,random,gps"
-    budget: Annotated[float, described("Of the backbone's parameters.", WHAT, metavar="SHARE", min=0.0, max=1.0)] = (
-        0.0077
-    )
+    budget: Annotated[
+        float, described("Share of the backbone's parameters to select.", WHAT, metavar="SHARE", min=0.0, max=1.0)
+    ] = 0.0077
     seeds: Seeds = 3
     reference: Compared = "fps"
     output: Annotated[
@@ -98,14 +107,14 @@ class DeriveOptions:
     tasks: Annotated[
         Path,
         described(
-            "Holds a folder for each task that others are made of: dtd10, eth80_azimuth, flowers102, "
-            "omniglot100, rsscn7, tinyin_size.",
-            WHAT,
+            "Holds a folder for each task that others are made of: dtd10, eth80_azimuth, flowers102, omniglot100, "
+            "rsscn7, tinyin_size.",
+            MADE,
             metavar="FOLDER",
             file_okay=False,
         ),
     ] = Path("tasks")
-    seed: Annotated[int, seed_number("Of classes, places, angles and so on.", WHAT)] = 0
+    seed: Annotated[int, seed_number("Seed of classes, places, angles and so on.", MADE)] = 0
     output: Annotated[
         Path,
         described("Gets a folder for each task that is made.", OUTPUT, metavar="FOLDER", file_okay=False),
