@@ -20,7 +20,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> FPSConfig:
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict) and isinstance(configs.get(adapter_name), FPSConfig):
             return configs[adapter_name]
-    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_values})
+    names = sorted({name for layer in fps_layers(model).values() for name in layer.fps_state})
     raise ValueError(
         f"Found no FPS adapter named {adapter_name!r}, expected one of {names}. Add it with get_peft_model or "
         "add_adapter first."

@@ -1,7 +1,7 @@
 """Loading an adapter's file into a model through PEFT: everything is checked, then PEFT copies the tensors."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from peft_fps.config import FPSConfig
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, fps_layers, target_layers
+from peft_fps.lifecycle.entry_allocation import entries_of_reached
 from peft_fps.lifecycle.withdrawal import withdraw_adapter
 
 
@@ -46,7 +47,7 @@ def load_state(
     try:
         contents = Contents.of((names.get(key, key), tensor) for key, tensor in state_dict.items())
         contents = replace(contents, modules=current_names(base_model(model), contents.modules))
-        expected = _expected(config, adapter_name, layers, contents)
+        expected = _expected(base_model(model), config, adapter_name, layers, contents)
         present = model.state_dict()
         check_contents(
             contents,
@@ -114,17 +115,45 @@ def _split_is_free(config: FPSConfig, adapter_name: str, layers: Mapping[str, FP
     return config.granularity not in ("neuron", "layer") and not awaiting
 
 
+def _numbers(layers: Mapping[str, FPSLayer], adapter_name: str) -> int:
+    """Return how many numbers an adapter trains in some layers."""
+    return sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters(adapter_name))
+
+
+def _numbers_of_reached(
+    base: nn.Module, config: FPSConfig, layers: Mapping[str, FPSLayer], adapter_name: str, reached: Collection[str]
+) -> int:
+    """Return how many numbers an adapter would train after a calibration that reaches these modules; 0 if none can.
+
+    It may be more than before a calibration: what whole numbers of entries leave of the budget depends on the modules.
+
+    Args:
+        base: base model.
+        config: of the adapter.
+        layers: all that the adapter targets, by path.
+        adapter_name: name of the adapter.
+        reached: paths of the modules.
+    """
+    try:
+        entries = entries_of_reached(base, config, layers, adapter_name, reached)
+    except ValueError:  # the budget does not fit these modules
+        return 0
+    before = sum(layers[path].sizes(adapter_name).entries for path in entries)
+    return _numbers({path: layers[path] for path in reached}, adapter_name) - before + sum(entries.values())
+
+
 def _expected(
-    config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer], contents: Contents
+    base: nn.Module, config: FPSConfig, adapter_name: str, layers: Mapping[str, FPSLayer], contents: Contents
 ) -> dict[str, Expected]:
     """Return what is expected of a file, by module path.
 
     These are the modules that the adapter has, with their numbers of entries. An adapter that was not built from a
     saved config may also load a file whose calibration has reached other modules, or that has other inert biases, with
-    other numbers of entries, if it has no more entries and bias deltas in total. Inert ones do not count.
+    other numbers of entries, if it has no more entries and bias deltas in total than this adapter has, or would have
+    after a calibration that reaches the file's modules. Inert ones do not count.
 
     Raises:
-        ValueError: the file has more entries and bias deltas than the adapter.
+        ValueError: the file has more entries and bias deltas than the adapter's budget allows.
     """
     carrying = {path: layer for path, layer in layers.items() if layer.carries(adapter_name)}
     modules = contents.modules
@@ -137,17 +166,17 @@ def _expected(
             path: expected_module(layer, adapter_name, layer.sizes(adapter_name).entries)
             for path, layer in carrying.items()
         }
-    planned = sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters(adapter_name))
+    most = max(_numbers(layers, adapter_name), _numbers_of_reached(base, config, layers, adapter_name, modules))
     trained = sum(
         tensors[name].numel()
         for path, tensors in modules.items()
         for name in TRAINED
         if name in tensors and not (name == "fps_bias" and path in inert)
     )
-    if trained > planned:
+    if trained > most:
         raise ValueError(
             f"The adapter file has {trained:,} entries and biases in {len(modules)} of {len(layers)} modules, "
-            f"expected at most the {planned:,} that this adapter has. {FILE_REMEDY}"
+            f"expected at most the {most:,} that the budget of this adapter allows. {FILE_REMEDY}"
         )
     entries = {path: tensors["fps_columns"].numel() for path, tensors in modules.items() if "fps_columns" in tensors}
     return {path: expected_module(layers[path], adapter_name, entries.get(path, 0)) for path in modules}

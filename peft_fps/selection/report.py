@@ -65,8 +65,9 @@ class SelectionReport:
             the embedding.
         unseen: number of entries at tokens that the calibration data did not hold, by path of the embedding. Only the
             report of a calibration knows it.
-        left_out: weights above 1 % of the base model that are neither adapted nor trained whole: full names, and
-            shares of all parameters of the base model.
+        left_out: weights above 1 % of the base model that are neither adapted nor trained whole: their shares of all
+            its parameters, by full name. Weights of one name in several blocks count together, under a name with `*`
+            for the numbers of the blocks.
     """
 
     layers: tuple[LayerSelection, ...]

@@ -3,8 +3,8 @@
 A query q scores a key x as q·(W x + b). The term q·b is the same for every key, and softmax takes no notice of what is
 added to all scores of a query. So b has no gradient, and training its delta would spend a part of the budget on
 nothing. This holds for a key projection of its own, whose keys are neither rotated by their positions nor normalised,
-and meet nothing but queries before softmax. A term that does not contain the keys may be added to the scores: a mask,
-relative positions as in Swin.
+and meet nothing but queries before softmax. No keys without the bias may stand beside them, such as those of MVP's
+prompts. A term that does not contain the keys may be added to the scores: a mask, relative positions as in Swin.
 
 A table names the attention classes of which this is known. What is not in it is trained: of an entry too few a little
 of the budget is wasted, of an entry too many something would be lost silently.
@@ -28,7 +28,7 @@ KEY_PROJECTIONS: dict[str, dict[str, frozenset[str]]] = {
                 *("DeiTAttention", "DetrCrossAttention", "DetrSelfAttention", "Dinov2Attention"),
                 *("Dinov2WithRegistersAttention", "GitVisionAttention", "GroupViTAttention"),
                 *("HubertAttention", "IJepaAttention", "Idefics3VisionAttention"),
-                *("M2M100Attention", "MBartAttention", "MarianAttention", "MvpAttention"),
+                *("M2M100Attention", "MBartAttention", "MarianAttention"),
                 *("OPTAttention", "OwlViTAttention", "Owlv2Attention", "PLBartAttention"),
                 *("PegasusAttention", "SEWAttention", "SegformerAttention", "Siglip2Attention"),
                 *("SiglipAttention", "SmolVLMVisionAttention", "SwinAttention"),

@@ -1,5 +1,6 @@
 """The large weights that an adapter leaves as they are, and why."""
 
+import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,20 +19,25 @@ from peft_fps.targets.obstacle import obstacle
 
 
 LARGE = 0.01
-"""Share of a model's parameters above which a weight is named."""
+"""Share of a model's parameters above which a weight is named, or the weights of one name in all blocks are."""
+
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a block in a path."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A weight that an adapter neither adapts nor trains whole.
+    """A weight that an adapter neither adapts nor trains whole, or all such weights of one name in several blocks.
 
     Attributes:
-        name: full name of the parameter in the base model.
-        share: its share of all parameters of the base model, from 0 to 1.
+        name: full name of the parameter in the base model. Of several, with `*` for the numbers of blocks.
+        share: their share of all parameters of the base model, from 0 to 1.
+        members: full names of all of them.
     """
 
     name: str
     share: float
+    members: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.share:.1%})"
@@ -39,6 +45,8 @@ class LeftOut:
 
 def left_out(model: nn.Module, covered: Collection[str]) -> tuple[LeftOut, ...]:
     """Return the weights above 1 % of a model that lie outside the covered modules, the largest first.
+
+    Weights of one name in several blocks count together, unless they are vectors.
 
     Args:
         model: base model, with or without adapters.
@@ -49,12 +57,17 @@ def left_out(model: nn.Module, covered: Collection[str]) -> tuple[LeftOut, ...]:
     exact = {f"{path}{end}" for path in covered for end in ("", "_weight", "_bias")}
     parameters = dict(base_parameters(model))
     total = sum(parameter.numel() for parameter in parameters.values())
-    found = [
-        LeftOut(name, parameter.numel() / total)
-        for name, parameter in parameters.items()
-        if parameter.numel() > LARGE * total and not name.startswith(inside) and name not in exact
+    sizes: dict[str, dict[str, int]] = {}
+    for name, parameter in parameters.items():
+        if not name.startswith(inside) and name not in exact:
+            alike = INDEX.sub("*", name) if parameter.dim() > 1 else name
+            sizes.setdefault(alike, {})[name] = parameter.numel()
+    weights = [
+        LeftOut(alike if len(found) > 1 else next(iter(found)), sum(found.values()) / total, tuple(found))
+        for alike, found in sizes.items()
+        if sum(found.values()) > LARGE * total
     ]
-    return tuple(sorted(found, key=lambda weight: -weight.share))
+    return tuple(sorted(weights, key=lambda weight: -weight.share))
 
 
 def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Collection[str]) -> None:
@@ -75,10 +88,10 @@ def warn_of_left_out(model: nn.Module, config: FPSConfig, head: Head, whole: Col
     groups: dict[str, list[LeftOut]] = {}
     # a weight that is tied to a covered one has its other name
     for weight in left_out(model, [*targets, *(config.target_parameters or ()), *whole, *_unfit(modules, targets)]):
-        owner, _, own = weight.name.rpartition(".")
+        owner, _, own = weight.members[0].rpartition(".")
         switched_off = parameters != config.target_parameters and _is_packed(modules[owner], own)
-        if in_wanted_block(weight.name, config) and not switched_off:
-            groups.setdefault(advise(owner, own), []).append(weight)
+        if any(in_wanted_block(name, config) for name in weight.members) and not switched_off:
+            groups.setdefault(advise(weight, owner, own), []).append(weight)
     if groups:
         kinds = "; ".join(f"{_listed(weights)}: {advice}" for advice, weights in groups.items())
         warnings.warn(
@@ -103,18 +116,21 @@ def _is_packed(module: nn.Module, own: str) -> bool:
     return "expert" in type(module).__name__.lower() and parameter is not None and parameter.dim() > 1
 
 
-def _advice(modules: dict[str, nn.Module], head: Head, saved: list[str], owner: str, own: str) -> str:
+def _advice(modules: dict[str, nn.Module], head: Head, saved: list[str], weight: LeftOut, owner: str, own: str) -> str:
     """Return why a weight is no default target, and the line that trains it.
 
     Args:
         modules: of the base model, by path.
         head: of the model.
         saved: modules that are trained whole in any case.
-        owner: path of the module that holds the weight.
+        weight: the weight, or several of one name.
+        owner: path of the module that holds the first of them.
         own: name of the weight in it.
     """
     module: Any = modules[owner]
-    whole = f"train it whole with modules_to_save={[*saved, owner]}"
+    # modules_to_save takes the end of a path
+    path = owner if len(weight.members) == 1 else INDEX.sub("*", owner).rpartition("*.")[2]
+    whole = f"train {'it' if path == owner else 'them'} whole with modules_to_save={[*saved, path]}"
     if isinstance(module, nn.Embedding):
         uses = sum(part._parameters.get(own) is module._parameters[own] for part in modules.values())
         named = "adapted only where target_modules names it"

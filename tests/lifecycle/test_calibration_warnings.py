@@ -137,6 +137,20 @@ def test_resuming_into_an_adapter_that_was_not_calibrated(tmp_path: Path):
     torch.testing.assert_close(fresh(normal(3, 8)), model(normal(3, 8)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("budget", [share / 100 for share in range(28, 60, 2)])
+@pytest.mark.parametrize("bias", ["all", "none"])
+def test_resuming_whatever_whole_numbers_leave_of_the_budget(budget: float, bias: str):
+    """After calibration, an adapter for fewer modules may have a few entries more than the one for all."""
+    model = calibrated(base(), budget=budget, bias=bias)
+    fill(model)
+    state, fresh = get_peft_model_state_dict(model), get_peft_model(base(), FPSConfig(budget=budget, bias=bias)).eval()
+    with pytest.warns(UserWarning, match="holds nothing for 2 of 4 modules.*past, idle"):
+        set_peft_model_state_dict(fresh, state)
+    assert sizes(fresh) == sizes(model)
+    x = normal(3, 8)
+    assert torch.equal(fresh(x), model(x))
+
+
 def test_going_back_to_a_checkpoint_of_the_same_calibration():
     """As a Trainer does with `load_best_model_at_end`: the modules that were not reached are no news."""
     model = calibrated(base())

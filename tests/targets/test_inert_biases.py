@@ -116,7 +116,6 @@ ENTRIES = [
     has("blenderbot-small", "BlenderbotSmallAttention.k_proj"),
     has("m2m_100", "M2M100Attention.k_proj"),
     has("plbart", "PLBartAttention.k_proj"),
-    has("mvp", "MvpAttention.k_proj"),
     has("opt", "OPTAttention.k_proj"),
     has("biogpt", "BioGptAttention.k_proj"),
     has("wav2vec2", "Wav2Vec2Attention.k_proj"),
@@ -247,6 +246,14 @@ def test_biases_that_have_a_gradient_are_not_in_the_table(name: str, kinds: str,
         for path, size in found:
             assert size > 1e-3, path
             assert not has_inert_bias(model, path)
+
+
+def test_keys_beside_those_of_a_prompt_are_trained() -> None:
+    """The prompt's keys lack the bias, so that it tells them from the others."""
+    model = ran_backward("mvp", {"use_prompt": True, "prompt_length": 4, "prompt_mid_dim": 8})
+    found = dict(gradients(model, "MvpAttention.k_proj")["MvpAttention.k_proj"])
+    assert max(found.values()) > 1e-3
+    assert not any(has_inert_bias(model, path) for path in found)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fps import FPSConfig
 from peft_fps.targets.left_out import left_out
@@ -38,6 +39,53 @@ def test_weights_above_one_percent_and_their_shares(covered: list[str], expected
     found = left_out(Parts(), covered)
     assert {weight.name: weight.share for weight in found} == pytest.approx(expected)
     assert list(expected) == [weight.name for weight in found]  # the largest first
+
+
+class Block(nn.Module):
+    """Holds a matrix of 9 and a vector of 9 numbers beside a layer of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4, bias=False)
+        self.matrix, self.vector = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).repeat_interleave(2, -1) * self.matrix.sum() * self.vector.sum()
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(block(x) for block in self.blocks)
+
+
+def test_small_weights_of_one_name_in_many_blocks_count_together() -> None:
+    (found,) = left_out(Blocks(), [f"blocks.{number}.layer" for number in range(20)])
+    assert (found.name, found.share) == ("blocks.*.matrix", 9 / (9 + 9 + 32))
+    assert found.members == tuple(f"blocks.{number}.matrix" for number in range(20))
+    (text,) = said(Blocks(), budget=0.2)
+    assert "blocks.*.matrix (18.0%): of Block itself, in no layer" in text
+
+
+def with_odd_layers() -> Blocks:
+    model = Blocks()
+    for block in model.blocks:
+        block.inner = nn.Module()
+        block.inner.odd = nn.Bilinear(3, 3, 1)
+    return model
+
+
+def test_layers_of_one_name_are_trained_whole_by_the_end_of_their_paths() -> None:
+    (text,) = said(with_odd_layers(), budget=0.2)
+    assert "blocks.*.inner.odd.weight (" in text
+    assert "train them whole with modules_to_save=['inner.odd']" in text
+    adapted = get_peft_model(
+        with_odd_layers(), FPSConfig(budget=0.2, target_modules=["layer"], modules_to_save=["inner.odd"])
+    )
+    assert set(adapted.selection_report().left_out) == {"blocks.*.matrix"}
 
 
 def said(model: nn.Module, **options: Any) -> list[str]:
@@ -84,7 +132,8 @@ def test_the_last_line_of_the_report_names_them(tmp_path: Any) -> None:
     total = sum(parameter.numel() for parameter in tiny_gpt2().parameters())
     report = model.selection_report()
     assert report.left_out["transformer.wte.weight"] == tiny_gpt2().transformer.wte.weight.numel() / total
-    assert "transformer.h.0.attn.c_attn.weight" in report.left_out
+    attention = sum(block.attn.c_attn.weight.numel() for block in tiny_gpt2().transformer.h)
+    assert report.left_out["transformer.h.*.attn.c_attn.weight"] == attention / total
     assert not any("c_fc" in name for name in report.left_out)
     last = str(report).splitlines()[-1]
     assert last.startswith("left out, above 1 % of the model: ")
