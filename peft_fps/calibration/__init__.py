@@ -9,7 +9,7 @@
 | `passes`, `shares` | passes with a progress bar, and the share of the data that a process reads |
 | `collect` | hooks on layers that add inputs to statistics |
 | `statistics`, `tap_sums` | sums of inputs by column; those of convolutions |
-| `padding` | masks of the positions that are padding |
+| `padding`, `positions` | masks of the positions that are padding, in the order and number that a layer has |
 | `own_forward` | the input of the product, where a layer overrides forward |
 | `packed_inputs`, `attention_inputs` | inputs of stacked weights, and of `nn.MultiheadAttention` |
 | `preserve` | runs of a model that change nothing in it |

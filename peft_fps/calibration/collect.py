@@ -15,7 +15,7 @@ from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import Rows, watch_packed
-from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
+from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens, padding_of
 from peft_fps.calibration.statistics import InputStatistics, add_rows, check_dense, column_sums, token_counts
 from peft_fps.calibration.tap_sums import convolution_sums
 
@@ -197,6 +197,8 @@ class Collector:
         if mask is not None:
             mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
         found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
+        if mask is None and is_padding_unknown(x, self._padding, path):
+            found.unmasked = tuple(x.shape)
         add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
         self._touched[path] = None
 
@@ -212,15 +214,17 @@ class Collector:
         check_dense(path, x)
         if x.numel() == 0:  # an expert to which no token was routed
             return
-        sums, positions = self._reduce(place, base, x)
+        sums, positions, unmasked = self._reduce(place, base, x)
         if path not in self.statistics:
             self.statistics[path] = InputStatistics(torch.zeros_like(sums))
+        if unmasked:
+            self.statistics[path].unmasked = tuple(x.shape)
         self.statistics[path].sums += sums
         self.statistics[path].positions += positions
         self._touched[path] = None
 
-    def _reduce(self, path: str, base: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-        """Return the sums of an input, `(groups, inputs)`, and the number of its positions that are no padding.
+    def _reduce(self, path: str, base: nn.Module, x: Tensor) -> tuple[Tensor, int, bool]:
+        """Return the sums of an input, `(groups, inputs)`, the number of positions, and if padding may be among them.
 
         Args:
             path: module path of the layer.
@@ -229,19 +233,24 @@ class Collector:
         """
         if isinstance(base, CONVOLUTIONS + TRANSPOSED):
             sequences = x.dim() == 3 and len(base.kernel_size) == 1
-            mask = mask_of(x.transpose(1, 2), self._padding, path) if sequences else None
-            return convolution_sums(x.detach(), base, self._norm, mask)
+            steps = x.transpose(1, 2) if sequences else None
+            mask = None if steps is None else mask_of(steps, self._padding, path)
+            sums, positions = convolution_sums(x.detach(), base, self._norm, mask)
+            # a convolution that gives another number of positions than it gets counts all
+            told = mask is not None and positions == int((mask != 0).sum())
+            return sums, positions, not told and steps is not None and is_padding_unknown(steps, self._padding, path)
         if isinstance(base, nn.Embedding):
             mask = mask_of_tokens(x, self._padding, path)
             counts, positions = token_counts(x, base.num_embeddings, mask)
-            return counts[None], positions
+            return counts[None], positions, False
         mask = mask_of(x, self._padding, path)
+        unmasked = mask is None and is_padding_unknown(x, self._padding, path)
         key = (id(x), id(mask))
         version = 0 if x.is_inference() else x._version
         known = self._reduced.get(key)
         if known is not None and known[0]() is x and known[1] == version:
-            return known[2]
+            return (*known[2], unmasked)
         sums, positions = column_sums(x.detach(), self._norm, mask)
         # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
-        return sums[None], positions
+        return sums[None], positions, unmasked

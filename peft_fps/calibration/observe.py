@@ -90,5 +90,6 @@ def _sum_over_processes(
         dist.all_reduce(packed)
         if packed[-counts:].sum() > 0:
             positions = packed[-counts:].cpu().long() if apart else int(packed[-1])
-            total[path] = InputStatistics(packed[:-counts].view(layer.groups, layer.inputs), positions)
+            sums = packed[:-counts].view(layer.groups, layer.inputs)
+            total[path] = InputStatistics(sums, positions, None if local is None else local.unmasked)
     return total

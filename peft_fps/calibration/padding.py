@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from peft_fps.calibration.positions import Positions, fitted, positions_of
 from peft_fps.layers.embedding import looks_up_distances
 
 
@@ -27,11 +30,34 @@ class Padding:
         inputs: mask of the model's inputs. In an encoder-decoder, mask of the encoder's positions.
         decoder: mask of the decoder's positions.
         separate: whether the model is an encoder-decoder, so that one mask does not replace the other.
+        positions: how the model arranges the positions within.
+        foreign: whether the batch has inputs whose positions no mask tells, such as images beside texts.
     """
 
     inputs: Tensor | None = None
     decoder: Tensor | None = None
     separate: bool = False
+    positions: Positions = field(default=Positions(), compare=False)
+    foreign: bool = False
+    _fitted: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def inputs_are_padded(self) -> bool:
+        """Whether any position of the inputs is padding."""
+        return self.inputs is not None and bool((self.inputs == 0).any())
+
+    @cached_property
+    def decoder_is_padded(self) -> bool:
+        """Whether any position of the decoder is padding."""
+        return self.decoder is not None and bool((self.decoder == 0).any())
+
+    def fitting(self, mask: Tensor, shape: torch.Size, path: str) -> Tensor | None:
+        """Return one of the masks in the form of a layer's input, each time the same tensor; see `fitted`."""
+        first = self.positions.sequence_first
+        key = (mask is self.decoder, shape, first is not None and first.search(path) is not None)
+        if key not in self._fitted:
+            self._fitted[key] = fitted(mask, shape, path, self.positions)
+        return self._fitted[key]
 
 
 def padding_of(batch: Any, model: nn.Module | None) -> Padding:
@@ -50,11 +76,18 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
         return Padding()
     inputs, decoder = _matrix(batch, "attention_mask"), _matrix(batch, "decoder_attention_mask")
     config = getattr(model, "config", None)
+    positions, foreign = positions_of(model, batch, inputs), _has_foreign(batch, inputs)
     if not getattr(config, "is_encoder_decoder", False):
-        return Padding(inputs, decoder)
+        return Padding(inputs, decoder, positions=positions, foreign=foreign)
     if decoder is None:
         decoder = _of_decoder_inputs(batch, inputs, getattr(config, "pad_token_id", None))
-    return Padding(inputs, decoder, separate=True)
+    return Padding(inputs, decoder, separate=True, positions=positions, foreign=foreign)
+
+
+def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
+    """Return whether a batch has inputs with positions of their own, such as images, of which no mask tells."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return mask is not None and any(x.dim() > 2 and mask.shape[1] not in x.shape[1:] for x in tensors)
 
 
 def _of_decoder_inputs(batch: Mapping[str, Any], inputs: Tensor | None, pad_token: int | None) -> Tensor | None:
@@ -105,10 +138,25 @@ def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
         path: module path of the layer that reads the input.
     """
     for mask in _masks(padding, path):
-        flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
-        if x.shape[:-1] == mask.shape or flattened:
-            return mask
+        fitting = padding.fitting(mask, x.shape[:-1], path)
+        if fitting is not None:
+            return fitting
     return None
+
+
+def is_padding_unknown(x: Tensor, padding: Padding, path: str) -> bool:
+    """Return whether padding may be among the positions of an input that no mask fits.
+
+    Args:
+        x: the input, `(..., inputs)`.
+        padding: masks of the batch.
+        path: module path of the layer that reads the input.
+    """
+    positions = (x.dim() > 2 and x.shape[:-1].numel() > max(x.shape[:-1])) or "expert" in path.lower()
+    if not positions or padding.foreign:
+        return False
+    padded = {id(padding.inputs): padding.inputs_are_padded, id(padding.decoder): padding.decoder_is_padded}
+    return any(padded[id(mask)] for mask in _masks(padding, path))
 
 
 def mask_of_tokens(tokens: Tensor, padding: Padding, path: str) -> Tensor | None:

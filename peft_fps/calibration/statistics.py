@@ -19,10 +19,12 @@ class InputStatistics:
             (float32 on Apple's GPUs). Only grouped convolutions, whose neurons read different channels, and stacked
             weights have several groups.
         positions: number of summed positions; `(groups,)` int64 if the groups read different positions, as experts do.
+        unmasked: shape of an input with padding that no mask fits, so that its padding counts. None if there was none.
     """
 
     sums: Tensor
     positions: int | Tensor = 0
+    unmasked: tuple[int, ...] | None = None
 
     @classmethod
     def of_groups(cls, groups: int, x: Tensor) -> "InputStatistics":

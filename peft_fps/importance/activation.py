@@ -1,5 +1,8 @@
 """FPS: weight magnitude times the typical magnitude of its input (arXiv 2510.27359, eqs. 2-6)."""
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +45,22 @@ def activation_alone(weight: Tensor, activation: Tensor) -> Tensor:
 def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     """Gather input statistics in one forward pass over the data."""
     layers = {path: observed_layer(layer) for path, layer in request.layers.items()}
-    return observe(request.base, layers, request.config.norm, request.data, request.how.run)
+    statistics, counts = observe(request.base, layers, request.config.norm, request.data, request.how.run)
+    _warn_of_padding(statistics)
+    return statistics, counts
+
+
+def _warn_of_padding(statistics: Mapping[str, InputStatistics]) -> None:
+    """Name the modules whose statistics may hold padding because no mask fits their inputs."""
+    shapes = {path: found.unmasked for path, found in statistics.items() if found.unmasked is not None}
+    if shapes:
+        path, shape = next(iter(shapes.items()))
+        warnings.warn(
+            f"The inputs of {len(shapes)} modules have other positions than the attention_mask, {shape} in {path}, so "
+            f"that padding counts there like everything else: {', '.join(shapes)}. Calibrate with batches without "
+            "padding, of examples of one length, to leave it out.",
+            stacklevel=3,
+        )
 
 
 def observed_layer(layer: EntryLayer) -> Observed:

@@ -143,6 +143,8 @@ def _advice(modules: dict[str, nn.Module], head: Head, saved: list[str], weight:
         return "read by torch.nn.MultiheadAttention without calling a layer; use an implementation with linear layers"
     if _is_packed(module, own):
         return "one tensor for the weights of many experts, in a form that FPS cannot adapt"
+    if entry_layer_class(module) is not None:
+        return f"outside the default targets; name {'it' if path == owner else 'them'} in target_modules, or {whole}"
     if owner and next(module.children(), None) is None:
         return f"of {type(module).__name__}, a kind that FPS does not adapt; {whole}"
     return f"of {type(module).__name__} itself, in no layer"

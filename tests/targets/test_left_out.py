@@ -122,6 +122,13 @@ def test_who_chooses_is_not_told() -> None:
     assert not said(tiny_mlp(), budget=0.3)
 
 
+def test_a_head_that_is_left_out_is_no_odd_kind() -> None:
+    (text,) = said(tiny_vit(num_labels=100), modules_to_save=[])
+    assert "classifier.weight" in text
+    assert "outside the default targets; name it in target_modules, or train it whole with modules_to_save" in text
+    assert "of Linear" not in text
+
+
 def test_modules_trained_whole_are_not_left_out() -> None:
     whole = ["bert.embeddings", "classifier"]
     assert not any("embeddings" in text for text in said(tiny_bert(), modules_to_save=whole))
