@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from peft_fps.card.selection_method import METHOD_FIELDS, method_record, plain_method
 from peft_fps.checkpoint import FILE_REMEDY, WEIGHTS
 from peft_fps.checkpoint.selection_file import read_adapter, read_selection, write_selection
-from peft_fps.config import FPSConfig
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import FPSConfig, adapter_config
 from peft_fps.layers.adapter_state import AdapterState
 from peft_fps.layers.lookup import active_adapter, adapter_layers, adapter_state
 from peft_fps.lifecycle.entry_transfer import best_entries, entries_of, give_entries

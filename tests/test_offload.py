@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -190,6 +191,22 @@ def test_a_model_whose_hooks_peft_has_taken_off_is_refused_with_the_line_to_add(
     with pytest.raises(ValueError, match=rf"{block}\..*weight is offloaded to disk.*del model\.hf_device_map before"):
         PeftModel.from_pretrained(base, tmp_path / "adapter", offload_folder=str(tmp_path / "other"))
     assert layers_of(base) == {}
+
+
+def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order() -> None:
+    model, data = get_peft_model(tiny_gpt2(), FPSConfig(per_neuron=2)), batches("gpt2")
+    model.calibrate(data, progress=False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"values on the meta device, .* offloads the model, .* before the adapter"):
+        logits(model, "gpt2")
+    with pytest.raises(ValueError, match=r"is on the meta device, .* offloads the model, .* before the adapter"):
+        model.calibrate(data, progress=False)
+
+    base = tiny_gpt2()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    found = trained(base, "gpt2")
+    assert base.transformer.h[1].mlp.c_fc.base_layer.weight.device.type == "meta"
+    close(logits(found, "gpt2"), logits(trained(tiny_gpt2(), "gpt2"), "gpt2"))
 
 
 def test_merging_a_placed_model_is_right_or_refused(kind: str, placed: Placed) -> None:

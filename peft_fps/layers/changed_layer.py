@@ -1,15 +1,16 @@
 """W + ΔW and b + Δb of an FPS layer as tensors, and what a model gets that reads them off the layer."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.sample_names import named_calls, names_for
-from peft_fps.layers.tensors_as_read import as_read
+from peft_fps.layers.tensors_as_read import as_read, frozen_of
 from peft_fps.sparse import Structure, changed_weight
 
 
@@ -88,10 +89,44 @@ class ChangedLayer(EntryLayer):
         carried = {name for name in names or self.active_adapters if self.carries(name)}
         if not carried:
             return held
+        noticed, path = partial(self._warn_of_write, own, carried), f"{self.module_path}.{own}"
         if names is not None and len(set(names)) > 1:
-            return as_read(held, partial(self._refuse_to_mix, own))
+            return as_read(held, partial(self._refuse_to_mix, own), noticed, path)
         active = [name for name in self.active_adapters if name in carried] if names is None else [*carried]
-        return as_read(held, partial(changed, active))
+        return as_read(held, partial(changed, active), noticed, path)
+
+    def _warn_of_write(self, own: str, names: set[str]) -> None:
+        """Warn, once per adapter, that something is about to write to the base layer's tensor in place."""
+        states = [self.fps_state[name] for name in sorted(names)]
+        if all(state.warned_of_write for state in states):
+            return
+        for state in states:
+            state.warned_of_write = True
+        warnings.warn(
+            f"{self.module_path}: the {own} of this layer is written to in place, expected one that stays as it is "
+            f"while an adapter changes it ({', '.join(map(repr, sorted(names)))}). The adapter's changes do not "
+            "follow, so outputs may be wrong from now on. Write to it before the adapter is attached, or merge "
+            "the adapter first with model.merge_and_unload(). RWKV rescales weights so when it goes from training to "
+            "evaluation and back: set model.config.rescale_every = 0 before the first call. This warning comes once, "
+            "other layers may be written to as well.",
+            stacklevel=3,
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Accept the base layer's own parameter, which it keeps; models assign it when they tie their weights again.
+
+        Raises:
+            ValueError: it is another parameter, and the base layer has one of that name.
+        """
+        held = self.base_layer._parameters.get(name) if "base_layer" in self._modules else None
+        if held is None:
+            super().register_parameter(name, param)
+        elif frozen_of(param) is not held:
+            raise ValueError(
+                f"{self.module_path}: its {name} is to be replaced while it has an adapter, expected the {name} that "
+                "it had when the adapter was attached. Tie or replace weights of the base model first, or merge the "
+                "adapter with model.merge_and_unload(). Nothing was changed."
+            )
 
     def _refuse_to_mix(self, own: str) -> Tensor:
         raise ValueError(

@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from peft_fps.layers.merge_record import MergeRecord, is_finite, restore_entries
 from peft_fps.layers.placement import PlacedLayer
+from peft_fps.layers.tensor_checks import DIVERGED
 
 
 Undone = tuple[str, MergeRecord, MergeRecord]
@@ -86,14 +86,13 @@ class MergingLayer(PlacedLayer):
 
     def check_finite(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter's values or bias deltas hold NaN or infinity."""
-        parameters = self.adapter_parameters(adapter_name)
-        if not all(bool(torch.isfinite(parameter.detach()).all()) for parameter in parameters):
+        if not self.is_finite(adapter_name):
             raise self._not_finite(adapter_name)
 
     def _not_finite(self, adapter_name: str) -> ValueError:
         return ValueError(
             f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {self.module_path} "
-            "would hold NaN or infinity, expected finite weights. Nothing was merged; load an intact adapter."
+            f"would hold NaN or infinity, expected finite weights. {DIVERGED} Nothing was merged."
         )
 
     def unmerge(self) -> None:

@@ -46,6 +46,10 @@ class PlacedLayer(BaseTunerLayer):
         trained = (getattr(self, name) for name in self.adapter_layer_names)
         return [held[adapter_name] for held in trained if adapter_name in held]
 
+    def is_finite(self, adapter_name: str) -> bool:
+        """Return whether all numbers that the adapter trains here are finite."""
+        return all(bool(torch.isfinite(each.detach()).all()) for each in self.adapter_parameters(adapter_name))
+
     def index_tensors(self, adapter_name: str) -> list[Tensor]:
         """Return the integer tensors that say where the adapter's entries lie."""
         return [getattr(self, name)[adapter_name] for name in self.index_names]

@@ -15,6 +15,13 @@ from peft_fps.layers.placement import PlacedLayer
 from peft_fps.sparse import StructureError, check_finite, check_floating, is_jit_tracing
 
 
+DIVERGED = (
+    "Either training diverged: train again with a lower learning rate, and not in float16. Or the adapter's file is "
+    "damaged: load an intact one."
+)
+"""Why an adapter may hold NaN or infinity, and what to do, as the end of a message."""
+
+
 class CheckedLayer(PlacedLayer):
     """The part of an FPS layer that checks.
 
@@ -55,8 +62,9 @@ class CheckedLayer(PlacedLayer):
         where = f"{self.module_path}: adapter {adapter_name!r}"
         if any(parameter.device.type == "meta" for parameter in self.adapter_parameters(adapter_name)):
             raise ValueError(
-                f"{where} has its values on the meta device, expected loaded tensors. Load an adapter file, or build "
-                "the adapter without low_cpu_mem_usage."
+                f"{where} has its values on the meta device, expected loaded tensors. Load an adapter file, build "
+                "the adapter without low_cpu_mem_usage, or, if accelerate offloads the model, let it do so before the "
+                "adapter is attached."
             )
         if self.awaits_loading(adapter_name):
             first, *_ = (*self.index_names, "fps_bias")
@@ -68,9 +76,8 @@ class CheckedLayer(PlacedLayer):
         try:
             self._check_form(adapter_name)
         except StructureError as error:
-            raise ValueError(
-                f"{where}: {error}. Its tensors are damaged or incomplete; load an intact file."
-            ) from error
+            damaged = "Its tensors are damaged or incomplete; load an intact file."
+            raise ValueError(f"{where}: {error}. {damaged if self.is_finite(adapter_name) else DIVERGED}") from error
 
     def _check_form(self, adapter_name: str) -> None:
         """Raise StructureError unless the tensors are well-formed and finite."""

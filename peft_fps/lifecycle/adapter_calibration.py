@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from peft_fps.base.compiled import run_eagerly
 from peft_fps.base.sharded import check_whole, has_shards, reshard
 from peft_fps.calibration import InputStatistics, Pass, Run, called_anywhere, calls_noted, device_of, failing_together
-from peft_fps.config import FPSConfig
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import FPSConfig, adapter_config
 from peft_fps.gradients import Loss
 from peft_fps.importance import IMPORTANCES, Evidence, Gathering, Request
 from peft_fps.importance.scorer import scorer
@@ -20,6 +19,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import active_adapter, adapter_state, base_model, entry_layers, target_layers
 from peft_fps.lifecycle.adapters_off import adapters_off
 from peft_fps.lifecycle.calibration_warnings import (
+    NOT_TRAINABLE,
     warn_of_idle_experts,
     warn_of_tied_uses,
     warn_of_unreached,
@@ -155,7 +155,7 @@ def calibrate(
     set_entries(layers, adapter_name, selected, findings.reached)
     unreached = tuple(path for path in layers if path not in findings.reached)
     if unreached:
-        kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else "got no gradient"
+        kind = "saw no input" if IMPORTANCES[config.importance].needs == "forward" else NOT_TRAINABLE
         warn_of_unreached(unreached, layers, config, kind)
     warn_of_idle_experts(layers, findings.evidence)
     state = adapter_state(layers, adapter_name)

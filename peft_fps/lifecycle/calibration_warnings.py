@@ -15,6 +15,10 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.packed_layer import PackedLayer
 
 
+NOT_TRAINABLE = "were not called (the model may read their weight without calling them) or got no gradient"
+"""What calibration by gradients finds of the modules that it does not reach."""
+
+
 def warn_of_unreached(
     unreached: Collection[str], layers: Mapping[str, FPSLayer], config: FPSConfig, found: str
 ) -> None:

@@ -34,7 +34,8 @@ def check_selectable(layers: Mapping[str, FPSLayer], adapter_name: str, discard_
         if any(parameter.device.type == "meta" for parameter in parameters):
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors. Build it without "
-                "low_cpu_mem_usage. Nothing was changed."
+                "low_cpu_mem_usage, or, if accelerate offloads the model, let it do so before the adapter is "
+                "attached. Nothing was changed."
             )
         trained = any(bool(own_part(parameter.detach()).nan_to_num().any()) for parameter in parameters)
         if trained and not discard_values:

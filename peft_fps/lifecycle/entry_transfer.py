@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.renamed_modules import current_names
 from peft_fps.base.sharded import gathered, reshard
-from peft_fps.config import FPSConfig
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import FPSConfig, adapter_config
 from peft_fps.importance import Score
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer

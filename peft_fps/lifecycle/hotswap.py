@@ -16,8 +16,7 @@ from peft_fps.base.renamed_modules import current_names
 from peft_fps.checkpoint import TRAINED, Contents, check_contents, decode
 from peft_fps.checkpoint.expected_contents import expected_module, whole_keys, without_left_out
 from peft_fps.checkpoint.record import AdapterRecord
-from peft_fps.config import FPSConfig
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import FPSConfig, adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import adapter_state, base_model, target_layers

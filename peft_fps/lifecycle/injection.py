@@ -22,6 +22,7 @@ from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.lifecycle.token_choice import check_token_choice, given_token_blocks
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
+from peft_fps.targets.supported_kinds import check_kinds
 from peft_fps.targets.target_checks import check_gated
 from peft_fps.targets.target_parameters import default_parameters
 from peft_fps.targets.tied_weights import check_tied_uses
@@ -157,6 +158,7 @@ def _settle_targets(model: nn.Module, config: FPSConfig, head: Head) -> None:
         if config.target_parameters is None or config.target_parameters == filled.target_parameters:
             config.target_parameters = default_parameters(model, config, head)
             filled = replace(filled, target_parameters=config.target_parameters)
+        check_kinds(model, head, config)
     config.filled_in = filled
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from peft_fps.card.selection_method import describe
 from peft_fps.checkpoint import encoded_bytes, no_entries
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import adapter_config
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.lookup import (
     active_adapter,

@@ -4,6 +4,7 @@
 |---|---|
 | `base_parameters` | the parameters of the base model, of which a budget is a share |
 | `default_targets` | the modules that are adapted by default |
+| `supported_kinds` | whether a model has any of them |
 | `target_parameters` | the parameters that are adapted although no layer owns them, such as all experts of a block |
 | `target_checks` | what is checked of an adapter's name and of its targets |
 | `obstacle` | what keeps a module or a weight from being adapted |

@@ -10,6 +10,7 @@
 | `parameter_groups`, `optimizer_creation` | learning rates for biases, norms and the head |
 | `centred_steps`, `centring` | optimizer steps as if the inputs had the mean 0, and the call that makes them so |
 | `centring_choice` | whether a callback centres steps of its own accord |
+| `untrained_modules` | whether a training trains what the adapter has |
 | `drop_path` | stochastic depth |
 """
 

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 
 from peft_fps.calibration import undisturbed
 from peft_fps.card import keep_card
-from peft_fps.config_lookup import adapter_config
+from peft_fps.config import adapter_config
 from peft_fps.importance import IMPORTANCES
 from peft_fps.layers.lookup import active_adapter, adapter_layers, entry_layers, target_layers
 from peft_fps.lifecycle.adapter_calibration import calibrate
@@ -23,6 +23,7 @@ from peft_fps.training.centring_choice import reason_against
 from peft_fps.training.evaluation_notes import note_evaluation
 from peft_fps.training.optimizer_creation import check_grouped, group_parameters
 from peft_fps.training.trainers import AsTrained, calling_trainer, undisturbed_order, undisturbed_trainer
+from peft_fps.training.untrained_modules import UntrainedModules, check_unmerged
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class FPSCallback(TrainerCallback):
 
     The next saving of the adapter writes the newest evaluation into its model card: the metrics whose names begin with
     `eval_`. If `load_best_model_at_end` restores the best checkpoint, it is the evaluation of that checkpoint. When
-    the Trainer pushes to the Hub, its card keeps our part. TRL's trainers write a card without it.
+    the Trainer pushes to the Hub, its card keeps our part. TRL's trainers write a card without it. When training ends,
+    a warning names the modules of the adapter that got no gradient in any step.
 
     With `bias_lr`, `norm_lr` or `head_lr` the trainer makes its optimizer from `peft_fps.parameter_groups`, at the
     learning rate and weight decay of its arguments. Its schedule scales all rates alike. Pass the callback to the
@@ -98,6 +100,7 @@ class FPSCallback(TrainerCallback):
         self.options = options
         self.centring = ""
         self._steps: CentredSteps | None = None
+        self._untrained: UntrainedModules | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,14 +116,15 @@ class FPSCallback(TrainerCallback):
         """Calibrate the active adapter unless its entries are selected. The Trainer calls this method.
 
         Raises:
-            ValueError: calibration changes the number of entries of a module that DistributedDataParallel wraps; the
-                optimizer has no parameter that one of the rates could be the rate of; steps cannot be centred. Or as
-                `peft_fps.calibrate`.
+            ValueError: a layer of the adapter is merged; calibration changes the number of entries of a module that
+                DistributedDataParallel wraps; the optimizer has no parameter that one of the rates could be the rate
+                of; steps cannot be centred. Or as `peft_fps.calibrate`.
         """
         if self.rates:
             check_grouped(kwargs.get("optimizer"), self.rates)
         model: nn.Module = kwargs["model"]
         name = active_adapter(model)
+        check_unmerged(model, name)
         optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
         self._end_centring(optimizer)  # of a training that was interrupted
         reason = "not asked for" if self.centred is False else self._reason(model, optimizer, name, loader)
@@ -133,6 +137,14 @@ class FPSCallback(TrainerCallback):
         if self.centred is not False:
             self.centring = f"nothing is trained with centred inputs: {reason}" if reason else str(self._steps)
             logger.info("%s", self.centring)
+        self._untrained = UntrainedModules(model, name, calling_trainer(self))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of the modules that have gradients. The Trainer calls this method."""
+        if self._untrained is not None:
+            self._untrained.look()
 
     def _reason(self, model: nn.Module, optimizer: Any, name: str, loader: Any) -> str:
         """Return why steps are not to be centred, before calibration changes anything.
@@ -214,13 +226,15 @@ class FPSCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End centring, and record the evaluation of a restored best checkpoint. The Trainer calls this method."""
+        """End centring, record a restored best checkpoint's evaluation, warn of modules without gradients."""
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
         restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if restored and state.best_global_step is not None:
             note_evaluation(kwargs["model"], state, state.best_global_step, kwargs.get("eval_dataloader"))
+        if self._untrained is not None:
+            self._untrained.warn()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

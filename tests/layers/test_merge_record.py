@@ -248,10 +248,25 @@ def test_safe_merge_names_what_peft_names():
     model = adapted(tiny_mlp())
     with torch.no_grad():
         layers_of(model)["last"].fps_values["default"][0] = torch.nan
-    with pytest.raises(
-        ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
-    ):
+    named = "^NaNs detected in the merged weights. The adapter default seems to be broken"
+    with pytest.raises(ValueError, match=rf"{named}.*training diverged.*learning rate.*file is damaged.*Nothing was"):
         model.merge_adapter(safe_merge=True)
+
+
+def test_changes_that_are_not_finite_may_come_from_training_and_others_not():
+    model = adapted(tiny_mlp())
+    layer = layers_of(model)["last"]
+    values = layer.fps_values["default"].data
+    layer.fps_values["default"].data = torch.full_like(values, torch.inf)
+    layer.forget("default")
+    with pytest.raises(ValueError, match=r"last.*NaN or infinity.*Either training diverged.*Or the adapter's file"):
+        model.merge_adapter()
+    layer.fps_values["default"].data = values
+    layer.fps_columns["default"][0] = 999
+    layer.forget("default")
+    with pytest.raises(ValueError, match=r"last.*damaged or incomplete; load an intact file") as refused:
+        model.merge_adapter()
+    assert "diverged" not in str(refused.value)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "one-by-one"])

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.helpers import (
     _seeded,
     adapted,
     base_bytes,
+    bits,
     config,
     dense_change,
     fill,
@@ -27,6 +29,7 @@ from tests.support.helpers import (
     selected_columns,
     tiny_gpt2,
     tokens,
+    unchanged,
     with_fields,
 )
 from tests.support.language_models import bart_config, tiny_masked, tiny_t5
@@ -280,3 +283,42 @@ def test_language_models_calibrate_train_save_load_and_merge(kind: str, tmp_path
         loaded = PeftModel.from_pretrained(build(), tmp_path)
         torch.testing.assert_close(loaded(**batch).logits, expected)
         torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_weights_that_are_tied_again_are_the_same_ones(merged: bool, tmp_path: Path) -> None:
+    """As transformers does when the base is saved, or its vocabulary changes: every use has the parameter itself."""
+    base = tiny_gpt2()
+    model = adapted(base, target_modules=["wte", "c_attn"])
+    ids = tokens(2, 5, vocabulary=base.config.vocab_size)
+    expected = model(input_ids=ids).logits
+    expected.square().mean().backward()
+    gradients = {name: bits(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    if merged:
+        model.merge_adapter()
+        expected = model(input_ids=ids).logits
+    weight, state = base.transformer.wte.base_layer.weight, {name: bits(t) for name, t in base.state_dict().items()}
+    base.tie_weights()
+    assert base.lm_head.weight is base.transformer.wte.base_layer.weight is weight
+    assert type(base.lm_head.weight) is nn.Parameter
+    assert {name: bits(tensor) for name, tensor in base.state_dict().items()} == state
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
+    if not merged:
+        model.zero_grad()
+        model(input_ids=ids).logits.square().mean().backward()
+        assert {name: bits(p.grad) for name, p in model.named_parameters() if p.grad is not None} == gradients
+    base.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert bits(kept["transformer.wte.base_layer.weight"]) == bits(weight)
+    with pytest.raises(TypeError, match="Old embeddings are of type"):  # transformers' word, as with LoRA
+        base.resize_token_embeddings(120)
+
+
+def test_an_output_that_was_not_tied_is_not_tied_to_an_adapted_embedding() -> None:
+    base = tiny_gpt2()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    model = adapted(base, target_modules=["wte"])
+    before = base.lm_head.weight
+    with unchanged(model), pytest.raises(ValueError, match=r"^transformer\.wte\.weight has an adapter.*Nothing was"):
+        base.tie_weights()
+    assert base.lm_head.weight is before

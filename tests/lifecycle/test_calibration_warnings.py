@@ -63,7 +63,8 @@ def test_the_budget_goes_to_the_modules_that_were_reached(importance: str):
     loss = None if importance == "activation" else lambda output, batch: output.square().mean()
     model = get_peft_model(base(), FPSConfig(budget=0.3, importance=importance))
     planned = sizes(model)
-    kind = "saw no input" if importance == "activation" else "got no gradient"
+    # `past` is not called, and its weight gets a gradient
+    kind = "saw no input" if importance == "activation" else r"were not called \(.* read their .*\) or got no gradient"
     with pytest.warns(UserWarning, match=rf"2 of 4 modules {kind}.*not be trained: past, idle. Their part of the bud"):
         report = model.calibrate([normal(5, 8)], progress=False, loss=loss)
     found = sizes(model)

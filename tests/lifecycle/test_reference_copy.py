@@ -115,6 +115,6 @@ def test_the_original_keeps_its_config() -> None:
 def test_a_damaged_adapter_is_not_copied() -> None:
     model = adapted(tiny_vit())
     next(iter(layers_of(model).values())).fps_values["default"].data[0] = torch.nan
-    with unchanged(model), pytest.raises(ValueError, match="damaged or incomplete"):
+    with unchanged(model), pytest.raises(ValueError, match=r"training diverged.*file is damaged"):
         model.add_adapter("ref", model.peft_config["default"])
     assert "ref" not in model.peft_config

@@ -12,7 +12,7 @@ from peft_fps.card import SavedAdapter, complete_card
 from peft_fps.checkpoint import WEIGHTS, check_folder, is_pickled
 from peft_fps.checkpoint.field_checks import check_choice
 from peft_fps.checkpoint.record import AdapterRecord
-from peft_fps.config_fields import CHOICES
+from peft_fps.config.config_fields import CHOICES
 
 
 class SavedConfig(PeftConfig):

@@ -4,7 +4,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
 from peft_fps.checkpoint.record import FORMAT_VERSION, AdapterRecord, check_version, record_from
-from peft_fps.config_fields import (
+from peft_fps.config.config_fields import (
     FilledIn,
     check_budget,
     check_information,
@@ -14,7 +14,7 @@ from peft_fps.config_fields import (
     put_names_in_form,
     read_empty_values,
 )
-from peft_fps.config_file import SavedConfig
+from peft_fps.config.config_file import SavedConfig
 from peft_fps.importance import IMPORTANCES
 from peft_fps.presets import preset_settings
 from peft_fps.registration import fps_type

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from peft_fps.config import FPSConfig
+from peft_fps.config.fps_config import FPSConfig
 from peft_fps.layers.lookup import fps_layers
 
 
