@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from peft_fps import FPSConfig
+from peft_fps.calibration import observe
 from peft_fps.calibration.positions import Positions, fitted
 from tests.support.helpers import tokens
 
@@ -69,24 +70,17 @@ def padded(examples: int) -> Batch:
 
 
 def observed(model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-    """Sums of |input| and numbers of positions of all layers, from hooks on the calibrating model."""
+    """Sums of |input| and numbers of positions of all layers, as a calibration has them."""
     adapted = get_peft_model(model, FPSConfig(per_neuron=1, bias="none", modules_to_save=[]))
     found: dict[str, tuple[Tensor, int]] = {}
 
-    def keep(statistics: Any, counts: Any) -> None:
-        found.update({path: (each.sums.clone(), each.positions) for path, each in statistics.items()})
-
-    import peft_fps.importance.activation as activation
-
-    plain = activation.observe
-
     def spied(*args: Any) -> Any:
-        result = plain(*args)
-        keep(*result)
-        return result
+        statistics, counts = observe(*args)
+        found.update({path: (each.sums.clone(), each.positions) for path, each in statistics.items()})
+        return statistics, counts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activation, "observe", spied)
+        patch.setattr("peft_fps.importance.activation.observe", spied)
         adapted.calibrate([batch], progress=False)
     return found
 
