@@ -22,6 +22,13 @@ CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|v
 """Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
 
 
+FOREIGN = re.compile(r"(^|[._])(vision|visual|image|pixel|audio|speech)", re.IGNORECASE)
+"""Paths of the modules that read images or sound beside texts, whose positions a mask of texts does not tell."""
+
+UNPADDED = re.compile(r"(_global|\.relative_k_proj|\.linear_pos)$")
+"""Paths of the layers that read selected positions, or relative ones: no padding is among them."""
+
+
 @dataclass(frozen=True)
 class Padding:
     """Masks `(batch, positions)` that are zero at padding. A mask is None if every position counts.
@@ -87,7 +94,13 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
     """Return whether a batch has inputs with positions of their own, such as images, of which no mask tells."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    return mask is not None and any(x.dim() > 2 and mask.shape[1] not in x.shape[1:] for x in tensors)
+    if isinstance(batch.get("feature_attention_mask"), Tensor):
+        return True
+    sound = batch.get("input_features")  # (batch, features, steps) of Whisper
+    others = [
+        x for x in tensors if x.dim() > 2 and not (x is sound and mask is not None and x.shape[2] == mask.shape[1])
+    ]
+    return mask is not None and any(x.shape[:2] != mask.shape for x in others)
 
 
 def _of_decoder_inputs(batch: Mapping[str, Any], inputs: Tensor | None, pad_token: int | None) -> Tensor | None:
@@ -137,6 +150,8 @@ def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
         padding: masks of the batch.
         path: module path of the layer that reads the input.
     """
+    if padding.foreign and FOREIGN.search(path):
+        return None
     for mask in _masks(padding, path):
         fitting = padding.fitting(mask, x.shape[:-1], path)
         if fitting is not None:
@@ -153,7 +168,7 @@ def is_padding_unknown(x: Tensor, padding: Padding, path: str) -> bool:
         path: module path of the layer that reads the input.
     """
     positions = (x.dim() > 2 and x.shape[:-1].numel() > max(x.shape[:-1])) or "expert" in path.lower()
-    if not positions or padding.foreign:
+    if not positions or padding.foreign or UNPADDED.search(path):
         return False
     padded = {id(padding.inputs): padding.inputs_are_padded, id(padding.decoder): padding.decoder_is_padded}
     return any(padded[id(mask)] for mask in _masks(padding, path))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 SEQUENCE_FIRST = {
-    "xlnet": re.compile(""),
-    "fsmt": re.compile(""),
+    "xlnet": re.compile(r"\.ff\."),
+    "fsmt": re.compile(r"\.((self|encoder)_attn\.|fc[12]$)"),
     "longformer": re.compile(r"\.(query|key|value)(_global)?$"),
     "led": re.compile(r"\.longformer_self_attn\.(query|key|value)(_global)?$"),
 }
@@ -27,13 +27,13 @@ class Positions:
     Attributes:
         sequence_first: paths of the layers that get `(positions, batch, inputs)`.
         multiple: the model pads sequences at their end to a multiple of this.
-        frames: from numbers of samples of a waveform, or of steps of a spectrogram, to numbers of frames behind the
-            model's convolutions. None if the batch has no such input.
+        frames: from numbers of samples of waveforms, or of steps of spectrograms, to numbers of frames behind the
+            model's convolutions, or to None if they are not known. None if the batch has no such input.
     """
 
     sequence_first: re.Pattern[str] | None = None
     multiple: int = 1
-    frames: Callable[[Tensor], Tensor] | None = None
+    frames: Callable[[list[int]], list[int] | None] | None = None
 
 
 def positions_of(model: nn.Module | None, batch: Mapping[str, Any], mask: Tensor | None) -> Positions:
@@ -56,11 +56,13 @@ def positions_of(model: nn.Module | None, batch: Mapping[str, Any], mask: Tensor
 
 def _is_sound(batch: Mapping[str, Any], mask: Tensor) -> bool:
     """Return whether the mask is that of a waveform or a spectrogram."""
+    if isinstance(batch.get("feature_attention_mask"), Tensor):  # then the other mask is that of texts
+        return False
     sounds = (batch.get(name) for name in ("input_values", "input_features"))
     return any(isinstance(sound, Tensor) and mask.shape[1] in sound.shape[1:] for sound in sounds)
 
 
-def _frames(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _frames(model: nn.Module) -> Callable[[list[int]], list[int] | None] | None:
     """Return transformers' own way to count the frames behind a model's convolutions, None if it has none."""
     name = "_get_feat_extract_output_lengths"
     count: Any = next((getattr(module, name) for module in model.modules() if hasattr(module, name)), None)
@@ -68,9 +70,12 @@ def _frames(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
 
-    def frames(lengths: Tensor) -> Tensor:
-        counts = count(lengths, **options)
-        return counts[-1] if isinstance(counts, tuple) else counts
+    def frames(lengths: list[int]) -> list[int] | None:
+        try:
+            counts = [count(torch.tensor([length]), **options) for length in lengths]
+            return [int(each[-1] if isinstance(each, tuple) else each) for each in counts]
+        except Exception:  # a private method of others, of no fixed form; then no mask fits, which is said
+            return None
 
     return frames
 
@@ -103,7 +108,7 @@ def _forms(mask: Tensor, positions: Positions, shape: torch.Size) -> Iterator[Te
     if padded > length:
         yield F.pad(mask, (0, padded - length))
     if positions.frames is not None:
-        count = int(positions.frames(torch.tensor([length]))[0])
-        if count in shape or count * mask.shape[0] in shape:
-            counts = positions.frames((mask != 0).sum(1).cpu()).to(mask.device)
-            yield torch.arange(count, device=mask.device) < counts[:, None]
+        counts = positions.frames([length, *(mask != 0).sum(1).tolist()])
+        if counts is not None:
+            kept = torch.tensor(counts[1:], device=mask.device)
+            yield torch.arange(counts[0], device=mask.device) < kept[:, None]

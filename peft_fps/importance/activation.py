@@ -46,6 +46,11 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     """Gather input statistics in one forward pass over the data."""
     layers = {path: observed_layer(layer) for path, layer in request.layers.items()}
     statistics, counts = observe(request.base, layers, request.config.norm, request.data, request.how.run)
+    if statistics and not any(int(torch.as_tensor(found.positions).sum()) for found in statistics.values()):
+        raise ValueError(
+            f"{next(iter(statistics))}: every position of every batch is padding by its attention_mask, expected some "
+            "that count. Check the masks of the calibration data. Nothing was changed."
+        )
     _warn_of_padding(statistics)
     return statistics, counts
 
@@ -57,8 +62,8 @@ def _warn_of_padding(statistics: Mapping[str, InputStatistics]) -> None:
         path, shape = next(iter(shapes.items()))
         warnings.warn(
             f"The inputs of {len(shapes)} modules have other positions than the attention_mask, {shape} in {path}, so "
-            f"that padding counts there like everything else: {', '.join(shapes)}. Calibrate with batches without "
-            "padding, of examples of one length, to leave it out.",
+            f"that padding among them counts like everything else: {', '.join(shapes)}. Calibrate with batches "
+            "without padding, of examples of one length, to leave it out.",
             stacklevel=3,
         )
 

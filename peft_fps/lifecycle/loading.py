@@ -138,8 +138,9 @@ def _numbers_of_reached(
         entries = entries_of_reached(base, config, layers, adapter_name, reached)
     except ValueError:  # the budget does not fit these modules
         return 0
-    before = sum(layers[path].sizes(adapter_name).entries for path in entries)
-    return _numbers({path: layers[path] for path in reached}, adapter_name) - before + sum(entries.values())
+    trained = [layers[path] for path in reached]
+    biases = sum(layer.neurons for layer in trained if adapter_name in layer.fps_bias)
+    return sum(entries.values()) + biases + sum(layer.threshold(adapter_name) is not None for layer in trained)
 
 
 def _expected(

@@ -29,8 +29,8 @@ from transformers import (
 
 from peft_fps import FPSConfig
 from peft_fps.calibration import observe
-from peft_fps.calibration.positions import Positions, fitted
-from tests.support.helpers import tokens
+from peft_fps.calibration.positions import Positions, fitted, positions_of
+from tests.support.helpers import tokens, unchanged
 
 
 REAL, LENGTH = 3, 6
@@ -193,6 +193,52 @@ def test_without_padding_nothing_is_said() -> None:
     assert not [each for each in caught if "attention_mask" in str(each.message)]
 
 
+def test_embeddings_of_a_model_that_transposes_behind_them_are_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, batch = fsmt().eval(), padded(LENGTH)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+    batch["decoder_input_ids"] = batch["input_ids"][:, :REAL]
+    options = {"target_modules": ["encoder.embed_tokens"], "per_neuron": 0.5, "modules_to_save": []}
+    adapted = get_peft_model(model, FPSConfig(bias="none", **options))
+    found: dict[str, Any] = {}
+
+    def spied(*args: Any) -> Any:
+        found.update(observe(*args)[0])
+        return found, {"batches": 1, "examples": LENGTH}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_fps.importance.activation.observe", spied)
+        adapted.calibrate([batch], progress=False)
+    (statistics,) = found.values()
+    real = batch["input_ids"][:, :REAL].flatten().tolist()
+    counts = statistics.sums[0].tolist()
+    assert all(counts[token] >= real.count(token) for token in set(real))
+    assert counts[1] == real.count(1) * counts[real[0]] / max(real.count(real[0]), 1)
+
+
+class Counts(nn.Module):
+    """Counts frames as transformers' models do, in one of the forms in which they do it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def _get_feat_extract_output_lengths(self, lengths: Tensor) -> Any:
+        halved = lengths // 2
+        return {"tensor": halved, "number": int(halved), "pair": (lengths, halved), "nothing": None}[self.form]
+
+
+@pytest.mark.parametrize("form", ["tensor", "number", "pair", "nothing"])
+def test_frames_in_whatever_form_a_model_counts_them(form: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    places = positions_of(Counts(form), {"input_values": torch.ones(2, 6)}, mask)
+    found = fitted(mask, torch.Size([2, 3]), "encoder", places)
+    assert (None if found is None else found.int().tolist()) == (None if form == "nothing" else [[1, 1, 0], [1, 1, 1]])
+    assert positions_of(Counts(form), {"input_ids": mask}, mask).frames is None
+    apart = {"input_features": torch.ones(2, 6, 8), "feature_attention_mask": mask}
+    assert positions_of(Counts(form), apart, mask).frames is None
+
+
 class Pictured(nn.Module):
     """Texts with padding, and images with positions of their own."""
 
@@ -211,6 +257,21 @@ def test_positions_of_images_are_no_padding() -> None:
         warnings.simplefilter("error")
         found = observed(Pictured(), batch)
     assert {path: count for path, (_, count) in found.items()} == {"text": 5, "image": 50}
+
+
+def test_images_with_as_many_positions_as_texts() -> None:
+    mask = torch.tensor([[1] * 3 + [0] * 6, [1] * 9])
+    batch = {"inputs": torch.ones(2, 9, 4), "pixel_values": torch.ones(2, 4, 3, 3), "attention_mask": mask}
+    found = observed(Pictured(), batch)
+    assert {path: count for path, (_, count) in found.items()} == {"text": 12, "image": 18}
+
+
+def test_a_mask_that_leaves_nothing_is_refused() -> None:
+    mask = torch.zeros(2, 3, dtype=torch.long)
+    batch = {"inputs": torch.ones(2, 3, 4), "pixel_values": torch.ones(2, 4, 5, 5), "attention_mask": mask}
+    model = get_peft_model(Pictured(), FPSConfig(per_neuron=1, target_modules=["text"], modules_to_save=[]))
+    with unchanged(model), pytest.raises(ValueError, match="^text: every position of every batch is padding"):
+        model.calibrate([batch], progress=False)
 
 
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.booleans())

@@ -152,6 +152,19 @@ def test_resuming_whatever_whole_numbers_leave_of_the_budget(budget: float, bias
     assert torch.equal(fresh(x), model(x))
 
 
+@pytest.mark.parametrize("bias", ["all", "none", "with_norms"])
+def test_an_adapter_that_left_modules_out_loads_one_that_did_not(bias: str):
+    whole = get_peft_model(base(), FPSConfig(per_neuron=2, bias=bias)).eval()
+    whole.base_model.model.everything = True
+    whole.calibrate([normal(5, 8)], progress=False)
+    fill(whole)
+    model = calibrated(base(), budget=None, per_neuron=2, bias=bias)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(whole))
+    model.base_model.model.everything = True
+    assert sizes(model) == sizes(whole)
+    assert torch.equal(model(normal(3, 8)), whole(normal(3, 8)))
+
+
 def test_going_back_to_a_checkpoint_of_the_same_calibration():
     """As a Trainer does with `load_best_model_at_end`: the modules that were not reached are no news."""
     model = calibrated(base())
