@@ -7,7 +7,7 @@ import shutil
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from typer.testing import CliRunner
 
@@ -250,6 +250,42 @@ def test_every_seed_of_the_default_is_ahead() -> None:
     default, full, plain, gps = ("{:.1f}, {:.1f} and {:.1f}".format(*values) for values in means.values())
     assert f"it has {default}, full fine-tuning {full}, FPS with biases {plain}, GPS {gps}." in page
     assert all(min(means["fps-default"]) > max(means[other]) for other in ("full", "fps-biases", "gps-biases"))
+
+
+def test_the_page_on_other_tasks_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_other"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    tables = reported(kept, tmp_path)
+    names = ("FPS, the default", "full fine-tuning", "GPS, with biases")
+    lines = [line for line in rows(tables) if line[0] in names]
+    accuracies = {line[0]: line for line in lines if len(line) == 13 and line[2] == "1"}
+    for name in names:
+        assert f"| {' | '.join([name, *accuracies[name][3:9], accuracies[name][-1]])} |" in page
+    compared = {line[0]: line for line in lines if len(line) == 6}
+    found: dict[str, dict[str, list[float]]] = {}
+    for folder in ("transfer_default", "transfer_other"):
+        for each in read(RESULTS / folder / "cells.jsonl")[1]:
+            found.setdefault(each.cell.method, {}).setdefault(each.cell.task, []).append(100 * each.test)
+    means = {method: {task: mean(values) for task, values in tasks.items()} for method, tasks in found.items()}
+    for method, name in (("full", "full fine-tuning"), ("gps-biases", "GPS, with biases")):
+        assert means[method].keys() == means["fps-default"].keys()
+        differences = [means[method][task] - means["fps-default"][task] for task in means[method]]
+        assert len(differences) == 14
+        assert sum(difference < 0 for difference in differences) == 9
+        half = 2.160369 * stdev(differences) / 14**0.5  # Student's t with 13 degrees of freedom, 97.5 %
+        interval = f"{mean(differences) - half:.1f} … {mean(differences) + half:+.1f}"
+        shown = (name, *compared[name][1:3], f"{mean(differences):.2f}", interval)
+        assert f"| {' | '.join(shown)} |" in page
+    best: dict[tuple[str, str], float] = {}
+    for each in read(kept / "rates" / "cells.jsonl")[1]:
+        key = (each.cell.method, each.cell.task)
+        best[key] = max(best.get(key, 0), 100 * each.validation)
+    default, full = (
+        mean(value for (method, _), value in best.items() if method == name) for name in ("fps-default", "full")
+    )
+    assert f"level on the mean, {default:.1f} and {full:.1f}:" in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "README.md) {}, {} and {} (one seed)".format(*(accuracies[name][-1] for name in names)) in readme
 
 
 DEFAULT_AND_OTHERS = ("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases")
