@@ -46,7 +46,8 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     """Gather input statistics in one forward pass over the data."""
     layers = {path: observed_layer(layer) for path, layer in request.layers.items()}
     statistics, counts = observe(request.base, layers, request.config.norm, request.data, request.how.run)
-    if statistics and not any(int(torch.as_tensor(found.positions).sum()) for found in statistics.values()):
+    counted = (found.positions for found in statistics.values())
+    if statistics and not any(bool((each > 0).any()) if isinstance(each, Tensor) else each > 0 for each in counted):
         raise ValueError(
             f"{next(iter(statistics))}: every position of every batch is padding by its attention_mask, expected some "
             "that count. Check the masks of the calibration data. Nothing was changed."

@@ -75,7 +75,8 @@ class UntrainedModules:
         warnings.warn(
             f"{len(waiting)} of {trained} modules of adapter {self._adapter_name!r} got no gradient in {steps} of "
             f"this training, and were not trained: {named}. Either the loss depends on them in no way that has a "
-            "gradient (they lie before a top-k or a detach), or no token came to them (experts). Leave them out with "
+            "gradient (the model does not use their output, or only through a top-k or a detach), or no token came to "
+            "them (experts). Leave them out with "
             "FPSConfig(exclude_modules=...), so that their part of the budget goes to the others.",
             stacklevel=3,
         )
