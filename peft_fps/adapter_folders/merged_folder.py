@@ -52,12 +52,12 @@ class MergeOptions:
     ]
     base: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Without it: the one that the adapter records."),
+        typer.Option(metavar="FOLDER|HUB_ID", help="The base model. Default: the one that the adapter records."),
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Number format to load, merge and save in. Without it: the base model's own. In half precision "
+            help="Number format to load, merge and save in. Default: the base model's own. In half precision "
             "changes that are too small for it vanish, with a warning."
         ),
     ] = None
@@ -66,7 +66,7 @@ class MergeOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Largest file of weights (5GB); a larger model is split into several. Without it: files as the base "
+            help="Largest file of weights (5GB); a larger model is split into several. Default: files as the base "
             "model has them, and 5GB for a model that is loaded whole.",
         ),
     ] = None

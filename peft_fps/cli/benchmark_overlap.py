@@ -13,7 +13,7 @@ from peft_fps.vision.option_types import count, described, pixels
 HOW = "How weights are chosen"
 """Panel of `--help`."""
 
-ImageSize = Annotated[int, pixels("Height, width of images.", HOW, least=8)]
+ImageSize = Annotated[int, pixels("Height and width of the images.", HOW, least=8)]
 BatchSize = Annotated[int, count("Examples in a batch.", HOW)]
 Attention = Annotated[
     Literal["sdpa", "eager"],

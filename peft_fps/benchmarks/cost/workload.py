@@ -68,8 +68,8 @@ class Workload:
         bool,
         typer.Option(
             "--system-malloc",
-            help="Leave the C library's way with freed memory as it is. Without this flag it keeps it for the next "
-            "step, since otherwise a step's time depends on where on the heap its memory happens to lie.",
+            help="Leave the C library's handling of freed memory as it is. By default freed memory is kept for the "
+            "next step, because a step's time otherwise depends on where on the heap its memory lies.",
             rich_help_panel=MACHINE,
         ),
     ] = False

@@ -40,14 +40,14 @@ class Setting:
     tuned_share: Annotated[
         float,
         described(
-            "At which each method's learning rate is chosen, for every task, with seed 0.",
+            "Share of trained parameters at which learning rates are tuned, for every task, with seed 0.",
             HOW,
             metavar="SHARE",
             min=0.0,
             max=1.0,
         ),
     ] = 0.0077
-    image_size: Annotated[int, pixels("Height, width of images.", HOW, least=8)] = 112
+    image_size: Annotated[int, pixels("Height and width of the images.", HOW, least=8)] = 112
     epochs: Annotated[int, count("Passes over the examples.", HOW)] = 5
     batch_size: Annotated[int, count("Examples per step.", HOW)] = 16
     precision: Annotated[
