@@ -19,7 +19,7 @@ collect_ignore = [name for name, packages in NEEDED.items() if not all(map(find_
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # notebooks run side by side
 # kernels run it first, as any interactive Python does
-os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "beside_torchvision.py")
+os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "support" / "beside_torchvision.py")
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
