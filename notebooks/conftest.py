@@ -18,10 +18,10 @@ NEEDED = {
 collect_ignore = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # notebooks run side by side
-# kernels run it first, as any interactive Python does
-os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "support" / "beside_torchvision.py")
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
+# kernels run it first, as any interactive Python does
+os.environ["PYTHONSTARTUP"] = find_spec("tests.support.beside_torchvision").origin
 
 from tests.support.notebook_kernels import fork_kernels
 
