@@ -93,14 +93,17 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
 
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
     """Return whether a batch has inputs with positions of their own, such as images, of which no mask tells."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    if isinstance(batch.get("feature_attention_mask"), Tensor):
+    if mask is None:
+        return False
+    if isinstance(batch.get("feature_attention_mask"), Tensor):  # sound with a mask of its own
         return True
-    sound = batch.get("input_features")  # (batch, features, steps) of Whisper
-    others = [
-        x for x in tensors if x.dim() > 2 and not (x is sound and mask is not None and x.shape[2] == mask.shape[1])
-    ]
-    return mask is not None and any(x.shape[:2] != mask.shape for x in others)
+    return any(
+        value.shape[:2] != mask.shape
+        # those of Whisper are (batch, features, steps)
+        and not (name == "input_features" and value.shape[2] == mask.shape[1])
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2
+    )
 
 
 def _of_decoder_inputs(batch: Mapping[str, Any], inputs: Tensor | None, pad_token: int | None) -> Tensor | None:

@@ -90,7 +90,7 @@ def fitted(mask: Tensor, shape: torch.Size, path: str, positions: Positions) -> 
         positions: how the model arranges positions.
     """
     first = positions.sequence_first is not None and positions.sequence_first.search(path) is not None
-    for form in _forms(mask, positions, shape):
+    for form in _forms(mask, positions):
         orders = (form.t(), form) if first else (form, form.t())
         for order in orders:
             if shape == order.shape:
@@ -100,7 +100,7 @@ def fitted(mask: Tensor, shape: torch.Size, path: str, positions: Positions) -> 
     return None
 
 
-def _forms(mask: Tensor, positions: Positions, shape: torch.Size) -> Iterator[Tensor]:
+def _forms(mask: Tensor, positions: Positions) -> Iterator[Tensor]:
     """Yield the forms `(batch, positions)` that a mask may have within the model."""
     yield mask
     length = mask.shape[1]

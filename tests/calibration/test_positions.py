@@ -211,9 +211,7 @@ def test_embeddings_of_a_model_that_transposes_behind_them_are_as_they_are() -> 
         adapted.calibrate([batch], progress=False)
     (statistics,) = found.values()
     real = batch["input_ids"][:, :REAL].flatten().tolist()
-    counts = statistics.sums[0].tolist()
-    assert all(counts[token] >= real.count(token) for token in set(real))
-    assert counts[1] == real.count(1) * counts[real[0]] / max(real.count(real[0]), 1)
+    assert statistics.sums[0].tolist() == [real.count(token) for token in range(50)]
 
 
 class Counts(nn.Module):
