@@ -98,7 +98,8 @@ def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
     if isinstance(batch.get("feature_attention_mask"), Tensor):  # sound with a mask of its own
         return True
     return any(
-        value.shape[:2] != mask.shape
+        name.startswith("pixel_values")  # whose channels may be as many as a text has tokens
+        or value.shape[:2] != mask.shape
         # those of Whisper are (batch, features, steps)
         and not (name == "input_features" and value.shape[2] == mask.shape[1])
         for name, value in batch.items()

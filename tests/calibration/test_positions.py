@@ -257,11 +257,15 @@ def test_positions_of_images_are_no_padding() -> None:
     assert {path: count for path, (_, count) in found.items()} == {"text": 5, "image": 50}
 
 
-def test_images_with_as_many_positions_as_texts() -> None:
-    mask = torch.tensor([[1] * 3 + [0] * 6, [1] * 9])
-    batch = {"inputs": torch.ones(2, 9, 4), "pixel_values": torch.ones(2, 4, 3, 3), "attention_mask": mask}
-    found = observed(Pictured(), batch)
-    assert {path: count for path, (_, count) in found.items()} == {"text": 12, "image": 18}
+@pytest.mark.parametrize("length", [9, 4], ids=["as many as the images' positions", "as many as their channels"])
+def test_texts_of_a_length_that_is_a_size_of_the_images(length: int) -> None:
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, 3:] = 0
+    batch = {"inputs": torch.ones(2, length, 4), "pixel_values": torch.ones(2, 4, 3, 3), "attention_mask": mask}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = observed(Pictured(), batch)
+    assert {path: count for path, (_, count) in found.items()} == {"text": 3 + length, "image": 18}
 
 
 def test_a_mask_that_leaves_nothing_is_refused() -> None:
