@@ -41,7 +41,8 @@ def transfer(
     console = Console()
     if list_methods:
         for name, arm in ARMS.items():
-            console.print(f"{name:34}{arm.label}", markup=False, highlight=False)
+            if not arm.retired:
+                console.print(f"{name:34}{arm.label}", markup=False, highlight=False)
         return
     with errors_told(verbose, RuntimeError):
         found, written = run(TransferOptions(**options), fill=not report)

@@ -15,6 +15,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.campaign import table_rows
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.plan import pending, trials
+from peft_fps.benchmarks.transfer.retired_arms import LAST_COMMIT
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.cli.app import app
@@ -90,6 +91,7 @@ def test_the_table_of_files_counts_the_kept_cells() -> None:
     methods = {record.cell.method for record in records}
     tasks = {record.cell.task for record in records}
     assert len(tasks) == 8
+    assert f"ran last in commit {LAST_COMMIT}." in README
     assert f"accuracy of {len(methods)} methods and variants on eight image tasks" in README
     assert f", {len(records)} finished cells" in README
 

@@ -14,12 +14,9 @@ and `transfer_tables` makes tables.
 | `cell_run`, `attached_model` | one cell: select, train, evaluate; the model of a method |
 | `tasks`, `text_tasks`, `derived_tasks`, `image_puzzles` | images or texts, and tasks made of other tasks' images |
 | `arms` | the methods that are compared |
-| `method_configs`, `training_candidates`, `tried_choices` | PEFT configs, ways to train and to choose |
-| `class_scores`, `matrix_scores` | scores that are tried against those of FPS and GPS |
-| `granularity_mix`, `uneven_budget` | other ways to spread entries |
-| `typical_sizes` | typical sizes of inputs and gradients at every layer |
-| `entry_rates` | a learning rate for every entry |
-| `fitted_head` | the output head fitted to frozen features |
+| `method_configs`, `arm_training` | their PEFT configs, and how they are trained |
+| `retired_arms` | methods that were tried and have left; tables of their cells stay |
+| `linear_head_cell` | the cell of a linear head |
 | `estimates`, `soft_score` | means and paired differences; one number for accuracy and costs |
 | `transfer_tables`, `transfer_picture`, `step_picture` | results as tables and pictures |
 | `selection_agreement` | how far selections agree |

@@ -1,10 +1,8 @@
 """The methods that are compared. All train the new output head besides, and share data, schedule and seeds."""
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from peft_fps.benchmarks.transfer.class_scores import SCORES, select_by
+from peft_fps.benchmarks.transfer.arm_training import CENTRED, DEFAULT, LOW_RATES, ArmTraining
 from peft_fps.benchmarks.transfer.method_configs import (
     Build,
     biases_beside_lora,
@@ -16,16 +14,12 @@ from peft_fps.benchmarks.transfer.method_configs import (
     shira,
     supertuning,
 )
-from peft_fps.benchmarks.transfer.training_candidates import DEFAULT, TRAINING_CANDIDATES, TrainingCandidate
-from peft_fps.benchmarks.transfer.tried_choices import CHOICES, choose
+from peft_fps.benchmarks.transfer.retired_arms import RETIRED
 
 
 FULL, DENSE, FEW = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 """Learning rates to choose from: for full fine-tuning, for methods that put many entries into few layers, and for
 others that train few numbers."""
-
-Choose = Callable[[Any, Iterable[Mapping[str, Any]], int], None]
-"""Gives an FPS adapter its entries, from batches of `pixel_values` and `labels` and the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +31,14 @@ class Arm:
         build: makes the PEFT config; None for a method without an adapter.
         budgeted: whether it can be asked for a share of parameters.
         learning_rates: to choose from; none for the linear head, which is fitted.
-        choose: selects in place of the config's importance.
         images: training images that selection sees, all if None.
         augmented: whether it sees two augmented views of each, as GPS's code makes them, instead of the image itself.
-        rates_by_input: whether each entry has a learning rate in inverse proportion to the size of its input.
         tuned_as: the method whose learning rate it takes, for variants of a method; None: its own.
         varies: whether it is another method with something changed, although it has learning rates of its own.
         beside: as `build`, the config of a LoRA adapter that shares model and budget, for which `build` leaves room;
             None for a method of one adapter.
         training: how it is trained, beyond what all methods have in common.
+        retired: whether it has left the package, so that its cells can be shown and not run.
     """
 
     label: str
@@ -53,28 +46,17 @@ class Arm:
     budgeted: bool = True
     learning_rates: tuple[float, ...] = FEW
     tuned_as: str | None = None
-    choose: Choose | None = None
     images: int | None = None
     augmented: bool = False
-    rates_by_input: bool = False
     varies: bool = False
     beside: Build | None = None
-    training: TrainingCandidate = TrainingCandidate()
+    training: ArmTraining = ArmTraining()
+    retired: bool = False
 
     @property
     def is_variant(self) -> bool:
         """Whether it is another method with something changed, or a candidate, rather than a published method."""
         return self.varies or self.tuned_as is not None
-
-
-def _by_score(score: str) -> Choose:
-    """Return what selects by a key of `SCORES`."""
-    return lambda model, data, classes: select_by(model, score, data, classes)
-
-
-def _by_choice(choice: str) -> Choose:
-    """Return what selects by a key of `CHOICES`."""
-    return lambda model, data, classes: choose(model, choice, data)
 
 
 ARMS: dict[str, Arm] = {
@@ -87,7 +69,6 @@ ARMS: dict[str, Arm] = {
     "random": Arm("random", selecting(importance="random")),
     "magnitude": Arm("magnitude, as NeuroAda", selecting(importance="magnitude")),
     "fps": Arm("FPS", selecting()),
-    "fps-input-rates": Arm("FPS, rates by input", selecting(), rates_by_input=True, varies=True),
     "gps": Arm("GPS, contrastive", selecting(importance="gradient", loss="contrastive")),
     "gps-task": Arm("GPS, cross-entropy", selecting(importance="gradient"), tuned_as="gps"),
     "fish-mask": Arm("FISH Mask", selecting(importance="fisher", granularity="model"), learning_rates=DENSE),
@@ -96,7 +77,7 @@ ARMS: dict[str, Arm] = {
         "magnitude, with biases", selecting(importance="magnitude", bias="all"), tuned_as="magnitude"
     ),
     "fps-biases": Arm("FPS, with biases", selecting(bias="all"), tuned_as="fps"),
-    "fps-default": Arm("FPS, the default", DEFAULT.build, training=DEFAULT),
+    "fps-default": Arm("FPS, the default", selecting(bias="all"), training=DEFAULT),
     "fps-biases-lora": Arm(
         "FPS, with biases, and LoRA", biases_beside_lora, beside=lora_queries_values, tuned_as="fps"
     ),
@@ -140,35 +121,13 @@ ARMS: dict[str, Arm] = {
     },
     "gate-biases": Arm("FPS, with biases, gated", selecting(bias="all", token_gate="threshold"), tuned_as="fps"),
     "fps-augmented": Arm("FPS, augmented images", selecting(), tuned_as="fps", augmented=True),
-    **{
-        f"try-{score}": Arm(
-            f"try: {score}", selecting(importance="magnitude"), tuned_as="fps", choose=_by_score(score)
-        )
-        for score in SCORES
-    },
     "fps-layer-biases": Arm("FPS, layer, with biases", selecting(granularity="layer", bias="all"), tuned_as="fps"),
     "fps-block-biases": Arm("FPS, block, with biases", selecting(granularity="block", bias="all"), tuned_as="fps"),
     "fps-bottom-biases": Arm("FPS, bottom, with biases", selecting(order="bottom", bias="all"), tuned_as="fps"),
-    **{
-        f"try-{choice}-biases": Arm(
-            f"try: {choice}, with biases",
-            selecting(importance="magnitude", bias="all"),
-            tuned_as="fps",
-            choose=_by_choice(choice),
-        )
-        for choice in CHOICES
-    },
-    **{
-        name: Arm(
-            label,
-            how.build,
-            learning_rates=how.learning_rates or FEW,
-            tuned_as=None if how.learning_rates else how.tuned_as,
-            choose=_by_choice(how.choice) if how.choice else None,
-            varies=True,
-            training=how,
-        )
-        for name, (label, how) in TRAINING_CANDIDATES.items()
-    },
+    "try-low-rates": Arm(
+        "try: low rates", selecting(bias="all"), learning_rates=(1e-2,), varies=True, training=LOW_RATES
+    ),
+    "try-centred": Arm("try: centred inputs", selecting(bias="all"), tuned_as="fps", training=CENTRED),
+    **{name: Arm(label, tuned_as=tuned_as, varies=True, retired=True) for name, (label, tuned_as) in RETIRED.items()},
 }
 """All methods by the names of the command line."""

@@ -10,6 +10,7 @@ from peft_fps.benchmarks.tables import TextTable, titled_markdown
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.cells import RowKey, Setting
 from peft_fps.benchmarks.transfer.plan import Rates, chosen_rates
+from peft_fps.benchmarks.transfer.retired_arms import LAST_COMMIT
 from peft_fps.benchmarks.transfer.selection_agreement import measure, overlap_table
 from peft_fps.benchmarks.transfer.step_picture import draw_steps, read_steps
 from peft_fps.benchmarks.transfer.store import Store, read, taken_rates
@@ -25,6 +26,7 @@ from peft_fps.vision.timm_names import check_timm_name
 
 logger = logging.getLogger(__name__)
 
+RUNNABLE = [name for name, arm in ARMS.items() if not arm.retired]
 CELLS, TABLES, PICTURE, STEPS = "cells.jsonl", "transfer.md", "transfer.png", "steps.png"
 
 
@@ -47,6 +49,7 @@ def run(options: TransferOptions, fill: bool) -> tuple[list[TextTable], list[Pat
     check_share("--tuned-share", setting.tuned_share)
     seconds = None if options.steps is None else read_steps(options.steps)
     if fill:
+        check_runnable(rows)
         check_timm_name("--model", setting.model)
         tasks = chosen_tasks(setting, only)
         rates = None if options.rates_of is None else earlier_rates(options.rates_of, setting)
@@ -102,8 +105,9 @@ def run_overlap(options: OverlapOptions) -> tuple[TextTable, list[Path]]:
     check_method("--reference", options.reference)
     check_timm_name("--model", setting.model)
     check_share("--budget", share)
-    rows = [method for method, _ in table_rows([options.reference, *listed(options.methods)], [str(share)])]
-    agreements = measure(setting, tasks, rows, options.reference, share, seeds)
+    rows = table_rows([options.reference, *listed(options.methods)], [str(share)])
+    check_runnable(rows)
+    agreements = measure(setting, tasks, [method for method, _ in rows], options.reference, share, seeds)
     table = overlap_table(agreements, share)
     options.output.mkdir(parents=True, exist_ok=True)
     written = [options.output / "overlap.json", options.output / "overlap.md"]
@@ -150,7 +154,18 @@ def check_share(option: str, share: float) -> None:
 def check_method(option: str, method: str) -> None:
     """Raise ValueError unless an option names a method in full."""
     if method not in ARMS:
-        raise ValueError(f"{option} is {method!r}, expected one of {', '.join(ARMS)}.")
+        raise ValueError(f"{option} is {method!r}, expected one of {', '.join(RUNNABLE)}.")
+
+
+def check_runnable(rows: Sequence[RowKey]) -> None:
+    """Raise ValueError if a method of these rows has left the package."""
+    retired = list(dict.fromkeys(method for method, _ in rows if ARMS[method].retired))
+    if retired:
+        raise ValueError(
+            f"--methods has {', '.join(retired)}, which did not win and left the package, expected methods that "
+            "`peft-fps benchmark transfer --list` shows. Take it away: --report still shows its finished cells, and "
+            f"the repository's commit {LAST_COMMIT} still runs it."
+        )
 
 
 def table_rows(methods: Sequence[str], budgets: Sequence[str]) -> list[RowKey]:
@@ -171,12 +186,14 @@ def table_rows(methods: Sequence[str], budgets: Sequence[str]) -> list[RowKey]:
     if not shares:
         raise ValueError("--budgets is empty, expected at least one share.")
     if not methods:
-        raise ValueError(f"--methods is empty, expected some of {', '.join(ARMS)}.")
+        raise ValueError(f"--methods is empty, expected some of {', '.join(RUNNABLE)}.")
     rows: list[RowKey] = []
     for pattern in methods:
-        matching = [name for name in ARMS if fnmatchcase(name, pattern)]
+        matching = [
+            name for name in ARMS if fnmatchcase(name, pattern) and (name == pattern or not ARMS[name].retired)
+        ]
         if not matching:
-            raise ValueError(f"--methods has {pattern!r}, which is none of {', '.join(ARMS)}.")
+            raise ValueError(f"--methods has {pattern!r}, which is none of {', '.join(RUNNABLE)}.")
         for name in matching:
             rows += [(name, share) for share in shares] if ARMS[name].budgeted else [(name, None)]
     return list(dict.fromkeys(rows))

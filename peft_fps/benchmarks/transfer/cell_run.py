@@ -19,8 +19,7 @@ from peft_fps.benchmarks.tensor_memory import peak_bytes
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.cells import Cell, Record, Setting
-from peft_fps.benchmarks.transfer.entry_rates import by_input
-from peft_fps.benchmarks.transfer.fitted_head import run_linear_head, start_from_fitted_head
+from peft_fps.benchmarks.transfer.linear_head_cell import run_linear_head
 from peft_fps.benchmarks.transfer.soft_score import extra_operations
 from peft_fps.benchmarks.transfer.tasks import Task, load_task
 from peft_fps.checkpoint import save_adapter
@@ -65,7 +64,6 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     collator = task.collator(base)
     head = sum(p.numel() for p in classifier(base).parameters())
     training = ARMS[cell.method].training
-    fitting = start_from_fitted_head(base, setting, task) if training.fitted_head else 0.0
     model, selecting, selection_bytes = _prepare(cell, setting, task, base, collator)
     trained = sum(p.numel() for p in trained_parameters(model))
     held = {
@@ -87,18 +85,13 @@ def run_cell(cell: Cell, setting: Setting) -> Record:
     arguments.disable_tqdm, arguments.logging_strategy = True, IntervalStrategy.NO
     centred = training.centred
     callbacks: list[TrainerCallback] = [] if centred is False else [FPSCallback(centred=centred)]
-    if ARMS[cell.method].rates_by_input:
-        batches = calibration_loader(cell.seed, setting.batch_size, task.splits["train"], collator, workers=0)
-        start = time.perf_counter()
-        callbacks.append(by_input(model, batches, len(task.classes)))
-        selecting += time.perf_counter() - start  # a pass over the images as well
     optimizers = training.optimizers(model, arguments)
     start, loss = time.perf_counter(), None
     try:
         loss = train(model, arguments, task.splits["train"], collator, callbacks=callbacks, optimizers=optimizers)
     except DivergedError:
         logger.warning("%s diverged", cell)  # whatever it predicts now is its accuracy
-    seconds = {"select": selecting + fitting, "train": time.perf_counter() - start}
+    seconds = {"select": selecting, "train": time.perf_counter() - start}
     predictor = Predictor(arguments.device, setting.batch_size, collator, workers=0)
     reached = {part: _accuracy(predictor, model, task, part) for part in ("validation", "test")}
     return Record(
@@ -124,13 +117,11 @@ def _prepare(
         return base.requires_grad_(True), 0.0, 0
     model, held = attach(arm, base, cell.share, cell.seed), 0
     config = model.peft_config["default"]
-    if isinstance(config, FPSConfig) and (config.needs_calibration or arm.choose):
+    if isinstance(config, FPSConfig) and config.needs_calibration:
         held = peak_bytes(lambda: select(model, cell, setting, task, collator, 1))
         start = time.perf_counter()
         select(model, cell, setting, task, collator)
-    seconds = time.perf_counter() - start
-    arm.training.prepare(model)
-    return model, seconds, held
+    return model, time.perf_counter() - start, held
 
 
 def select(
@@ -170,9 +161,7 @@ def select(
                 "does not. Take the one with cross-entropy, or leave it out."
             )
         views = task.views()
-    if arm.choose:
-        arm.choose(model, data, len(task.classes))
-    elif arm.augmented:
+    if arm.augmented:
         assert views is not None
         pairs = (batch | {"pixel_values": views(batch["pixel_values"])} for batch in data)
         model.calibrate(({k: v for k, v in pair.items() if k != "labels"} for pair in pairs), progress=False)

@@ -103,7 +103,7 @@ def selected(cell: Cell, setting: Setting) -> Selection:
     collator = task.collator(base)
     with upstream_deprecations():
         model: Any = get_peft_model(base, config)
-    if config.needs_calibration or arm.choose:
+    if config.needs_calibration:
         select(model, cell, setting, task, collator)
     return Selection.of(model)
 

@@ -9,7 +9,6 @@ from peft_fps import FPSConfig
 from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.attached_model import attach
 from peft_fps.benchmarks.transfer.method_configs import linear_layers
-from peft_fps.benchmarks.transfer.training_candidates import TRAINING_CANDIDATES
 
 
 WIDTH, HIDDEN, LAYERS, CLASSES = 64, 96, 2, 5
@@ -23,6 +22,7 @@ RANK_ONE = {
     "queries and values": LAYERS * 2 * 2 * WIDTH,
 }
 BUDGETED = [name for name, arm in ARMS.items() if arm.budgeted and arm.build]
+WITH_BIASES = {"fps-default", "try-low-rates", "try-centred"} | {name for name in ARMS if name.endswith("-biases")}
 
 
 def vit() -> ViTForImageClassification:
@@ -38,7 +38,6 @@ HEAD = CLASSES * WIDTH + CLASSES
 
 def trained_of(method: str, share: float | None, seed: int = 0) -> dict[str, nn.Parameter]:
     model = attach(ARMS[method], vit(), share, seed)
-    ARMS[method].training.prepare(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -97,10 +96,10 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
     assert type(config) is others.get(method, FPSConfig)
     if isinstance(config, FPSConfig):
         assert (config.per_neuron, config.seed) == (None, 7)
-    if isinstance(config, FPSConfig) and method not in (*TRAINING_CANDIDATES, "fps-default"):
+    if isinstance(config, FPSConfig):
         spent = RANK_ONE["queries and values"] if ARMS[method].beside else 0
         assert config.budget == pytest.approx(0.1 - spent / BACKBONE)
-        assert config.bias == ("all" if "-biases" in method else "none")
+        assert config.bias == ("all" if method in {*WITH_BIASES, "fps-biases-lora"} else "none")
     if isinstance(config, ShiraConfig):
         assert config.random_seed == 7
 
@@ -123,7 +122,6 @@ def test_configs_are_of_the_method_and_carry_seed_and_share(method):
         ("keep-0.5-fixed-biases", {"token_keep_rate": 0.5, "token_blocks": [0, 1], "bias": "all"}),
         ("gate-biases", {"token_gate": "threshold", "importance": "activation", "bias": "all"}),
         ("magnitude-layer", {"importance": "magnitude", "granularity": "layer"}),
-        ("try-class-spread", {"importance": "magnitude", "granularity": "neuron"}),
         ("fps-32-images", {"importance": "activation", "granularity": "neuron"}),
     ],
 )
@@ -135,8 +133,7 @@ def test_what_the_names_say(method, options):
 def test_variants_are_methods_with_something_changed():
     assert all(arm.is_variant for arm in ARMS.values() if arm.tuned_as)
     tuned_alone = {name for name, arm in ARMS.items() if arm.is_variant and not arm.tuned_as}
-    own_rates = {name for name, (_, how) in TRAINING_CANDIDATES.items() if how.learning_rates}
-    assert tuned_alone == {"fps-input-rates", "fps-model", "gps-task-biases"} | own_rates
+    assert tuned_alone == {"fps-input-rates", "fps-model", "gps-task-biases", "try-low-rates"}
 
 
 def test_variants_are_tuned_as_methods_that_tune_themselves():
@@ -145,10 +142,16 @@ def test_variants_are_tuned_as_methods_that_tune_themselves():
             tuner = ARMS[arm.tuned_as]
             assert tuner.tuned_as is None, name
             assert (tuner.budgeted, tuner.learning_rates) == (arm.budgeted, arm.learning_rates), name
-        assert len(arm.learning_rates) == (0 if name == "linear" else len(arm.training.learning_rates) or 3), name
+        assert len(arm.learning_rates) == {"linear": 0, "try-low-rates": 1}.get(name, 3), name
         assert list(arm.learning_rates) == sorted(set(arm.learning_rates)), name
     labels = [arm.label for arm in ARMS.values()]
     assert len(set(labels)) == len(labels)
+
+
+def test_retired_methods_cannot_be_built_and_all_others_with_a_budget_can():
+    retired = {name for name, arm in ARMS.items() if arm.retired}
+    assert retired == {name for name, arm in ARMS.items() if arm.build is None} - {"linear", "full"}
+    assert "try-centred-layer" in retired
 
 
 def test_linear_layers_leave_out_the_head_and_the_patches():

@@ -191,7 +191,8 @@ def test_without_matplotlib_the_picture_is_skipped_and_said_so(finished, options
 def test_the_list_of_methods():
     done = run("transfer", "--list")
     assert done.exit_code == 0
-    assert [line.split(maxsplit=1) for line in done.stdout.splitlines()] == [[n, arm.label] for n, arm in ARMS.items()]
+    runnable = [[name, arm.label] for name, arm in ARMS.items() if not arm.retired]
+    assert [line.split(maxsplit=1) for line in done.stdout.splitlines()] == runnable
 
 
 @pytest.mark.parametrize("name", ["transfer", "overlap"])
@@ -217,6 +218,7 @@ MISTAKES = [
     (["--methods", "lunch"], 1, "--methods has 'lunch', which is none of linear, full"),
     (["--methods", "fps,lunch*"], 1, "--methods has 'lunch*'"),
     (["--methods", ","], 1, "--methods is empty"),
+    (["--methods", "fps,try-clip"], 1, "--methods has try-clip, which did not win and left the package"),
     (["--only", "lunch,stripes"], 1, "lunch: no such task in"),
     (["--only", ""], 1, "--only is empty, expected some of bright, stripes"),
     (["--tuned-share", 0], 1, "--tuned-share is 0.0, expected a share above 0"),
@@ -293,7 +295,8 @@ def test_rows_are_every_method_with_every_budget_and_each_once():
         ("fps", 0.1),
         *((f"fps-{images}-images", 0.1) for images in (8, 32, 128)),
     ]
-    assert [method for method, _ in table_rows(["*"], ["1"])] == list(ARMS)
+    assert [method for method, _ in table_rows(["*"], ["1"])] == [name for name in ARMS if not ARMS[name].retired]
+    assert table_rows(["try-clip"], ["0.1"]) == [("try-clip", 0.1)]  # which is retired, for its report
     assert table_rows(["fps"], ["0.1", "0.10"]) == [("fps", 0.1)]
 
 
@@ -334,6 +337,7 @@ def test_overlap_compares_selections(setting, tmp_path):
     [
         (["--methods", "lora"], 1, "--methods has 'lora', which selects no entries"),
         (["--methods", "lunch"], 1, "--methods has 'lunch'"),
+        (["--methods", "try-clip"], 1, "--methods has try-clip, which did not win and left the package"),
         (["--reference", "lunch"], 1, "--reference is 'lunch', expected one of linear, full"),
         (["--reference", "fps*"], 1, "--reference is 'fps*'"),
         (["--reference", "linear"], 1, "'linear', which selects no entries"),

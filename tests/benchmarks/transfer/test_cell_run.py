@@ -48,11 +48,8 @@ KINDS = {
     "gps-task": 1e-2,
     "fps-8-images": 1e-2,
     "fps-augmented": 1e-2,
-    "fps-input-rates": 1e-2,
-    "try-class-covariance": 1e-2,
-    "try-token-spread": 1e-2,
-    "try-output-gradient-biases": 1e-2,
-    "try-norm-weights-biases": 1e-2,
+    "fps-default": 1e-2,
+    "try-low-rates": 1e-2,
 }
 """Learning rates by method."""
 

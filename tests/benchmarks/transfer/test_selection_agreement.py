@@ -51,14 +51,6 @@ def test_what_a_cell_would_train_is_what_a_calibration_selects(method, options, 
     assert found.overlap(manually(setting, **options)).total > 0.995
 
 
-def test_a_selection_by_a_score_from_labels(setting):
-    cell = Cell("bright", "try-class-spread", SHARE, 0, None)
-    found = selected(cell, setting)
-    assert found.method["importance"] == "class-spread"
-    assert found == selected(cell, setting)
-    assert 0.2 < found.overlap(manually(setting)).total < 1
-
-
 @pytest.mark.parametrize("method", ["linear", "full", "bitfit", "lora", "shira", "supertuning"])
 def test_a_method_without_a_selection_is_refused(method, setting):
     with pytest.raises(ValueError, match=re.escape(f"--methods has {method!r}, which selects no entries")):
