@@ -14,7 +14,7 @@ from peft_fps.vision.option_types import OUTPUT, described
 
 
 USUAL = ("step", "memory", "selection", "merge", "switch", "inference", "file", "attach")
-ROWS = (*USUAL[:3], "importance", *USUAL[3:], "tokens", "grid")
+ROWS = (*USUAL[:3], "importance", *USUAL[3:], "recipe", "tokens", "grid")
 DEFAULT_ROWS = ",".join(USUAL)
 ON_CUDA = "grid"
 FOLDER = Path("runs/cost")
@@ -41,10 +41,11 @@ Rows = Annotated[
         "step: seconds of a training step of ten methods. memory: bytes of the same. selection: choosing the "
         "weights, beside bare forward passes and gradients. merge: merging and unmerging. switch: another loaded "
         "adapter. inference: with an adapter that is not merged. file: bytes on disk. attach: adding and loading. "
-        "Three rows are measured only if named. importance: choosing the weights by every importance. tokens: steps, "
-        "memory and inference of a vision transformer with token selection, beside LoRA and the frozen network. grid: "
-        "steps of vit-b16, vit-l16 and decoder-1b in both precisions, with and without torch.compile, in eight "
-        "minutes; by default --device cuda measures grid alone.",
+        "Four rows are measured only if named. importance: choosing the weights by every importance. recipe: what "
+        "centred inputs and rates by kind, the default, add to training. tokens: steps, memory and inference of a "
+        "vision transformer with token selection, beside LoRA and the frozen network. grid: steps of vit-b16, vit-l16 "
+        "and decoder-1b in both precisions, with and without torch.compile, in eight minutes; by default --device "
+        "cuda measures grid alone.",
         MEASURED,
         metavar="ROW,ROW...",
         callback=known_rows,

@@ -7,7 +7,7 @@
 | `suite` | the benchmark as a whole |
 | `workload` | what is measured, and how often |
 | `random_models`, `methods`, `training_step` | models and batches, the methods on them, one training step |
-| `timings`, `sizes`, `selection_costs`, `token_costs`, `model_grid` | the rows, by what they measure |
+| `timings`, `sizes`, `selection_costs`, `recipe_costs`, `token_costs`, `model_grid` | the rows, by what they measure |
 | `gradient_selection` | selection by gradients, to compare with |
 | `clock`, `device_timer` | time and memory of tasks that take turns |
 | `figures` | what a row found, beside what was aimed at |

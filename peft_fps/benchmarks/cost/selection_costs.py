@@ -166,7 +166,7 @@ def selecting(name: str, workload: Workload, size: int, count: int) -> Callable[
     base = build_model(workload)
     data = batches(base, size, count)
     if name == FORWARD:
-        task: Callable[[], object] = partial(_forward_passes, base.eval(), data)
+        task: Callable[[], object] = partial(forward_passes, base.eval(), data)
     elif name in VARIANTS:
         task = partial(GradientSelection(base, VARIANTS[name]).select, data)
     else:
@@ -182,7 +182,7 @@ def selecting(name: str, workload: Workload, size: int, count: int) -> Callable[
 
 
 @torch.no_grad()
-def _forward_passes(model: Any, data: list[dict[str, Tensor]]) -> None:
+def forward_passes(model: Any, data: list[dict[str, Tensor]]) -> None:
     """Run the model over batches without gradients, labels left out."""
     for batch in data:
         model(**{name: value for name, value in batch.items() if name != "labels"})

@@ -11,6 +11,7 @@ from peft_fps.benchmarks.cost.cost_tables import Result, markdown
 from peft_fps.benchmarks.cost.figures import Row
 from peft_fps.benchmarks.cost.model_grid import measure_grid
 from peft_fps.benchmarks.cost.random_models import build_model
+from peft_fps.benchmarks.cost.recipe_costs import measure_recipe
 from peft_fps.benchmarks.cost.selection_costs import measure_importances, measure_selection
 from peft_fps.benchmarks.cost.sizes import measure_files, measure_memory
 from peft_fps.benchmarks.cost.timings import (
@@ -38,6 +39,7 @@ ROWS: dict[str, Callable[[Workload], Row]] = {
     "inference": measure_inference,
     "file": measure_files,
     "attach": measure_attaching,
+    "recipe": measure_recipe,
     "tokens": measure_tokens,
     "grid": measure_grid,
 }
