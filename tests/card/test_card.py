@@ -65,6 +65,10 @@ FACTS: dict[str, Any] = {
 }
 
 
+def facts(**changes: Any) -> Facts:
+    return Facts(**{**FACTS, **changes})
+
+
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
     """Metadata and text, read without huggingface_hub."""
     _, metadata, text = (folder / CARD).read_text().split("---\n", 2)
@@ -103,10 +107,8 @@ def model() -> PeftModel:
 
 
 def test_the_table_says_what_was_asked_for_and_what_it_came_to() -> None:
-    found = rows(render(Facts(**FACTS)))
-    assert found["method"] == (
-        "FPS, `importance='activation'`, `order='top'`, `granularity='neuron'`, `bias='all'`"
-    )  # fmt: skip
+    found = rows(render(facts()))
+    assert found["method"] == "FPS, `importance='activation'`, `order='top'`, `granularity='neuron'`, `bias='all'`"
     assert found["asked for"] == "0.77 % of the base model's parameters"
     assert found["entries"] == "2,948 in 19 modules, 0.3199 % of their weights"  # 2948 / 921600
     assert found["biases"] == "4,224"
@@ -121,12 +123,12 @@ def test_the_table_says_what_was_asked_for_and_what_it_came_to() -> None:
 
 def test_many_tensors_are_counted_rather_than_listed() -> None:
     many = {f"layer.{number}.weight": (3, 2) for number in range(9)}
-    assert rows(render(Facts(**{**FACTS, "whole": many})))["trained whole"] == "54 parameters: 9 tensors"
+    assert rows(render(facts(whole=many)))["trained whole"] == "54 parameters: 9 tensors"
 
 
 def test_what_is_unknown_is_left_out() -> None:
     unknown = {"biases": None, "base_parameters": None, "calibration": None, "whole": {}, "base_model": None}
-    found = rows(render(Facts(**{**FACTS, **unknown, "fingerprint": None})))
+    found = rows(render(facts(**unknown, fingerprint=None)))
     assert set(found) == {"", "---", "method", "asked for", "entries", "file"}
 
 
@@ -135,40 +137,36 @@ def test_what_is_unknown_is_left_out() -> None:
     [
         ({"budget": None, "per_neuron": 6.89}, "6.89 entries per neuron"),
         ({"budget": 0.0}, "0 % of the base model's parameters"),
-        (
-            {"budget_pattern": {"mlp.fc2": 0.02}},
-            '0.77 % of the base model\'s parameters, except `{"mlp.fc2": 0.02}`',
-        ),
+        ({"budget_pattern": {"mlp.fc2": 0.02}}, '0.77 % of the base model\'s parameters, except `{"mlp.fc2": 0.02}`'),
     ],
 )
 def test_the_budget_is_told_as_it_was_asked_for(settings: dict[str, Any], expected: str) -> None:
-    facts = Facts(**{**FACTS, "settings": {**FACTS["settings"], **settings}})
-    assert rows(render(facts))["asked for"] == expected
+    asked = facts(settings={**FACTS["settings"], **settings})
+    assert rows(render(asked))["asked for"] == expected
 
 
 def test_results_and_picture_have_their_place() -> None:
-    measured = Evaluation(
-        1, {"loss": 0.12345678, "accuracy": 0.9}, {"name": "beans", "type": "beans", "split": "test"}
-    )
-    text = render(Facts(**FACTS, evaluation=measured, picture="selection.png"))
+    beans = {"name": "beans", "type": "beans", "split": "test"}
+    measured = Evaluation(1, {"loss": 0.12345678, "accuracy": 0.9}, beans)
+    text = render(facts(evaluation=measured, picture="selection.png"))
     assert "By the Trainer on beans, test, after 1 training step:" in text
     assert {"`loss`": "0.1235", "`accuracy`": "0.9"}.items() <= rows(text).items()
     assert "](selection.png)" in text
-    without = render(Facts(**FACTS))
+    without = render(facts())
     assert "Evaluation" not in without
     assert "](" not in without
 
 
 def test_the_snippet_names_class_base_labels_and_place() -> None:
-    told = loading_snippet(Facts(**FACTS, location="me/digits", subfolder="cats"))
+    told = loading_snippet(facts(location="me/digits", subfolder="cats"))
     assert told.splitlines()[0].startswith("import peft_fps")
     load = 'ViTForImageClassification.from_pretrained("google/vit", num_labels=10, ignore_mismatched_sizes=True)'
     assert f"model = {load}\n" in told
     assert 'PeftModel.from_pretrained(model, "me/digits", subfolder="cats")' in told
     two = {"a.weight": (8, 8), "b.weight": (3, 8)}
     for other in ({"whole": two}, {"whole": {}}, {"task": "text-generation"}):
-        assert "num_labels" not in loading_snippet(Facts(**{**FACTS, **other}))
-    assert "model = ...  # the base model" in loading_snippet(Facts(**{**FACTS, "base_class": None}))
+        assert "num_labels" not in loading_snippet(facts(**other))
+    assert "model = ...  # the base model" in loading_snippet(facts(base_class=None))
 
 
 STRANGE = st.text(CHARACTERS, max_size=30) | st.sampled_from(
@@ -179,11 +177,11 @@ STRANGE = st.text(CHARACTERS, max_size=30) | st.sampled_from(
 @given(STRANGE, STRANGE, STRANGE)
 def test_no_value_breaks_out_of_its_place(name: str, method: str, detail: str) -> None:
     """Whatever a config says that comes from anywhere: the code stays code, the table two columns, the marks two."""
-    changed = {"base_model": name, "base_class": name, "method": method, "calibration": {"norm": detail}}
-    facts = Facts(**{**FACTS, **changed}, location=detail)
-    text = put("# Mine", render(facts))
+    odd = {"base_model": name, "base_class": name, "method": method, "calibration": {"norm": detail}}
+    part = render(facts(**odd, location=detail))
+    text = put("# Mine", part)
     assert text.count(BEGIN) == text.count(END) == 1
-    assert put(text, render(facts)) == text
+    assert put(text, part) == text
     assert {"method", "calibration", "base model"} <= set(rows(text))
     calls = [node for node in ast.walk(ast.parse(snippet(text))) if isinstance(node, ast.Call)]
     assert len(calls) == (3 if name.isidentifier() else 2)
@@ -263,9 +261,8 @@ def test_results_stand_in_the_metadata_until_they_no_longer_hold(model: PeftMode
         "dataset": {"name": "Mine", "type": "mine"},
         "metrics": [{"type": "accuracy", "value": 0.5, "name": "accuracy after lunch"}],
     }
-    (tmp_path / CARD).write_text(
-        f"---\n{yaml.safe_dump({'model-index': [{'name': 'm', 'results': [mine]}]})}---\n# M\n"
-    )
+    metadata = {"model-index": [{"name": "m", "results": [mine]}]}
+    (tmp_path / CARD).write_text(f"---\n{yaml.safe_dump(metadata)}---\n# M\n")
     noted(model, accuracy=0.75, loss=0.25)
     model.save_pretrained(tmp_path)
     [index] = card_of(tmp_path)[0]["model-index"]
@@ -280,7 +277,7 @@ def test_results_stand_in_the_metadata_until_they_no_longer_hold(model: PeftMode
     assert index == {"name": "m", "results": [mine, ours]}
     state_of(model).evaluation = None
     model.save_pretrained(tmp_path)
-    assert card_of(tmp_path)[0]["model-index"] == [{"name": "m", "results": [mine]}]
+    assert card_of(tmp_path)[0]["model-index"] == metadata["model-index"]
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -308,9 +305,8 @@ def test_saving_completes_the_card_that_peft_writes(model: PeftModel, tmp_path: 
     entries = sum(int(layer.fps_row_counts["default"].sum()) for layer in layers)
     weights = sum(layer.base_layer.weight.numel() for layer in layers)
     biases = sum(module.base_layer.bias.numel() for path, module in layers_of(model).items() if "k_proj" not in path)
-    assert (
-        found["entries"] == f"{entries:,} in {len(layers)} modules, {100 * entries / weights:.4g} % of their weights"
-    )
+    share = f"{100 * entries / weights:.4g} % of their weights"
+    assert found["entries"] == f"{entries:,} in {len(layers)} modules, {share}"
     assert found["biases"] == f"{biases:,}"
     size = (tmp_path / WEIGHTS).stat().st_size
     assert found["file"] == f"`{WEIGHTS}`, {size:,} bytes, format version 2"

@@ -1,6 +1,7 @@
 """Models and adapters on disk, and the command as a user runs it."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,33 @@ def check_user_error(result: Result, code: int = 1) -> str:
     return " ".join(result.stderr.split())
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A command that has succeeded: what it wrote to stdout, and the folder that it wrote."""
+
+    printed: str
+    folder: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "adapter" / CONFIG).read_text())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "adapter" / WEIGHTS)
+
+
+def finish(folder: Path, command: str, *arguments: object) -> Finished:
+    """Run a command that writes to a folder; asserts that it succeeds."""
+    result = run(command, *arguments, "--output", folder)
+    assert result.exit_code == 0, result.output
+    return Finished(result.stdout, folder)
+
+
 def save_base(model: nn.Module, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
@@ -42,6 +70,10 @@ def save_adapted(base: nn.Module, folder: Path, base_folder: Path | None = None,
     model.save_pretrained(folder)
     edit_config(folder, base_model_name_or_path=None if base_folder is None else str(base_folder))
     return model
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

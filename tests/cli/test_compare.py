@@ -115,7 +115,3 @@ def test_what_cannot_be_compared_is_refused(sides: dict[str, Any], tmp_path: Pat
     damaged = check_user_error(run("compare", tmp_path / "last", tmp_path / "last"))
     assert "last is damaged: entries" in damaged
     check_user_error(run("compare", folder / "a"), code=2)
-
-
-def test_help_has_examples() -> None:
-    assert run("compare", "--help").stdout.count("$ peft-fps compare") >= 3

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,48 +95,38 @@ def _other_value(folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
+def _half_a_file(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+
+
+def _field(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def _tensor(name: str, value: torch.Tensor | None) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, {name: value})
+
+
+COLUMNS, VALUES, BIAS = (f"{MODULE}.fps_{kind}" for kind in ("columns", "values", "bias"))
+UNORDERED, BEYOND = (torch.full((128,), column, dtype=torch.uint16) for column in (0, 999))
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "newer format": ("config", lambda f: edit_config(f, format_version=99), "format_version is 99"),
-    "wrong field": ("config", lambda f: edit_config(f, granularity="atom"), "granularity is 'atom'"),
-    "no sizes": ("config", lambda f: edit_config(f, allocation=None), "allocation is None"),
-    "no record": ("config", lambda f: edit_config(f, record=None), "record is None"),
-    "no file": ("file", lambda f: (f / WEIGHTS).unlink(), "there is no adapter_model.safetensors"),
-    "half a file": (
-        "file",
-        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:1000]),
-        "not a readable safetensors file",
-    ),
-    "half a head": ("file", lambda f: edit_tensors(f, {"classifier.bias": None}), "lacks classifier.bias"),
+    "newer format": ("config", _field(format_version=99), "format_version is 99"),
+    "wrong field": ("config", _field(granularity="atom"), "granularity is 'atom'"),
+    "no sizes": ("config", _field(allocation=None), "allocation is None"),
+    "no record": ("config", _field(record=None), "record is None"),
+    "no file": ("file", lambda folder: (folder / WEIGHTS).unlink(), "there is no adapter_model.safetensors"),
+    "half a file": ("file", _half_a_file, "not a readable safetensors file"),
+    "half a head": ("file", _tensor("classifier.bias", None), "lacks classifier.bias"),
     "another value": ("digest", _other_value, "holds tensors with the digest"),
-    "NaN": ("entries", lambda f: edit_tensors(f, {f"{MODULE}.fps_values": torch.full((128,), torch.nan)}), MODULE),
-    "shape": ("entries", lambda f: edit_tensors(f, {f"{MODULE}.fps_bias": torch.zeros(3)}), MODULE),
-    "dtype": (
-        "entries",
-        lambda f: edit_tensors(f, {f"{MODULE}.fps_columns": torch.zeros(128, dtype=torch.int64)}),
-        "fps_columns has dtype torch.int64",
-    ),
-    "order": (
-        "entries",
-        lambda f: edit_tensors(f, {f"{MODULE}.fps_columns": torch.zeros(128, dtype=torch.uint16)}),
-        MODULE,
-    ),
-    "range": (
-        "entries",
-        lambda f: edit_tensors(f, {f"{MODULE}.fps_columns": torch.full((128,), 999, dtype=torch.uint16)}),
-        MODULE,
-    ),
-    "a stranger": ("entries", lambda f: edit_tensors(f, {"other.fps_values": torch.zeros(1)}), "other"),
-    "no columns": ("entries", lambda f: edit_tensors(f, {f"{MODULE}.fps_columns": None}), "expected"),
-    "a base weight": (
-        "heads",
-        lambda f: edit_tensors(f, {"vit.layernorm.bias": torch.zeros(32)}),
-        "vit.layernorm.bias",
-    ),
-    "NaN in the head": (
-        "heads",
-        lambda f: edit_tensors(f, {"classifier.bias": torch.full((5,), torch.nan)}),
-        "classifier.bias",
-    ),
+    "NaN": ("entries", _tensor(VALUES, torch.full((128,), torch.nan)), MODULE),
+    "shape": ("entries", _tensor(BIAS, torch.zeros(3)), MODULE),
+    "dtype": ("entries", _tensor(COLUMNS, torch.zeros(128, dtype=torch.int64)), "fps_columns has dtype torch.int64"),
+    "order": ("entries", _tensor(COLUMNS, UNORDERED), MODULE),
+    "range": ("entries", _tensor(COLUMNS, BEYOND), MODULE),
+    "a stranger": ("entries", _tensor("other.fps_values", torch.zeros(1)), "other"),
+    "no columns": ("entries", _tensor(COLUMNS, None), "expected"),
+    "a base weight": ("heads", _tensor("vit.layernorm.bias", torch.zeros(32)), "vit.layernorm.bias"),
+    "NaN in the head": ("heads", _tensor("classifier.bias", torch.full((5,), torch.nan)), "classifier.bias"),
 }
 
 
@@ -196,9 +187,3 @@ def test_a_picture_is_drawn(adapter: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "selection.png"
     assert run("inspect", adapter, "--picture", picture).exit_code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_help_has_examples() -> None:
-    result = run("inspect", "--help")
-    assert result.exit_code == 0
-    assert result.stdout.count("$ peft-fps inspect") >= 2

@@ -1,87 +1,52 @@
 """The command as a user runs it."""
 
-import json
-import re
-
 import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageClassification
-from typer.testing import CliRunner
 
-from peft_fps.cli.app import app
+from tests.cli.saved import check_user_error, finish, run
 from tests.reproduce.layouts import write_fgvc, write_vtab
 
 
-OPTIONS = (
-    *("--task", "--data", "--image-column", "--label-column", "--model", "--method", "--train-on-all"),
-    *("--precision", "--per-neuron", "--epochs", "--learning-rate", "--batch-size", "--warm-up", "--drop-path"),
-    *("--ema", "--augmentation", "--image-size", "--seed", "--limit", "--output", "--overwrite", "--verbose"),
-)
+def inputs(task, data, model, size=32):
+    return ["--task", task, "--data", data, "--model", model, "--image-size", size]
 
 
-def run(*arguments):
-    return CliRunner().invoke(
-        app, ["reproduce", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"}, catch_exceptions=False
-    )
-
-
-@pytest.mark.parametrize("command", ["vtab-1k", "fgvc"])
-def test_help_is_a_page_to_work_from(command):
-    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").output)
-    for option in OPTIONS:
-        assert re.search(rf"{option}\b", text), option
-    examples = re.findall(rf"\$ peft-fps reproduce {command} (.*)", text)
-    assert len(examples) == 3
-    for line in examples:
-        assert set(re.findall(r"--[a-z-]+", line)) <= set(OPTIONS)
-    assert 'pip install "peft-fps[reproduce]"' in " ".join(text.replace("│", " ").split())
-    assert {"vtab-1k": "smallnorb_azi", "fgvc": "nabirds"}[command] in text
-    assert {"vtab-1k": "train800val200.txt", "fgvc": "val.json"}[command] in text
-
-
-def test_help_lists_both_benchmarks():
-    output = run("--help").output
-    assert "vtab-1k" in output
-    assert "fgvc" in output
-
-
-@pytest.fixture
-def vtab_run(tmp_path, tiny_model):
-    folder = write_vtab(tmp_path / "vtab-1k" / "dtd", train=24)
-    output = tmp_path / "out"
-    arguments = ["--task", "dtd", "--data", tmp_path / "vtab-1k", "--model", tiny_model, "--image-size", 32]
+@pytest.fixture(scope="module")
+def vtab_run(tmp_path_factory, tiny_model):
+    data = tmp_path_factory.mktemp("data") / "vtab-1k"
+    folder = write_vtab(data / "dtd", train=24)
     training = ["--epochs", 4, "--batch-size", 4, "--learning-rate", 0.02, "--per-neuron", 2]
-    return run("vtab-1k", *arguments, *training, "--output", output), folder, output
+    output = tmp_path_factory.mktemp("runs") / "out"
+    return finish(output, "reproduce", "vtab-1k", *inputs("dtd", data, tiny_model), *training), folder
 
 
-def test_vtab_from_its_own_files(vtab_run, tiny_model):
-    result, folder, output = vtab_run
-    assert result.exit_code == 0, result.output
-    results = json.loads((output / "results.json").read_text())
+def test_vtab_from_its_own_files(vtab_run):
+    done, folder = vtab_run
+    results = done.results
     assert results["images"] == {"train": 24, "validation": 6, "test": 8}
     assert results["data"] == str(folder)
-    assert f"{results['accuracy']['test']:.2%}" in result.output
+    assert f"{results['accuracy']['test']:.2%}" in done.printed
     assert results["accuracy"]["validation"] == max(entry["raw"] for entry in results["epochs"])
     assert results["epochs"][results["kept"]["epoch"] - 1]["raw"] == results["accuracy"]["validation"]
     assert [entry["epoch"] for entry in results["epochs"]] == [1, 2, 3, 4]
     assert results["published"] == {"gps": 75.8, "fps": 75.4}
-    assert {"model", "image_size", "epochs", "batch_size", "per_neuron", "classes", "training_images"} <= set(
-        results["differences"]
-    )
+    differing = {"model", "image_size", "epochs", "batch_size", "per_neuron", "classes", "training_images"}
+    assert differing <= set(results["differences"])
     assert results["differences"]["per_neuron"] == {"recipe": 1, "here": 2.0}
-    assert "differs: per_neuron" in result.output
-    assert "110 epochs" in " ".join(result.output.replace("│", " ").split())
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "results.json"]
+    assert "differs: per_neuron" in done.printed
+    assert "110 epochs" in " ".join(done.printed.replace("│", " ").split())
+    assert sorted(path.name for path in done.folder.iterdir()) == ["adapter", "results.json"]
 
 
 def test_the_saved_adapter_has_the_test_accuracy(vtab_run, tiny_model):
-    _, folder, output = vtab_run
+    done, folder = vtab_run
     base = AutoModelForImageClassification.from_pretrained(
         tiny_model, num_labels=2, ignore_mismatched_sizes=True, dtype=torch.float32
     )
-    model = PeftModel.from_pretrained(base, output / "adapter").eval()
+    model = PeftModel.from_pretrained(base, done.folder / "adapter").eval()
     right = 0
     for line in (folder / "test.txt").read_text().splitlines():
         name, label = line.split()
@@ -89,19 +54,14 @@ def test_the_saved_adapter_has_the_test_accuracy(vtab_run, tiny_model):
         pixels = (levels.permute(2, 0, 1) / 255 - 0.5) / 0.5
         with torch.no_grad():
             right += int(model(pixel_values=pixels[None]).logits.argmax()) == int(label)
-    results = json.loads((output / "results.json").read_text())
-    assert results["accuracy"]["test"] == right / 8
+    assert done.results["accuracy"]["test"] == right / 8
     assert right >= 6  # red and green images
 
 
 def test_fgvc_with_augmentation_drop_path_and_average(tmp_path, tiny_model):
-    folder = write_fgvc(tmp_path / "birds", train=16)
-    output = tmp_path / "out"
-    arguments = ["--task", "nabirds", "--data", folder, "--model", tiny_model, "--image-size", 24, "--method", "gps"]
+    given = inputs("nabirds", write_fgvc(tmp_path / "birds", train=16), tiny_model, size=24)
     training = ["--epochs", 2, "--batch-size", 4, "--per-neuron", 1, "--ema", 0.5, "--limit", 10]
-    result = run("fgvc", *arguments, *training, "--output", output)
-    assert result.exit_code == 0, result.output
-    results = json.loads((output / "results.json").read_text())
+    results = finish(tmp_path / "out", "reproduce", "fgvc", *given, "--method", "gps", *training).results
     assert results["images"] == {"train": 10, "validation": 6, "test": 8}
     assert results["settings"]["drop_path"] == 0.1
     assert results["settings"]["augmentation"] is True
@@ -137,9 +97,8 @@ def test_gps_selects_in_training_mode_and_fgvc_is_mixed(
     monkeypatch.setattr(tuner, "calibrate", spied_calibrate)
     monkeypatch.setattr(stages, "fit", spied_fit)
     folder = (write_fgvc if command == "fgvc" else write_vtab)(tmp_path / "x")
-    arguments = ["--task", task, "--data", folder, "--model", tiny_model, "--image-size", 32, "--method", method]
-    result = run(command, *arguments, "--epochs", 1, "--output", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    given = [command, *inputs(task, folder, tiny_model), "--method", method, "--epochs", 1]
+    finish(tmp_path / "out", "reproduce", *given)
     assert asked == {"training_mode": training_mode, "shape": (2, 2) if mixed else (2,), "soft": mixed}
 
 
@@ -147,11 +106,8 @@ def test_training_on_all_keeps_the_last_epoch(tmp_path, tiny_model):
     folder = write_vtab(tmp_path / "svhn")
     for name in ("train800.txt", "val200.txt"):
         (folder / name).unlink()
-    output = tmp_path / "out"
-    arguments = ["--task", "svhn", "--data", folder, "--model", tiny_model, "--image-size", 32, "--train-on-all"]
-    result = run("vtab-1k", *arguments, "--epochs", 2, "--output", output)
-    assert result.exit_code == 0, result.output
-    results = json.loads((output / "results.json").read_text())
+    given = ["vtab-1k", *inputs("svhn", folder, tiny_model), "--train-on-all", "--epochs", 2]
+    results = finish(tmp_path / "out", "reproduce", *given).results
     assert results["images"] == {"train": 18, "test": 8}
     assert results["kept"] == {"epoch": 2, "weights": "raw", "chosen_by": "the last epoch"}
     assert results["epochs"] == []
@@ -159,77 +115,59 @@ def test_training_on_all_keeps_the_last_epoch(tmp_path, tiny_model):
 
 
 def test_another_folder_of_images(image_folder, tiny_model, tmp_path):
-    output = tmp_path / "out"
-    arguments = ["--task", "eurosat", "--data", image_folder, "--model", tiny_model, "--image-size", 32]
-    result = run("vtab-1k", *arguments, "--epochs", 1, "--output", output)
-    assert result.exit_code == 0, result.output
-    results = json.loads((output / "results.json").read_text())
+    given = ["vtab-1k", *inputs("eurosat", image_folder, tiny_model), "--epochs", 1]
+    results = finish(tmp_path / "out", "reproduce", *given).results
     assert results["classes"] == ["blue", "red"]
     assert results["differences"]["classes"] == {"recipe": 10, "here": 2}
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_model):
-    folder = write_fgvc(tmp_path / "birds")
-    losses = []
-    for number, seed in enumerate((1, 1, 2)):
-        output = tmp_path / f"out{number}"
-        arguments = ["--task", "cub", "--data", folder, "--model", tiny_model, "--image-size", 32, "--seed", seed]
-        result = run("fgvc", *arguments, "--epochs", 1, "--batch-size", 4, "--output", output)
-        assert result.exit_code == 0, result.output
-        losses.append(json.loads((output / "results.json").read_text())["training_loss"])
-    assert losses[0] == losses[1] != losses[2]
+    given = ["fgvc", *inputs("cub", write_fgvc(tmp_path / "birds"), tiny_model), "--epochs", 1, "--batch-size", 4]
+    first, again, other = (
+        finish(tmp_path / f"out{number}", "reproduce", *given, "--seed", seed).results["training_loss"]
+        for number, seed in enumerate((1, 1, 2))
+    )
+    assert first == again != other
 
 
 @pytest.mark.parametrize("task", ["birds", "cub"])
 def test_an_unknown_task_is_answered_with_those_that_there_are(task):
-    result = run("vtab-1k", "--task", task, "--data", "x")
-    assert result.exit_code == 2
-    text = " ".join(result.output.replace("│", " ").split())
-    assert f"'{task}' is no task of VTAB-1k: caltech101, cifar100," in text
+    message = check_user_error(run("reproduce", "vtab-1k", "--task", task, "--data", "x"), code=2)
+    assert f"'{task}' is no task of VTAB-1k: caltech101, cifar100," in message.replace("│ ", "")
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--method", "lora"), ("--drop-path", 1), ("--ema", -0.1), ("--precision", "fp8")]
 )
 def test_a_single_wrong_option(option, value):
-    result = run("fgvc", "--task", "cub", "--data", "x", option, value)
-    assert result.exit_code == 2
-    assert option in result.output
+    assert option in check_user_error(run("reproduce", "fgvc", "--task", "cub", "--data", "x", option, value), code=2)
 
 
 def test_what_cannot_be_used_ends_before_anything_is_written(tmp_path, tiny_model):
-    folder = write_vtab(tmp_path / "dtd")
-    output = tmp_path / "out"
-    common = ["vtab-1k", "--task", "dtd", "--model", tiny_model, "--output", output]
+    folder, output = write_vtab(tmp_path / "dtd"), tmp_path / "out"
+
+    def refusal(data):
+        return check_user_error(run("reproduce", "vtab-1k", *inputs("dtd", data, tiny_model), "--output", output))
+
     (folder / "images/val200/001.png").unlink()
-    result = run(*common, "--data", folder)
-    assert result.exit_code == 1
-    assert "val200.txt, line 2: there is no image" in result.output
+    assert "val200.txt, line 2: there is no image" in refusal(folder)
     (folder / "val200.txt").unlink()
-    assert "lacks val200.txt: looked for train800.txt, val200.txt, test.txt" in run(*common, "--data", folder).output
-    result = run(*common, "--data", tmp_path / "nowhere")
-    assert result.exit_code == 1
-    assert "there is no such file or folder" in result.output
+    assert "lacks val200.txt: looked for train800.txt, val200.txt, test.txt" in refusal(folder)
+    assert "there is no such file or folder" in refusal(tmp_path / "nowhere")
     assert not output.exists() or not any(output.iterdir())
 
 
 def test_an_output_folder_that_is_not_empty(tmp_path, tiny_model):
-    folder = write_vtab(tmp_path / "dtd")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    result = run("vtab-1k", "--task", "dtd", "--data", folder, "--model", tiny_model, "--output", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "add --overwrite" in result.output
+    given = inputs("dtd", write_vtab(tmp_path / "dtd"), tiny_model)
+    message = check_user_error(run("reproduce", "vtab-1k", *given, "--output", tmp_path / "out"))
+    assert "add --overwrite" in message
 
 
-def test_the_papers_model_without_timm(tmp_path, monkeypatch):
-    from peft_fps.vision import timm_names
-
-    def fail(name):
-        raise ImportError("No module named 'timm'")
-
-    monkeypatch.setattr(timm_names, "import_module", fail)
-    result = run("vtab-1k", "--task", "dtd", "--data", write_vtab(tmp_path / "x"), "--output", tmp_path / "out")
-    assert result.exit_code == 1
-    assert 'Install it with `pip install "peft-fps[reproduce]"`' in result.output
-    assert not (tmp_path / "out").exists()
+@pytest.mark.usefixtures("without_timm")
+def test_the_papers_model_without_timm(tmp_path):
+    data, output = write_vtab(tmp_path / "x"), tmp_path / "out"
+    result = run("reproduce", "vtab-1k", "--task", "dtd", "--data", data, "--output", output)
+    assert 'Install it with `pip install "peft-fps[reproduce]"`' in check_user_error(result)
+    assert not output.exists()

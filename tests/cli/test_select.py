@@ -8,12 +8,12 @@ from peft import get_peft_model
 from transformers import AutoModelForImageClassification
 
 from peft_fps import FPSConfig, Selection
-from tests.cli.saved import check_user_error, run
+from tests.cli.saved import check_user_error, finish, run
 
 
 @pytest.fixture
-def arguments(image_folder: Path, tiny_model: Path) -> list[object]:
-    return ["--model", tiny_model, "--data", image_folder, "--batch-size", 4, "--seed", 3]
+def arguments(tiny_task: list[object]) -> list[object]:
+    return [*tiny_task, "--batch-size", 4, "--seed", 3]
 
 
 @pytest.mark.parametrize(
@@ -28,26 +28,18 @@ def arguments(image_folder: Path, tiny_model: Path) -> list[object]:
 def test_the_selection_is_the_one_that_finetune_trains(
     arguments: list[object], options: list[object], tmp_path: Path
 ) -> None:
-    result = run("select", *arguments, *options, "--output", tmp_path / "selection")
-    assert result.exit_code == 0, result.output
-    trained = run("finetune", *arguments, *options, "--epochs", 1, "--output", tmp_path / "trained")
-    assert trained.exit_code == 0, trained.output
-    selection = Selection.load(tmp_path / "selection" / "selection.safetensors")
-    expected = Selection.from_adapter(tmp_path / "trained" / "adapter")
+    selected = finish(tmp_path / "selection", "select", *arguments, *options)
+    trained = finish(tmp_path / "trained", "finetune", *arguments, *options, "--epochs", 1)
+    file, adapter = selected.folder / "selection.safetensors", trained.folder / "adapter"
+    selection, expected = Selection.load(file), Selection.from_adapter(adapter)
     assert selection.modules == expected.modules
     assert selection.method == expected.method
     assert selection.entries > 0
-    report = json.loads((tmp_path / "selection" / "report.json").read_text())
-    results = json.loads((tmp_path / "trained" / "results.json").read_text())
-    assert report["layers"] == results["selection"]["layers"]
+    report = json.loads((selected.folder / "report.json").read_text())
+    assert report["layers"] == trained.results["selection"]["layers"]
     assert report["options"]["seed"] == 3
-    assert "selected by" in result.stdout
-    compared = json.loads(
-        run(
-            "compare", tmp_path / "selection" / "selection.safetensors", tmp_path / "trained" / "adapter", "--json"
-        ).stdout
-    )
-    assert compared["jaccard"] == 1.0
+    assert "selected by" in selected.printed
+    assert json.loads(run("compare", file, adapter, "--json").stdout)["jaccard"] == 1.0
 
 
 def test_a_program_can_apply_it(arguments: list[object], tiny_model: Path, tmp_path: Path) -> None:
@@ -78,7 +70,7 @@ def test_an_earlier_selection_is_replaced_only_if_told(arguments: list[object], 
     assert not (output / "old").exists()
 
 
-def test_wrong_input_is_a_message(arguments: list[object], tmp_path: Path) -> None:
+def test_wrong_input_is_a_message(arguments: list[object], image_folder: Path, tmp_path: Path) -> None:
     out = ["--output", tmp_path / "out"]
     assert "there is no such file" in check_user_error(run("select", "--model", tmp_path / "nowhere", *out))
     assert "there is no such file" in check_user_error(run("select", "--data", tmp_path / "nowhere", *out))
@@ -87,14 +79,6 @@ def test_wrong_input_is_a_message(arguments: list[object], tmp_path: Path) -> No
     assert "budget" in check_user_error(run("select", *arguments, "--budget", 0.0001, *out))
     check_user_error(run("select", *arguments, "--importance", "taste", *out), code=2)
     check_user_error(run("select", *arguments), code=2)
-    data = arguments[3]
-    assert isinstance(data, Path)
-    inside = run("select", *arguments, "--output", data.parent, "--overwrite")
+    inside = run("select", *arguments, "--output", image_folder.parent, "--overwrite")
     assert "which is to be replaced, but is or holds" in check_user_error(inside)
     assert not (tmp_path / "out").exists()
-
-
-def test_help_has_examples() -> None:
-    text = run("select", "--help").stdout
-    assert text.count("$ peft-fps select") >= 3
-    assert "--granularity" in text

@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_fps
+from tests.layers.comparisons import (
+    COMPILES,
+    activate,
+    assert_adapter_gradients,
+    assert_equal,
+    compiled_alike,
+    several_adapters,
+    trained_gradients,
+)
 from tests.support.helpers import (
     adapted,
     base_bytes,
-    config,
     dense_reference,
-    entry_places,
     fill,
     layers_of,
     normal,
-    selected_columns,
     tiny_codec,
     waves,
 )
@@ -33,21 +39,8 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def two_adapters() -> Any:
-    model = adapted(tiny_codec(), "a", modules_to_save=[])
-    model.add_adapter("b", config(per_neuron=4, importance="random", modules_to_save=[]))
-    fill(model, "b", seed=2)
-    return model.eval()
-
-
 def expected(model: Any, *names: str) -> nn.Module:
     return dense_reference(tiny_codec(), model, list(names))
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # --- the life of an adapter -----------------------------------------------------------------------------------------
@@ -88,18 +81,14 @@ def test_training_gives_the_gradients_of_the_dense_weight() -> None:
     plain = expected(model, "default").requires_grad_(True)
     plain(x).square().sum().backward()
     model(x).square().sum().backward()
-    for path, layer in layers_of(model).items():
-        module = plain.get_submodule(path)
-        places = torch.tensor(entry_places(module, selected_columns(layer)))
-        close(layer.fps_values["default"].grad, module.weight.grad.reshape(-1)[places])
-        if module.bias is not None:
-            close(layer.fps_bias["default"].grad, module.bias.grad)
+    assert_adapter_gradients(model, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_several_adapters_and_mixed_batches() -> None:
-    model, x = two_adapters(), waves(3)
+    second = {"per_neuron": 4, "importance": "random"}
+    model, x = several_adapters(tiny_codec(), {"a": {}, "b": second}, modules_to_save=[]), waves(3)
     parts = [expected(model, *names)(x) for names in ((), ("a",), ("b",), ("a", "b"))]
-    model.base_model.set_adapter(["a", "b"])
+    activate(model, "a", "b")
     close(model(x), parts[3])
     mixed = model(x, adapter_names=["b", "__base__", "a"])
     close(mixed, torch.stack([parts[2][0], parts[0][1], parts[1][2]]))
@@ -121,11 +110,11 @@ def test_hot_swap(tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model, x = adapted(tiny_codec()), waves().requires_grad_()
-    wanted = gradients(model, x)
-    run = model.get_base_model().forward
-    model.get_base_model().forward = lambda x: checkpoint(run, x, use_reentrant=False)
-    found = gradients(model, x)
-    assert {name: torch.equal(found[name], tensor) for name, tensor in wanted.items()} == dict.fromkeys(wanted, True)
+    model(x).square().sum().backward()
+    wanted = trained_gradients(model)
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert_equal(trained_gradients(model), wanted)
 
 
 def test_autocast() -> None:
@@ -138,15 +127,9 @@ def test_autocast() -> None:
     assert all(layer.fps_values["default"].grad.dtype == torch.float32 for layer in layers_of(model).values())
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 def test_compiled_gradients() -> None:
-    model, x = adapted(tiny_codec()), waves()
-    wanted = gradients(model, x)
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    found = gradients(compiled, x)
-    for name, tensor in wanted.items():
-        close(found[f"_orig_mod.{name}"], tensor)
+    compiled_alike(adapted(tiny_codec()), waves(), rtol=1e-4, atol=1e-5)
 
 
 # --- what torch takes -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Adapted embeddings compute what an embedding with W + ΔW computes, whatever they look up and wherever they are."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from peft_fps import FPSConfig, rescale_adapter_scale
+from peft_fps import FPSConfig, hotswap_adapter, rescale_adapter_scale
 from peft_fps.layers import embedding
+from tests.layers.comparisons import activate, assert_adapter_gradients, compiled_alike, several_adapters
 from tests.support.helpers import (
     adapted,
     base_bytes,
@@ -112,11 +114,8 @@ def test_forward_and_gradients_equal_those_of_a_dense_weight(kind: str) -> None:
     assert not torch.allclose(expected, text(kind)(x), atol=1e-3)
     result.square().sum().backward()
     expected.square().sum().backward()
-    layer = layers_of(model)["words"]
-    gradient = plain.words.weight.grad.to_dense() if kind == "sparse" else plain.words.weight.grad
-    wanted = [gradient[token, neuron] for neuron, row in enumerate(selected_columns(layer)) for token in row]
-    torch.testing.assert_close(layer.fps_values["default"].grad, torch.stack(wanted))
-    assert layer.base_layer.weight.grad is None
+    assert_adapter_gradients(model, plain)
+    assert layers_of(model)["words"].base_layer.weight.grad is None
 
 
 @kinds
@@ -167,11 +166,7 @@ def test_a_lookup_alone_forms_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kind", ["plain", "padding", "scaled", "bart positions"])
 def test_a_compiled_model_is_one_graph_with_the_same_results(kind: str) -> None:
     model, x = with_words(kind), read(kind)
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
-    values = layers_of(model)["words"].fps_values["default"]
-    found = torch.autograd.grad(compiled(x).square().sum(), values)
-    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), values))
+    compiled_alike(model, x, warm=False)
 
 
 def test_what_models_and_peft_read_off_the_layer() -> None:
@@ -259,23 +254,17 @@ def test_importances_of_gradients_select_tokens_that_were_read(kind: str, import
 
 
 def with_two(build: Callable[[], nn.Module], targets: list[str]) -> Any:
-    model = adapted(build(), "a", target_modules=targets, modules_to_save=[])
-    model.add_adapter("b", config(target_modules=targets, importance="random", per_neuron=4, modules_to_save=[]))
-    fill(model, "b", seed=7)
-    return model.eval()
+    second = {"importance": "random", "per_neuron": 4}
+    return several_adapters(build(), {"a": {}, "b": second}, target_modules=targets, modules_to_save=[])
 
 
 def test_adapters_add_up_scale_and_combine() -> None:
     model = with_two(text, ["words"])
-    model.base_model.set_adapter(["a", "b"])
+    activate(model, "a", "b")
     both = dense_reference(text(), model, ["a", "b"])(IDS)
     torch.testing.assert_close(model(IDS), both)
     with rescale_adapter_scale(model, 0.5):
-        weight = text()
-        with torch.no_grad():
-            for name in "ab":
-                weight.words.weight += 0.5 * dense_change(layers_of(model)["words"], name).float()
-        torch.testing.assert_close(model(IDS), weight(IDS))
+        torch.testing.assert_close(model(IDS), dense_reference(text(), model, {"a": 0.5, "b": 0.5})(IDS))
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
     model.set_adapter("sum")
     torch.testing.assert_close(model(IDS), both)
@@ -299,14 +288,12 @@ def test_a_batch_of_several_adapters(build: Callable[[], Any], targets: list[str
 
 
 def test_saving_loading_and_hot_swapping(tmp_path: Any) -> None:
-    import peft_fps
-
     model = with_words("padding")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(text("padding"), tmp_path)
     assert torch.equal(loaded(IDS), model(IDS))
     other = with_words("padding", importance="magnitude")
-    peft_fps.hotswap_adapter(other, str(tmp_path), "default")
+    hotswap_adapter(other, str(tmp_path), "default")
     assert torch.equal(other(IDS), model(IDS))
 
 
@@ -393,22 +380,6 @@ def test_adapted_embeddings_are_not_resized() -> None:
         model(IDS)
 
 
-def test_distances_between_positions_are_not_mixed() -> None:
-    class Distances(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.relative_bias = nn.Embedding(TOKENS, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relative_bias(x)
-
-    model = with_two(Distances, ["relative_bias"])
-    square = IDS[:, :2]
-    with pytest.raises(ValueError, match=r"relative_bias looks up positions or distances.*batch of their own"):
-        model(square, adapter_names=["a", "b"])
-    assert torch.equal(model(square, adapter_names=["a", "a"]), model(square))
-
-
 class Positions(nn.Module):
     """Adds a row for each position, as many as the batch has samples; with or without a batch axis."""
 
@@ -421,6 +392,10 @@ class Positions(nn.Module):
         return self.words(x) + self.rows(x if own or hasattr(self.rows, "reads") else torch.arange(x.shape[1]))
 
 
+def distances() -> nn.Module:
+    return nn.Sequential(OrderedDict(relative_bias=nn.Embedding(TOKENS, WIDTH)))
+
+
 class WithoutBatch(nn.Embedding):
     """As Whisper's decoder's positions."""
 
@@ -430,11 +405,21 @@ class WithoutBatch(nn.Embedding):
         return self.weight[: input.shape[1]]
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding, WithoutBatch])
-def test_positions_that_all_samples_share_are_not_mixed(layer: type[nn.Embedding]) -> None:
-    model = with_two(lambda: Positions(layer(TOKENS, WIDTH)), ["rows"])
-    square = IDS[:, :2]
-    with pytest.raises(ValueError, match=r"rows looks up positions or distances, which all samples share"):
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (distances, "relative_bias"),
+        (lambda: Positions(nn.Embedding(TOKENS, WIDTH)), "rows"),
+        (lambda: Positions(WithoutBatch(TOKENS, WIDTH)), "rows"),
+    ],
+    ids=["distances", "positions", "positions-without-batch"],
+)
+def test_positions_or_distances_that_all_samples_share_are_not_mixed(
+    build: Callable[[], nn.Module], name: str
+) -> None:
+    shared = rf"{name} looks up positions or distances, which all samples share.*batch of their own"
+    model, square = with_two(build, [name]), IDS[:, :2]
+    with pytest.raises(ValueError, match=shared):
         model(square, adapter_names=["a", "b"])
     assert torch.equal(model(square, adapter_names=["a", "a"]), model(square))
 

@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_fps
 from peft_fps import FPSConfig
+from tests.layers.comparisons import activate, several_adapters
 from tests.support.helpers import (
     adapted,
-    config,
     fill,
     image_batches,
     images,
@@ -130,11 +130,9 @@ def calibrated(folder: Path) -> nn.Module:
 
 
 def one_of_two_active_with_another(folder: Path) -> nn.Module:
-    options = ONE_OF_MLP | {"modules_to_save": []}
-    model = adapted(tiny_mlp(), **options)
-    model.add_adapter("b", config(importance="random", per_neuron=3, **options))
-    fill(model, "b")
-    model.base_model.set_adapter(["default", "b"])
+    each = {"default": {}, "b": {"importance": "random", "per_neuron": 3}}
+    model = several_adapters(tiny_mlp(), each, **ONE_OF_MLP | {"modules_to_save": []})
+    activate(model, "default", "b")
     return model
 
 
@@ -188,10 +186,9 @@ def test_a_damaged_adapter_is_refused_before_a_graph_uses_it() -> None:
 @pytest.mark.parametrize("way", ["load_state_dict", "set_selection", "calibrate"])
 def test_a_compiled_model_follows_new_entries(way: str, names: list[str]) -> None:
     def build(seed: int) -> Any:
-        model = adapted(tiny_mlp(), "a", importance="random", seed=seed, target_modules=["first"])
-        model.add_adapter("b", config(importance="magnitude", per_neuron=3, target_modules=["first"]))
-        fill(model, "b")
-        model.base_model.set_adapter(names)
+        each = {"a": {"importance": "random", "seed": seed}, "b": {"per_neuron": 3}}
+        model = several_adapters(tiny_mlp(), each, target_modules=["first"])
+        activate(model, *names)
         return model
 
     model, other, x = build(0), build(1), normal(3, 10)

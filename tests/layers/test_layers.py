@@ -1,6 +1,7 @@
 """Wrapped layers compute what a plain layer with W + ΔW and b + Δb computes, wherever they are put."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -16,21 +17,28 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_fps.layers.layer_types import layer_class
+from tests.layers.comparisons import (
+    COMPILES,
+    HOOKED,
+    activate,
+    assert_adapter_gradients,
+    compiled_alike,
+    hook_base_layers,
+    several_adapters,
+)
 from tests.support.helpers import (
     COPIES,
     adapted,
     assert_threads_do_not_mix,
     base_bytes,
     config,
-    dense_change,
     dense_reference,
-    entry_places,
     fill,
     image_batches,
     images,
     layers_of,
     normal,
-    selected_columns,
+    output,
     tiny_bert,
     tiny_conv,
     tiny_gpt2,
@@ -41,23 +49,12 @@ from tests.support.helpers import (
 )
 
 
-class Single(nn.Module):
-    """One layer in a model."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def single(layer: nn.Module) -> Single:
-    """With weights and biases of a common size, the same at every call."""
+def single(layer: nn.Module) -> Any:
+    """A model of one layer, with weights and biases of a common size, the same at every call."""
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=seed))
-    return Single(layer).eval()
+    return nn.Sequential(OrderedDict(layer=layer)).eval()
 
 
 def reference(model: Any, *adapters: str) -> nn.Module:
@@ -66,16 +63,12 @@ def reference(model: Any, *adapters: str) -> nn.Module:
     return dense_reference(base, model, list(adapters) or ["default"])
 
 
-def logits(output: Any) -> Tensor:
-    return output.logits if hasattr(output, "logits") else output
-
-
 def assert_like_reference(model: Any, *inputs: Tensor, adapters: tuple[str, ...] = ()) -> None:
     """The same output, and the same gradient of the input where it takes one."""
     plain = reference(model, *adapters)
     ours = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
     theirs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    result, expected = logits(model(*ours)), logits(plain(*theirs))
+    result, expected = output(model, *ours), output(plain, *theirs)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     if not any(x.requires_grad for x in ours):
         return
@@ -87,22 +80,15 @@ def assert_like_reference(model: Any, *inputs: Tensor, adapters: tuple[str, ...]
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 
-def assert_adapter_gradients(model: Any, x: Tensor) -> None:
-    """Gradients of values and bias deltas are those of the dense weight at the selected entries."""
-    plain = reference(model).double()
-    for parameter in plain.parameters():
-        parameter.requires_grad_()
-    grad = normal(*logits(plain(x.double())).shape, seed=8)
-    logits(plain(x.double())).backward(grad.double())
+def assert_gradients_like_reference(model: Any, x: Tensor) -> None:
+    """Gradients of values and bias deltas are those of the dense weight in float64 at the selected entries."""
+    plain = reference(model).double().requires_grad_()
+    expected = output(plain, x.double())
+    grad = normal(*expected.shape, seed=8)
+    expected.backward(grad.double())
     model.zero_grad()
-    logits(model(x)).backward(grad.to(x.dtype))
-    for path, layer in layers_of(model).items():
-        module = plain.get_submodule(path)
-        places = entry_places(module, selected_columns(layer))
-        at_entries = module.weight.grad.reshape(-1)[torch.tensor(places, dtype=torch.int64)]
-        torch.testing.assert_close(layer.fps_values["default"].grad.double(), at_entries, rtol=1e-4, atol=1e-5)
-        if "default" in layer.fps_bias:
-            torch.testing.assert_close(layer.fps_bias["default"].grad.double(), module.bias.grad, rtol=1e-4, atol=1e-5)
+    output(model, x).backward(grad.to(x.dtype))
+    assert_adapter_gradients(model, plain, rtol=1e-4, atol=1e-5)
 
 
 def conv(*args: Any, **options: Any) -> Callable[[], nn.Module]:
@@ -154,24 +140,22 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def wrapped(kind: str, **options: Any) -> tuple[Any, Tensor]:
+def wrapped(kind: str, hooked: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Tensor]:
     build, shape = LAYERS[kind]
-    options.setdefault("target_modules", ["layer"])
-    options.setdefault("per_neuron", 3)
-    return adapted(single(build()), **options), normal(*shape, seed=5)
+    model = adapted(single(build()).to(dtype), **{"target_modules": ["layer"], "per_neuron": 3} | options)
+    if hooked:
+        hook_base_layers(model)
+    return model, normal(*shape, seed=5, dtype=dtype)
 
 
 # --- the product ----------------------------------------------------------------------------------------------------
 
 
-def test_forward_and_backward_equal_those_of_a_dense_layer(kind: str):
-    model, x = wrapped(kind)
+@HOOKED
+def test_outputs_and_all_gradients_equal_those_of_a_dense_layer(kind: str, hooked: bool):
+    model, x = wrapped(kind, hooked)
     assert_like_reference(model, x)
-
-
-def test_gradients_of_values_and_bias_deltas(kind: str):
-    model, x = wrapped(kind)
-    assert_adapter_gradients(model, x)
+    assert_gradients_like_reference(model, x)
     base = layers_of(model)["layer"].base_layer
     assert base.weight.grad is None
     assert not base.weight.requires_grad
@@ -191,13 +175,6 @@ def test_a_base_layer_with_something_of_its_own(kind: str):
     layer = layers_of(model)["layer"]
     layer.base_layer.register_forward_hook(lambda module, args, output: 3 * output)
     torch.testing.assert_close(model(x), expected + 2 * base_output, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_beside_a_base_layer_with_hooks(kind: str):
-    model, x = wrapped(kind)
-    layers_of(model)["layer"].base_layer.register_forward_pre_hook(lambda module, args: None)
-    assert_adapter_gradients(model, x)
-    assert_like_reference(model, x)
 
 
 @given(st.sampled_from(["linear", "conv1d", "conv-groups"]), st.integers(0, 80), st.sampled_from(["none", "all"]))
@@ -234,9 +211,9 @@ def test_whole_models(build: Callable[[], nn.Module], inputs: Tensor):
     model, x = adapted(build(), modules_to_save=[]), inputs.to(torch.get_default_device())
     assert_like_reference(model, x)
     base = build()
-    expected = logits(dense_reference(base, model, ["default"])(x))
-    torch.testing.assert_close(logits(model(x)), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(expected, logits(base(x)), atol=1e-3)
+    expected = output(dense_reference(base, model, ["default"]), x)
+    torch.testing.assert_close(output(model, x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, output(base, x), atol=1e-3)
 
 
 # --- several adapters -----------------------------------------------------------------------------------------------
@@ -244,17 +221,9 @@ def test_whole_models(build: Callable[[], nn.Module], inputs: Tensor):
 
 def with_three(build: Callable[[], nn.Module] = tiny_mlp) -> Any:
     """Overlapping adapters, one of them on a part of the modules and without biases."""
-    model = adapted(build(), "a", per_neuron=4, modules_to_save=[])
-    model.add_adapter("b", config(per_neuron=6, modules_to_save=[]))
     part = ["first"] if build is tiny_mlp else ["grouped"]
-    model.add_adapter("c", config(per_neuron=3, bias="none", target_modules=part, importance="random"))
-    for seed, name in enumerate("abc"):
-        fill(model, name, seed=seed)
-    return model.eval()
-
-
-def activate(model: Any, *names: str) -> None:
-    model.base_model.set_adapter(list(names))
+    last = {"per_neuron": 3, "bias": "none", "target_modules": part, "importance": "random"}
+    return several_adapters(build(), {"a": {"per_neuron": 4}, "b": {"per_neuron": 6}, "c": last}, modules_to_save=[])
 
 
 @pytest.mark.parametrize("names", [("a",), ("b",), ("c",), ("a", "b"), ("b", "c", "a"), ("c", "a")], ids="+".join)
@@ -268,14 +237,9 @@ def test_gradients_of_summed_adapters():
     model, x = with_three(), normal(3, 10)
     activate(model, "a", "b")
     model(x).square().sum().backward()
-    plain = reference(model, "a", "b")
-    for parameter in plain.parameters():
-        parameter.requires_grad_()
+    plain = reference(model, "a", "b").requires_grad_()
     plain(x).square().sum().backward()
-    for path, layer in layers_of(model).items():
-        for name in ("a", "b"):
-            expected = plain.get_submodule(path).weight.grad[dense_change(layer, name) != 0]
-            torch.testing.assert_close(layer.fps_values[name].grad, expected, rtol=1e-4, atol=1e-5)
+    assert_adapter_gradients(model, plain, "a", "b", rtol=1e-4, atol=1e-5)
     assert layers_of(model)["first"].fps_values["c"].grad is None
 
 
@@ -305,12 +269,11 @@ def test_new_values_of_summed_adapters_are_seen_at_once():
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
-@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+@HOOKED
 def test_training_after_evaluation_in_inference_mode(names: tuple[str, ...], hooked: bool):
     model, x = with_three(tiny_conv), images()
     if hooked:
-        for layer in layers_of(model).values():
-            layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+        hook_base_layers(model)
     activate(model, *names)
     with torch.inference_mode():
         before = model(x)
@@ -365,40 +328,30 @@ def test_base_weights_never_change(build: Callable[[], nn.Module]):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv-groups", "linear-4d"])
-@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+@HOOKED
 def test_autocast(kind: str, hooked: bool):
-    model, x = wrapped(kind)
-    layer = layers_of(model)["layer"]
-    if hooked:
-        layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+    model, x = wrapped(kind, hooked)
     expected = reference(model)(x)
     x.requires_grad_()
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         result = model(x)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.2)
-    result.float().square().sum().backward()
-    got = layer.fps_values["default"].grad.clone(), layer.fps_bias["default"].grad.clone(), x.grad.clone()
-    model.zero_grad()
-    x.grad = None
-    model(x).square().sum().backward()
-    for half, full in zip(
-        got, (layer.fps_values["default"].grad, layer.fps_bias["default"].grad, x.grad), strict=True
-    ):
+    trained = [*layers_of(model)["layer"].adapter_parameters("default"), x]
+    assert len(trained) == 3  # values, biases, and the input
+    halves = torch.autograd.grad(result.float().square().sum(), trained)
+    fulls = torch.autograd.grad(model(x).square().sum(), trained)
+    for half, full in zip(halves, fulls, strict=True):
         assert half.dtype == torch.float32
         assert float((half - full).norm() / full.norm()) < 0.05
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+@HOOKED
 def test_half_models_keep_float32_changes(kind: str, dtype: torch.dtype, hooked: bool):
-    build, shape = LAYERS[kind]
-    model = adapted(single(build()).to(dtype), target_modules=["layer"])
+    model, x = wrapped(kind, hooked, dtype, per_neuron=2)
     layer = layers_of(model)["layer"]
-    if hooked:
-        layer.base_layer.register_forward_pre_hook(lambda module, args: None)
-    x = normal(*shape, seed=5).to(dtype)
     plain = dense_reference(copy.deepcopy(model).unload().float(), model, ["default"])
     result = model(x)
     assert result.dtype == dtype
@@ -510,52 +463,32 @@ def test_hooks_of_the_wrapped_layer_run():
 def test_copies_are_independent(build: Callable[[], nn.Module], bias: str, way: str):
     model = adapted(build(), bias=bias)
     x = normal(3, 10) if build is tiny_mlp else images()
-    expected = logits(model(x))
+    expected = output(model, x)
     twin = COPIES[way](model)
-    assert torch.equal(logits(twin(x)), expected)
+    assert torch.equal(output(twin, x), expected)
     fill(twin, seed=9)
     before = base_bytes(model)
     twin.merge_adapter()
-    assert torch.equal(logits(model(x)), expected)
+    assert torch.equal(output(model, x), expected)
     assert base_bytes(model) == before
     twin.unmerge_adapter()
     assert base_bytes(twin) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 @pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
 def test_compiled_models_compute_the_same(names: tuple[str, ...]):
     model, x = with_three(), normal(3, 10)
     activate(model, *names)
-    expected = model(x)
-    expected.sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    result = compiled(x)
-    torch.testing.assert_close(result, expected)
-    result.sum().backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name])
+    compiled = compiled_alike(model, x, backend="aot_eager")
     fill(model, "a", seed=5)
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 def test_a_whole_transformer_compiles_without_a_graph_break():
-    model, x = adapted(tiny_vit(layers=1), per_neuron=3).train(), images(2)
-    labels = torch.tensor([0, 1])
-    expected = model(pixel_values=x, labels=labels).loss
-    expected.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    torch._dynamo.reset()
-    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(pixel_values=x, labels=labels).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name])
+    model = adapted(tiny_vit(layers=1), per_neuron=3).train()
+    compiled_alike(model, backend="aot_eager", pixel_values=images(2), labels=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")], ids="+".join)
@@ -571,12 +504,24 @@ def test_forwards_in_two_threads(names: tuple[str, ...]):
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False).eval()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["linear1", "linear2"]}, ["linear1", "linear2"]),
+        ({"target_modules": ["linear1"], "bias": "with_norms", "budget": 0}, ["linear1", "norm1", "norm2"]),
+    ],
+    ids=["linear", "norms"],
+)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_fused_path_of_transformer_encoders_shows_the_adapter(gradients: bool):
-    model, x = adapted(encoder(), target_modules=["linear1", "linear2"]), normal(2, 3, 8)
+def test_the_fused_path_of_transformer_encoders_shows_the_adapter(
+    gradients: bool, options: dict[str, Any], expected: list[str]
+):
+    model, x = adapted(encoder(), **options), normal(2, 3, 8)
+    last = {"norm"} if "bias" in options else set()
+    assert set(layers_of(model)) == {f"layers.{i}.{name}" for i in range(2) for name in expected} | last
     plain = dense_reference(encoder(), model, ["default"])
     with torch.set_grad_enabled(gradients):
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -628,26 +573,16 @@ def test_what_cannot_carry_an_adapter_is_refused(target: str, message: str):
 
 
 def test_a_weight_that_is_computed_from_others_is_refused():
-    base = Single(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    base = single(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="layer"):
         adapted(base, target_modules=["layer"])
 
 
-class Shared(nn.Module):
-    """One module under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.again = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.again(self.first(x))
-
-
 def test_a_module_under_two_names_is_refused():
+    base = tiny_mlp()
+    base.again = base.first
     with pytest.raises(ValueError, match="first"):
-        adapted(Shared())
+        adapted(base)
 
 
 def test_tied_output_embeddings_are_refused():

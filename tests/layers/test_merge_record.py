@@ -3,7 +3,9 @@
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import permutations
 from types import MethodType
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fps.layers import entry_layer
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.merge_record import independent_copy, merge_entries
+from tests.layers.comparisons import activate, several_adapters
 from tests.support.combinations import pairwise
 from tests.support.helpers import (
     adapted,
@@ -40,6 +43,7 @@ from tests.support.helpers import (
     tiny_mlp,
     tiny_vit,
     tokens,
+    unchanged,
 )
 
 
@@ -59,12 +63,9 @@ DTYPES = [torch.float32, *HALVES]
 
 def with_three(build: Callable[[], nn.Module] = tiny_mlp, dtype: torch.dtype = torch.float32) -> Any:
     """Three adapters that overlap in most of their entries."""
-    model = adapted(build().to(dtype), "a", per_neuron=6, modules_to_save=[])
-    model.add_adapter("b", config(per_neuron=5, modules_to_save=[]))
-    model.add_adapter("c", config(per_neuron=4, bias="none", importance="random", modules_to_save=[]))
-    for seed, name in enumerate("abc"):
-        fill(model, name, seed=seed)
-    return model.eval()
+    third = {"per_neuron": 4, "bias": "none", "importance": "random"}
+    each = {"a": {"per_neuron": 6}, "b": {"per_neuron": 5}, "c": third}
+    return several_adapters(build().to(dtype), each, modules_to_save=[])
 
 
 shared_model = cache(lambda dtype: with_three(tiny_conv, dtype))
@@ -94,17 +95,26 @@ def quiet_merge(model: Any, names: list[str] | None = None, **options: Any) -> N
         model.merge_adapter(names, **options)
 
 
+@contextmanager
+def merged_exactly(model: Any, *groups: list[str], **options: Any) -> Iterator[None]:
+    """Merge one group of adapters after the other for a while; the sums are exact, and no trace is left of them."""
+    expected, before = merged_tensors(model, sum(groups, []) or ["default"]), base_bytes(model)
+    for names in groups or [None]:
+        quiet_merge(model, names, **options)
+    assert base_bytes(model) == expected
+    yield
+    model.unmerge_adapter()
+    assert base_bytes(model) == before
+
+
 # --- merging --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "dtype", "safe"), pairwise(KINDS, DTYPES, [False, True]))
 def test_merged_weights_are_exact(kind: tuple[str, str], dtype: torch.dtype, safe: bool):
     model = adapted(MODELS[kind[0]][0]().to(dtype), per_neuron=3, bias=kind[1])
-    expected, before = merged_tensors(model, ["default"]), base_bytes(model)
-    quiet_merge(model, safe_merge=safe)
-    assert base_bytes(model) == expected
-    model.unmerge_adapter()
-    assert base_bytes(model) == before
+    with merged_exactly(model, safe_merge=safe):
+        assert all(layer.merged for layer in layers_of(model).values())
 
 
 @BIASES
@@ -133,25 +143,19 @@ def test_merging_touches_the_selected_entries_only():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merging_convolutions_in_any_memory_format(channels_last: bool, dtype: torch.dtype):
     model = adapted(tiny_conv().to(dtype), per_neuron=3)
-    expected, before = merged_tensors(model, ["default"]), base_bytes(model)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    quiet_merge(model)
-    assert base_bytes(model) == expected
-    assert layers_of(model)["stem"].base_layer.weight.is_contiguous(memory_format=torch.channels_last) is channels_last
-    model.unmerge_adapter()
-    assert base_bytes(model) == before
+    with merged_exactly(model):
+        stem = layers_of(model)["stem"].base_layer.weight
+        assert stem.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 def test_merging_a_weight_that_is_a_transposed_view():
     base = tiny_mlp()
     base.first.weight = nn.Parameter(base.first.weight.detach().t().contiguous().t(), requires_grad=False)
     model = adapted(base)
-    expected, before = merged_tensors(model, ["default"]), base_bytes(model)
-    model.merge_adapter()
-    assert base_bytes(model) == expected
-    model.unmerge_adapter()
-    assert base_bytes(model) == before
+    with merged_exactly(model):
+        assert layers_of(model)["first"].merged
 
 
 # --- several adapters -----------------------------------------------------------------------------------------------
@@ -161,31 +165,22 @@ def test_merging_a_weight_that_is_a_transposed_view():
 @given(st.sampled_from([list(order) for count in (1, 2, 3) for order in permutations("abc", count)]), st.booleans())
 def test_any_adapters_in_any_order_are_unmerged_bit_for_bit(dtype: torch.dtype, order: list[str], together: bool):
     model = shared_model(dtype)
-    before, expected = base_bytes(model), merged_tensors(model, order)
-    for names in [order] if together else [[name] for name in order]:
-        quiet_merge(model, names)
-    assert base_bytes(model) == expected
-    assert [layer.merged_adapters for layer in layers_of(model).values()] == [order] * 4
-    model.unmerge_adapter()
-    assert base_bytes(model) == before
+    with merged_exactly(model, *[order] if together else [[name] for name in order]):
+        assert [layer.merged_adapters for layer in layers_of(model).values()] == [order] * 4
     assert not any(layer.merged for layer in layers_of(model).values())
 
 
 def test_merging_again_after_training_on():
     model = with_three()
-    before = base_bytes(model)
     for seed in range(3):
         fill(model, "a", seed=seed)
-        expected = merged_tensors(model, ["a"])
-        model.merge_adapter(["a"])
-        assert base_bytes(model) == expected
-        model.unmerge_adapter()
-        assert base_bytes(model) == before
+        with merged_exactly(model, ["a"]):
+            assert layers_of(model)["first"].merged
 
 
 def test_active_adapters_are_merged_by_default():
     model = with_three()
-    model.base_model.set_adapter(["b", "a"])
+    activate(model, "b", "a")
     expected = merged_tensors(model, ["b", "a"])
     model.merge_adapter()
     assert base_bytes(model) == expected
@@ -237,10 +232,8 @@ def test_safe_merge_is_all_or_nothing(broken: tuple[str, str, str], number: floa
     *_, (last, layer) = layers_of(model).items()
     with torch.no_grad():
         getattr(layer, part)["default"][-1] = number
-    before = base_bytes(model)
-    with pytest.raises(ValueError, match=last):
+    with unchanged(model), pytest.raises(ValueError, match=last):
         getattr(model, method)(safe_merge=True)
-    assert base_bytes(model) == before
     assert not any(layer.merged for layer in layers_of(model).values())
 
 
@@ -276,13 +269,10 @@ def test_safe_merge_sees_overflow_of_several_adapters(dtype: torch.dtype, change
     model.add_adapter("b", config(per_neuron=10))
     for name in "ab":
         layers_of(model)["last"].fps_values[name].data.fill_(change)
-    before = base_bytes(model)
     if not together:
         model.merge_adapter(["a"], safe_merge=True)
-        before = base_bytes(model)
-    with pytest.raises(ValueError, match="last"):
+    with unchanged(model), pytest.raises(ValueError, match="last"):
         quiet_merge(model, ["a", "b"] if together else ["b"], safe_merge=True)
-    assert base_bytes(model) == before
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
@@ -303,22 +293,19 @@ def test_a_layer_that_would_overflow_is_as_it_was():
     model = adapted(tiny_mlp().half())
     layer = layers_of(model)["last"]
     layer.fps_values["default"].data.fill_(1e5)
-    with pytest.raises(ValueError, match="NaNs detected .*last would hold NaN or infinity.*Nothing was merged"):
+    message = "NaNs detected .*last would hold NaN or infinity.*Nothing was merged"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert layer.merge_records == {}
-    assert bits(layer.base_layer.weight) == bits(tiny_mlp().half().last.weight)
-    assert bits(layer.base_layer.bias) == bits(tiny_mlp().half().last.bias)
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("names", [["missing"], ["default", "missing"]], ids="+".join)
 def test_an_unknown_adapter_is_refused(method: str, names: list[str]):
     model = adapted(tiny_mlp())
-    before = base_bytes(model)
-    with pytest.raises(ValueError, match=r"\['missing'\], expected names among \['default'\]"):
+    with unchanged(model), pytest.raises(ValueError, match=r"\['missing'\], expected names among \['default'\]"):
         getattr(model, method)(adapter_names=names)
-    assert base_bytes(model) == before
     assert len(layers_of(model)) == 2
 
 
@@ -343,7 +330,6 @@ def test_merge_and_unload_gives_a_plain_model(kind: str, bias: str, dtype: torch
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Merging lost")
         plain = model.merge_and_unload()
-    assert type(plain) is type(build())
     assert list(plain.state_dict()) == list(build().state_dict())
     assert [type(module) for module in plain.modules()] == [type(module) for module in build().modules()]
     assert torch.equal(output(plain, x), expected)
@@ -368,7 +354,6 @@ def test_unload_restores_the_base(kind: str, bias: str, merged_before: bool):
     if merged_before:
         model.merge_adapter()
     plain, original = model.unload(), build()
-    assert type(plain) is type(original)
     assert [type(module) for module in plain.modules()] == [type(module) for module in original.modules()]
     assert {n: bits(t) for n, t in plain.state_dict().items()} == {
         n: bits(t) for n, t in original.state_dict().items()
@@ -408,7 +393,8 @@ def test_disabled_while_merged_equals_the_base_bit_for_bit(kind: str, dtype: tor
         assert torch.equal(output(model, x), expected)
     assert base_bytes(model) == merged
     model.unmerge_adapter()
-    assert torch.equal(output(build().to(dtype), x), expected)
+    with model.disable_adapter():
+        assert torch.equal(output(model, x), expected)
 
 
 def test_disabled_while_merged_in_channels_last_memory():
@@ -468,24 +454,14 @@ def test_disabled_forwards_of_a_merged_model_in_two_threads():
 # --- forwards put over a layer's own --------------------------------------------------------------------------------
 
 
-class EveryKind(nn.Module):
-    """A layer of each kind, one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 2), nn.LayerNorm(5)
-        self.linear, self.conv1d = nn.Linear(5, 6), Conv1D(7, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv1d(self.linear(self.norm(self.conv(x))))
-
-
 LAYERS = ["conv", "norm", "linear", "conv1d"]
 
 
 def every_kind() -> nn.Module:
+    """A layer of each kind, one after the other."""
     torch.manual_seed(0)
-    model = EveryKind()
+    layers = (nn.Conv2d(3, 4, 2), nn.LayerNorm(5), nn.Linear(5, 6), Conv1D(7, 6))
+    model = nn.Sequential(OrderedDict(zip(LAYERS, layers, strict=True)))
     for parameter in model.parameters():
         parameter.data.add_(normal(*parameter.shape, seed=3))
     return model.eval()

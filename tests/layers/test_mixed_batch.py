@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -16,10 +17,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_fps.layers.sample_names import by_adapter
+from tests.layers.comparisons import COMPILES, several_adapters
 from tests.support.helpers import (
-    adapted,
-    config,
-    fill,
     images,
     layers_of,
     normal,
@@ -55,24 +54,25 @@ def perturb_heads(model: nn.Module, seed: int) -> None:
             parameter.data += 0.5 * normal(*parameter.shape, seed=seed + len(name) + (".b." in name))
 
 
-def two(build: Any, targets: Any = None, **options: Any) -> PeftModel:
-    model = adapted(build(), "a", **options)
-    model.add_adapter("b", config(**{"per_neuron": 3, **options, **(targets or {})}))
-    fill(model, "b", seed=2)
+def two(build: Any, own: dict[str, dict[str, Any]] | None = None, **options: Any) -> Any:
+    model = several_adapters(build(), own or {"a": {}, "b": {"per_neuron": 3}}, **options)
     perturb_heads(model, seed=7)
-    return model.eval()
+    return model
 
 
-def alone(model: PeftModel, key: str, x: Tensor, names: list[str], **options: Any) -> Tensor:
+def under(name: str, model: PeftModel, **inputs: Any) -> Tensor:
+    """What the model computes with one adapter, or with none."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return output(model, **inputs)
+    model.set_adapter(name)
+    return output(model, **inputs)
+
+
+def alone(model: PeftModel, key: str, x: Tensor, names: list[str]) -> Tensor:
     """Every sample in a call of its own, under its adapter alone."""
-    active, outputs = model.active_adapters, []
-    for sample, name in zip(x.split(1), names, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                outputs.append(output(model, **{key: sample}, **options))
-        else:
-            model.set_adapter(name)
-            outputs.append(output(model, **{key: sample}, **options))
+    active = model.active_adapters
+    outputs = [under(name, model, **{key: sample}) for sample, name in zip(x.split(1), names, strict=True)]
     model.set_adapter(active[0])
     return torch.cat(outputs)
 
@@ -94,12 +94,7 @@ def test_every_sample_is_computed_as_it_would_be_alone(kind: str, active: str) -
 @pytest.mark.parametrize("name", ["a", "b", "__base__"])
 def test_a_batch_of_one_adapter_is_bit_for_bit_what_that_adapter_gives(name: str) -> None:
     model, x = two(tiny_vit), images(4)
-    model.set_adapter("a" if name == "__base__" else name)
-    if name == "__base__":
-        with model.disable_adapter():
-            expected = output(model, pixel_values=x)
-    else:
-        expected = output(model, pixel_values=x)
+    expected = under(name, model, pixel_values=x)
     model.set_adapter("a")
     assert torch.equal(output(model, pixel_values=x, adapter_names=[name] * 4), expected)
 
@@ -112,13 +107,10 @@ def test_half_precision_rounds_as_it_does_alone(dtype: torch.dtype) -> None:
 
 
 def test_adapters_with_other_modules_leave_those_modules_to_the_base_model() -> None:
-    model = adapted(tiny_vit(), "a", target_modules=["q_proj"])
-    model.add_adapter("b", config(target_modules=["fc1"], modules_to_save=[]))
-    fill(model, "b", seed=2)
-    perturb_heads(model, seed=7)
-    x = images(5)
+    own = {"a": {"target_modules": ["q_proj"]}, "b": {"target_modules": ["fc1"], "modules_to_save": []}}
+    model, x = two(tiny_vit, own), images(5)
     for active in ("a", "b"):
-        model.eval().set_adapter(active)
+        model.set_adapter(active)
         found = output(model, pixel_values=x, adapter_names=NAMES)
         torch.testing.assert_close(found, alone(model, "pixel_values", x, NAMES), rtol=1e-5, atol=1e-6)
 
@@ -140,8 +132,8 @@ def test_gradients_reach_the_adapters_of_the_samples() -> None:
     for name in ("a", "b"):
         model.set_requires_grad(name)
     alone(model, "x", x, NAMES).square().sum().backward()
-    model.set_requires_grad("a")
-    model.set_requires_grad("b")
+    for name in ("a", "b"):  # calls under one adapter have frozen the other
+        model.set_requires_grad(name)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wanted, x.grad = x.grad, None
     model.zero_grad()
@@ -232,20 +224,17 @@ def together(module: nn.Module, calls: dict[str, Callable[[], Any]]) -> dict[str
 @pytest.mark.parametrize("kind", ["linear", "image classifier", "norms"])
 def test_names_hold_for_their_own_call_alone(kind: str) -> None:
     build, key, inputs, options = MODELS[kind]
-    model, x, other = two(build, **options), inputs(), ["a", "a", "b", "__base__", "b"]
+    model = two(build, **options)
+    call = partial(output, model, **{key: inputs()})
+    calls = {
+        "plain": call,
+        "names": partial(call, adapter_names=NAMES),
+        "other names": partial(call, adapter_names=["a", "a", "b", "__base__", "b"]),
+    }
     with torch.no_grad():
-        expected = {"plain": output(model, **{key: x})}
-        for text, names in (("names", NAMES), ("other names", other)):
-            expected[text] = output(model, **{key: x}, adapter_names=names)
+        expected = {text: call() for text, call in calls.items()}
     *_, last = layers_of(model).values()
-    found = together(
-        last.base_layer,
-        {
-            "plain": lambda: output(model, **{key: x}),
-            "names": lambda: output(model, **{key: x}, adapter_names=NAMES),
-            "other names": lambda: output(model, **{key: x}, adapter_names=other),
-        },
-    )
+    found = together(last.base_layer, calls)
     for text, result in expected.items():
         torch.testing.assert_close(found[text], result)
 
@@ -257,12 +246,10 @@ def test_names_hold_for_their_own_generation_alone() -> None:
         "names": {"adapter_names": ["a", "__base__", "b"]},
         "beams": {"adapter_names": ["b", "b", "__base__"], "num_beams": 2},
     }
-    expected = {text: model.generate(input_ids=x, **GENERATION, **options) for text, options in kinds.items()}
+    calls = {text: partial(model.generate, input_ids=x, **GENERATION, **options) for text, options in kinds.items()}
+    expected = {text: call() for text, call in calls.items()}
     first = next(iter(layers_of(model).values()))
-    found = together(
-        first.base_layer,
-        {text: partial(model.generate, input_ids=x, **GENERATION, **options) for text, options in kinds.items()},
-    )
+    found = together(first.base_layer, calls)
     for text, result in expected.items():
         assert torch.equal(found[text], result), text
 
@@ -305,7 +292,7 @@ def test_first_forwards_of_many_threads() -> None:
     assert all(torch.equal(result, expected) for result in found)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 def test_a_compiled_model_takes_the_names_of_each_call() -> None:
     """The first call's names were compiled into the graph."""
     model, x = two(tiny_mlp, target_modules=["first"], modules_to_save=["last"]), normal(5, 10)
@@ -338,30 +325,23 @@ def test_groups_run_once_and_come_back_in_order(names: list[str]) -> None:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", ["ab", [], ["a", 1], {"a"}, 3])
-def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        *((names, TypeError, "adapter_names is .* one name per sample") for names in ("ab", [], ["a", 1], {"a"}, 3)),
+        (["d", "c"], ValueError, r"adapter_names holds \['c', 'd'\], expected names among \['a', 'b'\] and"),
+        *(
+            (["a"] * count, ValueError, f"first: adapter_names has {count} names, expected one for each of the 2")
+            for count in (1, 4)
+        ),
+    ],
+)
+def test_names_that_are_not_one_known_name_for_each_sample_are_refused(
+    names: Any, error: type[Exception], message: str
+) -> None:
     model, x = two(tiny_mlp), normal(2, 10)
-    with unchanged(model), pytest.raises(TypeError, match="adapter_names is .* one name per sample"):
+    with unchanged(model), pytest.raises(error, match=message):
         model(x, adapter_names=names)
-
-
-def test_unknown_names_are_refused() -> None:
-    model, x = two(tiny_mlp), normal(2, 10)
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"adapter_names holds \['c', 'd'\], expected names among \['a', 'b'\] and"),
-    ):
-        model(x, adapter_names=["d", "c"])
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_wrong_number_of_names_is_refused(count: int) -> None:
-    model, x = two(tiny_mlp), normal(3, 10)
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=f"first: adapter_names has {count} names, expected one for each of the 3"),
-    ):
-        model(x, adapter_names=["a"] * count)
 
 
 def test_training_mode_is_refused() -> None:
@@ -373,29 +353,18 @@ def test_training_mode_is_refused() -> None:
 def test_merged_adapters_are_refused() -> None:
     model, x = two(tiny_mlp), normal(2, 10)
     layers_of(model)["last"].merge(adapter_names=["b"])
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"last: found merged adapters \['b'\], expected none.*unmerge_adapter"),
-    ):
+    message = r"last: found merged adapters \['b'\], expected none.*unmerge_adapter"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         model(x, adapter_names=["a", "__base__"])
     with pytest.raises(ValueError, match="last: found merged adapters"):
         layers_of(model)["last"](normal(1, 12), adapter_names=["a"])
 
 
 def test_heads_that_peft_cannot_run_by_sample_are_refused() -> None:
-    class Headed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2))
+    def headed() -> nn.Module:
+        return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=nn.Sequential(nn.Linear(4, 2))))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.body(x))
-
-    model = two(Headed, target_modules=["body"], modules_to_save=["head"])
-    with (
-        unchanged(model),
-        pytest.raises(
-            ValueError, match=r"head is trained whole \(modules_to_save\) and a Sequential, expected one of"
-        ),
-    ):
+    model = two(headed, target_modules=["body"], modules_to_save=["head"])
+    message = r"head is trained whole \(modules_to_save\) and a Sequential, expected one of"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         model(normal(2, 4), adapter_names=["a", "b"])

@@ -20,6 +20,14 @@ from transformers import BertConfig, BertForMaskedLM, ViltConfig, ViltForQuestio
 
 from peft_fps.layers.norm import Norm
 from peft_fps.selection import NormSelection
+from tests.layers.comparisons import (
+    COMPILES,
+    activate,
+    assert_adapter_gradients,
+    assert_equal,
+    several_adapters,
+    trained_gradients,
+)
 from tests.support.helpers import (
     adapted,
     assert_threads_do_not_mix,
@@ -133,20 +141,32 @@ def test_with_no_budget_the_trained_parameters_are_those_of_bitfit(kind: str) ->
     assert {name for name in found if "fps_" not in name} == set(expected)
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_otherwise_no_norm_is_adapted(bias: str) -> None:
-    assert norms_of(adapted(tiny_vit(), bias=bias)) == set()
+VIT = MODELS["vit"][2]
+LAST = {"vit.layers.1.layernorm_before", "vit.layers.1.layernorm_after"}
 
 
-def test_excluded_norms_are_left_out() -> None:
-    assert norms_of(with_norms(tiny_vit(), exclude_modules=["layernorm"])) == MODELS["vit"][2] - {"vit.layernorm"}
-    assert norms_of(with_norms(tiny_vit(), exclude_modules=r".*layernorm.*")) == set()
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bias": "none"}, set()),
+        ({"bias": "all"}, set()),
+        ({"exclude_modules": ["layernorm"]}, VIT - {"vit.layernorm"}),
+        ({"exclude_modules": r".*layernorm.*"}, set()),
+        ({"target_modules": None, "layers_to_transform": 1}, LAST),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 1}, LAST),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, LAST),
+        ({"modules_to_save": ["vit.layernorm", "classifier"]}, VIT - {"vit.layernorm"}),
+    ],
+    ids=str,
+)
+def test_norms_are_adapted_only_on_request_and_only_where_asked(options: dict[str, Any], expected: set[str]) -> None:
+    assert norms_of(with_norms(tiny_vit(), **options)) == expected
 
 
-def test_only_the_wanted_blocks_norms_are_adapted() -> None:
-    expected = {"vit.layers.1.layernorm_before", "vit.layers.1.layernorm_after"}
-    for target_modules in (None, ["q_proj"], "all-linear"):
-        assert norms_of(with_norms(tiny_vit(), target_modules=target_modules, layers_to_transform=1)) == expected
+def test_targets_stay_as_they_were_given() -> None:
+    model = with_norms(tiny_vit(), target_modules=["q_proj"])
+    assert model.peft_config["default"].target_modules == {"q_proj"}
+    assert norms_of(model) == VIT
 
 
 def test_the_head_s_norms_are_left_out() -> None:
@@ -160,41 +180,38 @@ def test_the_head_s_norms_are_left_out() -> None:
     assert {path.split(".")[0] for path in norms_of(adapted(base, bias="with_norms"))} == {"vilt"}
 
 
-def test_modules_trained_whole_are_left_out() -> None:
-    model = with_norms(tiny_vit(), modules_to_save=["vit.layernorm", "classifier"])
-    assert norms_of(model) == MODELS["vit"][2] - {"vit.layernorm"}
-
-
 def test_norms_without_a_bias_are_left_alone() -> None:
     base = nn.Sequential(nn.LayerNorm(4, bias=False), nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
     assert set(layers_of(with_norms(base))) == {"1"}
     assert norms_of(with_norms(tiny_llama())) == set()
 
 
-def test_targets_stay_as_they_were_given() -> None:
-    model = with_norms(tiny_vit(), target_modules=["q_proj"])
-    assert model.peft_config["default"].target_modules == {"q_proj"}
-    assert norms_of(model) == MODELS["vit"][2]
-
-
 def test_one_config_serves_models_with_and_without_norms() -> None:
     ours = config(bias="with_norms", modules_to_save=[])
-    for build, expected in ((tiny_vit, MODELS["vit"][2]), (tiny_mlp, set()), (tiny_gpt2, MODELS["gpt2"][2])):
+    for build, expected in ((tiny_vit, VIT), (tiny_mlp, set()), (tiny_gpt2, MODELS["gpt2"][2])):
         assert norms_of(get_peft_model(build(), ours)) == expected
 
 
-def test_targets_that_are_not_found_are_refused_by_peft() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["nowhere"]}, "Target modules {'nowhere'} not found"),  # peft's own words
+        *(
+            (
+                {"bias": bias, "target_modules": ["q_proj", "layernorm"]},
+                r"layernorm is a LayerNorm, expected one of Linear, transformers' Conv1D, Conv1d,",
+            )
+            for bias in ("none", "all")
+        ),
+        ({"budget": 0.01}, "biases of the targeted modules alone are"),
+        ({"budget_pattern": {"layernorm": 2.0}}, "'layernorm' matches none"),
+    ],
+    ids=str,
+)
+def test_what_no_norm_can_follow_is_refused(options: dict[str, Any], message: str) -> None:
     base = tiny_vit()
-    with unchanged(base), pytest.raises(ValueError, match="Target modules {'nowhere'} not found"):
-        with_norms(base, target_modules=["nowhere"])
-
-
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_a_norm_as_target_is_refused_without_norms(bias: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"layernorm is a LayerNorm, expected one of Linear, transformers' Conv1D, Conv1d,"
-    ):
-        adapted(tiny_vit(), bias=bias, target_modules=["q_proj", "layernorm"])
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        with_norms(base, **options)
 
 
 def test_a_norm_without_a_bias_as_target_is_refused() -> None:
@@ -202,26 +219,32 @@ def test_a_norm_without_a_bias_as_target_is_refused() -> None:
         with_norms(nn.Sequential(nn.LayerNorm(4, bias=False), nn.Linear(4, 4)), target_modules=["0", "1"])
 
 
-def test_a_norm_with_a_computed_bias_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda vit: nn.utils.parametrize.register_parametrization(vit.layernorm, "bias", nn.Tanh()),
+            r"vit\.layernorm: its bias is computed .*exclude_modules",
+        ),
+        (
+            lambda vit: setattr(vit.layernorm, "bias", vit.layers[0].layernorm_before.bias),
+            r"vit\.layernorm\.bias.*layernorm_before.*merging would change",
+        ),
+        (
+            lambda vit: setattr(vit.layers[1], "layernorm_after", vit.layers[1].layernorm_before),
+            "layernorm_before and .*layernorm_after are the same module",
+        ),
+    ],
+    ids=["computed", "tied", "under-two-names"],
+)
+def test_a_bias_that_is_not_the_norm_s_own_is_refused_unless_it_is_excluded(
+    change: Callable[[Any], Any], message: str
+) -> None:
     base = tiny_vit()
-    nn.utils.parametrize.register_parametrization(base.vit.layernorm, "bias", nn.Tanh())
-    with pytest.raises(ValueError, match=r"vit\.layernorm: its bias is computed .*exclude_modules"):
-        with_norms(base)
-
-
-def test_tied_biases_are_refused() -> None:
-    base = tiny_vit()
-    base.vit.layernorm.bias = base.vit.layers[0].layernorm_before.bias
-    with pytest.raises(ValueError, match=r"vit\.layernorm\.bias.*layernorm_before.*merging would change"):
+    change(base.vit)
+    with pytest.raises(ValueError, match=message):
         with_norms(base)
     assert norms_of(with_norms(base, exclude_modules=r".*layernorm.*")) == set()
-
-
-def test_a_norm_under_two_names_is_refused() -> None:
-    base = tiny_vit()
-    base.vit.layers[1].layernorm_after = base.vit.layers[1].layernorm_before
-    with pytest.raises(ValueError, match="layernorm_before and .*layernorm_after are the same module"):
-        with_norms(base)
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------
@@ -240,20 +263,10 @@ def test_biases_of_norms_count_in_the_budget() -> None:
     assert max(per_neuron) - min(per_neuron) <= max(1 / layer.neurons for layer in weights)
 
 
-def test_a_budget_below_the_biases_is_refused() -> None:
-    with pytest.raises(ValueError, match="biases of the targeted modules alone are"):
-        with_norms(tiny_vit(), budget=0.01)
-
-
 def test_entries_per_neuron_leave_norms_without_entries() -> None:
     report = with_norms(tiny_vit(), per_neuron=3).selection_report()
     assert {layer.entries for layer in report.layers if isinstance(layer, NormSelection)} == {0}
     assert {layer.entries / layer.neurons for layer in report.layers if not isinstance(layer, NormSelection)} == {3}
-
-
-def test_a_pattern_for_norms_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="'layernorm' matches none"):
-        with_norms(tiny_vit(), budget_pattern={"layernorm": 2.0})
 
 
 # --- outputs, gradients, training -----------------------------------------------------------------------------------
@@ -284,19 +297,9 @@ def test_gradients_are_those_of_the_base_model_s_biases(kind: str, saved_inputs:
     output(model).square().sum().backward()
     output(plain).square().sum().backward()
     assert [name for name, p in trained(model).items() if p.grad is None] == []  # or DistributedDataParallel stops
-    expected = {name: p.grad for name, p in bias_parameters(plain, head).items()}
-    found = {f"{path}.bias": layer.fps_bias["default"].grad for path, layer in layers_of(model).items()
-             if "default" in layer.fps_bias}  # fmt: skip
-    assert set(found) == set(expected)
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, atol=1e-4, rtol=1e-4, msg=name)
-    for path, layer in layers_of(model).items():
-        if not isinstance(layer, Norm):
-            grad = plain.get_submodule(path).weight.grad[dense_change(layer) != 0]
-            if layer.layout.transposed:
-                change = dense_change(layer).t()
-                grad = plain.get_submodule(path).weight.grad.t()[change != 0]
-            torch.testing.assert_close(layer.fps_values["default"].grad, grad, atol=1e-4, rtol=1e-4, msg=path)
+    with_bias = {f"{path}.bias" for path, layer in layers_of(model).items() if "default" in layer.fps_bias}
+    assert with_bias == set(bias_parameters(plain, head))
+    assert_adapter_gradients(model, plain, atol=1e-4, rtol=1e-4)
 
 
 @ALL
@@ -325,21 +328,17 @@ def gradients(model: Any, step: Callable[[nn.Module, Tensor], Tensor]) -> dict[s
     model.zero_grad()
     step(model, x).backward()
     assert x.grad is not None
-    return {"input": x.grad} | {name: p.grad for name, p in trained(model).items()}
+    return {"input": x.grad} | trained_gradients(model)
 
 
 def plain_step(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()
 
 
-def checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda model, x: checkpoint(model, x, use_reentrant=reentrant).square().sum()
-
-
 STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "plain": plain_step,
-    "checkpoint": checkpointed(False),
-    "reentrant checkpoint": checkpointed(True),
+    "checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=False).square().sum(),
+    "reentrant checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=True).square().sum(),
     "two batches": lambda model, x: plain_step(model, x) + plain_step(model, x.flip(0) + 1),
 }
 
@@ -353,39 +352,28 @@ def normed(saved_inputs: str, norm: Callable[[], nn.Module] = lambda: nn.LayerNo
 @pytest.mark.parametrize("step", list(STEPS))
 def test_rebuilt_inputs_give_the_same_gradients_bit_for_bit(step: str) -> None:
     found, expected = (gradients(normed(choice), STEPS[step]) for choice in ("rebuild", "columns"))
-    assert set(found) == set(expected)
     assert len([name for name in found if "fps_values" in name]) == 3
-    for name, grad in expected.items():
-        assert torch.equal(found[name], grad), name
+    assert_equal(found, expected)
 
 
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "disabled": lambda base: [setattr(layer, "_disable_adapters", True) for layer in layers_of(base).values()],
+    "hooked": lambda base: base.middle.base_layer.register_forward_hook(lambda module, args, output: output * 2),
+    "trained": lambda base: base.middle.fps_bias["default"].data.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("choice", ["rebuild", "columns"])
-def test_what_becomes_of_the_adapter_before_backward_does_not_matter(choice: str) -> None:
-    expected = gradients(normed(choice), plain_step)
+def test_what_becomes_of_the_adapter_before_backward_does_not_matter(choice: str, change: str) -> None:
+    def step(model: Any, x: Tensor) -> Tensor:
+        result = plain_step(model, x)
+        CHANGES[change](model.base_model.model)
+        return result
 
-    def then(change: Callable[[Any], Any]) -> Callable[[Any, Tensor], Tensor]:
-        def step(model: Any, x: Tensor) -> Tensor:
-            result = plain_step(model, x)
-            change(model)
-            return result
-
-        return step
-
-    def other_state(model: Any) -> None:
-        for layer in layers_of(model).values():
-            layer._disable_adapters = True
-
-    def hook(model: Any) -> None:
-        model.base_model.model.middle.base_layer.register_forward_hook(lambda module, args, output: output * 2)
-
-    def train(model: Any) -> None:
-        model.base_model.model.middle.fps_bias["default"].data.add_(1)
-
-    for change in (other_state, hook, train):
-        found = gradients(normed(choice), then(change))
-        assert len(found) == 1 + 1 + 3 + 2  # input, norm, values, biases
-        for name, grad in expected.items():
-            assert torch.equal(found[name], grad), name
+    found, expected = gradients(normed(choice), step), gradients(normed(choice), plain_step)
+    assert len(found) == 1 + 1 + 3 + 2  # input, norm, values, biases
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("choice", ["rebuild", "columns"])
@@ -404,13 +392,13 @@ def test_a_change_in_place_before_the_readers_is_seen(choice: str, place: str) -
     model.base_model.model.between = between
     plain = reference(net(lambda: nn.LayerNorm(WIDTH)), model).requires_grad_()
     plain.between = between if place == "y" else lambda source, y: y
-    readers = {f"{name}.{kind}": getattr(layers_of(model)[name], f"fps_{kind}")["default"]
-               for name in READERS for kind in ("values",)}  # fmt: skip
-    result, expected = plain_step(model, leaf_inputs()), plain_step(plain, leaf_inputs())
-    found = torch.autograd.grad(result, list(readers.values()))
-    expected_grads = torch.autograd.grad(expected, [plain.get_submodule(name).weight for name in READERS])
-    for name, grad, dense in zip(READERS, found, expected_grads, strict=True):
-        torch.testing.assert_close(grad, dense[dense_change(layers_of(model)[name]) != 0], rtol=1e-4, atol=1e-4)
+    readers = [layers_of(model)[name] for name in READERS]
+    values = [reader.fps_values["default"] for reader in readers]
+    weights = [plain.get_submodule(name).weight for name in READERS]
+    found = torch.autograd.grad(plain_step(model, leaf_inputs()), values)
+    expected = torch.autograd.grad(plain_step(plain, leaf_inputs()), weights)
+    for reader, grad, dense in zip(readers, found, expected, strict=True):
+        torch.testing.assert_close(grad, dense[dense_change(reader) != 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", ["all", "with_norms"])
@@ -423,24 +411,14 @@ def test_rebuilt_inputs_cost_no_memory(bias: str) -> None:
 
 
 def test_an_input_that_needs_no_gradient_is_rebuilt_too() -> None:
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.reader = nn.LayerNorm(6), nn.Linear(6, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.reader(self.norm(x))
-
-    x = normal(3, 6)
-    found = {}
+    x, found = normal(3, 6), []
     for choice in ("rebuild", "columns"):
         torch.manual_seed(0)
-        model = with_norms(First(), saved_inputs=choice)
+        model = with_norms(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 5)), saved_inputs=choice)
         model(x).square().sum().backward()
-        found[choice] = {name: p.grad for name, p in trained(model).items()}
-    assert len(found["columns"]) == 3
-    for name, grad in found["columns"].items():
-        assert torch.equal(found["rebuild"][name], grad), name
+        found.append(trained_gradients(model))
+    assert len(found[1]) == 3
+    assert_equal(*found)
 
 
 def watched(model: nn.Module) -> set[str]:
@@ -475,20 +453,17 @@ def test_a_merged_norm_computes_the_same_bit_for_bit(dtype: torch.dtype) -> None
     assert base_bytes(model) == before
 
 
-def two_adapters() -> PeftModel:
-    """The first with norms, the second without."""
-    model = with_norms(tiny_vit(), "first")
-    model.add_adapter("second", config(target_modules=["q_proj", "fc2"], modules_to_save=[]))
-    model.add_adapter("third", config(bias="with_norms", target_modules=["v_proj"], modules_to_save=[]))
-    fill(model, "second", seed=2)
-    fill(model, "third", seed=3)
-    return model.eval()
+def three_adapters() -> PeftModel:
+    """All but the second with norms."""
+    second = {"bias": "all", "target_modules": ["q_proj", "fc2"]}
+    each = {"first": {}, "second": second, "third": {"target_modules": ["v_proj"]}}
+    return several_adapters(tiny_vit(), each, bias="with_norms", modules_to_save=[])
 
 
 def test_several_adapters_are_switched_summed_disabled_and_deleted() -> None:
-    model = two_adapters()
+    model = three_adapters()
     for names in (("first",), ("second",), ("third",), ("first", "second", "third")):
-        model.base_model.set_adapter(list(names))
+        activate(model, *names)
         expected = vit_output(reference(tiny_vit(), model, names))
         torch.testing.assert_close(vit_output(model), expected, atol=1e-4, rtol=1e-4)
         assert {name.rpartition(".")[2] for name in trained(model)} == set(names)
@@ -496,7 +471,7 @@ def test_several_adapters_are_switched_summed_disabled_and_deleted() -> None:
             assert torch.equal(vit_output(model), vit_output(tiny_vit()))
     model.set_adapter("third")
     model.delete_adapter("first")
-    model.base_model.set_adapter("second")
+    activate(model, "second")
     expected = vit_output(reference(tiny_vit(), model, ("second",)))
     torch.testing.assert_close(vit_output(model), expected, atol=1e-5, rtol=1e-5)
     assert not any(".first" in name for name in model.state_dict())
@@ -504,9 +479,9 @@ def test_several_adapters_are_switched_summed_disabled_and_deleted() -> None:
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged first")
 def test_adapters_are_merged_one_after_the_other() -> None:
-    model = two_adapters()
+    model = three_adapters()
     before = base_bytes(model)
-    model.base_model.set_adapter(["first", "second", "third"])
+    activate(model, "first", "second", "third")
     expected = vit_output(model)
     model.merge_adapter(["first", "second"])
     model.merge_adapter(["third"])
@@ -520,16 +495,11 @@ def test_gradients_of_summed_adapters(choice: str) -> None:
     model = normed(choice, target_modules=READERS)
     model.add_adapter("second", config(bias="with_norms", target_modules=READERS, importance="random"))
     fill(model, "second", seed=2)
-    model.base_model.set_adapter(["default", "second"])
+    activate(model, "default", "second")
     plain = reference(net(lambda: nn.LayerNorm(WIDTH)), model, ("default", "second")).requires_grad_()
     plain_step(model, leaf_inputs()).backward()
     plain_step(plain, leaf_inputs()).backward()
-    for name in ("default", "second"):
-        found = layers_of(model)["middle"].fps_bias[name].grad
-        torch.testing.assert_close(found, plain.middle.bias.grad, atol=1e-4, rtol=1e-4)
-        reader = layers_of(model)["query"]
-        expected = plain.query.weight.grad[dense_change(reader, name) != 0]
-        torch.testing.assert_close(reader.fps_values[name].grad, expected, atol=1e-4, rtol=1e-4)
+    assert_adapter_gradients(model, plain, "default", "second", atol=1e-4, rtol=1e-4)
 
 
 def test_random_changes_on_request() -> None:
@@ -565,22 +535,27 @@ def test_calibration_refuses_to_discard_trained_biases_of_norms() -> None:
 # --- saving and loading ---------------------------------------------------------------------------------------------
 
 
-def test_an_allocation_with_norms_is_refused_without_norms(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.update(bias="all"), "is a LayerNorm, expected one of"),
+        (
+            lambda saved: saved["record"]["allocation"][NORM].update(neurons=31),
+            f"{NORM}: found 32 neurons with 0 inputs, expected 31",
+        ),
+    ],
+    ids=["without-norms", "of-another-size"],
+)
+def test_an_allocation_that_does_not_fit_the_norms_is_refused(
+    change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
     with_norms(tiny_vit()).save_pretrained(tmp_path)
-    changed = json.loads((tmp_path / "adapter_config.json").read_text()) | {"bias": "all"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    change(saved)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     base = tiny_vit()
-    with unchanged(base), pytest.raises(ValueError, match="is a LayerNorm, expected one of"):
+    with unchanged(base), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_a_norm_of_another_size_is_refused(tmp_path: Path) -> None:
-    with_norms(tiny_vit()).save_pretrained(tmp_path)
-    changed = json.loads((tmp_path / "adapter_config.json").read_text())
-    changed["record"]["allocation"][NORM]["neurons"] = 31
-    (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=f"{NORM}: found 32 neurons with 0 inputs, expected 31"):
-        PeftModel.from_pretrained(tiny_vit(), tmp_path)
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -669,28 +644,16 @@ def around(kind: str) -> Around:
     return Around(norm)
 
 
-def same(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output * 1
-
-
-def hooked(base: Around) -> None:
-    base.norm.register_forward_hook(same)
-
-
 def forward_put_over(base: Around) -> None:
     own = base.norm.forward
     base.norm.forward = lambda x: own(x)
 
 
-def offloaded(base: Around) -> None:
-    cpu_offload(base, execution_device=torch.device("cpu"))
-
-
-WAYS: dict[str, Callable[[Around], None]] = {
+WAYS: dict[str, Callable[[Around], Any]] = {
     "bare": lambda base: None,
-    "hooked": hooked,
+    "hooked": lambda base: base.norm.register_forward_hook(lambda module, args, output: output * 1),
     "forward": forward_put_over,
-    "offloaded": offloaded,
+    "offloaded": lambda base: cpu_offload(base, execution_device=torch.device("cpu")),
 }
 
 
@@ -750,7 +713,7 @@ def test_half_precision_models_train_float32_biases(choice: str, dtype: torch.dt
         assert float((bias.grad - expected).norm()) <= 0.1 * float(expected.norm()), path
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 @pytest.mark.parametrize("kind", ["plain", "channels first"])
 @pytest.mark.parametrize("warm", [True, False])
 def test_compiled_models_compute_the_same_without_a_graph_break(kind: str, warm: bool) -> None:
@@ -771,19 +734,6 @@ def test_compiled_models_compute_the_same_without_a_graph_break(kind: str, warm:
 @pytest.mark.parametrize("kind", ["plain", "channels first"])
 def test_forwards_in_two_threads(kind: str) -> None:
     assert_threads_do_not_mix(with_norms(around(kind)), [normal(*KINDS[kind][1], seed=seed) for seed in range(2)])
-
-
-@pytest.mark.parametrize("gradients", [True, False])
-def test_the_fused_path_of_transformer_encoders_shows_the_biases(gradients: bool) -> None:
-    def encoder() -> nn.Module:
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False).eval()
-
-    model, x = with_norms(encoder(), budget=0, target_modules=["linear1"]), normal(2, 3, 8)
-    assert norms_of(model) == {"norm", *(f"layers.{i}.norm{j}" for i in range(2) for j in (1, 2))}
-    with torch.set_grad_enabled(gradients):
-        torch.testing.assert_close(model(x), reference(encoder(), model)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_wrapper_shows_the_norm_s_sizes() -> None:

@@ -20,6 +20,7 @@ from peft_fps.layers import quantised_linear
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
 from peft_fps.targets.base_parameters import count_base_parameters
+from tests.layers.comparisons import activate, several_adapters
 from tests.support.helpers import (
     adapted,
     config,
@@ -33,7 +34,6 @@ from tests.support.helpers import (
 )
 from tests.support.quantised_bases import (
     KINDS,
-    LOADED,
     dense,
     library,
     plain_bert,
@@ -45,8 +45,15 @@ from tests.support.quantised_bases import (
 from tests.training.trainers import QUIET
 
 
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
 def tokenised(count: int = 4, seed: int = 0) -> Tensor:
     return tokens(count, 8, seed=seed)
+
+
+def labelled() -> dict[str, Tensor]:
+    return {"input_ids": tokenised(), "labels": torch.tensor([0, 1, 2, 0])}
 
 
 def change(layer: FPSLayer, names: tuple[str, ...] = ("default",)) -> Tensor:
@@ -86,8 +93,7 @@ def test_the_sparse_part_is_added_exactly_and_trained(kind: str) -> None:
     reference.classifier.load_state_dict(model.classifier.modules_to_save.default.state_dict())
     assert all(type(layer) is QuantisedLinear for layer in layers_of(model).values())
     assert len(changes) == 7  # all linear layers but the head
-    batch = {"input_ids": tokenised(), "labels": torch.tensor([0, 1, 2, 0])}
-    expected, found = reference(**batch), model(**batch)
+    expected, found = reference(**labelled()), model(**labelled())
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     expected.loss.backward()
     found.loss.backward()
@@ -103,7 +109,7 @@ def test_no_forward_or_backward_forms_a_dense_weight(kind: str, monkeypatch: pyt
     model = adapted(quantised(kind, plain_bert())).train()
     for name in ("dense_weight", "dense_delta"):
         monkeypatch.setattr(quantised_linear, name, None)  # a call would raise
-    model(tokenised(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    model(**labelled()).loss.backward()
     assert model.base_model.model.bert.pooler.dense.fps_values["default"].grad.abs().sum() > 0
 
 
@@ -137,15 +143,13 @@ def test_under_autocast_the_product_is_in_its_dtype() -> None:
 def test_several_adapters_and_none(kind: str) -> None:
     plain = plain_bert()
     bare, summed = quantised(kind, plain), quantised(kind, plain)
-    model: Any = adapted(quantised(kind, plain), "a", modules_to_save=[])
-    model.add_adapter("b", config(per_neuron=3, modules_to_save=[]))
-    fill(model, "b", seed=5)
+    model = several_adapters(quantised(kind, plain), {"a": {}, "b": {"per_neuron": 3}}, modules_to_save=[])
     beside(summed, model, ("a", "b"))
     x = tokenised()
-    model.base_model.set_adapter(["a", "b"])
+    activate(model, "a", "b")
     torch.testing.assert_close(model(x).logits, summed(x).logits, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
-        torch.testing.assert_close(model(x).logits, bare(x).logits, rtol=0, atol=0)
+        exactly(model(x).logits, bare(x).logits)
     one = [model(x[i : i + 1], adapter_names=[name]).logits for i, name in enumerate(["a", "b", "__base__"])]
     mixed = model(x[:3], adapter_names=["a", "b", "__base__"]).logits
     torch.testing.assert_close(mixed, torch.cat(one), rtol=1e-4, atol=5e-3 if kind == "8bit" else 1e-5)
@@ -161,16 +165,15 @@ def test_a_base_that_gives_no_gradient_to_its_input_is_refused_where_one_is_due(
     model = adapted(base)
     with torch.no_grad():
         assert torch.isfinite(model(normal(3, 64))).all()
-    with pytest.raises(
-        ValueError, match=r"last: the quantised base layer \(Int8Tensor\) gives no gradient to its inp"
-    ):
+    message = r"last: the quantised base layer \(Int8Tensor\) gives no gradient to its inp"
+    with pytest.raises(ValueError, match=message):
         model(normal(3, 64))
 
 
 def test_the_dense_change_has_the_shape_of_the_dense_weight() -> None:
     model = adapted(quantised("4bit", plain_bert()), per_neuron=3)
     for layer in layers_of(model).values():
-        torch.testing.assert_close(layer.get_delta_weight("default"), change(layer), rtol=0, atol=0)
+        exactly(layer.get_delta_weight("default"), change(layer))
 
 
 def test_a_copy_of_a_layer_is_independent_of_it() -> None:
@@ -178,7 +181,7 @@ def test_a_copy_of_a_layer_is_independent_of_it() -> None:
     x, expected = tokenised(), model(tokenised()).logits
     twin = copy.deepcopy(model)
     fill(twin, seed=9)
-    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=0)
+    exactly(model(x).logits, expected)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -251,19 +254,16 @@ def test_one_weight_is_dequantised_at_a_time_and_none_is_kept(monkeypatch: pytes
 @pytest.mark.parametrize("importance", ["gradient", "fisher", "sensitivity", "movement", "l0"])
 def test_importances_that_need_gradients_are_refused(importance: str) -> None:
     model = get_peft_model(quantised("4bit", plain_bert()), FPSConfig(per_neuron=1, importance=importance))
-    data = [{"input_ids": tokenised(), "labels": torch.tensor([0, 1, 2, 0])}]
     message = r"query: its weight is quantised \(bnb 4bit\).*Choose importance='activation'.*Nothing was changed"
     with unchanged(model), pytest.raises(ValueError, match=message):
-        model.calibrate(data, progress=False)
+        model.calibrate([labelled()], progress=False)
 
 
 def test_entries_that_need_gradients_are_selected_on_the_unquantised_model() -> None:
-    plain = plain_bert()
-    source = get_peft_model(copy.deepcopy(plain), FPSConfig(per_neuron=2, importance="gradient", modules_to_save=[]))
-    source.calibrate([{"input_ids": tokenised(), "labels": torch.tensor([0, 1, 2, 0])}], progress=False)
-    model = get_peft_model(
-        quantised("4bit", plain), FPSConfig(per_neuron=2, importance="gradient", modules_to_save=[])
-    )
+    ours: dict[str, Any] = {"per_neuron": 2, "importance": "gradient", "modules_to_save": []}
+    source = get_peft_model(plain_bert(), FPSConfig(**ours))
+    source.calibrate([labelled()], progress=False)
+    model = get_peft_model(quantised("4bit", plain_bert()), FPSConfig(**ours))
     Selection.of(source).apply(model)
     theirs = layers_of(source)
     for path, layer in layers_of(model).items():
@@ -303,12 +303,10 @@ def expected_merge(kind: str, layer: FPSLayer, names: tuple[str, ...]) -> Any:
     return base
 
 
-def mergeable(kind: str, plain: nn.Module | None = None, names: str = "a") -> Any:
-    model = adapted(quantised(kind, plain or plain_bert()), names[0], modules_to_save=[])
-    for seed, name in enumerate(names[1:]):
-        model.add_adapter(name, config(per_neuron=3 + seed, modules_to_save=[]))
-        fill(model, name, seed=5 + seed)
-    model.eval()(tokenised())  # 8-bit layers move their scales when they are first called
+def mergeable(kind: str, names: str = "a") -> Any:
+    each = {name: {"per_neuron": count} for count, name in enumerate(names, start=2)}
+    model = several_adapters(quantised(kind, plain_bert()), each, modules_to_save=[])
+    model(tokenised())  # 8-bit layers move their scales when they are first called
     return model
 
 
@@ -318,33 +316,30 @@ def all_bytes(model: nn.Module) -> dict[str, dict[str, bytes]]:
     return {path: stored_bytes(layer.base_layer) for path, layer in layers_of(model).items()}
 
 
-MERGED = [*LOADED, "hqq"]
-
-
-@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merging_quantises_the_sum_and_unmerging_restores_the_base_bit_for_bit(kind: str, safe: bool) -> None:
     model = mergeable(kind)
-    before, base_output = all_bytes(model), None
+    before = all_bytes(model)
     with model.disable_adapter():
         base_output = model(tokenised()).logits
     expected = {path: expected_merge(kind, layer, ("a",)) for path, layer in layers_of(model).items()}
     model.merge_adapter(safe_merge=safe)
     for path, layer in layers_of(model).items():
         found, wanted = (quantised_linear.dense_weight(base) for base in (layer.base_layer, expected[path]))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-        torch.testing.assert_close(layer.base_layer.bias, expected[path].bias, rtol=0, atol=0)
+        exactly(found, wanted)
+        exactly(layer.base_layer.bias, expected[path].bias)
         x = normal(3, layer.shape.inputs)
         torch.testing.assert_close(layer(x), expected[path](x), rtol=1e-5, atol=5e-3 if kind == "8bit" else 1e-5)
     with model.disable_adapter():
-        torch.testing.assert_close(model(tokenised()).logits, base_output, rtol=0, atol=0)
+        exactly(model(tokenised()).logits, base_output)
     assert all_bytes(model) != before
     assert not any(p.requires_grad for layer in layers_of(model).values() for p in layer.base_layer.parameters())
     model.unmerge_adapter()
     assert all_bytes(model) == before
 
 
-@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_adapters_in_any_order_are_unmerged_bit_for_bit(kind: str) -> None:
     model = mergeable(kind, names="ab")
     before = all_bytes(model)
@@ -358,30 +353,20 @@ def test_any_adapters_in_any_order_are_unmerged_bit_for_bit(kind: str) -> None:
         assert all_bytes(model) == before
 
 
-@pytest.mark.parametrize("kind", MERGED)
-def test_merge_and_unload_gives_a_plain_quantised_model(kind: str) -> None:
-    plain = plain_bert()
-    model = mergeable(kind, plain)
-    twin = mergeable(kind, plain)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_unload_gives_a_plain_quantised_model_and_unload_restores_the_base(kind: str) -> None:
+    model, twin, plain = mergeable(kind), mergeable(kind), quantised(kind, plain_bert())
     twin.merge_adapter()
     expected = twin(tokenised()).logits
     merged = model.merge_and_unload()
     assert not any("fps" in name for name, _ in merged.named_modules())
-    assert type(merged.bert.pooler.dense) is type(quantised(kind, plain).bert.pooler.dense)
-    torch.testing.assert_close(merged(tokenised()).logits, expected, rtol=0, atol=0)
+    assert type(merged.bert.pooler.dense) is type(plain.bert.pooler.dense)
+    exactly(merged(tokenised()).logits, expected)
     assert layers_of(get_peft_model(merged, config(modules_to_save=[])))
+    exactly(twin.unload()(tokenised()).logits, plain(tokenised()).logits)
 
 
-@pytest.mark.parametrize("kind", MERGED)
-def test_unload_restores_the_base(kind: str) -> None:
-    plain = plain_bert()
-    expected = quantised(kind, plain)(tokenised()).logits
-    model = mergeable(kind, plain)
-    model.merge_adapter()
-    torch.testing.assert_close(model.unload()(tokenised()).logits, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, 3e38], ids=str)
 def test_safe_merge_is_all_or_nothing(kind: str, number: float) -> None:
     """8-bit weights are quantised by way of float16, which 3e38 overflows."""
@@ -416,12 +401,10 @@ def test_weights_that_cannot_be_quantised_again_are_refused_before_anything_is_m
     merges: list[Callable[[], Any]] = [model.merge_adapter, model.merge_and_unload]
     merges += [partial(model.merge_adapter, safe_merge=True), layers_of(model)["last"].merge]
     for merge in merges:
-        with pytest.raises(
-            ValueError, match=r"last: its weight was quantised with unknown settings.*Nothing was merg"
-        ):
+        with pytest.raises(ValueError, match="last: its weight was quantised with unknown settings.*Nothing was merg"):
             merge()
         assert not any(layer.merged for layer in layers_of(model).values())
-        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        exactly(model(x), expected)
 
 
 def test_settings_by_module_name_are_refused_before_anything_is_merged() -> None:
@@ -451,7 +434,7 @@ def test_saved_and_loaded_onto_a_freshly_quantised_base(kind: str, tmp_path: Pat
     alone = quantised(kind, plain)
     alone.load_adapter(str(tmp_path))  # transformers' own
     for loaded in (with_peft, on_meta, alone):
-        torch.testing.assert_close(loaded.eval()(tokenised()).logits, expected, rtol=0, atol=0)
+        exactly(loaded.eval()(tokenised()).logits, expected)
         assert all(layer.fps_values["default"].dtype == torch.float32 for layer in layers_of(loaded).values())
         assert all(layer.quantization_backend is not None for layer in layers_of(loaded).values())
 
@@ -495,6 +478,6 @@ def test_an_adapter_of_conv1d_layers_meets_the_linear_layers_they_are_quantised_
     theirs = layers_of(source)
     for path, layer in layers_of(model).items():
         assert type(layer) is QuantisedLinear
-        torch.testing.assert_close(change(layer), change(theirs[path]), rtol=0, atol=0)
+        exactly(change(layer), change(theirs[path]))
     x = tokenised()
     torch.testing.assert_close(model(x).logits, source(x).logits, rtol=0.5, atol=0.5)

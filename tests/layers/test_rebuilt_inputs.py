@@ -17,12 +17,14 @@ from transformers import activations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peft_fps.sparse import products
+from tests.layers.comparisons import assert_adapter_gradients, assert_equal, trained_gradients
 from tests.support.combinations import pairwise
 from tests.support.helpers import (
     COPIES,
     adapted,
     dense_change,
     dense_reference,
+    entry_places,
     fill,
     layers_of,
     selected_columns,
@@ -77,9 +79,23 @@ MIDDLES = NORMS | ACTIVATIONS | OTHERS
 SOME = ["layer-norm", "rms-norm", "llama-norm", "gelu", "relu", "attention"]
 
 
-def wrapped(saved_inputs: str, middle: str | Callable[[], nn.Module], per_neuron: int = 2, **options: Any) -> Any:
+def wrapped(
+    saved_inputs: str,
+    middle: str | Callable[[], nn.Module],
+    per_neuron: int = 2,
+    then: Callable[[Any], Any] = lambda base: None,
+    **options: Any,
+) -> Any:
+    """Three adapted readers of what `middle` produces; `then` changes the network after it has got the adapter."""
     build = MIDDLES[middle] if isinstance(middle, str) else middle
-    return adapted(net(build, **options), saved_inputs=saved_inputs, target_modules=READERS, per_neuron=per_neuron)
+    model = adapted(net(build, **options), saved_inputs=saved_inputs, target_modules=READERS, per_neuron=per_neuron)
+    then(model.base_model.model)
+    return model
+
+
+def replace(**functions: Callable[..., Any]) -> Callable[[nn.Module], None]:
+    """Put functions into a network: what it does `between` producer and readers, and `around_reading`."""
+    return lambda base: vars(base).update(functions)
 
 
 Step = Callable[[nn.Module, Tensor], Tensor]
@@ -94,8 +110,7 @@ def gradients(model: Any, step: Step = loss) -> dict[str, Tensor]:
     x = inputs(dtype=next(model.parameters()).dtype)
     model.zero_grad()
     step(model, x).backward()
-    found = {"input": x.grad} if x.grad is not None else {}
-    return found | {name: p.grad for name, p in model.base_model.model.named_parameters() if p.requires_grad}
+    return ({"input": x.grad} if x.grad is not None else {}) | trained_gradients(model)
 
 
 def dense_gradients(model: Any, step: Step = loss) -> dict[str, Tensor]:
@@ -123,11 +138,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], error: f
     assert set(found) == set(expected)
     for name, grad in expected.items():
         assert float((found[name].double() - grad.double()).norm()) <= error * float(grad.double().norm()), name
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == []
 
 
 def assert_right(build: Callable[[str], Any], step: Step = loss, error: float = 1e-5) -> None:
@@ -182,8 +192,7 @@ def test_gradients_under_autocast(middle: str, kernel: str, monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_gradients_in_other_dtypes(middle: str, dtype: torch.dtype):
     def build(choice: str) -> Any:
-        model = adapted(net(MIDDLES[middle]).to(dtype), saved_inputs=choice, target_modules=READERS)
-        return model
+        return adapted(net(MIDDLES[middle]).to(dtype), saved_inputs=choice, target_modules=READERS)
 
     reference = dense_gradients(build("columns").float())
     for choice in CHOICES:
@@ -202,17 +211,11 @@ def test_gradient_checkpointing_changes_nothing(middle: str, part: str, reentran
         return (again(model, x) if part == "all" else model(x)).square().sum()
 
     def build(choice: str) -> Any:
-        model = wrapped(choice, middle)
-        if part == "readers":
-            model.base_model.model.around_reading = again
-        return model
+        return wrapped(choice, middle, then=replace(around_reading=again) if part == "readers" else lambda base: None)
 
     assert_right(build, step)
     for choice in EXACT:
-        model = build(choice)
-        again_computed = gradients(model, step)
-        model.base_model.model.around_reading = lambda function, *args: function(*args)
-        assert_equal(again_computed, gradients(model))
+        assert_equal(gradients(build(choice), step), gradients(wrapped(choice, middle)))
 
 
 @pytest.mark.parametrize("middle", SOME)
@@ -232,8 +235,7 @@ def test_two_backwards_through_one_graph(middle: str, choice: str):
     kept = loss(model, x)
     kept.backward(retain_graph=True)
     kept.backward()
-    twice = {"input": x.grad} | {n: p.grad for n, p in model.base_model.model.named_parameters() if p.requires_grad}
-    assert_equal(twice, {name: 2 * grad for name, grad in once.items()})
+    assert_equal({"input": x.grad} | trained_gradients(model), {name: 2 * grad for name, grad in once.items()})
     with pytest.raises(RuntimeError, match="second time"):
         kept.backward()
 
@@ -242,9 +244,7 @@ def test_two_backwards_through_one_graph(middle: str, choice: str):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_backwards_in_another_order_than_forwards(middle: str, choice: str):
     model, batches = wrapped(choice, middle), [inputs(seed) for seed in range(3)]
-    expected = []
-    for x in batches:
-        expected.append(torch.autograd.grad(loss(model, x), x)[0])
+    expected = [torch.autograd.grad(loss(model, x), x)[0] for x in batches]
     losses = [loss(model, x) for x in batches]
     for place in (1, 2, 0):
         assert torch.equal(torch.autograd.grad(losses[place], batches[place])[0], expected[place])
@@ -253,9 +253,7 @@ def test_backwards_in_another_order_than_forwards(middle: str, choice: str):
 @pytest.mark.parametrize("middle", list(NORMS))
 def test_norms_that_are_trained_themselves(middle: str):
     def build(choice: str) -> Any:
-        model = wrapped(choice, middle)
-        model.base_model.model.middle.requires_grad_()
-        return model
+        return wrapped(choice, middle, then=lambda base: base.middle.requires_grad_())
 
     assert "middle.weight" in gradients(build("rebuild"))
     assert_right(build)
@@ -263,15 +261,10 @@ def test_norms_that_are_trained_themselves(middle: str):
 
 @pytest.mark.parametrize("middle", ["layer-norm", "gelu"])
 def test_inputs_without_a_gradient(middle: str):
-    def step(model: nn.Module, x: Tensor) -> Tensor:
-        return loss(model, x.detach())
-
     def build(choice: str) -> Any:
-        model = wrapped(choice, middle)
-        model.base_model.model.before.requires_grad_(False)
-        return model
+        return wrapped(choice, middle, then=lambda base: base.before.requires_grad_(False))
 
-    assert_right(build, step)
+    assert_right(build, lambda model, x: loss(model, x.detach()))
 
 
 @pytest.mark.parametrize(
@@ -282,12 +275,7 @@ def test_inputs_without_a_gradient(middle: str):
 )
 @pytest.mark.parametrize("middle", SOME)
 def test_readers_of_a_view(middle: str, layout: Callable[[Tensor], Tensor]):
-    def build(choice: str) -> Any:
-        model = wrapped(choice, middle)
-        model.base_model.model.between = lambda source, y: layout(y)
-        return model
-
-    assert_right(build)
+    assert_right(lambda choice: wrapped(choice, middle, then=replace(between=lambda source, y: layout(y))))
 
 
 def test_values_of_one_adapter_with_another_choice():
@@ -298,12 +286,10 @@ def test_values_of_one_adapter_with_another_choice():
         fill(model, "other", seed=3)
         for name in ("default", "other"):
             model.set_adapter(name)
-            found = gradients(model)
+            loss(model, inputs()).backward()
             plain = dense_reference(copy.deepcopy(model).unload(), model, [name]).requires_grad_()
             loss(plain, inputs()).backward()
-            for path in READERS:
-                expected = plain.get_submodule(path).weight.grad[dense_change(layers_of(model)[path], name) != 0]
-                torch.testing.assert_close(found[f"{path}.fps_values.{name}"], expected, rtol=1e-4, atol=1e-5)
+            assert_adapter_gradients(model, plain, name, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -330,10 +316,8 @@ def test_whole_models(build: Callable[[], Any], choice: str, reentrant: bool | N
     plain = dense_reference(build(), model, ["default"]).requires_grad_()
     plain(x).logits.square().sum().backward()
     for path, layer in layers_of(model).items():
-        grad, change = plain.get_submodule(path).weight.grad, dense_change(layer)
-        if build is tiny_gpt2:
-            grad, change = grad.t(), change.t()
-        expected, found = grad[change != 0], layer.fps_values["default"].grad
+        module, found = plain.get_submodule(path), layer.fps_values["default"].grad
+        expected = module.weight.grad.reshape(-1)[entry_places(module, selected_columns(layer))]
         error = 0.02 if choice == "bfloat16" else 1e-4
         assert float((found - expected).norm()) <= error * float(expected.norm()) + 1e-6, path
 
@@ -373,13 +357,8 @@ HOOKS = {
     pairwise(["layer-norm", "rms-norm", "llama-norm", "transformers-gelu", "silu"], HOOKS, ["before", "after"]),
 )
 def test_hooks_of_the_producer(middle: str, kind: str, when: str):
-    def build(choice: str) -> Any:
-        model = wrapped(choice, middle, 7, outside=HOOKS[kind] if when == "before" else None)
-        if when == "after":
-            HOOKS[kind](model.base_model.model)
-        return model
-
-    assert_right(build)
+    moment = {"before": "outside", "after": "then"}[when]  # before and after there is an adapter
+    assert_right(lambda choice: wrapped(choice, middle, 7, **{moment: HOOKS[kind]}))
 
 
 def test_hooks_of_all_modules():
@@ -394,15 +373,12 @@ def test_hooks_of_all_modules():
 
 
 def test_a_forward_put_over_the_producers_own():
-    def build(choice: str) -> Any:
-        model = wrapped(choice, "layer-norm", 7)
-        norm = model.base_model.model.middle
+    def put_over(base: Any) -> None:
+        norm = base.middle
         norm.forward = lambda x: 2 * F.layer_norm(x, (WIDTH,), norm.weight, norm.bias)
-        return model
 
-    exact = [gradients(build(choice)) for choice in EXACT]
-    for one in exact:
-        assert_equal(one, exact[-1])
+    found, expected = (gradients(wrapped(choice, "layer-norm", 7, put_over)) for choice in EXACT)
+    assert_equal(found, expected)
 
 
 class Gated(nn.GELU):
@@ -426,11 +402,6 @@ class NoisyRMSNorm(nn.Module):
         return F.dropout(F.rms_norm(x, x.shape[-1:]), 0.5)
 
 
-@pytest.mark.parametrize("middle", [Gated, lambda: Softened(WIDTH)], ids=["activation", "norm"])
-def test_subclasses_of_producers(middle: Callable[[], nn.Module]):
-    assert_right(lambda choice: wrapped(choice, middle, 7))
-
-
 def test_norms_that_are_random():
     def step(model: nn.Module, x: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -440,19 +411,30 @@ def test_norms_that_are_random():
     assert_right(lambda choice: wrapped(choice, NoisyRMSNorm, 7), step)
 
 
-def test_producers_called_with_more_than_a_tensor():
-    class Calls(nn.Module):
-        def __init__(self, way: str) -> None:
-            super().__init__()
-            self.norm, self.way = Softened(WIDTH), way
+class Calls(nn.Module):
+    """A norm that is called with more than a tensor."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            if self.way == "name":
-                return self.norm(input=x)
-            return self.norm(x, 3.0) if self.way == "position" else self.norm(x, scale=3.0)
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.call = Softened(WIDTH), call
 
-    for way in ("name", "position", "keyword"):
-        assert_right(lambda choice, way=way: wrapped(choice, lambda: Calls(way), 7))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.norm, x)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        Gated,
+        lambda: Softened(WIDTH),
+        lambda: Calls(lambda norm, x: norm(input=x)),
+        lambda: Calls(lambda norm, x: norm(x, 3.0)),
+        lambda: Calls(lambda norm, x: norm(x, scale=3.0)),
+    ],
+    ids=["activation", "norm", "by-name", "by-position", "by-keyword"],
+)
+def test_subclasses_of_producers_however_they_are_called(middle: Callable[[], nn.Module]):
+    assert_right(lambda choice: wrapped(choice, middle, 7))
 
 
 @pytest.mark.parametrize("middle", ["layer-norm", "llama-norm", "gelu"])
@@ -487,9 +469,7 @@ def test_a_change_before_the_product_is_no_silent_mistake(
     """The readers' gradients are right, or refused, if what their input was made from is changed before them."""
 
     def build(choice: str) -> Any:
-        model = adapted(net(MIDDLES[middle]), saved_inputs=choice, target_modules=READERS, per_neuron=7).to(dtype)
-        model.base_model.model.between = change
-        return model
+        return wrapped(choice, middle, 7, replace(between=change)).to(dtype)
 
     assert_right_or_refused(build, build, 1e-5 if dtype == torch.float32 else 0.03)
 
@@ -501,21 +481,20 @@ AFTER += [(middle, "weight") for middle in NORMS]
 @pytest.mark.parametrize(("middle", "place"), AFTER)
 def test_a_change_after_the_product_is_no_silent_mistake(middle: str, place: str):
     def build(choice: str) -> Any:
-        model = wrapped(choice, middle, 7)
-        base = model.base_model.model
+        places: dict[str, Tensor] = {}
 
         def between(source: Tensor, y: Tensor) -> Tensor:
-            base.changed = [{"source": source, "y": y, "weight": getattr(base.middle, "weight", None)}[place]]
+            places.update(source=source, y=y)
             return y
 
         def around(function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
             result = function(y)
             with torch.no_grad():
-                (changed,) = base.changed
-                changed.copy_(changed.flip(-1))
+                places[place].copy_(places[place].flip(-1))
             return result
 
-        base.between, base.around_reading = between, around
+        model = wrapped(choice, middle, 7, replace(between=between, around_reading=around))
+        places["weight"] = getattr(model.base_model.model.middle, "weight", None)
         return model
 
     assert_right_or_refused(build, lambda choice: wrapped(choice, middle, 7), 1e-5)
@@ -565,10 +544,13 @@ def copied(model: Any, bytes_each: int = 4) -> int:
     return TOKENS[0] * TOKENS[1] * len(set().union(*unions(model))) * bytes_each
 
 
-@pytest.mark.parametrize("per_neuron", [1, 7])
-@pytest.mark.parametrize("middle", [*NORMS, *ACTIVATIONS])
-def test_rebuilt_inputs_cost_no_memory(middle: str, per_neuron: int):
-    assert saved(wrapped("rebuild", middle, per_neuron)) == saved(frozen(middle))
+@pytest.mark.parametrize(
+    ("choice", "middle", "per_neuron"),
+    [("rebuild", middle, per_neuron) for middle in [*NORMS, *ACTIVATIONS] for per_neuron in (1, 7)]
+    + [(choice, middle, 2) for middle in ("relu", "attention") for choice in CHOICES],
+)
+def test_inputs_that_are_rebuilt_or_kept_anyway_cost_no_memory(choice: str, middle: str, per_neuron: int):
+    assert saved(wrapped(choice, middle, per_neuron)) == saved(frozen(middle))
 
 
 @pytest.mark.parametrize(
@@ -583,22 +565,13 @@ def test_copied_columns_are_kept_once_for_all_readers(middle: str, per_neuron: i
     assert saved(model) - saved(frozen(middle)) == copied(model, 2 if choice == "bfloat16" else 4)
 
 
-@pytest.mark.parametrize("middle", ["relu", "attention"])
-@pytest.mark.parametrize("choice", CHOICES)
-def test_outputs_that_are_kept_anyway_cost_no_memory(middle: str, choice: str):
-    assert saved(wrapped(choice, middle)) == saved(frozen(middle))
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("middle", ["relu", "attention", "layer-norm", "nothing"])
 def test_another_layout_costs_no_more_than_the_columns(choice: str, middle: str):
-    def turned(model: nn.Module) -> nn.Module:
-        model.between = lambda source, y: y.transpose(0, 1)
-        return model
-
-    model, plain = wrapped(choice, middle, 1), frozen(middle)
-    turned(model.base_model.model)
-    assert saved(model) - saved(turned(plain)) <= copied(model)
+    turn = replace(between=lambda source, y: y.transpose(0, 1))
+    model, plain = wrapped(choice, middle, 1, turn), frozen(middle)
+    turn(plain)
+    assert saved(model) - saved(plain) <= copied(model)
 
 
 @pytest.mark.parametrize("middle", ["gelu", "relu", "attention"])
@@ -611,11 +584,8 @@ def test_under_autocast_no_more_than_the_columns_in_half_precision(choice: str, 
 
 @pytest.mark.parametrize("middle", list(NORMS))
 def test_rebuilding_costs_no_more_than_columns_in_half_precision(middle: str):
-    def half(model: Any) -> Any:
-        return model.to(torch.bfloat16)
-
-    model = half(wrapped("rebuild", middle, 1))
-    assert saved(model, dtype=torch.bfloat16) - saved(half(frozen(middle)), dtype=torch.bfloat16) <= copied(model, 2)
+    model, plain = (each.to(torch.bfloat16) for each in (wrapped("rebuild", middle, 1), frozen(middle)))
+    assert saved(model, dtype=torch.bfloat16) - saved(plain, dtype=torch.bfloat16) <= copied(model, 2)
 
 
 @pytest.mark.parametrize(("middle", "choice", "per_neuron"), pairwise(SOME, CHOICES, [1, 7]))
@@ -627,17 +597,15 @@ def test_nothing_as_large_as_a_weight_is_saved(choice: str, middle: str, per_neu
     assert max(found.values()) < 4 * neurons * WIDTH
 
 
-def test_checkpointed_parts_keep_nothing_more():
-    def build(model: nn.Module) -> nn.Module:
-        model.around_reading = partial(checkpoint, use_reentrant=False)
-        return model
+CHECKPOINTED = replace(around_reading=partial(checkpoint, use_reentrant=False))
 
+
+def test_checkpointed_parts_keep_nothing_more():
     for middle in SOME:
-        plain = saved(build(frozen(middle)))
+        plain = frozen(middle)
+        CHECKPOINTED(plain)
         for choice in CHOICES:
-            model = wrapped(choice, middle, 1)
-            build(model.base_model.model)
-            assert saved(model) == plain
+            assert saved(wrapped(choice, middle, 1, CHECKPOINTED)) == saved(plain)
 
 
 ONE_TENSOR = 4 * TOKENS[0] * TOKENS[1] * WIDTH
@@ -668,19 +636,23 @@ def test_checkpointed_parts_leave_the_latest_notes_at_most(choice: str, middle: 
     model, plain, x = wrapped(choice, middle), frozen(middle), inputs()
     loss(model, x).backward()  # index tensors are derived once, gradients are there
     for one in (model.base_model.model, plain):
-        one.around_reading = partial(checkpoint, use_reentrant=False)
-    note = 4 * TOKENS[0] * TOKENS[1] * WIDTH
-    assert new_bytes(lambda: model(x)) <= new_bytes(lambda: plain(x)) + 2 * note
+        CHECKPOINTED(one)
+    assert new_bytes(lambda: model(x)) <= new_bytes(lambda: plain(x)) + ONE_NOTE
+
+
+def hidden_states(model: Any) -> list[Tensor]:
+    """What the readers will have read, forward by forward, as where a model returns its hidden states."""
+    states: list[Tensor] = []
+    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    return states
 
 
 @pytest.mark.parametrize("middle", ["layer-norm", "nothing"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_one_note_at_most_outlives_backward(choice: str, middle: str):
-    """As where a model returns its hidden states."""
     model, x = wrapped(choice, middle), inputs()
     loss(model, x).backward()
-    states: list[Tensor] = []
-    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    states = hidden_states(model)
 
     def steps() -> list[Tensor]:
         for _ in range(4):
@@ -723,16 +695,15 @@ def test_one_hook_for_several_adapters():
 
 @pytest.mark.parametrize(("choice", "way", "build"), pairwise(CHOICES, COPIES, [tiny_bert, tiny_llama]))
 def test_copies_train_alike(build: Callable[[], Any], choice: str, way: str):
-    def trained(model: Any) -> list[Tensor]:
+    def trained(model: Any) -> dict[str, Tensor]:
         model.zero_grad()
         model(token_inputs()).logits.square().sum().backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        return trained_gradients(model)
 
     model = adapted(build(), saved_inputs=choice, modules_to_save=[])
     expected = trained(model)
     twin = COPIES[way](model)
-    for one, other in zip(trained(twin), expected, strict=True):
-        assert torch.equal(one, other)
+    assert_equal(trained(twin), expected)
     assert [len(m._forward_hooks) for m in twin.modules()] == [len(m._forward_hooks) for m in model.modules()]
     assert hooks_of(twin.unload()) == []
 
@@ -741,8 +712,7 @@ def test_copies_train_alike(build: Callable[[], Any], choice: str, way: str):
 def test_outputs_are_saved_as_plain_tensors(choice: str):
     """What a user does with hidden states that come out of a model."""
     model = wrapped(choice, "layer-norm")
-    states: list[Tensor] = []
-    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    states = hidden_states(model)
     model(inputs())
     stream, plain = io.BytesIO(), io.BytesIO()
     torch.save(states[0], stream)
@@ -755,8 +725,7 @@ def test_outputs_are_saved_as_plain_tensors(choice: str):
 @pytest.mark.parametrize("middle", SOME)
 def test_evaluation_notes_nothing(choice: str, middle: str):
     model = wrapped(choice, middle)
-    states: list[Tensor] = []
-    model.base_model.model.between = lambda source, y: (states.append(y), y)[1]
+    states = hidden_states(model)
     with torch.no_grad():
         expected = model(inputs())
     with torch.inference_mode():

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_fps
+from tests.layers.comparisons import COMPILES, activate, several_adapters
 from tests.support.helpers import (
-    adapted,
     base_bytes,
     config,
     dense_change,
@@ -43,10 +43,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def two(kind: str) -> PeftModel:
     build, _, options = MODELS[kind]
-    model = adapted(build(), "a", **options)
-    model.add_adapter("b", config(per_neuron=3, **options))
-    fill(model, "b", seed=2)
-    return model.eval()
+    return several_adapters(build(), {"a": {}, "b": {"per_neuron": 3}}, **options)
 
 
 def reference(kind: str, model: PeftModel, scales: dict[str, float]) -> nn.Module:
@@ -65,7 +62,7 @@ def test_a_scaled_adapter_changes_the_output_so_much(kind: str, scale: float) ->
 @pytest.mark.parametrize("kind", MODELS)
 def test_several_adapters_have_scales_of_their_own(kind: str) -> None:
     model, inputs = two(kind), MODELS[kind][1]()
-    model.base_model.set_adapter(["a", "b"])
+    activate(model, "a", "b")
     model.set_scale("a", 0.25)
     model.set_scale("b", -2)
     expected = output(reference(kind, model, {"a": 0.25, "b": -2.0}), **inputs)
@@ -199,7 +196,7 @@ def test_an_error_within_the_context_ends_the_rescaling_too() -> None:
     assert layers_of(model)["first"].scaling == {"a": 1, "b": 1}
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from within torch.compile
+@COMPILES
 def test_a_compiled_model_follows_the_scale() -> None:
     model, x = two("linear"), normal(3, 10)
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """A model that reads weights off its layers computes what one does that calls them."""
 
 import copy
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from peft_fps.layers.tensors_as_read import ChangedTensor, as_read
-from tests.support.helpers import adapted, base_bytes, bits, config, dense_reference, fill, layers_of, normal, tokens
+from tests.layers.comparisons import activate, assert_adapter_gradients, several_adapters
+from tests.support.helpers import adapted, base_bytes, bits, dense_reference, layers_of, normal, tokens
 
 
 class Reads(nn.Module):
@@ -37,17 +39,14 @@ def built() -> Reads:
 
 
 def two_adapters() -> Any:
-    model = adapted(built(), "a")
-    model.add_adapter("b", config(per_neuron=3, importance="random"))
-    fill(model, "b", seed=4)
-    return model.eval()
+    return several_adapters(built(), {"a": {}, "b": {"per_neuron": 3, "importance": "random"}})
 
 
 def test_it_computes_with_the_active_adapters_merged_or_not():
     model, x = two_adapters(), normal(2, 4, 6)
     before = base_bytes(model)
     for names in (["a"], ["b"], ["a", "b"]):
-        model.base_model.set_adapter(names)
+        activate(model, *names)
         expected = dense_reference(built(), model, names)(x)
         torch.testing.assert_close(model(x), expected)
         model.merge_adapter()
@@ -65,12 +64,8 @@ def test_changes_get_gradients_and_the_base_gets_none():
     plain = dense_reference(built(), model, ["default"]).requires_grad_(True)
     plain(x).square().sum().backward()
     model(x).square().sum().backward()
-    for path, layer in layers_of(model).items():
-        module: Any = plain.get_submodule(path)
-        places = layer.structure("default").positions.long()
-        torch.testing.assert_close(layer.fps_values["default"].grad, module.weight.grad.reshape(-1)[places])
-        torch.testing.assert_close(layer.fps_bias["default"].grad, module.bias.grad)
-        assert layer.base_layer.weight.grad is None
+    assert_adapter_gradients(model, plain)
+    assert all(layer.base_layer.weight.grad is None for layer in layers_of(model).values())
 
 
 def test_samples_of_several_adapters_are_refused_and_those_of_one_are_not():
@@ -134,18 +129,6 @@ def test_what_writes_in_place_writes_to_the_frozen_tensor():
     assert bits(layers_of(copied)["step"].base_layer.weight) == bits(layer.base_layer.weight)
 
 
-def _iadd(weight: Tensor) -> None:
-    weight += 1
-
-
-def _setitem(weight: Tensor) -> None:
-    weight[1] = 3.0
-
-
-def _set_data(weight: Tensor) -> None:
-    weight.data = torch.ones(3, 4)
-
-
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "mul_": lambda weight: weight.mul_(2),
     "div_": lambda weight: weight.div_(2),
@@ -153,9 +136,9 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "nn.init by name": lambda weight: nn.init.constant_(tensor=weight, val=2.0),
     "out": lambda weight: torch.ones(3, 4, out=weight),
     "foreach": lambda weight: torch._foreach_mul_([weight], 2.0),
-    "+=": _iadd,
-    "item": _setitem,
-    "data": _set_data,
+    "+=": lambda weight: operator.iadd(weight, 1),
+    "item": lambda weight: operator.setitem(weight, 1, 3.0),
+    "data": lambda weight: setattr(weight, "data", torch.ones(3, 4)),
 }
 
 

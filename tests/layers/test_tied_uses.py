@@ -16,12 +16,12 @@ from transformers import BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3
 
 from peft_fps import FPSConfig
 from peft_fps.layers.tied_uses import is_tied_use
+from tests.layers.comparisons import activate, assert_adapter_gradients, compiled_alike, several_adapters
 from tests.support.helpers import (
     _seeded,
     adapted,
     base_bytes,
     bits,
-    config,
     dense_change,
     fill,
     layers_of,
@@ -92,10 +92,7 @@ def test_all_uses_see_the_change_and_its_gradient_is_the_sum_over_them() -> None
     grad = normal(2, 5, TOKENS)
     model(IDS).backward(grad)
     plain(IDS).backward(grad)
-    layer = layers_of(model)["words"]
-    rows = enumerate(selected_columns(layer))
-    wanted = [plain.words.weight.grad[token, neuron] for neuron, row in rows for token in row]
-    torch.testing.assert_close(layer.fps_values["default"].grad, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    assert_adapter_gradients(model, plain, rtol=1e-4, atol=1e-5)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "base_model.model.words.fps_values.default"
     ]
@@ -130,13 +127,12 @@ def test_in_half_precision_too_a_merge_changes_nothing_that_counts() -> None:
 
 
 def test_adapters_add_up_and_mix_in_a_batch() -> None:
-    model = adapted_words(adapter_name="a")
-    model.add_adapter("b", config(target_modules=["words"], per_neuron=4))
-    fill(model, "b", seed=5)
-    model.base_model.set_adapter(["a", "b"])
+    each = {"a": {"importance": "random"}, "b": {"per_neuron": 4}}
+    model = several_adapters(tied(), each, target_modules=["words"])
+    activate(model, "a", "b")
     torch.testing.assert_close(model(IDS), dense(model, "a", "b")(IDS))
     ids, names = tokens(4, 5, vocabulary=TOKENS), ["b", "__base__", "a", "b"]
-    result = model.eval()(ids, adapter_names=names)
+    result = model(ids, adapter_names=names)
     for place, name in enumerate(names):
         alone = tied() if name == "__base__" else dense(model, name)
         torch.testing.assert_close(result[place], alone(ids)[place])
@@ -175,11 +171,7 @@ def test_a_compiled_model_is_one_graph_with_the_same_results() -> None:
     base = tied()
     base.offset = base.again  # which would need a dense weight
     model = adapted(base, target_modules=["words"], importance="random")
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS), model(IDS))
-    values = layers_of(model)["words"].fps_values["default"]
-    found = torch.autograd.grad(compiled(IDS).square().sum(), values)
-    torch.testing.assert_close(found, torch.autograd.grad(model(IDS).square().sum(), values))
+    compiled_alike(model, IDS, warm=False)
 
 
 def test_the_report_names_the_uses() -> None:

@@ -36,20 +36,10 @@ def texts(labels) -> list[str]:
     return [label.get_text() for label in labels]
 
 
-def shares_of(model: nn.Module, blocks: str, types: list[str]) -> np.ndarray:
-    """Selected share of the weights in %, `(types, blocks)`, entry by entry."""
-    layers = layers_of(model)
-    return np.array(
-        [
-            [
-                100
-                * sum(len(row) for row in selected_columns(layers[f"{blocks}.{block}.{kind}"]))
-                / layers[f"{blocks}.{block}.{kind}"].base_layer.weight.numel()
-                for block in range(2)
-            ]
-            for kind in types
-        ]
-    )
+def share_of(model: nn.Module, path: str) -> float:
+    """Selected share of a layer's weights in %, entry by entry."""
+    layer = layers_of(model)[path]
+    return 100 * sum(map(len, selected_columns(layer))) / layer.base_layer.weight.numel()
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "model", "row", "column"])
@@ -58,7 +48,7 @@ def test_cells_are_selected_shares_by_block_and_type(granularity: str) -> None:
     types += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     model = adapted(tiny_llama(), filled=False, granularity=granularity, per_neuron=3)
     axes = panels(plot_selection(model))[SHARES]
-    expected = shares_of(model, "model.layers", types)
+    expected = np.array([[share_of(model, f"model.layers.{block}.{kind}") for block in range(2)] for kind in types])
     np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), expected, rtol=1e-12)
     assert texts(axes.get_yticklabels()) == types
     assert texts(axes.get_xticklabels()) == ["0", "1"]
@@ -72,9 +62,7 @@ def test_a_patch_embedding_stands_beside_the_blocks() -> None:
     model = adapted(tiny_vit(), filled=False)
     axes = panels(plot_selection(model))[SHARES]
     cells = np.ma.filled(axes.images[0].get_array(), np.nan)
-    layer = layers_of(model)["vit.embeddings.patch_embeddings.projection"]
-    share = 100 * sum(map(len, selected_columns(layer))) / layer.base_layer.weight.numel()
-    assert cells[0, 0] == pytest.approx(share)
+    assert cells[0, 0] == pytest.approx(share_of(model, "vit.embeddings.patch_embeddings.projection"))
     assert np.isnan(cells[0, 1:]).all()
     assert np.isnan(cells[1:, 0]).all()
     assert texts(axes.get_xticklabels()) == ["none", "0", "1"]

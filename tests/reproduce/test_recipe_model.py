@@ -1,4 +1,3 @@
-import importlib
 import json
 
 import pytest
@@ -10,6 +9,7 @@ from peft_fps.reproduce.recipe_model import model_size, normalisation, prepared_
 from peft_fps.vision import timm_names
 from peft_fps.vision.timm_names import check_timm, is_timm
 from tests.support.helpers import drop_path_rates
+from tests.vision.needs import needs_timm
 
 
 PAPERS = "timm/vit_base_patch16_224.augreg_in21k"
@@ -90,15 +90,7 @@ def test_normalisation_of_a_timm_model_is_in_its_data_config(monkeypatch):
     assert normalisation(PAPERS) == {"mean": [0.5, 0.25, 0.5], "std": [0.1, 0.2, 0.3]}
 
 
-def timm_works():
-    try:
-        importlib.import_module("timm")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not timm_works(), reason="timm cannot be imported")
+@needs_timm
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_timm_model_gets_head_size_and_drop_path(tmp_path, size):
     import timm

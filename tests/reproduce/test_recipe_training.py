@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from tests.reproduce.layouts import write_vtab
 
 
 NORMAL = {"mean": [0.5] * 3, "std": [0.5] * 3}
+vtab_options = partial(ReproduceOptions, "vtab-1k", "dtd", "x")  # batches of 16
+fgvc_options = partial(ReproduceOptions, "fgvc", "cub", "x")
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def data(tmp_path):
 
 
 def test_vtab_trains_on_the_images_as_they_are_evaluated(data):
-    train, splits = image_splits(data, ReproduceOptions("vtab-1k", "dtd", "x", image_size=20), NORMAL)
+    train, splits = image_splits(data, vtab_options(image_size=20), NORMAL)
     assert train is splits["train"]
     assert {split: len(part) for split, part in splits.items()} == {"train": 12, "validation": 6, "test": 8}
     assert splits["test"].processor.geometry == Direct(20)
@@ -40,9 +43,7 @@ def test_vtab_trains_on_the_images_as_they_are_evaluated(data):
 
 
 def test_fgvc_trains_on_random_crops(data):
-    train, splits = image_splits(
-        replace(data, validation=None), ReproduceOptions("fgvc", "cub", "x", image_size=20), NORMAL
-    )
+    train, splits = image_splits(replace(data, validation=None), fgvc_options(image_size=20), NORMAL)
     assert train.processor.geometry == RandomCrop(20)
     assert set(splits) == {"train", "test"}
     assert {split.processor.geometry for split in splits.values()} == {CentreCrop(20)}
@@ -51,14 +52,13 @@ def test_fgvc_trains_on_random_crops(data):
 
 
 def test_augmentation_can_be_turned_off(data):
-    train, splits = image_splits(data, ReproduceOptions("fgvc", "cub", "x", augmentation=False), NORMAL)
+    train, splits = image_splits(data, fgvc_options(augmentation=False), NORMAL)
     assert train is splits["train"]
 
 
 @pytest.mark.parametrize(("images", "dropped"), [(1000, True), (16, True), (15, False)])
 def test_an_incomplete_batch_is_left_out_unless_there_is_no_other(tmp_path, images, dropped):
-    options = ReproduceOptions("vtab-1k", "dtd", "x", output=tmp_path)  # batches of 16
-    arguments = trainer_arguments(options, images, workers=0)
+    arguments = trainer_arguments(vtab_options(output=tmp_path), images, workers=0)
     assert arguments.dataloader_drop_last == dropped
     assert arguments.learning_rate == 2e-3
     assert arguments.num_train_epochs == 100
@@ -70,7 +70,7 @@ def test_an_incomplete_batch_is_left_out_unless_there_is_no_other(tmp_path, imag
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_trainer_gets_precision_seed_and_folder(tmp_path, precision):
-    options = ReproduceOptions("vtab-1k", "dtd", "x", precision=precision, seed=5, output=tmp_path)
+    options = vtab_options(precision=precision, seed=5, output=tmp_path)
     arguments = trainer_arguments(options, 100, workers=0)
     assert [arguments.bf16, arguments.fp16] == [precision == "bf16", False]
     assert arguments.seed == 5
@@ -91,7 +91,7 @@ def test_the_epoch_is_chosen_by_the_share_of_right_predictions(data, monkeypatch
         def logits(self, model, split, title):
             return model
 
-    _, splits = image_splits(data, ReproduceOptions("vtab-1k", "dtd", "x"), NORMAL)
+    _, splits = image_splits(data, vtab_options(), NORMAL)
     best = best_epoch(Predictor(), splits["validation"], decay=0.9)
     always_red = torch.tensor([[2.0, 1.0]]).repeat(6, 1)
     assert best.score(always_red) == 0.5
@@ -107,7 +107,7 @@ def test_which_weights_were_kept():
 
 
 def fitted(data, tmp_path, tiny_model, score, soft):
-    options = ReproduceOptions("vtab-1k", "dtd", "x", image_size=32, batch_size=6, epochs=3, output=tmp_path)
+    options = vtab_options(image_size=32, batch_size=6, epochs=3, output=tmp_path)
     model = ViTForImageClassification.from_pretrained(tiny_model, dtype=torch.float32)
     train, _ = image_splits(data, options, NORMAL)
     collator = MixingCollator(Collator(False), classes=2) if soft else Collator(False)

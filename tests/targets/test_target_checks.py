@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_fps.targets.base_parameters import count_base_parameters
 from peft_fps.targets.target_checks import check_target
 from tests.support.helpers import config, layers_of, unchanged
+from tests.support.language_models import tiny_mixtral
 
 
 class Parts(nn.Module):
@@ -26,12 +26,6 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -102,45 +102,24 @@ def test_a_module_whose_path_ends_alike_but_not_behind_a_dot_is_another_one() ->
 # --- beside other adapters ------------------------------------------------------------------------------------------
 
 
-BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+PART = "is to be trained whole .*, but is a module with a part that another adapter changes"
+BESIDE: dict[str, tuple[list[str] | None, str, list[str], str]] = {
+    # what the first adapter, of q_proj, trains whole; a second one's target and what it trains whole; what is said
     "a layer with changes": (
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["fc1"], "modules_to_save": ["q_proj"]},
-        r"q_proj is to be trained whole .*, but is a layer that carries sparse changes of another adapter",
+        *(None, "fc1", ["q_proj"]),
+        "q_proj is to be trained whole .*, but is a layer that carries sparse changes of another adapter",
     ),
-    "its base": (
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["fc1"], "modules_to_save": ["q_proj.base_layer"]},
-        r"names 'q_proj.base_layer', expected the path",
-    ),
-    "around a layer with changes": (
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["fc1"], "modules_to_save": ["attention"]},
-        "attention is to be trained whole .*, but is a module with a part that another adapter changes, q_proj",
-    ),
-    "around a module trained whole": (
-        {"target_modules": ["q_proj"], "modules_to_save": ["fc1"]},
-        {"target_modules": ["k_proj"], "modules_to_save": ["mlp"]},
-        "mlp is to be trained whole .*, but is a module with a part that another adapter changes, fc1",
-    ),
-    "within a module trained whole": (
-        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
-        {"target_modules": ["k_proj"], "modules_to_save": ["fc1"]},
-        "names 'fc1', expected the path",
-    ),
+    "its base": (None, "fc1", ["q_proj.base_layer"], "names 'q_proj.base_layer', expected the path"),
+    "around a layer with changes": (None, "fc1", ["attention"], f"attention {PART}, q_proj"),
+    "around a module trained whole": (["fc1"], "k_proj", ["mlp"], f"mlp {PART}, fc1"),
+    "within a module trained whole": (["mlp"], "k_proj", ["fc1"], "names 'fc1', expected the path"),
     "the original": (
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["k_proj"], "modules_to_save": ["classifier.original_module"]},
+        *(None, "k_proj", ["classifier.original_module"]),
         "names 'classifier.original_module', expected the path",
     ),
-    "the other adapter's name": (
-        {"target_modules": ["q_proj"]},
-        {"target_modules": ["k_proj"], "modules_to_save": ["first"]},
-        "names 'first', expected the path",
-    ),
+    "the other adapter's name": (None, "k_proj", ["first"], "names 'first', expected the path"),
     "a target within a module trained whole": (
-        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
-        {"target_modules": ["fc1"], "modules_to_save": []},
+        *(["mlp"], "fc1", []),
         r"fc1: another adapter trains \S+mlp whole \(modules_to_save\), expected a target outside of it",
     ),
 }
@@ -149,14 +128,14 @@ BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
 @pytest.mark.parametrize("case", BESIDE)
 def test_another_adapters_modules_are_refused_and_stay_as_they_are(case: str, merged: bool) -> None:
-    first, second, says = BESIDE[case]
-    model = adapted(tiny_vit(), "first", **first)
+    first, target, second, says = BESIDE[case]
+    model = adapted(tiny_vit(), "first", target_modules=["q_proj"], modules_to_save=first)
     if merged:
         model.merge_adapter()
     with torch.no_grad():
         expected = model(pixel_values=images()).logits
     with unchanged(model), pytest.raises(ValueError, match=says):
-        model.add_adapter("second", config(**second))
+        model.add_adapter("second", config(target_modules=[target], modules_to_save=second))
     assert torch.equal(model(pixel_values=images()).logits, expected)
     assert list(model.peft_config) == ["first"]
 

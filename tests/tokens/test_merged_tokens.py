@@ -12,11 +12,8 @@ from transformers import AutoModelForImageClassification, ViTForMaskedImageModel
 import peft_fps
 from peft_fps import FPSConfig
 from peft_fps.tokens.merged_tokens import KEY
-from tests.support.helpers import fill, normal
-from tests.tokens.vision_models import build, logits, timm_vit
-
-
-IMAGES = normal(3, 3, 16, 16)
+from tests.support.helpers import fill
+from tests.tokens.vision_models import IMAGES, build, logits, timm_vit
 
 
 def merged(name: str = "vit", message: str = "import peft_fps before the saved model is loaded") -> tuple[Any, Any]:

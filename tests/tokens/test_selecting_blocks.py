@@ -1,7 +1,6 @@
 """Blocks that select tokens, beside a naive forward of each model."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -9,16 +8,13 @@ import torch
 from torch import Tensor
 
 from peft_fps.tokens.merged_tokens import select_tokens, set_token_keep_rate
-from tests.support.helpers import normal
-from tests.tokens.vision_models import BLOCKS, MODELS, RATE, build, logits, naive_logits, vit
+from tests.support.helpers import COPIES, normal
+from tests.tokens.vision_models import BLOCKS, IMAGES, MODELS, RATE, build, logits, naive_logits, vit
 
 
-IMAGES = normal(3, 3, 16, 16)
-
-
-def selecting(name: str, **options: Any) -> Any:
+def selecting(name: str) -> Any:
     model = build(name)
-    select_tokens(model, options.get("rate", RATE), BLOCKS)
+    select_tokens(model, RATE, BLOCKS)
     return model
 
 
@@ -84,10 +80,9 @@ def test_autocast_chooses_by_exact_scores() -> None:
 
 
 def test_copies_and_pickles_select_too() -> None:
-    model, file = selecting("vit"), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+    model = selecting("vit")
+    for copied in COPIES.values():
+        other = copied(model)
         assert torch.equal(logits(other(IMAGES)), logits(model(IMAGES)))
         set_token_keep_rate(other, 1.0)
         assert torch.equal(logits(other(IMAGES)), logits(build("vit")(IMAGES)))

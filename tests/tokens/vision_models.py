@@ -8,11 +8,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.support.helpers import normal
+
 
 timm = pytest.importorskip("timm", reason="timm is not installed; pip install timm", exc_type=ImportError)
 
 
 RATE, BLOCKS = 0.55, (1, 3)
+IMAGES = normal(3, 3, 16, 16)
 
 
 class ClsHead(nn.Module):

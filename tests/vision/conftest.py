@@ -56,3 +56,13 @@ def tiny_model(tmp_path_factory):
     model.half().save_pretrained(folder)
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def without_timm(monkeypatch):
+    """No module can be imported where the package asks for timm."""
+
+    def fail(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("peft_fps.vision.timm_names.import_module", fail)

@@ -64,12 +64,8 @@ def test_folder_without_a_model_is_refused(tmp_path):
 
 def test_image_size(tiny_model):
     processor = load_processor(str(tiny_model), 48)
-    assert processor(torch.zeros(3, 20, 30, dtype=torch.uint8), return_tensors="pt")["pixel_values"].shape == (
-        1,
-        3,
-        48,
-        48,
-    )
+    pixels = processor(torch.zeros(3, 20, 30, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48)
     assert load_processor(str(tiny_model), None).size["height"] == 32
     assert interpolates(load_model(str(tiny_model), CLASSES, seed=0))
 

@@ -93,9 +93,12 @@ def test_parquet_files_that_tell_no_split_are_named(tmp_path, caplog):
     assert "left out, since their names tell no split: extra.parquet" in caplog.text
 
 
-def test_one_parquet_file(tmp_path):
-    table([0, 1] * 25).to_parquet(tmp_path / "everything.parquet")
-    data = load_images(str(tmp_path / "everything.parquet"), seed=0)
+@pytest.mark.parametrize(
+    ("write", "name"), [(Dataset.to_parquet, "everything.parquet"), (Dataset.save_to_disk, "saved")]
+)
+def test_one_table_is_cut_in_three(tmp_path, write, name):
+    write(table([0, 1] * 25), tmp_path / name)
+    data = load_images(str(tmp_path / name), seed=0)
     assert [len(data.train), len(data.validation), len(data.test)] == [32, 8, 10]
 
 
@@ -106,20 +109,11 @@ def test_saved_by_datasets(tmp_path):
     assert [data.train.labels, data.validation.labels, data.test.labels] == [[0, 1, 0, 1], [1, 0], [1]]
 
 
-def test_one_dataset_saved_by_datasets(tmp_path):
-    table([0, 1] * 25).save_to_disk(tmp_path / "saved")
-    data = load_images(str(tmp_path / "saved"), seed=0)
-    assert [len(data.train), len(data.validation), len(data.test)] == [32, 8, 10]
-
-
 def test_missing_test_split_is_half_of_validation(tmp_path, caplog):
     DatasetDict(train=table([0, 1]), validation=table([0, 1] * 10)).save_to_disk(tmp_path / "saved")
     data = load_images(str(tmp_path / "saved"), seed=0)
-    assert [len(data.train), Counter(data.validation.labels), Counter(data.test.labels)] == [
-        2,
-        {0: 5, 1: 5},
-        {0: 5, 1: 5},
-    ]
+    assert len(data.train) == 2
+    assert Counter(data.validation.labels) == Counter(data.test.labels) == {0: 5, 1: 5}
     assert not set(pixels(data.validation)) & set(pixels(data.test))
     assert "10 of the 20 validation images become the test split" in caplog.text
 
@@ -166,24 +160,23 @@ def test_two_possible_label_columns_ask_for_a_name(tmp_path):
         load_images(str(tmp_path / "saved"), seed=0)
 
 
-@pytest.mark.parametrize("strange", [-1, 9])
-def test_labels_outside_the_training_classes_are_refused(tmp_path, strange):
-    for split, labels in {"train": [0, 1], "validation": [1], "test": [0, strange]}.items():
+KNOWN = {"train": [0, 1], "validation": [1], "test": [0]}
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (KNOWN | {"test": [0, -1]}, "'test' has the labels -1, which are no training class"),
+        (KNOWN | {"test": [0, 9]}, "'test' has the labels 9, which are no training class"),
+        (KNOWN | {"train": [0, 1, None]}, "'train' has the labels None"),
+        ({"train": [5] * 10}, "1 class, expected at least 2"),
+    ],
+    ids=["negative", "unknown in training", "missing", "all alike"],
+)
+def test_labels_that_cannot_be_learned_are_refused(tmp_path, splits, message):
+    for split, labels in splits.items():
         write_plain_parquet(tmp_path / f"{split}.parquet", labels)
-    with pytest.raises(ValueError, match=f"'test' has the labels {strange}, which are no training class"):
-        load_images(str(tmp_path), seed=0)
-
-
-def test_missing_labels_are_refused(tmp_path):
-    for split, labels in {"train": [0, 1, None], "validation": [1], "test": [0]}.items():
-        write_plain_parquet(tmp_path / f"{split}.parquet", labels)
-    with pytest.raises(ValueError, match="'train' has the labels None"):
-        load_images(str(tmp_path), seed=0)
-
-
-def test_one_class_is_refused(tmp_path):
-    write_plain_parquet(tmp_path / "train.parquet", [5] * 10)
-    with pytest.raises(ValueError, match="1 class, expected at least 2"):
+    with pytest.raises(ValueError, match=message):
         load_images(str(tmp_path), seed=0)
 
 

@@ -14,18 +14,11 @@ from peft_fps.vision.locations import check_locations
 from peft_fps.vision.pixels import two_views
 from peft_fps.vision.timm_models import weights_of
 from peft_fps.vision.timm_names import check_timm_name
-from tests.cli.saved import check_user_error, run
+from tests.cli.saved import check_user_error, finish, run
+from tests.vision.needs import needs_timm
 
 
-def timm_works():
-    try:
-        importlib.import_module("timm")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not timm_works(), reason="timm cannot be imported")
+pytestmark = needs_timm
 
 CLASSES = ["red", "green", "blue"]
 CONVOLUTIONS, TRANSFORMER = "test_resnet", "test_vit"
@@ -197,23 +190,17 @@ def test_what_timm_refuses_is_told_with_the_size(monkeypatch):
 @pytest.mark.parametrize("name", [CONVOLUTIONS, TRANSFORMER])
 def test_the_whole_job_and_what_it_leaves(image_folder, tmp_path, name):
     output = tmp_path / "out"
-    arguments = ["--model", f"timm:{name}", "--data", image_folder, "--image-size", 32, "--epochs", 1]
-    result = run("finetune", *arguments, "--budget", 0.05, "--batch-size", 8, "--output", output)
-    assert result.exit_code == 0, result.output
-    assert "random weights" in result.output
-    results = json.loads((output / "results.json").read_text())
-    assert results["weights"].startswith("random weights")
-    assert results["image_shape"] == [3, 32, 32]
-    assert results["agreement"]["merged"]["holds"]
-    assert results["agreement"]["reloaded"]["holds"]
-    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str((output / "base").resolve())
-    again = run("merge", output / "adapter", "--output", tmp_path / "merged")
-    assert again.exit_code == 0, again.output
-    pixels = torch.randn(2, 3, 32, 32)
-    models = [
-        AutoModelForImageClassification.from_pretrained(path) for path in (output / "merged", tmp_path / "merged")
-    ]
+    task = ["--model", f"timm:{name}", "--data", image_folder, "--image-size", 32]
+    done = finish(output, "finetune", *task, "--epochs", 1, "--budget", 0.05, "--batch-size", 8)
+    assert "random weights" in done.printed
+    assert done.results["weights"].startswith("random weights")
+    assert done.results["image_shape"] == [3, 32, 32]
+    assert done.results["agreement"]["merged"]["holds"]
+    assert done.results["agreement"]["reloaded"]["holds"]
+    assert done.config["base_model_name_or_path"] == str((output / "base").resolve())
+    finish(tmp_path / "merged", "merge", output / "adapter")
+    pixels, folders = torch.randn(2, 3, 32, 32), (output / "merged", tmp_path / "merged")
+    models = [AutoModelForImageClassification.from_pretrained(folder) for folder in folders]
     first, second = (model.eval()(pixel_values=pixels).logits for model in models)
     torch.testing.assert_close(first, second)
     assert models[0].config.id2label == {0: "blue", 1: "red"}
@@ -227,9 +214,8 @@ def test_a_file_in_the_folder_to_be_overwritten(tmp_path):
 
 def test_selection_of_a_model_by_name(image_folder, tmp_path):
     arguments = ["--model", f"timm:{TRANSFORMER}", "--data", image_folder, "--image-size", 32, "--budget", 0.05]
-    result = run("select", *arguments, "--output", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    folder = finish(tmp_path / "out", "select", *arguments).folder
+    report = json.loads((folder / "report.json").read_text())
     assert report["model"] == f"timm:{TRANSFORMER}"
     assert report["weights"].startswith("random weights")
 

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from peft_fps.benchmarks.transfer.cells import Setting
-from peft_fps.vision import timm_names
 from peft_fps.vision.locations import check_locations, check_path, local_path
 from peft_fps.vision.timm_names import TimmName, check_timm_name, timm_name
 
@@ -38,11 +37,8 @@ def test_a_file_that_is_not_there(tmp_path):
         check_path("--model", f"timm:resnet18@{tmp_path}/none.safetensors")
 
 
-def test_without_timm_the_command_to_install_it_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    def fail(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(timm_names, "import_module", fail)
+@pytest.mark.usefixtures("without_timm")
+def test_without_timm_the_command_to_install_it_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(ImportError, match=r'timm:resnet18.*pip install "peft-fps\[reproduce\]"'):
         check_locations("timm:resnet18", None, tmp_path / "out", overwrite=False)
     assert not (tmp_path / "out").exists()

@@ -6,38 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    DabDetrConfig,
-    DabDetrForObjectDetection,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
-    DetrConfig,
-    DetrForObjectDetection,
-    MobileBertConfig,
-    MobileBertForMaskedLM,
-    PoolFormerConfig,
-    PoolFormerForImageClassification,
-    PreTrainedModel,
-    ResNetConfig,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    TapasConfig,
-    TapasForQuestionAnswering,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-    Wav2Vec2ForXVector,
-    YolosConfig,
-    YolosForObjectDetection,
-)
+from transformers import PreTrainedModel, ResNetConfig
 
 from peft_fps.base.head import find_head
 from peft_fps.targets.default_targets import default_targets
@@ -65,6 +38,11 @@ SOUND: dict[str, Any] = {
 }  # fmt: skip
 
 
+def built(kind: str, **sizes: Any) -> PreTrainedModel:
+    model: Any = getattr(transformers, kind)
+    return model(model.config_class(**sizes))
+
+
 def resnet(*stages: int) -> ResNetConfig:
     names = [f"stage{stage}" for stage in stages]
     return ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], layer_type="basic", out_features=names, **FOUR)
@@ -72,47 +50,40 @@ def resnet(*stages: int) -> ResNetConfig:
 
 def deformable(**options: Any) -> PreTrainedModel:
     sizes = {"d_model": 32, "num_feature_levels": 3, "two_stage_num_proposals": 5, **DETECTOR, **options}
-    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=resnet(2, 3, 4), **sizes))
+    return built("DeformableDetrForObjectDetection", backbone_config=resnet(2, 3, 4), **sizes)
 
 
 def segformer() -> PreTrainedModel:
     sizes = {"hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8, "num_labels": 4}
-    return SegformerForSemanticSegmentation(SegformerConfig(**sizes, **FOUR))
+    return built("SegformerForSemanticSegmentation", **sizes, **FOUR)
 
 
 def upernet() -> PreTrainedModel:
     sizes = {"hidden_size": 8, "auxiliary_in_channels": 16, "auxiliary_channels": 8, "num_labels": 4}
-    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=resnet(1, 2, 3, 4), **sizes))
+    return built("UperNetForSemanticSegmentation", backbone_config=resnet(1, 2, 3, 4), **sizes)
 
 
-def tapas() -> PreTrainedModel:
-    return TapasForQuestionAnswering(TapasConfig(**TEXT))
+def yolos() -> PreTrainedModel:
+    return built("YolosForObjectDetection", image_size=[32, 32], num_detection_tokens=3, **(TEXT | {"num_labels": 4}))
 
 
 BUILD: dict[str, Callable[[], PreTrainedModel]] = {
-    "detr": lambda: DetrForObjectDetection(DetrConfig(d_model=32, backbone_config=resnet(4), **DETECTOR)),
+    "detr": lambda: built("DetrForObjectDetection", d_model=32, backbone_config=resnet(4), **DETECTOR),
     "deformable detr": deformable,
     "deformable detr, refining": lambda: deformable(with_box_refine=True, two_stage=True),
-    "dab-detr": lambda: DabDetrForObjectDetection(
-        DabDetrConfig(hidden_size=16, backbone_config=resnet(4), **DETECTOR)
-    ),
-    "yolos": lambda: YolosForObjectDetection(
-        YolosConfig(image_size=[32, 32], num_detection_tokens=3, **(TEXT | {"num_labels": 4}))
-    ),
+    "dab-detr": lambda: built("DabDetrForObjectDetection", hidden_size=16, backbone_config=resnet(4), **DETECTOR),
+    "yolos": yolos,
     "segformer": segformer,
     "upernet": upernet,
-    "poolformer": lambda: PoolFormerForImageClassification(PoolFormerConfig(hidden_sizes=[8] * 4, **FOUR)),
-    "x-vector": lambda: Wav2Vec2ForXVector(Wav2Vec2Config(**SOUND)),
-    "ctc": lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SOUND, pad_token_id=0)),
+    "poolformer": lambda: built("PoolFormerForImageClassification", hidden_sizes=[8] * 4, **FOUR),
+    "x-vector": lambda: built("Wav2Vec2ForXVector", **SOUND),
+    "ctc": lambda: built("Wav2Vec2ForCTC", **SOUND, pad_token_id=0),
 }
 HEADS = {
     "detr": {"class_labels_classifier", "bbox_predictor"},
     "deformable detr": {"class_embed", "bbox_embed"},
     "deformable detr, refining": {
-        "class_embed",
-        "bbox_embed",
-        "model.decoder.class_embed",
-        "model.decoder.bbox_embed",
+        *("class_embed", "bbox_embed", "model.decoder.class_embed", "model.decoder.bbox_embed"),
     },
     "dab-detr": {"class_embed", "bbox_predictor", "model.decoder.bbox_embed"},
     "yolos": {"class_labels_classifier", "bbox_predictor"},
@@ -231,17 +202,15 @@ def test_a_head_s_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
 
 
 def test_a_masked_language_model_s_transform_is_a_target() -> None:
-    model = adapted(BertForMaskedLM(BertConfig(**TEXT)))
+    model = adapted(built("BertForMaskedLM", **TEXT))
     assert "cls.predictions.transform.dense" in layers_of(model)
     assert "cls.predictions.decoder" not in layers_of(model)
     assert wrapped(model) == set()
 
 
 def test_a_layer_that_is_read_without_being_called_is_no_target() -> None:
-    size = MobileBertConfig(
-        **TEXT, embedding_size=8, true_hidden_size=8, intra_bottleneck_size=8, num_feedforward_networks=1
-    )
-    layers = layers_of(adapted(MobileBertForMaskedLM(size)))
+    sizes = {"embedding_size": 8, "true_hidden_size": 8, "intra_bottleneck_size": 8, "num_feedforward_networks": 1}
+    layers = layers_of(adapted(built("MobileBertForMaskedLM", **TEXT, **sizes)))
     assert "cls.predictions.transform.dense" in layers
     assert not {"cls.predictions.dense", "cls.predictions.decoder"} & set(layers)
 
@@ -259,14 +228,12 @@ def test_output_embeddings_stay_frozen() -> None:
 def test_parameters_without_a_module_are_named() -> None:
     names = "column_output_bias, column_output_weights, output_bias and 1 more: parameters of the model's output head"
     with pytest.warns(UserWarning, match=names):
-        get_peft_model(tapas(), config())
+        get_peft_model(built("TapasForQuestionAnswering", **TEXT), config())
 
 
 def test_a_head_that_modules_to_save_leaves_out_is_named() -> None:
-    message = (
-        r"auxiliary_head: part of the model's output head, which modules_to_save=\['decode_head'\] does not name.*"
-    )
-    with pytest.warns(UserWarning, match=rf"{message}modules_to_save=\['decode_head', 'auxiliary_head'\]"):
+    part = r"auxiliary_head: part of the model's output head, which modules_to_save=\['decode_head'\] does not name"
+    with pytest.warns(UserWarning, match=rf"{part}.*modules_to_save=\['decode_head', 'auxiliary_head'\]"):
         model = get_peft_model(seeded("upernet"), config(modules_to_save=["decode_head"]))
     assert wrapped(model) == {"decode_head"}
 
@@ -286,7 +253,7 @@ def test_a_head_may_be_a_target() -> None:
 
 def test_what_peft_names_for_a_task_is_completed() -> None:
     """PEFT names `classifier` and `score`; here a pooler before it is new too."""
-    base = DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT))
+    base = built("DebertaV2ForSequenceClassification", **TEXT)
     model = get_peft_model(base, config(task_type=TaskType.SEQ_CLS))
     assert wrapped(model) == {"pooler", "classifier"}
 

@@ -13,23 +13,15 @@ from peft_fps.benchmarks.cost.workload import Workload
 def result(quick=False, rows=None):
     seconds = {name: {"median": 1.0 + number, "min": 0.5, "max": 9.0} for number, name in enumerate(METHODS)}
     held = {name: {"peak": 2**20 * (10 - i), "saved": 2**19, "rest": 2**22} for i, name in enumerate(METHODS)}
+    ratios = (Figure("A ÷ B", 0.5, at_most=0.74), Figure("C ÷ B", 1.25, at_most=1.0))
     found = (
-        Row(
-            "step",
-            "a step",
-            (Figure("A ÷ B", 0.5, at_most=0.74), Figure("C ÷ B", 1.25, at_most=1.0)),
-            {"seconds": seconds},
-        ),
+        Row("step", "a step", ratios, {"seconds": seconds}),
         Row("memory", "bytes", (Figure("D ÷ B", 12.0, at_least=9),), {"bytes": held}),
         Row("attach", "adding", (Figure("new", 0.25, "s"),), skipped={"other": "no reason"}),
     )
-    return Result(
-        Workload(quick=quick),
-        {"processor": "Abacus", "torch": "1.0"},
-        "2026-01-02",
-        1_234_567,
-        tuple(row for row in found if rows is None or row.name in rows),
-    )
+    kept = tuple(row for row in found if rows is None or row.name in rows)
+    machine = {"processor": "Abacus", "torch": "1.0"}
+    return Result(Workload(quick=quick), machine, "2026-01-02", 1_234_567, kept)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The command as a user runs it, on a tiny model."""
 
 import json
-import re
 import statistics
 
 import pytest
@@ -15,27 +14,9 @@ from peft_fps.cli.app import app
 from peft_fps.importance import IMPORTANCES
 
 
-OPTIONS = (
-    *("--model", "--rows", "--batch-size", "--selection-batch-size", "--precision", "--rounds", "--quick"),
-    *("--threads", "--device", "--output", "--verbose"),
-)
-
-
 def run(*arguments):
     environment = {"COLUMNS": "200", "NO_COLOR": "1"}
     return CliRunner().invoke(app, ["benchmark", "cost", *map(str, arguments)], env=environment)
-
-
-def test_help_is_a_page_to_work_from():
-    result = run("--help")
-    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
-    assert result.exit_code == 0
-    for option in OPTIONS:
-        assert re.search(rf"{option}\b", text), option
-    examples = re.findall(r"\$ peft-fps benchmark cost(.*)", text)
-    assert len(examples) >= 4
-    for line in examples:
-        assert set(re.findall(r"--[a-z-]+", line)) <= set(OPTIONS)
 
 
 def test_the_command_knows_the_rows_that_there_are():
