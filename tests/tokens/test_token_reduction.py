@@ -20,7 +20,6 @@ def test_cls_attention_is_exact_in_half_precision_and_under_autocast() -> None:
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, cls_attention(query.bfloat16().float(), keys.bfloat16().float(), 1.0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cls_attention(query, keys, 1.0), cls_attention(query.clone(), keys, 1.0))
         inside = cls_attention(query, keys, 1.0)
     assert torch.equal(inside, cls_attention(query, keys, 1.0))
 
