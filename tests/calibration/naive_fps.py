@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_fps import FPSConfig
-from tests.gradients.naive_sums import CONVOLUTIONS, KINDS, TRANSPOSED, matrix
+from tests.gradients.naive_sums import CONVOLUTIONS, KINDS, TRANSPOSED, matrix, padded_batches
 from tests.selection import naive
 from tests.support.helpers import (
     image_batches,
@@ -24,21 +24,11 @@ from tests.support.helpers import (
     tiny_gpt2,
     tiny_llama,
     tiny_vit,
-    tokens,
     waves,
 )
 
 
 Rows = list[list[int]]
-
-
-def padded_batches(count: int = 3) -> list[dict[str, Tensor]]:
-    found = []
-    for i in range(count):
-        mask = torch.ones(4, 9, dtype=torch.int64)
-        mask[0, 3 + i :], mask[2, 7:] = 0, 0
-        found.append({"input_ids": tokens(seed=i), "attention_mask": mask})
-    return found
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], str]] = {

@@ -298,6 +298,7 @@ def equal(one: Any, other: Any) -> bool:
     return one == other
 
 
+SECOND, SEVERAL = X[1:2], [X, X + 1, X + 2]
 SHARED = {"scale": torch.ones(()), "table": torch.ones(7), "flag": True}
 BOXES = [{"boxes": torch.full((i + 1, 4), float(i)), "class": torch.arange(3)} for i in range(3)]
 
@@ -305,34 +306,21 @@ BOXES = [{"boxes": torch.full((i + 1, 4), float(i)), "class": torch.arange(3)} f
 @pytest.mark.parametrize(
     ("batch", "second"),
     [
-        (X, X[1:2]),
-        ((X, Y), (X[1:2], Y[1:2])),
-        ({"x": X, "labels": Y}, {"x": X[1:2], "labels": Y[1:2]}),
-        (({"x": X}, Y), ({"x": X[1:2]}, Y[1:2])),
-        ({"x": X, **SHARED}, {"x": X[1:2], **SHARED}),
-        ({"x": X, "text": ["a", "b", "c"]}, {"x": X[1:2], "text": ["b"]}),
-        ({"x": X, "labels": BOXES}, {"x": X[1:2], "labels": [BOXES[1]]}),
-        ((X, BOXES), (X[1:2], [BOXES[1]])),
-        ({"x": X, "several": [X, X + 1, X + 2]}, {"x": X[1:2], "several": [X[1:2], X[1:2] + 1, X[1:2] + 2]}),
-        ((X, Y, Y), (X[1:2], Y[1:2], Y[1:2])),  # as many parts as examples
-        (BatchEncoding({"x": X, "other": Y}), {"x": X[1:2], "other": Y[1:2]}),
-        ([{"x": X}] * 3, [{"x": X[1:2]}] * 3),  # as many columns as examples
-        (([{"x": X}] * 3, ["a", "b", "c"]), ([{"x": X[1:2]}] * 3, ["b"])),
-    ],
-    ids=[
-        "tensor",
-        "tuple",
-        "map",
-        "nested",
-        "others",
-        "texts",
-        "boxes",
-        "boxes-tuple",
-        "several",
-        "three",
-        "encoding",
-        "columns",
-        "columns-and-texts",
+        pytest.param(X, SECOND, id="tensor"),
+        pytest.param((X, Y), (SECOND, Y[1:2]), id="tuple"),
+        pytest.param({"x": X, "labels": Y}, {"x": SECOND, "labels": Y[1:2]}, id="map"),
+        pytest.param(({"x": X}, Y), ({"x": SECOND}, Y[1:2]), id="nested"),
+        pytest.param({"x": X, **SHARED}, {"x": SECOND, **SHARED}, id="others"),
+        pytest.param({"x": X, "text": ["a", "b", "c"]}, {"x": SECOND, "text": ["b"]}, id="texts"),
+        pytest.param({"x": X, "labels": BOXES}, {"x": SECOND, "labels": [BOXES[1]]}, id="boxes"),
+        pytest.param((X, BOXES), (SECOND, [BOXES[1]]), id="boxes-tuple"),
+        pytest.param(
+            {"x": X, "parts": SEVERAL}, {"x": SECOND, "parts": [part[1:2] for part in SEVERAL]}, id="several"
+        ),
+        pytest.param((X, Y, Y), (SECOND, Y[1:2], Y[1:2]), id="three"),  # as many parts as examples
+        pytest.param(BatchEncoding({"x": X, "other": Y}), {"x": SECOND, "other": Y[1:2]}, id="encoding"),
+        pytest.param([{"x": X}] * 3, [{"x": SECOND}] * 3, id="columns"),  # as many columns as examples
+        pytest.param(([{"x": X}] * 3, ["a", "b", "c"]), ([{"x": SECOND}] * 3, ["b"]), id="columns-and-texts"),
     ],
 )
 def test_single_examples(batch: Any, second: Any):

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,23 +42,12 @@ def assert_sums(found: InputStatistics, positions: Tensor, norm: str = "l1") -> 
     torch.testing.assert_close(found.sums, exact.sum(0)[None], rtol=1e-5, atol=1e-12)
 
 
-class Calls:
-    """Counts the calls of a function, and passes them on."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.count = 0
-
-    def __call__(self, *args: Any) -> Any:
-        self.count += 1
-        return self.function(*args)
-
-
 @pytest.fixture
-def reductions(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls = Calls(collect.column_sums)
-    monkeypatch.setattr(collect, "column_sums", calls)
-    return calls
+def reductions(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The function that reduces an input, as it is, and watched."""
+    watched = Mock(wraps=collect.column_sums)
+    monkeypatch.setattr(collect, "column_sums", watched)
+    return watched
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -90,27 +80,21 @@ def test_a_convolution_of_a_single_image():
     assert single.positions == batch.positions
 
 
-def test_layers_that_read_one_tensor_share_its_reduction(reductions: Calls):
-    model = tiny_vit()
-    seen: set[int] = set()
-    kept = []
-
-    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.add(id(args[0]))
-        kept.append(args[0])
-
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
+def test_layers_that_read_one_tensor_share_its_reduction(reductions: Mock):
+    model, read = tiny_vit(), []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _module, args: read.append(args[0]))
     with torch.no_grad():
         model(images())
-    for handle in handles:
-        handle.remove()
-    assert len(kept) == 2 * 6 + 1
-    assert len(seen) == 2 * 4 + 1  # query, key and value together
+    different = len({id(x) for x in read})
+    assert len(read) == 2 * 6 + 1
+    assert different == 2 * 4 + 1  # query, key and value together
     collected(model, [images(), images()])
-    assert reductions.count == 2 * len(seen)
+    assert reductions.call_count == 2 * different
 
 
-def test_a_tensor_that_was_overwritten_is_reduced_again(reductions: Calls):
+def test_a_tensor_that_was_overwritten_is_reduced_again(reductions: Mock):
     class Overwriting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,7 +106,7 @@ def test_a_tensor_that_was_overwritten_is_reduced_again(reductions: Calls):
 
     x = normal(5, 4)
     found = collected(Overwriting(), [x])
-    assert reductions.count == 2
+    assert reductions.call_count == 2
     assert_sums(found["a"], x)
     assert_sums(found["b"], 3 * x)
 

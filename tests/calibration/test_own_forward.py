@@ -18,10 +18,12 @@ def observed(base: nn.Module, inputs: int, groups: int, x: Tensor, norm: str) ->
     return found.statistics["layer"].typical(norm)
 
 
-def typical(columns: Tensor, norm: str) -> Tensor:
-    """`(positions, groups, inputs)` to `(groups, inputs)`."""
+def assert_typical(base: nn.Module, x: Tensor, columns: Tensor, norm: str = "l1") -> None:
+    """`columns` holds what is multiplied of x and of x + 1, `(positions, groups, inputs)`."""
+    _, groups, inputs = columns.shape
     columns = columns.double()
-    return columns.abs().mean(0) if norm == "l1" else columns.square().mean(0).sqrt()
+    expected = columns.abs().mean(0) if norm == "l1" else columns.square().mean(0).sqrt()
+    torch.testing.assert_close(observed(base, inputs, groups, x, norm), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -33,8 +35,7 @@ def test_a_convolution_that_pads_first(norm: str):
         for top in range(0, padded.shape[1] - 2, 2):
             for left in range(0, padded.shape[2] - 1, 2):
                 patches.append(padded[:, top : top + 3, left : left + 2].reshape(2, -1))
-    expected = typical(torch.stack(patches), norm)
-    torch.testing.assert_close(observed(base, 12, 2, x, norm), expected, rtol=1e-6, atol=0)
+    assert_typical(base, x, torch.stack(patches), norm)
 
 
 def test_a_causal_convolution_of_sequences():
@@ -45,27 +46,23 @@ def test_a_causal_convolution_of_sequences():
         .flatten(2)
         for example in torch.cat([x, x + 1])
     ]
-    expected = typical(torch.cat(patches), "l1")
-    torch.testing.assert_close(observed(base, 6, 2, x, "l1"), expected, rtol=1e-6, atol=0)
+    assert_typical(base, x, torch.cat(patches))
 
 
 def test_a_transposed_convolution_that_trims_its_output():
     base, x = Trimmed(4, 6, 4, stride=2), normal(2, 4, 7)
-    expected = typical(torch.cat([x, x + 1]).transpose(1, 2).flatten(0, 1)[:, None], "l1").repeat_interleave(4, 1)
-    torch.testing.assert_close(observed(base, 16, 1, x, "l1"), expected, rtol=1e-6, atol=0)
+    columns = torch.cat([x, x + 1]).transpose(1, 2).flatten(0, 1)[:, None]
+    assert_typical(base, x, columns.repeat_interleave(4, 2))
 
 
 def test_a_convolution_that_standardises_its_weight_reads_its_input_as_it_is():
     base, x = Standardised(3, 5, 3, padding=1), normal(2, 3, 4, 4)
-    both = torch.cat([x, x + 1])
-    patches = F.unfold(both, 3, padding=1).transpose(1, 2).reshape(-1, 1, 27)
-    torch.testing.assert_close(observed(base, 27, 1, x, "l1"), typical(patches, "l1"), rtol=1e-6, atol=0)
+    assert_typical(base, x, F.unfold(torch.cat([x, x + 1]), 3, padding=1).transpose(1, 2).reshape(-1, 1, 27))
 
 
 def test_a_linear_layer_that_normalises_its_input():
     base, x = Normalised(6, 5), normal(3, 6)
-    columns = torch.cat([F.normalize(x, dim=-1), F.normalize(x + 1, dim=-1)])[:, None]
-    torch.testing.assert_close(observed(base, 6, 1, x, "l1"), typical(columns, "l1"), rtol=1e-6, atol=0)
+    assert_typical(base, x, F.normalize(torch.cat([x, x + 1]), dim=-1)[:, None])
 
 
 def test_without_a_product_that_is_known_the_input_counts():
@@ -74,8 +71,7 @@ def test_without_a_product_that_is_known_the_input_counts():
             return (input[..., None, :] * self.weight).sum(-1)
 
     x = normal(3, 6)
-    expected = typical(torch.cat([x, x + 1])[:, None], "l1")
-    torch.testing.assert_close(observed(ByHand(6, 5), 6, 1, x, "l1"), expected, rtol=1e-6, atol=0)
+    assert_typical(ByHand(6, 5), x, torch.cat([x, x + 1])[:, None])
 
 
 def test_a_failing_forward_leaves_no_watch_behind():

@@ -69,9 +69,10 @@ def padded(examples: int) -> Batch:
     return {"input_ids": tokens(examples, LENGTH).clamp(min=3), "attention_mask": mask}
 
 
-def observed(model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, int]]:
+def observed(model: nn.Module, batch: Batch, **options: Any) -> dict[str, tuple[Tensor, int]]:
     """Sums of |input| and numbers of positions of all layers, as a calibration has them."""
-    adapted = get_peft_model(model, FPSConfig(per_neuron=1, bias="none", modules_to_save=[]))
+    config: dict[str, Any] = {"per_neuron": 1, "bias": "none", "modules_to_save": []}
+    adapted = get_peft_model(model, FPSConfig(**config | options))
     found: dict[str, tuple[Tensor, int]] = {}
 
     def spied(*args: Any) -> Any:
@@ -198,20 +199,9 @@ def test_embeddings_of_a_model_that_transposes_behind_them_are_as_they_are() -> 
     model, batch = fsmt().eval(), padded(LENGTH)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
     batch["decoder_input_ids"] = batch["input_ids"][:, :REAL]
-    options = {"target_modules": ["encoder.embed_tokens"], "per_neuron": 0.5, "modules_to_save": []}
-    adapted = get_peft_model(model, FPSConfig(bias="none", **options))
-    found: dict[str, Any] = {}
-
-    def spied(*args: Any) -> Any:
-        found.update(observe(*args)[0])
-        return found, {"batches": 1, "examples": LENGTH}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_fps.importance.activation.observe", spied)
-        adapted.calibrate([batch], progress=False)
-    (statistics,) = found.values()
+    ((sums, _),) = observed(model, batch, target_modules=["encoder.embed_tokens"], per_neuron=0.5).values()
     real = batch["input_ids"][:, :REAL].flatten().tolist()
-    assert statistics.sums[0].tolist() == [real.count(token) for token in range(50)]
+    assert sums[0].tolist() == [real.count(token) for token in range(50)]
 
 
 class Counts(nn.Module):
@@ -248,32 +238,29 @@ class Pictured(nn.Module):
         return self.text(inputs).sum() + self.image(pixel_values.flatten(2).transpose(1, 2)).sum()
 
 
-def test_positions_of_images_are_no_padding() -> None:
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    batch = {"inputs": torch.ones(2, 3, 4), "pixel_values": torch.ones(2, 4, 5, 5), "attention_mask": mask}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = observed(Pictured(), batch)
-    assert {path: count for path, (_, count) in found.items()} == {"text": 5, "image": 50}
+def pictured(length: int, kept: tuple[int, int], size: int) -> Batch:
+    """Two texts of which so many positions are no padding, and square images."""
+    mask = torch.tensor([[int(place < own) for place in range(length)] for own in kept])
+    inputs, pixels = torch.ones(2, length, 4), torch.ones(2, 4, size, size)
+    return {"inputs": inputs, "pixel_values": pixels, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("length", [9, 4], ids=["as many as the images' positions", "as many as their channels"])
-def test_texts_of_a_length_that_is_a_size_of_the_images(length: int) -> None:
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[0, 3:] = 0
-    batch = {"inputs": torch.ones(2, length, 4), "pixel_values": torch.ones(2, 4, 3, 3), "attention_mask": mask}
+@pytest.mark.parametrize(
+    ("length", "kept", "size"),
+    [(3, 2, 5), (9, 3, 3), (4, 3, 3)],
+    ids=["another length", "as many as the images' positions", "as many as their channels"],
+)
+def test_positions_of_images_are_no_padding(length: int, kept: int, size: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = observed(Pictured(), batch)
-    assert {path: count for path, (_, count) in found.items()} == {"text": 3 + length, "image": 18}
+        found = observed(Pictured(), pictured(length, (kept, length), size))
+    assert {path: count for path, (_, count) in found.items()} == {"text": kept + length, "image": 2 * size**2}
 
 
 def test_a_mask_that_leaves_nothing_is_refused() -> None:
-    mask = torch.zeros(2, 3, dtype=torch.long)
-    batch = {"inputs": torch.ones(2, 3, 4), "pixel_values": torch.ones(2, 4, 5, 5), "attention_mask": mask}
     model = get_peft_model(Pictured(), FPSConfig(per_neuron=1, target_modules=["text"], modules_to_save=[]))
     with unchanged(model), pytest.raises(ValueError, match="^text: every position of every batch is padding"):
-        model.calibrate([batch], progress=False)
+        model.calibrate([pictured(3, (0, 0), 5)], progress=False)
 
 
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.booleans())

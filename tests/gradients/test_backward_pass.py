@@ -20,37 +20,34 @@ from tests.gradients.naive_sums import (
     ENABLING,
     examples_of,
     labelled_images,
+    loss_in_bfloat16,
     matrix,
     naive_sums,
     pairs,
     plain_loss,
     texts,
     weights_of,
+    with_dropout,
 )
-from tests.support.helpers import (
-    bits,
-    images,
-    layers_of,
-    tiny_llama,
-    tiny_mlp,
-    tiny_vit,
-)
+from tests.gradients.restoration import left_as_it_was
+from tests.support.helpers import bits, images, layers_of, tiny_llama, tiny_mlp, tiny_vit
 
 
 def accumulated(
-    base: nn.Module, batches: Any, head: str = "none", loss: BatchLoss = plain_loss, **options: Any
+    base: nn.Module,
+    batches: Any,
+    head: str = "none",
+    loss: BatchLoss = plain_loss,
+    square: bool = False,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def term(path: str, gradient: Tensor) -> Tensor:
+        return gradient.square() if square else gradient
+
     weights = weights_of(base, head)
-    accumulators = {path: Exact() for path in weights}
-    term = options.pop("term", lambda path, gradient: gradient)
-    counts = accumulate_gradients(
-        base, weights, Pass(batches, progress=False), loss, accumulators, term=term, **options
-    )
-    return {path: held.total for path, held in accumulators.items()}, counts
-
-
-def squared(path: str, gradient: Tensor) -> Tensor:
-    return gradient.square()
+    held = {path: Exact() for path in weights}
+    counts = accumulate_gradients(base, weights, Pass(batches, progress=False), loss, held, term=term, **options)
+    return {path: sums.total for path, sums in held.items()}, counts
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
@@ -63,12 +60,19 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("square", "per_example"),
+    [(False, False), (True, True), (True, False)],
+    ids=["gradients", "squares-of-examples", "squares-of-batches"],
+)
 @pytest.mark.parametrize("kind", CASES)
-def test_sums_of_gradients(kind: str):
+def test_sums_of_gradients_and_of_their_squares(kind: str, square: bool, per_example: bool):
     build, batches, head = CASES[kind]
-    found, counts = accumulated(build(), batches(), head)
-    assert_close(found, naive_sums(build(), batches(), head))
+    singles = [example for batch in batches() for example in examples_of(batch)]
+    found, counts = accumulated(build(), batches(), head, square=square, per_example=per_example)
+    assert_close(found, naive_sums(build(), singles if per_example else batches(), head, square))
     assert counts == {"batches": 3, "examples": 18 if kind == "mlp" else 12}
+    assert len(singles) == counts["examples"]
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -80,22 +84,6 @@ def test_without_zero_grad_autograd_adds_up_the_same(kind: str):
         plain_loss(base, batch).backward()
     expected = {path: matrix(base.get_submodule(path), w.parameter.grad) for path, w in weights_of(base, head).items()}
     assert_close(accumulated(build(), batches(), head)[0], expected)
-
-
-@pytest.mark.parametrize("kind", CASES)
-def test_sums_of_squares_over_single_examples(kind: str):
-    build, batches, head = CASES[kind]
-    singles = [example for batch in batches() for example in examples_of(batch)]
-    found, counts = accumulated(build(), batches(), head, term=squared, per_example=True)
-    assert_close(found, naive_sums(build(), singles, head, square=True))
-    assert counts == {"batches": 3, "examples": len(singles)}
-
-
-@pytest.mark.parametrize("kind", CASES)
-def test_sums_of_squares_over_batches(kind: str):
-    build, batches, head = CASES[kind]
-    found, _ = accumulated(build(), batches(), head, term=squared)
-    assert_close(found, naive_sums(build(), batches(), head, square=True))
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
@@ -111,11 +99,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
 
 
 def test_under_autocast():
-    def narrow(model: nn.Module, batch: Any) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return plain_loss(model, batch)
-
-    expected = naive_sums(tiny_vit(), labelled_images(), "classifier", loss=narrow)
+    expected = naive_sums(tiny_vit(), labelled_images(), "classifier", loss=loss_in_bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = accumulated(tiny_vit(), labelled_images(), "classifier")
         assert torch.is_autocast_cache_enabled()
@@ -139,10 +123,7 @@ def test_gradient_checkpointing_changes_memory_alone(kind: str, training: bool):
     build, batches, head = CASES[kind]
     found = []
     for enabled in (False, True):
-        model, calls = build(), []
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.2
+        model, calls = with_dropout(build(), 0.2), []
         if enabled:
             model.gradient_checkpointing_enable()
         inner = next(m for name, m in model.named_modules() if name.endswith(("mlp.fc1", "mlp.up_proj", "mlp.c_fc")))
@@ -244,33 +225,6 @@ def noisy_adapted(importance: str) -> Any:
     return model
 
 
-def everything(model: nn.Module) -> dict[str, Any]:
-    """All of a model, and of the random states, that calibration could leave changed."""
-    modules = dict(model.named_modules())
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    buffers = {name: (id(b), bits(b)) for name, b in model.named_buffers()}
-    parameters = {
-        name: (id(p), bits(p), p.requires_grad, None if p.grad is None else (id(p.grad), bits(p.grad)), p._version)
-        for name, p in model.named_parameters()
-    }
-    generators = [bits(torch.random.get_rng_state()), random.getstate(), str(np.random.get_state())]
-    return {
-        "parameters": parameters,
-        "hooks on parameters": {n: list(p._post_accumulate_grad_hooks or ()) for n, p in model.named_parameters()},
-        "buffers": buffers,
-        "training": {name: module.training for name, module in modules.items()},
-        "hooks": {name: [list(getattr(module, kind)) for kind in hooks] for name, module in modules.items()},
-        "forward": [name for name, module in modules.items() if "forward" in vars(module)],
-        "checkpointing": {name: getattr(module, "gradient_checkpointing", None) for name, module in modules.items()},
-        "adapters": {
-            name: (layer._disable_adapters, layer.active_adapters) for name, layer in layers_of(model).items()
-        },
-        "selected": {name: [s.selected for s in layer.fps_state.values()] for name, layer in layers_of(model).items()},
-        "generators": generators,
-        "modes": (torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()),
-    }
-
-
 def noisy_batches(fails: str) -> Iterator[tuple[Tensor, Tensor]]:
     for i in range(3):
         if i == 1 and fails == "data":
@@ -305,8 +259,7 @@ def test_a_failure_leaves_everything_as_it_was(importance: str, fails: str, trai
     """Not of single examples in training mode, which have no batch statistics."""
     model = noisy_adapted(importance)
     model.get_base_model().fails_at = 1 if fails == "forward" else None
-    before = everything(model)
-    with pytest.raises((ZeroDivisionError, KeyboardInterrupt, ValueError, IndexError, OSError)):
+    with left_as_it_was(model), pytest.raises((ZeroDivisionError, KeyboardInterrupt, ValueError, IndexError, OSError)):
         model.calibrate(
             noisy_batches(fails),
             adapter_name="default",
@@ -314,9 +267,6 @@ def test_a_failure_leaves_everything_as_it_was(importance: str, fails: str, trai
             loss=failing_loss(fails),
             training_mode=training_mode,
         )
-    after = everything(model)
-    for part, expected in before.items():
-        assert after[part] == expected, part
 
 
 @pytest.mark.parametrize("training_mode", [False, True], ids=["eval", "training"])
@@ -327,16 +277,8 @@ def test_success_changes_the_adapter_alone(options: dict[str, Any], training_mod
     model = noisy_adapted("gradient")
     for name, value in options.items():
         setattr(model.peft_config["default"], name, value)
-    before = everything(model)
-    model.calibrate(noisy_batches(""), adapter_name="default", progress=False, training_mode=training_mode)
-    after = everything(model)
-    for found in (before, after):
-        found["selected"] = None
-        for part in ("parameters", "buffers"):
-            found[part] = {name: value for name, value in found[part].items() if ".default" not in name
-                           or "modules_to_save" in name}  # fmt: skip
-    for part, expected in before.items():
-        assert after[part] == expected, part
+    with left_as_it_was(model, but_for_selection=True):
+        model.calibrate(noisy_batches(""), adapter_name="default", progress=False, training_mode=training_mode)
     assert all(bits(p) == bytes(p.numel() * 4) for n, p in model.named_parameters() if "fps_" in n and "default" in n)
 
 
@@ -344,14 +286,12 @@ def test_success_changes_the_adapter_alone(options: dict[str, Any], training_mod
 def test_checkpointing_survives_a_failure():
     model = get_peft_model(tiny_llama(), FPSConfig(per_neuron=2, importance="gradient"))
     model.get_base_model().gradient_checkpointing_enable()
-    before = everything(model)
 
     def interrupted(outputs: Any, batch: Any) -> Tensor:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with left_as_it_was(model), pytest.raises(KeyboardInterrupt):
         model.calibrate(texts("tokens"), progress=False, loss=interrupted)
-    assert everything(model) == before
 
 
 def test_adapters_and_saved_modules_get_no_gradient():

@@ -1,6 +1,5 @@
 """Gated changes against autograd of the loss written out."""
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peft_fps.calibration import Pass, run_model
+from peft_fps.calibration import Pass
 from peft_fps.gradients import Exact, Weight, accumulate_gated_changes
 from peft_fps.gradients.gated_training import GATE_LEARNING_RATE, GatedChange
+from tests.gradients.naive_sums import gradients_alive_in_steps, plain_loss
 from tests.support.helpers import bits, normal, tiny_mlp, unchanged
 
 
@@ -203,10 +203,6 @@ def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
     return [(normal(4, 10, seed=seed).double(), torch.tensor([0, 1, 2, 3])) for seed in range(count)]
 
 
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(run_model(model, batch), batch[1])
-
-
 def gated_sizes(model: Any, data: list[Any], *, penalty: float, **options: Any) -> tuple[dict[str, Tensor], Any]:
     weights = {name: Weight(getattr(model, name).weight) for name in ("first", "last")}
     others = {name: model.get_parameter(name) for name in ("first.bias", "last.bias")}
@@ -216,7 +212,7 @@ def gated_sizes(model: Any, data: list[Any], *, penalty: float, **options: Any) 
         weights,
         others,
         Pass(data, progress=False, **options),
-        cross_entropy,
+        plain_loss,
         held,
         learning_rate=RATE,
         penalty=penalty,
@@ -261,17 +257,8 @@ def test_half_weights_change_by_steps_that_they_could_not_hold(dtype: torch.dtyp
 
 
 def test_at_most_one_gradient_is_alive(monkeypatch: pytest.MonkeyPatch):
-    model, alive, step = tiny_mlp().double(), [], GatedChange.step
-    given: list[weakref.ref[Tensor]] = []
-
-    def watched(gated: GatedChange, gradient: Tensor) -> None:
-        held = sum(parameter.grad is not None for parameter in model.parameters())
-        held += sum(reference() is not None for reference in given)
-        alive.append(held)
-        given.append(weakref.ref(gradient))
-        step(gated, gradient)
-
-    monkeypatch.setattr(GatedChange, "step", watched)
+    model = tiny_mlp().double()
+    alive, given = gradients_alive_in_steps(monkeypatch, GatedChange, model)
     gated_sizes(model, batches(), penalty=0.0)
     assert alive == [0] * 8
     assert all(reference() is None for reference in given)

@@ -11,10 +11,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from transformers.cache_utils import Cache
 
 from peft_fps.gradients.hooks import checkpointed, gradients_handed_over
+from tests.gradients.naive_sums import ENABLING, with_dropout
 from tests.support.helpers import images, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, tokens
-
-
-ENABLING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
 
 
 class Shared(nn.Module):
@@ -159,11 +157,7 @@ def test_layers_are_recomputed_and_gradients_stay_the_same(kind: str, training: 
     build, loss, inner = CHECKPOINTED[kind]
     found = []
     for enabled in (False, True):
-        model = build()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.2
-        model.train(training)
+        model = with_dropout(build(), 0.2).train(training)
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": True})
         calls: list[bool] = []

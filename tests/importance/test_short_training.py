@@ -3,37 +3,36 @@
 import copy
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from peft_fps import FPSConfig
 from peft_fps.importance import short_training
+from tests.calibration import naive_fps
+from tests.calibration.naive_fps import Rows, selection_of
+from tests.gradients.naive_sums import CASES, ENABLING, as_double, naive_movement, with_dropout
+from tests.gradients.restoration import left_as_it_was
 from tests.support.helpers import (
     images,
     layers_of,
     normal,
     selected_columns,
-    snapshot,
     tiny_bert,
     tiny_conv,
-    tiny_gpt2,
     tiny_mlp,
     tiny_vit,
-    tokens,
     unchanged,
     weighted_of,
 )
 
 
 IMPORTANCES = ["movement", "l0"]
+KINDS = ["vit", "bert", "gpt2", "conv"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +44,15 @@ def _seeded() -> Iterator[None]:
 
 
 def fresh(base: nn.Module, importance: str = "movement", **options: Any) -> Any:
-    if "budget" not in options:
-        options.setdefault("per_neuron", 3)
-    return get_peft_model(base, FPSConfig(importance=importance, **options))  # type: ignore[arg-type]
+    return naive_fps.fresh(base, importance=importance, **options)
 
 
 def labels(batch: int, classes: int, seed: int = 0) -> Tensor:
     return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed))
 
 
-def sentences(seed: int) -> dict[str, Tensor]:
-    ids = tokens(seed=seed)
-    return {"input_ids": ids, "labels": ids}
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
-    # model, and its batch of a number
-    "vit": (tiny_vit, lambda i: {"pixel_values": images(4, i), "labels": labels(4, 5, i)}),
-    "bert": (tiny_bert, lambda i: {"input_ids": tokens(seed=i), "labels": labels(4, 3, i)}),
-    "gpt2": (tiny_gpt2, sentences),
-    "conv": (tiny_conv, lambda i: (images(4, i), labels(4, 5, i))),
-}
-
-
-def batches_of(kind: str, count: int = 3) -> list[Any]:
-    return [MODELS[kind][1](i) for i in range(count)]
+def batches_of(kind: str) -> list[Any]:
+    return CASES[kind][1]()
 
 
 # --- planted changes ------------------------------------------------------------------------------------------------
@@ -187,13 +170,10 @@ TEXTS = {"movement": "movement in a short fine-tuning", "l0": "change under hard
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_are_calibrated_within_their_budget(kind: str, importance: str):
-    build, _ = MODELS[kind]
-    base = build()
-    model = fresh(base, importance, budget=0.2, granularity="layer", selection_epochs=2)
-    with torch.random.fork_rng(devices=[]):
-        report = model.calibrate(batches_of(kind), progress=False)
+    model = fresh(CASES[kind][0](), importance, budget=0.2, granularity="layer", selection_epochs=2)
+    report = model.calibrate(batches_of(kind), progress=False)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "fps_" in n)
     limit = int(report.base_parameters * 0.2)
     assert limit - len(layers_of(model)) < trained <= limit
@@ -208,12 +188,11 @@ def test_models_are_calibrated_within_their_budget(kind: str, importance: str):
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_the_same_seed_gives_the_same_selection(importance: str):
-    def selected(seed: int) -> dict[str, list[list[int]]]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = fresh(tiny_bert(), importance)
-            model.calibrate(batches_of("bert"), progress=False)
-        return {path: selected_columns(layer) for path, layer in layers_of(model).items()}
+    def selected(seed: int) -> dict[str, Rows]:
+        torch.manual_seed(seed)
+        model = fresh(tiny_bert(), importance)
+        model.calibrate(batches_of("bert"), progress=False)
+        return selection_of(model)
 
     assert selected(0) == selected(0)
     assert selected(0) != selected(1)  # dropout is active
@@ -222,31 +201,10 @@ def test_the_same_seed_gives_the_same_selection(importance: str):
 # --- what is trained along ------------------------------------------------------------------------------------------
 
 
-def naive_movement(base: nn.Module, trained: list[str], batches: list[Any], rate: float) -> dict[str, Tensor]:
-    """|w_T - w_0| of a full fine-tuning of the named parameters of a copy."""
-    plain = copy.deepcopy(base).train()
-    for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(name in trained)
-    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    for batch in batches:
-        optimizer.zero_grad()
-        plain(**batch).loss.backward()
-        optimizer.step()
-    before = dict(base.named_parameters())
-    return {n: (p - before[n]).abs().detach() for n, p in plain.named_parameters() if p.requires_grad}
-
-
-def without_dropout(model: nn.Module) -> Any:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 @pytest.mark.parametrize("bias", ["none", "all", "with_norms"])
 def test_movement_trains_targets_their_biases_and_the_head(bias: str):
     # float64, since a first step of Adam has the size of the rate however small the gradient is
-    base = without_dropout(tiny_bert()).double()
+    base = with_dropout(tiny_bert(), 0.0).double()
     plain = copy.deepcopy(base)
     model = fresh(base, bias=bias, selection_learning_rate=0.002, selection_epochs=2, per_neuron=4)
     linear = set(weighted_of(model))
@@ -300,29 +258,6 @@ def adapted_with_norm(importance: str, bias: str) -> Any:
     return model
 
 
-def everything(model: nn.Module) -> dict[str, Any]:
-    """What must survive a short training; not the selection, which a success replaces."""
-    found = snapshot(model)
-    found["tensors"] = {name: held for name, held in found["tensors"].items() if "fps_" not in name}
-    parameters = {name: p for name, p in model.named_parameters() if "fps_" not in name}
-    found["memory"] = {name: p.data_ptr() for name, p in parameters.items()}
-    found["buffers"] = {name: b.data_ptr() for name, b in model.named_buffers() if "fps_" not in name}
-    found["gradients"] = {name: None if p.grad is None else p.grad.tolist() for name, p in parameters.items()}
-    found["gradient memory"] = {name: None if p.grad is None else p.grad.data_ptr() for name, p in parameters.items()}
-    found["accumulation hooks"] = {n: bool(p._post_accumulate_grad_hooks) for n, p in parameters.items()}
-    found["python"], found["numpy"] = random.getstate(), np.random.get_state()[1].tolist()
-    return found
-
-
-@contextmanager
-def all_restored(model: nn.Module) -> Iterator[None]:
-    before = everything(model)
-    yield
-    after = everything(model)
-    for part, expected in before.items():
-        assert after[part] == expected, part
-
-
 def norm_batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
     return [(images(4, i), labels(4, 5, i)) for i in range(count)]
 
@@ -334,7 +269,7 @@ BIASES = ["none", "all", "with_norms"]
 @pytest.mark.parametrize("bias", BIASES)
 def test_success_leaves_the_model_as_it_was(importance: str, bias: str):
     model = adapted_with_norm(importance, bias)
-    with all_restored(model):
+    with left_as_it_was(model, but_for_selection=True):
         model.calibrate(norm_batches(), progress=False)
     parameters = [p for layer in layers_of(model).values() for p in layer.adapter_parameters("default")]
     assert not any(bool(parameter.any()) for parameter in parameters)
@@ -363,7 +298,7 @@ def failing_loss(error: BaseException, at: int) -> Callable[[Any, Any], Tensor]:
 @pytest.mark.parametrize("bias", BIASES)
 def test_an_exception_amid_the_training_leaves_everything(importance: str, bias: str, error: BaseException):
     model = adapted_with_norm(importance, bias)
-    with all_restored(model), unchanged(model), pytest.raises(type(error), match="stop"):
+    with left_as_it_was(model), pytest.raises(type(error), match="stop"):
         model.calibrate(norm_batches(), progress=False, loss=failing_loss(error, at=2))
 
 
@@ -387,7 +322,7 @@ def test_an_exception_within_backward_leaves_everything(importance: str):
         features = output
 
     model.get_base_model().norm.register_forward_hook(keep)  # behind the head and the body, before the stem
-    with all_restored(model), unchanged(model), pytest.raises(Boom, match="stop"):
+    with left_as_it_was(model), pytest.raises(Boom, match="stop"):
         model.calibrate(norm_batches(), progress=False, loss=loss)
 
 
@@ -398,7 +333,7 @@ def test_data_that_ends_with_an_error_or_is_empty_leaves_everything(importance: 
         raise Boom("no more")
 
     model = adapted_with_norm(importance, "all")
-    with all_restored(model), unchanged(model):
+    with left_as_it_was(model):
         with pytest.raises(Boom, match="no more"):
             model.calibrate(interrupted(), progress=False)
         with pytest.raises(ValueError, match="holds no batch"):
@@ -411,7 +346,7 @@ def test_data_that_ends_with_an_error_or_is_empty_leaves_everything(importance: 
 def test_half_models_are_calibrated_and_left_as_they_were(importance: str):
     model = fresh(tiny_vit().bfloat16(), importance)
     data = [{**batch, "pixel_values": batch["pixel_values"].bfloat16()} for batch in batches_of("vit")]
-    with all_restored(model):
+    with left_as_it_was(model, but_for_selection=True):
         model.calibrate(data, progress=False)
     dtypes = {layer.base_layer.weight.dtype for layer in layers_of(model).values()}
     assert dtypes == {torch.bfloat16}
@@ -473,25 +408,20 @@ def test_streaming_accumulators_are_refused(importance: str):
 # --- checkpointing, dropout, shared biases --------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@ENABLING
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])
 def test_gradient_checkpointing_changes_nothing(kind: str, importance: str):
-    def selected(checkpointing: bool) -> dict[str, list[list[int]]]:
-        base: Any = MODELS[kind][0]().double()
+    def selected(checkpointing: bool) -> dict[str, Rows]:
+        base: Any = CASES[kind][0]().double()
         base.config.use_cache = False
         if checkpointing:
             base.gradient_checkpointing_enable()
         model = fresh(base, importance)
-        data = [
-            {name: part.double() if part.is_floating_point() else part for name, part in batch.items()}
-            for batch in batches_of(kind)
-        ]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            with all_restored(model):
-                model.calibrate(data, progress=False)
-        return {path: selected_columns(layer) for path, layer in layers_of(model).items()}
+        torch.manual_seed(3)
+        with left_as_it_was(model, but_for_selection=True):
+            model.calibrate(as_double(batches_of(kind)), progress=False)
+        return selection_of(model)
 
     # dropout is active, so recomputing has to draw the same masks
     assert selected(True) == selected(False)
@@ -502,7 +432,7 @@ def test_biases_that_two_targets_share_are_trained_once(importance: str):
     base = tiny_mlp(6, 6, 6)
     base.last.bias = base.first.bias
     model = fresh(base, importance)
-    with all_restored(model):
+    with left_as_it_was(model, but_for_selection=True):
         model.calibrate(taught(tiny_mlp(6, 6, 6), 6, 2, 0), loss=squared_error, progress=False)
 
 

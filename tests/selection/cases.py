@@ -12,6 +12,8 @@ from peft_fps.selection import Candidate, LayerShape, select_entries
 Layers = dict[str, tuple[list[list[float]], int]]
 """Scores and number of entries by name."""
 
+CHUNK = "peft_fps.selection.candidate.SCORED_ELEMENTS"
+
 SCORE = st.sampled_from([0.0, 0.25, 0.5, 0.50390625, 1.0, 1.0078125, 2.0, 1e-30])
 
 

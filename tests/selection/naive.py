@@ -1,6 +1,7 @@
 """Selection by sorting everything: slow, obvious, and written without the package."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 
 Scores = list[list[float]]
@@ -40,3 +41,34 @@ def by_model(layers: Mapping[str, Scores], entries: int) -> dict[str, Selected]:
         name, row, column = places[i]
         chosen[name][row].append(column)
     return chosen
+
+
+def whole_numbers(entries: list[int], sizes: list[tuple[int, int]]) -> list[int]:
+    """One whole row at a time, twice along the layers, the second time with what is left over."""
+    numbers, purse = [0] * len(sizes), 0
+    for income in (entries, [0] * len(sizes)):
+        for i, (size, count) in enumerate(sizes):
+            purse += income[i]
+            while purse >= size and numbers[i] < count:
+                numbers[i] += 1
+                purse -= size
+    return numbers
+
+
+def by_whole(given_layers: Mapping[str, tuple[Scores, int]], granularity: str, order: str) -> dict[str, Selected]:
+    """Whole rows or columns by the sums of their scores; scores and number of entries by layer."""
+    tables = [
+        scores if granularity == "row" else list(zip(*scores, strict=True)) for scores, _ in given_layers.values()
+    ]
+    sizes = [(len(table[0]), len(table)) for table in tables]
+    numbers = whole_numbers([entries for _, entries in given_layers.values()], sizes)
+    found = {}
+    for (name, (scores, _)), table, number in zip(given_layers.items(), tables, numbers, strict=True):
+        sign = 1 if order == "top" else -1
+        sums = [sign * sum(map(Fraction, line)) for line in table]
+        chosen = sorted(best([(total, i) for i, total in enumerate(sums)], number))
+        every = list(range(len(scores[0])))
+        found[name] = [every if i in chosen else [] for i in range(len(scores))]
+        if granularity == "column":
+            found[name] = [chosen] * len(scores)
+    return found

@@ -11,40 +11,15 @@ from tests.selection.cases import candidate
 from tests.support.helpers import normal
 
 
-TWO = {
-    "layers.0.up": LayerShape(12, 6),
-    "layers.0.down": LayerShape(6, 12),
-}
+TWO = {"layers.0.up": LayerShape(12, 6), "layers.0.down": LayerShape(6, 12)}
 
 
 @pytest.mark.parametrize(
     ("granularity", "entries", "parts"),
     [
-        (
-            "block",
-            17,
-            (
-                "found 17 entries",
-                "each of the 18 neurons of 2 modules",
-                "per_neuron to at least 1 ",
-                "at least 0.041,",
-            ),
-        ),
-        (
-            "row",
-            5,
-            (
-                "found 5 entries",
-                "6 of one whole neuron of layers.0.up",
-                "per_neuron to at least 0.45 ",
-                "least 0.031,",
-            ),
-        ),
-        (
-            "column",
-            5,
-            ("found 5 entries", "6 of one whole input of layers.0.down", "per_neuron to at least 0.45 ", "0.031,"),
-        ),
+        ("block", 17, ("each of the 18 neurons of 2 modules", "per_neuron to at least 1 ", "at least 0.041,")),
+        ("row", 5, ("6 of one whole neuron of layers.0.up", "per_neuron to at least 0.45 ", "least 0.031,")),
+        ("column", 5, ("6 of one whole input of layers.0.down", "per_neuron to at least 0.45 ", "0.031,")),
     ],
 )
 def test_too_few_entries_are_refused_with_the_numbers_and_the_way_out(
@@ -53,7 +28,7 @@ def test_too_few_entries_are_refused_with_the_numbers_and_the_way_out(
     # 23 biases: (18 + 23) / 1000, and (6 + 2 + 23) / 1000 with an entry to lose per module
     with pytest.raises(ValueError, match="another granularity") as caught:
         check_granularity(granularity, TWO, entries, biases=23, base_parameters=1000)
-    for part in (f"granularity='{granularity}'", *parts):
+    for part in (f"granularity='{granularity}'", f"found {entries} entries", *parts):
         assert part in str(caught.value)
     check_granularity(granularity, TWO, entries + 1, biases=23, base_parameters=1000)
 

@@ -9,39 +9,35 @@ from torch import Tensor
 
 from peft_fps.selection import Candidate, LayerShape, select_entries
 from tests.selection import naive
-from tests.selection.cases import Layers, as_rows, layers, selected
+from tests.selection.cases import CHUNK, Layers, as_rows, layers, selected
 from tests.support.helpers import normal
 
 
 GRANULARITIES = ["neuron", "layer", "model", "block", "row", "column"]
-CHUNK = "peft_fps.selection.candidate.SCORED_ELEMENTS"
 
 
-@given(layers(), st.sampled_from([1, 5, 1 << 22]))
-def test_by_neuron(given_layers: Layers, scored_elements: int):
+@pytest.mark.parametrize("order", ["top", "bottom"])
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
+@given(given_layers=layers(), scored_elements=st.sampled_from([1, 5, 1 << 22]))
+def test_the_entries_are_those_that_sorting_finds(
+    granularity: str, order: str, given_layers: Layers, scored_elements: int
+):
+    sign = 1 if order == "top" else -1
+    signed = {name: [[sign * score for score in row] for row in scores] for name, (scores, _) in given_layers.items()}
+    entries = {name: number for name, (_, number) in given_layers.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CHUNK, scored_elements)
-        found = selected(given_layers, "neuron")
-    for name, (scores, entries) in given_layers.items():
-        assert found[name] == naive.by_neuron(scores, entries)
-        k = entries / len(scores)
-        assert {len(row) for row in found[name]} <= {int(k), int(-(-k // 1))}
-        assert sum(map(len, found[name])) == entries
-
-
-@given(layers())
-def test_by_layer(given_layers: Layers):
-    found = selected(given_layers, "layer")
-    for name, (scores, entries) in given_layers.items():
-        assert found[name] == naive.by_layer(scores, entries)
-
-
-@given(layers())
-def test_by_model(given_layers: Layers):
-    found = selected(given_layers, "model")
-    total = sum(entries for _, entries in given_layers.values())
-    assert found == naive.by_model({name: scores for name, (scores, _) in given_layers.items()}, total)
-    assert sum(len(row) for rows in found.values() for row in rows) == total
+        found = selected(given_layers, granularity, order=order)
+    if granularity == "model":
+        assert found == naive.by_model(signed, sum(entries.values()))
+        return
+    one = naive.by_neuron if granularity == "neuron" else naive.by_layer
+    assert found == {name: one(scores, entries[name]) for name, scores in signed.items()}
+    for name, rows in found.items():
+        k = entries[name] / len(rows)
+        assert sum(map(len, rows)) == entries[name]
+        if granularity == "neuron":
+            assert {len(row) for row in rows} <= {int(k), int(-(-k // 1))}
 
 
 @pytest.mark.parametrize("total", [0, 1, 500, 2000, 4999, 5000])
@@ -94,31 +90,24 @@ def test_the_fraction_goes_to_the_best_next_candidates_at_most_one_per_neuron():
 
 
 @pytest.mark.parametrize("scored_elements", [1, 7, 21])
-def test_rows_are_scored_in_chunks_that_fit(scored_elements: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("granularity", ["neuron", "row", "column"])
+def test_rows_are_scored_once_in_chunks_that_fit(
+    granularity: str, scored_elements: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(CHUNK, scored_elements)
-    scores, asked = normal(10, 7).abs(), Counter()
+    scores, asked = normal(10, 7).abs().mul(8).round(), Counter()
 
     def score(first: int, last: int) -> Tensor:
         asked.update(range(first, last))
         assert (last - first) * 7 <= scored_elements or last - first == 1
         return scores[first:last]
 
-    rows = as_rows(*select_entries({"only": Candidate(LayerShape(10, 7), 25, score)}, "neuron")["only"])
-    assert rows == naive.by_neuron(scores.tolist(), 25)
+    rows = as_rows(*select_entries({"only": Candidate(LayerShape(10, 7), 25, score)}, granularity)["only"])
+    if granularity == "neuron":
+        assert rows == naive.by_neuron(scores.tolist(), 25)
+    else:
+        assert rows == naive.by_whole({"only": (scores.tolist(), 25)}, granularity, "top")["only"]
     assert asked == Counter(range(10))
-
-
-@given(layers(), st.sampled_from(["neuron", "layer", "model"]))
-def test_the_bottom_is_the_top_of_the_negated_scores(given_layers: Layers, granularity: str):
-    negated = {name: [[-score for score in row] for row in scores] for name, (scores, _) in given_layers.items()}
-    numbers = {name: entries for name, (_, entries) in given_layers.items()}
-    one = naive.by_neuron if granularity == "neuron" else naive.by_layer
-    expected = (
-        naive.by_model(negated, sum(numbers.values()))
-        if granularity == "model"
-        else {name: one(scores, numbers[name]) for name, scores in negated.items()}
-    )
-    assert selected(given_layers, granularity, order="bottom") == expected
 
 
 @given(layers(), st.sampled_from(["neuron", "layer", "model", "block"]), st.sampled_from(["top", "bottom"]))

@@ -1,8 +1,5 @@
 """Whole neurons and whole inputs against sums in plain Python."""
 
-from collections import Counter
-from fractions import Fraction
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,43 +8,12 @@ from torch import Tensor
 
 from peft_fps.selection import Candidate, LayerShape, select_entries
 from peft_fps.selection.structured import whole_numbers
-from tests.selection.cases import Layers, as_rows, candidate, layers, selected
-from tests.selection.naive import best
+from tests.selection import naive
+from tests.selection.cases import CHUNK, Layers, as_rows, candidate, layers, selected
 from tests.support.helpers import normal
 
 
 EXACT = st.sampled_from([0.0, 0.25, 0.5, 0.50390625, 1.0, 1.0078125, 2.0])  # float64 sums of these are exact
-CHUNK = "peft_fps.selection.candidate.SCORED_ELEMENTS"
-
-
-def naive_numbers(entries: list[int], sizes: list[tuple[int, int]]) -> list[int]:
-    """One whole row at a time, twice along the layers, the second time with what is left over."""
-    numbers, purse = [0] * len(sizes), 0
-    for income in (entries, [0] * len(sizes)):
-        for i, (size, count) in enumerate(sizes):
-            purse += income[i]
-            while purse >= size and numbers[i] < count:
-                numbers[i] += 1
-                purse -= size
-    return numbers
-
-
-def naive_whole(given_layers: Layers, granularity: str, order: str) -> dict[str, list[list[int]]]:
-    tables = [
-        scores if granularity == "row" else list(zip(*scores, strict=True)) for scores, _ in given_layers.values()
-    ]
-    sizes = [(len(table[0]), len(table)) for table in tables]
-    numbers = naive_numbers([entries for _, entries in given_layers.values()], sizes)
-    found = {}
-    for (name, (scores, _)), table, number in zip(given_layers.items(), tables, numbers, strict=True):
-        sign = 1 if order == "top" else -1
-        sums = [sign * sum(map(Fraction, line)) for line in table]
-        chosen = sorted(best([(total, i) for i, total in enumerate(sums)], number))
-        every = list(range(len(scores[0])))
-        found[name] = [every if i in chosen else [] for i in range(len(scores))]
-        if granularity == "column":
-            found[name] = [chosen] * len(scores)
-    return found
 
 
 @given(
@@ -60,19 +26,15 @@ def test_whole_neurons_and_inputs_with_the_largest_or_smallest_sums(
     given_layers: Layers, granularity: str, order: str, scored_elements: int
 ):
     total = sum(entries for _, entries in given_layers.values())
-    sizes = [
-        (len(scores[0]), len(scores)) if granularity == "row" else (len(scores), len(scores[0]))
-        for scores, _ in given_layers.values()
-    ]
+    smallest = min(len(scores[0]) if granularity == "row" else len(scores) for scores, _ in given_layers.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CHUNK, scored_elements)
-        if 0 < total < min(size for size, _ in sizes):
+        if 0 < total < smallest:
             with pytest.raises(ValueError, match=f"granularity='{granularity}' found {total} entries"):
                 selected(given_layers, granularity, order=order)
             return
         found = selected(given_layers, granularity, order=order)
-    expected = naive_whole(given_layers, granularity, order)
-    assert found == expected
+    assert found == naive.by_whole(given_layers, granularity, order)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6), st.floats(0, 1)), min_size=1, max_size=5))
@@ -80,7 +42,7 @@ def test_the_total_is_never_exceeded_and_what_is_left_fills_no_further_neuron(dr
     sizes = [(size, count) for size, count, _ in drawn]
     entries = [int(share * size * count) for size, count, share in drawn]
     numbers = whole_numbers(entries, sizes)
-    assert numbers == naive_numbers(entries, sizes)
+    assert numbers == naive.whole_numbers(entries, sizes)
     left = sum(entries) - sum(number * size for number, (size, _) in zip(numbers, sizes, strict=True))
     assert left >= 0
     assert all(0 <= number <= count for number, (_, count) in zip(numbers, sizes, strict=True))
@@ -122,35 +84,12 @@ def test_sums_are_formed_in_float64(scored_elements: int, monkeypatch: pytest.Mo
     assert selected({"only": (columns, 2)}, "column")["only"] == [[1]] * 2
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("granularity", ["row", "column"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_ties_of_bfloat16_scores_go_to_the_lowest_index(granularity: str, threads: int):
+def test_ties_of_bfloat16_scores_go_to_the_lowest_index(granularity: str):
     scores = (normal(300, 3).abs() if granularity == "row" else normal(3, 300).abs()).mul(4).round()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        given_layers = {"only": (scores.tolist(), 300)}
-        assert selected(given_layers, granularity) == naive_whole(given_layers, granularity, "top")
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("scored_elements", [1, 7, 21])
-@pytest.mark.parametrize("granularity", ["row", "column"])
-def test_rows_are_scored_once_in_chunks_that_fit(
-    granularity: str, scored_elements: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(CHUNK, scored_elements)
-    scores, asked = normal(10, 7).abs().mul(8).round(), Counter()
-
-    def score(first: int, last: int) -> Tensor:
-        asked.update(range(first, last))
-        assert (last - first) * 7 <= scored_elements or last - first == 1
-        return scores[first:last]
-
-    found = as_rows(*select_entries({"only": Candidate(LayerShape(10, 7), 25, score)}, granularity)["only"])
-    assert found == naive_whole({"only": (scores.tolist(), 25)}, granularity, "top")["only"]
-    assert asked == Counter(range(10))
+    given_layers = {"only": (scores.tolist(), 300)}
+    assert selected(given_layers, granularity) == naive.by_whole(given_layers, granularity, "top")
 
 
 def test_a_layer_that_gets_nothing_is_not_scored():

@@ -19,12 +19,16 @@ def matrices(draw: st.DrawFn) -> list[list[float]]:
     return draw(st.lists(st.lists(SCORES, min_size=inputs, max_size=inputs), min_size=1, max_size=5))
 
 
+def naive_top(scores: list[float], k: int) -> list[int]:
+    return best([(score, i) for i, score in enumerate(scores)], k)
+
+
 @given(matrices(), st.data())
 def test_top_k_of_rows(scores: list[list[float]], data: st.DataObject):
     k = data.draw(st.integers(0, len(scores[0])))
     tensor = torch.tensor(scores)
     columns, values = top_k(tensor, k)
-    expected = [best([(score, i) for i, score in enumerate(row)], k) for row in tensor.tolist()]
+    expected = [naive_top(row, k) for row in tensor.tolist()]
     assert columns.dtype == torch.int64
     assert columns.tolist() == expected
     assert values.tolist() == [[row[i] for i in chosen] for row, chosen in zip(tensor.tolist(), expected, strict=True)]
@@ -35,24 +39,17 @@ def test_top_k_flat(scores: list[list[float]], data: st.DataObject):
     tensor = torch.tensor(scores)
     k = data.draw(st.integers(0, tensor.numel()))
     positions = top_k_flat(tensor, k)
-    flat = tensor.reshape(-1).tolist()
     assert positions.dtype == torch.int64
-    assert positions.tolist() == sorted(best([(score, i) for i, score in enumerate(flat)], k))
+    assert positions.tolist() == sorted(naive_top(tensor.reshape(-1).tolist(), k))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("k", [1, 7, 100, 999])
-def test_ties_of_bfloat16_scores_go_to_the_lowest_index(k: int, threads: int):
+def test_ties_of_bfloat16_scores_go_to_the_lowest_index(k: int):
     scores = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)).abs().bfloat16().float()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        columns, _ = top_k(scores, k)
-        flat = top_k_flat(scores, k)
-    finally:
-        torch.set_num_threads(before)
-    assert columns.tolist() == [best([(score, i) for i, score in enumerate(row)], k) for row in scores.tolist()]
-    assert flat.tolist() == sorted(best([(score, i) for i, score in enumerate(scores.reshape(-1).tolist())], k))
+    columns, _ = top_k(scores, k)
+    assert columns.tolist() == [naive_top(row, k) for row in scores.tolist()]
+    assert top_k_flat(scores, k).tolist() == sorted(naive_top(scores.reshape(-1).tolist(), k))
 
 
 def test_equal_scores_select_the_first():
@@ -101,5 +98,5 @@ def test_reversed_order_of_expanded_and_strided_scores():
 def test_the_top_of_the_reversed_order_is_the_bottom(scores: list[list[float]], data: st.DataObject):
     k = data.draw(st.integers(0, len(scores[0])))
     tensor = torch.tensor(scores)
-    expected = [best([(-score, i) for i, score in enumerate(row)], k) for row in tensor.tolist()]
+    expected = [naive_top([-score for score in row], k) for row in tensor.tolist()]
     assert top_k(reversed_order(tensor), k)[0].tolist() == expected

@@ -1,8 +1,8 @@
 """Products with W + ΔW and their gradients, against autograd through a dense W + ΔW."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,72 +12,39 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import (
-    Geometry,
-    Layout,
     Reading,
     Structure,
     autograd,
-    build_structure,
+    compose_weight,
     convolution_autograd,
     keep_columns,
     keep_whole,
-    sparse_convolution,
     sparse_delta_linear,
     sparse_linear,
-    structure,
 )
 from peft_fps.sparse import products as ways
-from tests.support.helpers import bits, csr, flat_positions, normal, selections
+from tests.sparse import cases
+from tests.sparse.cases import (
+    INPUTS,
+    KINDS,
+    ROWS,
+    Rows,
+    Selection,
+    assert_same_function,
+    at_entries,
+    dense,
+    leaves,
+    products,
+    saved_tensors,
+)
+from tests.support.helpers import bits, normal, selections
 
 
-Selection = tuple[int, list[list[int]]]
-
-ROWS, INPUTS = [[0, 3], [], [0, 3, 5], [0, 1, 2, 3, 4, 5], [5]], 6
 LEADING = [(), (4,), (2, 3), (2, 1, 3)]
 
 
-def built(rows: list[list[int]] = ROWS, inputs: int = INPUTS, transposed: bool = False) -> Structure:
-    return build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
-
-
-def scattered(weight: Tensor, values: Tensor, rows: list[list[int]], inputs: int, transposed: bool = False) -> Tensor:
-    """W + ΔW in the logical shape, differentiable by autograd."""
-    places = torch.tensor(flat_positions(rows, inputs, transposed), dtype=torch.int64)
-    dense = (weight.reshape(-1).index_put((places,), values, accumulate=True)).view(weight.shape)
-    return dense.t() if transposed else dense
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
-
-
-def assert_same_function(
-    ours: Callable[..., Tensor], naive: Callable[..., Tensor], *tensors: Tensor, **tolerance: Any
-):
-    """The same result, and the same gradients for all arguments."""
-    left, right = leaves(*tensors), leaves(*tensors)
-    result, expected = ours(*left), naive(*right)
-    assert result.dtype == expected.dtype
-    torch.testing.assert_close(result, expected, **tolerance)
-    grad = normal(*expected.shape, seed=9).to(expected.dtype)
-    result.backward(grad)
-    expected.backward(grad)
-    for ours_leaf, naive_leaf in zip(left, right, strict=True):
-        assert ours_leaf.grad is not None
-        torch.testing.assert_close(ours_leaf.grad, naive_leaf.grad, **tolerance)
-
-
-@contextmanager
-def saved_tensors():
-    """Tensors that autograd keeps for backward within the block."""
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
+def built(rows: Rows = ROWS, inputs: int = INPUTS, **options: Any) -> Structure:
+    return cases.built(rows, inputs, **options)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -92,12 +59,10 @@ def test_sparse_linear(
     weight = normal(*((inputs, len(rows)) if transposed else (len(rows), inputs)), dtype=torch.float64)
     x, values = normal(*leading, inputs, seed=1), normal(sum(map(len, rows)), seed=2)
     arguments = [x.double(), values.double()] + ([normal(len(rows), seed=3).double()] if bias else [])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        where = built(rows, inputs, transposed)
+    where = built(rows, inputs, transposed=transposed, product_elements=product_elements)
     assert_same_function(
         lambda x, values, b=None: sparse_linear(x, weight, values, b, where),
-        lambda x, values, b=None: F.linear(x, scattered(weight, values, rows, inputs, transposed), b),
+        lambda x, values, b=None: F.linear(x, dense(weight, values, rows, inputs, transposed), b),
         *arguments,
     )
 
@@ -106,12 +71,10 @@ def test_sparse_linear(
 def test_sparse_delta_linear(selection: Selection, leading: tuple[int, ...], product_elements: int):
     inputs, rows = selection
     none = torch.zeros(len(rows), inputs, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        where = built(rows, inputs)
+    where = built(rows, inputs, product_elements=product_elements)
     assert_same_function(
         lambda x, values: sparse_delta_linear(x, values, where),
-        lambda x, values: F.linear(x, scattered(none, values, rows, inputs)),
+        lambda x, values: F.linear(x, dense(none, values, rows, inputs)),
         normal(*leading, inputs, seed=1).double(),
         normal(sum(map(len, rows)), seed=2).double(),
     )
@@ -127,18 +90,19 @@ def test_sparse_delta_linear(selection: Selection, leading: tuple[int, ...], pro
     ],
 )
 @pytest.mark.parametrize("contiguous_weight", [True, False], ids=["", "strided-weight"])
-def test_non_contiguous_tensors(view: Callable[[], Tensor], contiguous_weight: bool):
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+def test_non_contiguous_tensors(view: Callable[[], Tensor], contiguous_weight: bool, transposed: bool):
     weight = normal(5, INPUTS) if contiguous_weight else normal(INPUTS, 5).t()
-    x, values = view(), normal(12, seed=2)
-    dense = scattered(weight.contiguous(), values, ROWS, INPUTS)
-    torch.testing.assert_close(sparse_linear(x, weight, values, None, built()), F.linear(x, dense))
-    torch.testing.assert_close(sparse_delta_linear(x, values, built()), F.linear(x, dense - weight))
+    stored, where = weight.t() if transposed else weight, built(transposed=transposed)
+    x, (left, right) = view(), leaves(normal(12, seed=2), normal(12, seed=2))
+    whole = dense(weight.contiguous(), right, ROWS, INPUTS)
+    found, expected = sparse_linear(x, stored, left, None, where), F.linear(x, whole)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(sparse_delta_linear(x, left, where), F.linear(x, whole - weight))
     # the gradient that arrives may be strided, too
-    left, right = leaves(values, values)
-    (sparse_linear(x, weight, left, None, built()).t() if x.dim() == 2 else left.sum()).sum().backward()
-    (
-        F.linear(x, scattered(weight.contiguous(), right, ROWS, INPUTS)) if x.dim() == 2 else right.sum()
-    ).sum().backward()
+    grad = normal(*expected.shape[::-1]).permute(*range(expected.dim())[::-1])
+    found.backward(grad)
+    expected.backward(grad)
     torch.testing.assert_close(left.grad, right.grad)
 
 
@@ -151,7 +115,7 @@ def test_half_precision_products(dtype: torch.dtype, weight_dtype: torch.dtype |
     result = sparse_linear(x, weight, values, bias, built())
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     (exact_values,) = leaves(values)
-    expected = F.linear(x.float(), scattered(weight.float(), exact_values, ROWS, INPUTS), bias.float())
+    expected = F.linear(x.float(), dense(weight.float(), exact_values, ROWS, INPUTS), bias.float())
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), expected, **tolerance)
     result.sum().backward()
@@ -177,42 +141,11 @@ def test_autocast_leaves_the_dtype_to_the_input():
 # --- what holds for all of them -------------------------------------------------------------------------------------
 
 
-def products() -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
-    """Function of (x, values, bias), its arguments, and the weight."""
-    weight, kernel = normal(5, INPUTS, dtype=torch.float64), normal(4, 2, 2, 2, dtype=torch.float64)
-    x, image, rows = normal(2, 3, INPUTS, seed=1), normal(1, 4, 4, 3, seed=1), [[0, 7], [], [3], list(range(8))]
-    geometry, spread = Geometry((2, 1), (1, 0), (1, 2), 2), Geometry((2,), (1,), (1,), 2, True, (1,))
-    turned = build_structure(*csr(rows), 4, 8, Layout(True, groups=2, taps=4))
-    values, bias = normal(12, seed=2), normal(5, seed=3)
-    return {
-        "linear": (lambda x, v, b: sparse_linear(x, weight, v, b, built()), [x, values, bias], weight),
-        "transposed": (
-            lambda x, v, b: sparse_linear(x, weight.t(), v, b, built(transposed=True)),
-            [x, values, bias],
-            weight,
-        ),
-        "delta": (lambda x, v, b: sparse_delta_linear(x, v, built()) + b, [x, values, bias], weight),
-        "conv": (
-            lambda x, v, b: sparse_convolution(x, kernel, v, b, built(rows, 8), geometry),
-            [image, normal(11, seed=2), bias[:4]],
-            kernel,
-        ),
-        "transposed conv": (
-            lambda x, v, b: sparse_convolution(x, kernel.flatten(2), v, b, turned, spread),
-            [image[0], normal(11, seed=2), bias[:4]],
-            kernel,
-        ),
-    }
-
-
-KINDS = list(products())
-
-
 @pytest.mark.parametrize("kind", ["linear", "transposed", "delta"])
 @pytest.mark.parametrize("shape", [(0, INPUTS), (2, 0, INPUTS)], ids=str)
 def test_no_tokens_at_all(kind: str, shape: tuple[int, ...]):
-    function, (_, values, bias), _ = products()[kind]
-    x, values, bias = leaves(torch.zeros(shape, dtype=torch.float64), values.double(), bias.double())
+    function, _, (_, values, bias), _ = products(2, 3)[kind]
+    x, values, bias = leaves(torch.zeros(shape, dtype=torch.float64), values, bias)
     result = function(x, values, bias)
     assert result.shape == (*shape[:-1], len(ROWS))
     result.sum().backward()
@@ -223,40 +156,35 @@ def test_no_tokens_at_all(kind: str, shape: tuple[int, ...]):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str):
-    function, arguments, _ = products()[kind]
-    assert torch.autograd.gradcheck(function, leaves(*(tensor.double() for tensor in arguments)), fast_mode=True)
+    function, _, arguments, _ = products(2, 3)[kind]
+    assert torch.autograd.gradcheck(function, leaves(*arguments), fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "transposed conv"])
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_only_where_they_are_needed(kind: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch):
-    function, arguments, weight = products()[kind]
+    function, _, arguments, weight = products(2, 3)[kind]
     weight.requires_grad_()
-    arguments = [tensor.double().requires_grad_(need) for tensor, need in zip(arguments, wanted, strict=True)]
+    arguments = [tensor.requires_grad_(need) for tensor, need in zip(arguments, wanted, strict=True)]
     result = function(*arguments)
-    done: list[str] = []
-    watched = (autograd, "compose_weight"), (autograd, "sampled_product")
-    for module, name in (
-        *watched,
-        (convolution_autograd, "compose_weight"),
-        (convolution_autograd, "weight_gradient"),
-    ):
-        original = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *args, name=name, original=original: (done.append(name), original(*args))[1]
-        )
+    composed, sampled = Mock(wraps=compose_weight), Mock(wraps=autograd.sampled_product)
+    of_kernel = Mock(wraps=convolution_autograd.weight_gradient)
+    monkeypatch.setattr(autograd, "compose_weight", composed)
+    monkeypatch.setattr(autograd, "sampled_product", sampled)
+    monkeypatch.setattr(convolution_autograd, "compose_weight", composed)
+    monkeypatch.setattr(convolution_autograd, "weight_gradient", of_kernel)
     result.sum().backward()
     assert [tensor.grad is not None for tensor in arguments] == list(wanted)
     assert weight.grad is None
     need_x, need_values, _ = wanted
-    assert ("compose_weight" in done) == need_x
-    assert bool({"sampled_product", "weight_gradient"} & set(done)) == need_values
+    assert composed.called == need_x
+    assert (sampled.called or of_kernel.called) == need_values
 
 
 def test_without_a_gradient_to_come_nothing_is_saved():
     with saved_tensors() as kept:
-        for function, arguments, _ in products().values():
-            assert not function(*(tensor.double() for tensor in arguments)).requires_grad
+        for function, _, arguments, _ in products(2, 3).values():
+            assert not function(*arguments).requires_grad
     assert kept == []
 
 
@@ -285,20 +213,19 @@ def test_delta_linear_saves_the_used_columns_and_no_weight():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_for_the_weight_whose_bytes_stay(kind: str):
-    function, arguments, weight = products()[kind]
+    function, _, arguments, weight = products(2, 3)[kind]
     weight.requires_grad_()
     before = bits(weight)
-    function(*leaves(*(tensor.double() for tensor in arguments))).sum().backward()
+    function(*leaves(*arguments)).sum().backward()
     assert weight.grad is None
     assert bits(weight) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_functional_gradients(kind: str):
-    function, arguments, _ = products()[kind]
-    x, values, bias = (tensor.double() for tensor in arguments)
-    found = torch.func.grad(lambda x, v, b: function(x, v, b).square().sum(), argnums=(0, 1, 2))(x, values, bias)
-    expected = leaves(x, values, bias)
+    function, _, arguments, _ = products(2, 3)[kind]
+    found = torch.func.grad(lambda x, v, b: function(x, v, b).square().sum(), argnums=(0, 1, 2))(*arguments)
+    expected = leaves(*arguments)
     function(*expected).square().sum().backward()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other.grad)
@@ -319,7 +246,7 @@ def test_gradients_by_every_way(kind: str, kernel: str, dots: bool, monkeypatch:
         lambda x, v, b: (
             sparse_linear(x, weight, v, b, built()) if kind == "linear" else sparse_delta_linear(x, v, built()) + b
         ),
-        lambda x, v, b: F.linear(x, scattered(weight, v, ROWS, INPUTS), b),
+        lambda x, v, b: F.linear(x, dense(weight, v, ROWS, INPUTS), b),
         normal(300, INPUTS, seed=1),
         normal(12, seed=2),
         normal(5, seed=3),
@@ -361,6 +288,5 @@ def test_what_is_given_is_kept(kind: str, way: str):
         own = {weight.data_ptr(), values.data_ptr()}
         assert [t.data_ptr() for t in saved if t.data_ptr() not in own] == [t.data_ptr() for t in kept.tensors]
     result.backward(grad)
-    dense = grad.double().t() @ data.double()
-    expected = torch.stack([dense[row, column] for row, columns in enumerate(ROWS) for column in columns])
+    expected = at_entries(grad.double().t() @ data.double(), ROWS)
     torch.testing.assert_close(values.grad.double(), expected, rtol=1e-4, atol=1e-5)

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.sparse import Layout, build_structure, compose_weight, dense_delta, merged_entries, structure
+from peft_fps.sparse import compose_weight, dense_delta, merged_entries
 from peft_fps.sparse.compose import compact_delta
-from tests.support.helpers import bits, csr, flat_positions, normal, selections
+from tests.sparse.cases import built, union
+from tests.support.helpers import bits, flat_positions, normal, selections
 
 
 ROWS, INPUTS = [[0, 3], [], [1, 2, 4], [0, 1, 2, 3, 4]], 5
@@ -50,7 +51,7 @@ def test_compose_weight(weight: torch.dtype, value: torch.dtype, product: torch.
     stored = stored_weight(transposed, weight)
     values = (0.01 * normal(10, seed=1)).to(value)
     before = bits(stored)
-    composed = compose_weight(stored, values, build_structure(*csr(ROWS), 4, 5, Layout(transposed)), product)
+    composed = compose_weight(stored, values, built(ROWS, INPUTS, transposed), product)
     expected = stored.to(product).double().reshape(-1).tolist()
     flat = stored.double().reshape(-1).tolist()
     for place, change in zip(flat_positions(ROWS, 5, transposed), values.double().tolist(), strict=True):
@@ -85,7 +86,7 @@ def test_merged_entries(dtype: torch.dtype, value: torch.dtype):
 def test_half_weights_are_rounded_once(dtype: torch.dtype, half_unit: float):
     # a little more than half a unit in the last place of 1: rounding the change first gives a tie, and 1 again
     stored, values = torch.ones(1, 1, dtype=dtype), torch.tensor([half_unit * (1 + 2.0**-12)])
-    only = build_structure(torch.tensor([0]), torch.tensor([1]), 1, 1)
+    only = built([[0]], 1)
     expected = 1 + 2 * half_unit
     assert merged_entries(stored, values, only.positions)[1].item() == expected
     assert compose_weight(stored, values, only, dtype).item() == expected
@@ -94,7 +95,7 @@ def test_half_weights_are_rounded_once(dtype: torch.dtype, half_unit: float):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_wider_product_sees_the_whole_sum_of_a_half_weight(dtype: torch.dtype):
     stored, values = torch.ones(1, 1, dtype=dtype), torch.tensor([2.0**-20])
-    only = build_structure(torch.tensor([0]), torch.tensor([1]), 1, 1)
+    only = built([[0]], 1)
     assert compose_weight(stored, values, only, torch.float32).item() == 1 + 2.0**-20
 
 
@@ -106,7 +107,7 @@ def test_composing_a_convolution_in_channels_last_memory():
     for place, change in zip(flat_positions(rows, 12), values.double().tolist(), strict=True):
         neuron, rest = divmod(place, 12)
         expected[neuron, rest // 4, rest % 4 // 2, rest % 2] += change
-    composed = compose_weight(stored, values, build_structure(*csr(rows), 4, 12), torch.float32)
+    composed = compose_weight(stored, values, built(rows, 12), torch.float32)
     torch.testing.assert_close(composed.double(), expected, rtol=1e-7, atol=1e-7)
     assert stored.is_contiguous(memory_format=torch.channels_last)
 
@@ -122,13 +123,10 @@ def test_dense_and_compact_delta(
     for row, columns in enumerate(rows):
         for column in columns:
             dense[row, column] = next(numbers)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        built = build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
+    where = built(rows, inputs, transposed, product_elements)
     shape = torch.Size((inputs, len(rows)) if transposed else (len(rows), inputs))
-    assert dense_delta(values, built, shape).tolist() == (dense.t() if transposed else dense).tolist()
-    used = sorted({column for row in rows for column in row})
-    compact = compact_delta(values, built, dtype)
+    assert dense_delta(values, where, shape).tolist() == (dense.t() if transposed else dense).tolist()
+    compact = compact_delta(values, where, dtype)
     assert compact.dtype == dtype
-    assert compact.shape == (len(rows), len(used))
-    assert compact.tolist() == dense[:, used].to(dtype).tolist()
+    assert compact.shape == (len(rows), len(union(rows)))
+    assert compact.tolist() == dense[:, union(rows)].to(dtype).tolist()

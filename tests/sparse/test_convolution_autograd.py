@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_fps.sparse import Geometry, Layout, build_structure, sparse_convolution
+from tests.sparse.cases import assert_same_function, saved_tensors
 from tests.support.helpers import csr, normal
 
 
@@ -60,19 +61,6 @@ class Case(NamedTuple):
         return normal(len(self.rows), seed=3).to(self.x.dtype)
 
 
-def assert_same_function(case: Case, *tensors: Tensor, **tolerance: Any):
-    """The same result, and the same gradients for all arguments."""
-    left, right = ([tensor.detach().clone().requires_grad_() for tensor in tensors] for _ in range(2))
-    result, expected = case.ours(*left), case.naive(*right)
-    assert result.dtype == expected.dtype
-    torch.testing.assert_close(result, expected, **tolerance)
-    grad = normal(*expected.shape, seed=9).to(expected.dtype)
-    result.backward(grad)
-    expected.backward(grad)
-    for one, other in zip(left, right, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, **tolerance)
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     dimensions, transposed = draw(st.integers(1, 3)), draw(st.booleans())
@@ -95,7 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=60)
 @given(cases(), st.booleans())
 def test_every_convolution(case: Case, bias: bool):
-    assert_same_function(case, case.x, case.values(), *([case.biases()] if bias else []))
+    assert_same_function(case.ours, case.naive, case.x, case.values(), *([case.biases()] if bias else []))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
@@ -106,7 +94,7 @@ def test_channels_last_memory(transposed: bool):
     x = normal(2, 3, 6, 6, seed=1).to(memory_format=torch.channels_last)
     for stored in (weight, weight.to(memory_format=torch.channels_last)):
         case = Case(x, stored, rows, geometry)
-        assert_same_function(case, x, case.values(), rtol=1e-5, atol=1e-5)
+        assert_same_function(case.ours, case.naive, x, case.values(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
@@ -114,8 +102,7 @@ def test_backward_keeps_no_second_weight(transposed: bool):
     rows, geometry = [[0, 71]] * 16, Geometry((1, 1), (0, 0), (1, 1), 1, transposed, (0, 0))
     weight = normal(8, 16, 3, 3) if transposed else normal(16, 8, 3, 3)
     x, values = normal(2, 8, 5, 5, seed=1).requires_grad_(), normal(32, seed=2).requires_grad_()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda t: t):
+    with saved_tensors() as kept:
         Case(x, weight, rows, geometry).ours(x, values)
     aliases = {x.data_ptr(), weight.data_ptr(), values.data_ptr()}
     assert len(kept) == 3

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.sparse import Layout, Structure, add_token_products, build_structure, changed_lookup
-from tests.support.helpers import bits, csr, flat_positions, normal, selections
+from peft_fps.sparse import Structure, add_token_products, changed_lookup
+from tests.sparse.cases import built
+from tests.support.helpers import bits, flat_positions, normal, selections
 
 
 def dense(rows: list[list[int]], inputs: int, values: Tensor) -> Tensor:
@@ -20,9 +21,8 @@ def dense(rows: list[list[int]], inputs: int, values: Tensor) -> Tensor:
 
 
 def case(rows: list[list[int]], inputs: int) -> tuple[Structure, Tensor, Tensor]:
-    structure = build_structure(*csr(rows), len(rows), inputs, Layout(transposed=True))
     values = normal(sum(map(len, rows)), seed=1).requires_grad_()
-    return structure, normal(inputs, len(rows)), values
+    return built(rows, inputs, transposed=True), normal(inputs, len(rows)), values
 
 
 @given(selections(), st.integers(0, 3), st.data())

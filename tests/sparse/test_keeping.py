@@ -8,20 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fps.sparse import Kept, Reading, Structure, build_structure, keep_columns, keep_whole, sparse_linear
-from tests.support.helpers import csr, normal, selections
+from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole, sparse_linear
+from tests.sparse import cases
+from tests.sparse.cases import Rows, at_entries, union
+from tests.support.helpers import normal, selections
 
 
-Rows = list[list[int]]
 INPUTS = 9
 
 
 def built(rows: Rows, inputs: int = INPUTS) -> Structure:
-    return build_structure(*csr(rows), len(rows), inputs)
-
-
-def union(*several: Rows) -> list[int]:
-    return sorted({column for rows in several for row in rows for column in row})
+    return cases.built(rows, inputs)
 
 
 def given_back(kept: Kept) -> Tensor:
@@ -145,8 +142,7 @@ def test_gradients_are_the_same_whatever_is_kept(way: str):
     dtype = torch.bfloat16 if way == "bfloat16" else None
     kept = keep_whole(x) if way == "whole" else keep_columns(x, built(rows), reading, dtype, x.dtype)
     sparse_linear(x, weight, values, None, built(rows), kept).backward(grad)
-    dense = grad.double().t() @ x.double()
-    expected = torch.stack([dense[row, column] for row, columns in enumerate(rows) for column in columns])
+    expected = at_entries(grad.double().t() @ x.double(), rows)
     torch.testing.assert_close(values.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 

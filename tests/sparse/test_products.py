@@ -1,7 +1,7 @@
 """Every way to the product at the selected entries, against a dense product in float64."""
 
-from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,23 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_fps.sparse import Layout, Structure, build_structure, products, sparse_linear, structure
+from peft_fps.sparse import Layout, Structure, build_structure, products, sparse_linear
 from peft_fps.sparse.kernels import cpu
-from tests.support.helpers import csr, normal, selections
+from tests.sparse.cases import STRIDES, Rows, at_entries, built, leaves, union
+from tests.support.helpers import normal, selections
 
 
-Rows = list[list[int]]
 Operands = tuple[Tensor, Tensor, Rows]
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda matrix: matrix,
-    "transposed": lambda matrix: matrix.t().contiguous().t(),
-    "strided columns": lambda matrix: matrix.repeat_interleave(2, 1)[:, ::2],
-    "strided tokens": lambda matrix: matrix.repeat_interleave(3, 0)[::3],
-    "part of a row": lambda matrix: torch.cat([matrix, matrix, matrix], 1)[:, matrix.shape[1] : 2 * matrix.shape[1]],
-    "one token, expanded": lambda matrix: matrix[:1].expand_as(matrix),
-    "one number, expanded": lambda matrix: matrix[:1, :1].expand_as(matrix) if matrix.numel() else matrix,
-}
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -37,19 +28,13 @@ FULL = [torch.float32, torch.float64]
 ALL = list(TOLERANCE)
 
 
-def built(rows: Rows, inputs: int) -> Structure:
-    return build_structure(*csr(rows), len(rows), inputs)
-
-
 def naive(grad: Tensor, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Entries of the dense product, and the column sums; `x` has all columns."""
-    dense = grad.double().t() @ x.double()
-    entries = [dense[row, column] for row, columns in enumerate(rows) for column in columns]
-    return torch.stack(entries) if entries else dense.new_zeros(0), grad.double().sum(0)
+    return at_entries(grad.double().t() @ x.double(), rows), grad.double().sum(0)
 
 
 def used_columns(x: Tensor, rows: Rows) -> Tensor:
-    return x[:, sorted({column for row in rows for column in row})]
+    return x[:, union(rows)]
 
 
 def assert_product(found: Tensor, expected: Tensor, tolerance: dict[str, float]) -> None:
@@ -62,8 +47,8 @@ def operands(draw: st.DrawFn, least_tokens: int = 0) -> Operands:
     """Gradient, all columns of the input, and the selected ones; rows may be uneven, empty or full."""
     inputs, rows = draw(selections())
     tokens, seed = draw(st.integers(least_tokens, 11)), draw(st.integers(0, 99))
-    grad = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(tokens, len(rows), seed=seed))
-    x = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(tokens, inputs, seed=seed + 100))
+    grad = STRIDES[draw(st.sampled_from(list(STRIDES)))](normal(tokens, len(rows), seed=seed))
+    x = STRIDES[draw(st.sampled_from(list(STRIDES)))](normal(tokens, inputs, seed=seed + 100))
     return grad, x, rows
 
 
@@ -78,9 +63,7 @@ def cast(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_product_by_columns(case: Operands, dtype: torch.dtype, product_elements: int):
     *both, rows = case
     grad, x = cast(*both, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        where = built(rows, x.shape[1])
+    where = built(rows, x.shape[1], product_elements=product_elements)
     found = products.product_by_columns(grad, used_columns(x, rows), where)
     assert found.dtype == dtype
     assert_product(found, naive(grad, x, rows)[0], TOLERANCE[dtype])
@@ -193,18 +176,13 @@ def test_kernels_are_for_few_entries(neurons: int, inputs: int, per_neuron: int,
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("dots", [True, False], ids=["dots", "columns"])
 def test_the_way_that_was_chosen_is_taken(dtype: torch.dtype, dots: bool, monkeypatch: pytest.MonkeyPatch):
-    taken = []
-
-    def note(name: str) -> Callable[..., Any]:
-        original = getattr(products, name)
-        return lambda *args: (taken.append(name), original(*args))[1]
-
     choose(monkeypatch, kernel=False, dots=dots)
-    for name in ("product_by_columns", "product_by_dots"):
-        monkeypatch.setattr(products, name, note(name))
+    by_columns, by_dots = Mock(wraps=products.product_by_columns), Mock(wraps=products.product_by_dots)
+    monkeypatch.setattr(products, "product_by_columns", by_columns)
+    monkeypatch.setattr(products, "product_by_dots", by_dots)
     products.sampled_product(*cast(normal(3, 2), normal(3, 4, seed=1), dtype), built([[0, 3], [1]], 4))
     # half precision has no dots along the tokens
-    assert taken == ["product_by_dots" if dots and dtype in FULL else "product_by_columns"]
+    assert (by_columns.call_count, by_dots.call_count) == ((0, 1) if dots and dtype in FULL else (1, 0))
 
 
 # --- few tokens -----------------------------------------------------------------------------------------------------
@@ -250,13 +228,13 @@ def test_few_tokens_leave_the_weight_uncopied_and_give_the_same_gradients(transp
     delta, structure, values = random_change(64, 48, 0.1, transposed)
     weight, bias, x, g = torch.randn(64, 48), torch.randn(64), torch.randn(2, 48), torch.randn(2, 64)
     stored = weight.t().contiguous() if transposed else weight.clone()
-    tensors = [t.clone().requires_grad_() for t in (x, values, bias)]
+    tensors = leaves(x, values, bias)
     assert products.adding_is_cheaper(x, stored, values, structure)
     with LargestResult(stored) as largest:
         result = sparse_linear(tensors[0], stored, tensors[1], tensors[2], structure)
         result.backward(g)
     assert largest.elements < weight.numel()
-    dense = [t.clone().requires_grad_() for t in (x, delta, bias)]
+    dense = leaves(x, delta, bias)
     expected = dense[0] @ (weight + dense[1]).t() + dense[2]
     expected.backward(g)
     torch.testing.assert_close(result, expected)

@@ -1,75 +1,57 @@
 """Checks of selections from anywhere, and the index tensors derived from them."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_fps.sparse import (
-    Layout,
-    StructureError,
-    build_structure,
-    check_entries,
-    even_row_counts,
-    structure,
-    unite_structures,
-)
-from tests.support.helpers import csr, flat_positions, selections
+from peft_fps.sparse import StructureError, build_structure, check_entries, even_row_counts, unite_structures
+from tests.sparse import cases
+from tests.support.helpers import flat_positions, selections
 
 
-VALID = {"columns": torch.tensor([0, 2, 1]), "row_counts": torch.tensor([2, 1]), "neurons": 2, "inputs": 3}
-VALUES = torch.tensor([0.5, -1.0, 2.0])
+VALID = {"columns": [0, 2, 1], "row_counts": [2, 1]}
+VALUES = [0.5, -1.0, 2.0]
+
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    # what is given instead, what the error says is found, and what expected
+    "float columns": ({"columns": [0.0, 2, 1]}, "torch.float32", "integer"),
+    "bool columns": ({"columns": [True, False, True]}, "torch.bool", "integer"),
+    "complex columns": ({"columns": [0j, 2, 1]}, "torch.complex64", "integer"),
+    "float counts": ({"row_counts": [2.0, 1]}, "torch.float32", "integer"),
+    "bool counts": ({"row_counts": [True, True]}, "torch.bool", "integer"),
+    "2d columns": ({"columns": [[0, 2, 1]]}, "(1, 3)", "one dimension"),
+    "0d columns": ({"columns": 0}, "()", "one dimension"),
+    "2d counts": ({"row_counts": [[2, 1]]}, "(1, 2)", "one dimension"),
+    "too few counts": ({"row_counts": [3]}, "1 elements", "one per neuron, 2"),
+    "too many counts": ({"row_counts": [1, 1, 1]}, "3 elements", "neuron, 2"),
+    "negative count": ({"row_counts": [4, -1]}, "[-1, 4]", "[0, 3]"),
+    "count above inputs": ({"columns": [0, 1, 2, 2], "row_counts": [4, 0]}, "[0, 4]", "[0, 3]"),
+    "sum": ({"row_counts": [2, 2]}, "3 elements", "sum of fps_row_counts, 4"),
+    "missing": ({"columns": [0, 2]}, "2 elements", "sum of fps_row_counts, 3"),
+    "negative column": ({"columns": [-1, 2, 1]}, "[-1, 2]", "[0, 2]"),
+    "column at inputs": ({"columns": [0, 3, 1]}, "[0, 3]", "[0, 2]"),
+    "unsorted": ({"columns": [2, 0, 1]}, "within neuron 0", "sorted, unique"),
+    "repeated": ({"columns": [1, 1, 1]}, "within neuron 0", "sorted, unique"),
+    "unsorted in last": ({"row_counts": [1, 2]}, "within neuron 1", "sorted, unique"),
+    "integer values": ({"values": [1, 2, 3]}, "torch.int64", "floating"),
+    "too few values": ({"values": VALUES[:2]}, "(2,)", "(3,)"),
+    "2d values": ({"values": [VALUES]}, "(1, 3)", "(3,)"),
+    "nan": ({"values": [torch.nan] * 3}, "NaN or infinity", "finite"),
+    "infinity": ({"values": [1, torch.inf, 0]}, "NaN or infinity", "finite"),
+    "-infinity": ({"values": [1, -torch.inf, 0]}, "NaN or infinity", "finite"),
+}
 
 
-def changed(**replaced: object) -> dict[str, object]:
-    return VALID | replaced
-
-
-@pytest.mark.parametrize(
-    ("entries", "found", "expected"),
-    [
-        pytest.param(changed(columns=torch.tensor([0.0, 2, 1])), "torch.float32", "integer", id="float-columns"),
-        pytest.param(changed(columns=torch.tensor([True, False, True])), "torch.bool", "integer", id="bool-columns"),
-        pytest.param(changed(columns=torch.tensor([0j, 2, 1])), "torch.complex64", "integer", id="complex-columns"),
-        pytest.param(changed(row_counts=torch.tensor([2.0, 1])), "torch.float32", "integer", id="float-counts"),
-        pytest.param(changed(row_counts=torch.tensor([True, True])), "torch.bool", "integer", id="bool-counts"),
-        pytest.param(changed(columns=torch.tensor([[0, 2, 1]])), "(1, 3)", "one dimension", id="2d-columns"),
-        pytest.param(changed(columns=torch.tensor(0)), "()", "one dimension", id="0d-columns"),
-        pytest.param(changed(row_counts=torch.tensor([[2, 1]])), "(1, 2)", "one dimension", id="2d-counts"),
-        pytest.param(changed(row_counts=torch.tensor([3])), "1 elements", "one per neuron, 2", id="too-few-counts"),
-        pytest.param(changed(row_counts=torch.tensor([1, 1, 1])), "3 elements", "neuron, 2", id="too-many-counts"),
-        pytest.param(changed(row_counts=torch.tensor([4, -1])), "[-1, 4]", "[0, 3]", id="negative-count"),
-        pytest.param(
-            changed(columns=torch.tensor([0, 1, 2, 2]), row_counts=torch.tensor([4, 0])),
-            "[0, 4]",
-            "[0, 3]",
-            id="count-above-inputs",
-        ),
-        pytest.param(changed(row_counts=torch.tensor([2, 2])), "3 elements", "sum of fps_row_counts, 4", id="sum"),
-        pytest.param(changed(columns=torch.tensor([0, 2])), "2 elements", "sum of fps_row_counts, 3", id="missing"),
-        pytest.param(changed(columns=torch.tensor([-1, 2, 1])), "[-1, 2]", "[0, 2]", id="negative-column"),
-        pytest.param(changed(columns=torch.tensor([0, 3, 1])), "[0, 3]", "[0, 2]", id="column-at-inputs"),
-        pytest.param(changed(columns=torch.tensor([2, 0, 1])), "within neuron 0", "sorted, unique", id="unsorted"),
-        pytest.param(changed(columns=torch.tensor([1, 1, 1])), "within neuron 0", "sorted, unique", id="repeated"),
-        pytest.param(
-            changed(columns=torch.tensor([0, 2, 1]), row_counts=torch.tensor([1, 2])),
-            "within neuron 1",
-            "sorted, unique",
-            id="unsorted-in-last",
-        ),
-        pytest.param(changed(values=torch.tensor([1, 2, 3])), "torch.int64", "floating", id="integer-values"),
-        pytest.param(changed(values=VALUES[:2]), "(2,)", "(3,)", id="too-few-values"),
-        pytest.param(changed(values=VALUES[None]), "(1, 3)", "(3,)", id="2d-values"),
-        pytest.param(changed(values=VALUES * torch.nan), "NaN or infinity", "finite", id="nan"),
-        pytest.param(changed(values=torch.tensor([1, torch.inf, 0])), "NaN or infinity", "finite", id="infinity"),
-        pytest.param(changed(values=torch.tensor([1, -torch.inf, 0])), "NaN or infinity", "finite", id="-infinity"),
-    ],
-)
-def test_bad_entries_are_refused_with_found_and_expected(entries: dict[str, object], found: str, expected: str):
+@pytest.mark.parametrize("case", BAD)
+def test_bad_entries_are_refused_with_found_and_expected(case: str):
+    change, found, expected = BAD[case]
+    entries = {name: torch.tensor(numbers) for name, numbers in (VALID | change).items()}
     with pytest.raises(StructureError, match=f"{re.escape(found)}.*expected.*{re.escape(expected)}"):
-        check_entries(**entries)
+        check_entries(**entries, neurons=2, inputs=3)
 
 
 def test_structure_errors_are_value_errors_and_stop_a_build():
@@ -81,8 +63,9 @@ def test_structure_errors_are_value_errors_and_stop_a_build():
 @pytest.mark.parametrize("counts", [torch.uint8, torch.uint16, torch.uint32, torch.int32], ids=str)
 @pytest.mark.parametrize("values", [None, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_valid_entries_come_back_as_int64(columns: torch.dtype, counts: torch.dtype, values: torch.dtype | None):
-    given_values = None if values is None else VALUES.to(values)
-    found = check_entries(VALID["columns"].to(columns), VALID["row_counts"].to(counts), 2, 3, given_values)
+    given_values = None if values is None else torch.tensor(VALUES, dtype=values)
+    entries = torch.tensor(VALID["columns"]).to(columns), torch.tensor(VALID["row_counts"]).to(counts)
+    found = check_entries(*entries, 2, 3, given_values)
     assert [tensor.dtype for tensor in found] == [torch.int64, torch.int64]
     assert found[0].tolist() == [0, 2, 1]
     assert found[1].tolist() == [2, 1]
@@ -117,12 +100,10 @@ def test_build_structure_against_naive_positions(
     selection: tuple[int, list[list[int]]], transposed: bool, product_elements: int
 ):
     inputs, rows = selection
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structure, "PRODUCT_ELEMENTS", product_elements)
-        built = build_structure(*csr(rows), len(rows), inputs, Layout(transposed))
+    built = cases.built(rows, inputs, transposed, product_elements)
     assert (built.neurons, built.inputs, built.transposed) == (len(rows), inputs, transposed)
     assert built.positions.tolist() == flat_positions(rows, inputs, transposed)
-    union = sorted({column for row in rows for column in row})
+    union = cases.union(rows)
     assert built.union.tolist() == union
     entries = [(row, column) for row, columns in enumerate(rows) for column in columns]
     assert built.rows.tolist() == [row for row, _ in entries]
@@ -141,12 +122,10 @@ def test_build_structure_against_naive_positions(
     assert (row, entry) == (len(rows), sum(map(len, rows)))
 
 
-def test_all_rows_are_one_chunk_where_the_product_fits(monkeypatch: pytest.MonkeyPatch):
-    rows = [[0, 1], [1, 3], [0, 3]]
-    monkeypatch.setattr(structure, "PRODUCT_ELEMENTS", 9)  # three used columns
-    assert len(build_structure(*csr(rows), 3, 4).chunks) == 1
-    monkeypatch.setattr(structure, "PRODUCT_ELEMENTS", 8)
-    assert [chunk.last_row for chunk in build_structure(*csr(rows), 3, 4).chunks] == [2, 3]
+def test_all_rows_are_one_chunk_where_the_product_fits():
+    rows = [[0, 1], [1, 3], [0, 3]]  # three used columns
+    assert len(cases.built(rows, 4, product_elements=9).chunks) == 1
+    assert [chunk.last_row for chunk in cases.built(rows, 4, product_elements=8).chunks] == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +142,7 @@ def test_index_tensors_are_small_where_every_position_fits(
     neurons: int, inputs: int, dtype: torch.dtype, transposed: bool
 ):
     rows = [[]] * (neurons - 1) + [[0, inputs - 1]]
-    built = build_structure(*csr(rows), neurons, inputs, Layout(transposed))
+    built = cases.built(rows, inputs, transposed)
     for tensor in (built.positions, built.rows, built.row_starts, built.union_positions):
         assert tensor.dtype == dtype
     assert built.union.dtype == torch.int64
@@ -186,7 +165,7 @@ def several_selections(draw: st.DrawFn) -> tuple[int, list[list[list[int]]]]:
 def test_unite_structures_against_naive_set_union(several: tuple[int, list[list[list[int]]]], transposed: bool):
     inputs, lists = several
     neurons = len(lists[0])
-    built = [build_structure(*csr(rows), neurons, inputs, Layout(transposed)) for rows in lists]
+    built = [cases.built(rows, inputs, transposed) for rows in lists]
     united, places = unite_structures(built)
     union = [sorted(set().union(*(rows[i] for rows in lists))) for i in range(neurons)]
     assert united.positions.tolist() == flat_positions(union, inputs, transposed)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from peft_fps import FPSCallback, FPSConfig, Selection
+from tests.training.trainers import arguments
 
 
 IMAGES = 32
@@ -33,21 +34,9 @@ def train(folder: Path, batch_size: int, importance: str, **options) -> None:
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     centred = importance == "activation"
     model = get_peft_model(base, FPSConfig(budget=0.05, bias="all" if centred else "none", importance=importance))
-    arguments = TrainingArguments(
-        str(folder / "run"),
-        per_device_train_batch_size=batch_size,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        weight_decay=0.0,
-        use_cpu=True,
-        save_strategy="epoch",
-        report_to=[],
-        seed=0,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **options,
-    )
-    trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=[FPSCallback(centred=centred)])
+    options |= {"per_device_train_batch_size": batch_size, "num_train_epochs": 2, "max_steps": -1}
+    settings = arguments(folder / "run", weight_decay=0.0, save_strategy="epoch", seed=0, **options)
+    trainer = Trainer(model, settings, train_dataset=Images(), callbacks=[FPSCallback(centred=centred)])
     trainer.train()
     rank = os.environ.get("RANK", "0")
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)

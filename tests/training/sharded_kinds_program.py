@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -18,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from peft_fps import FPSConfig, Selection
 from tests.support.helpers import tokens
+from tests.training.sharded_program import descend, whole_state
 
 
 CASES = {
@@ -77,13 +77,8 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def train(model: Any, examples: slice) -> None:
-    """Three steps; the mean over both processes is the mean over all examples."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ids = tokens(8, 7)[examples]
-    for _ in range(3):
-        cross_entropy(model.train()(ids), ids.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    descend(model, lambda: cross_entropy(model(ids), ids.flatten()))
 
 
 @torch.no_grad()
@@ -106,7 +101,7 @@ def live(folder: Path, rank: int, tied: bool, units: str) -> None:
     torch.testing.assert_close(outputs(loaded), before)
     loaded.unmerge_adapter()
     assert torch.equal(outputs(loaded), before)
-    state = get_model_state_dict(loaded.merge_and_unload(), options=StateDictOptions(full_state_dict=True))
+    state = whole_state(loaded.merge_and_unload())
     if rank == 0:
         torch.save({"state": state, "outputs": before}, folder / "live.pt")
 

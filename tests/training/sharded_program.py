@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import Subset
 
 from peft_fps import FPSConfig, Selection, hotswap_adapter, save_adapter
 from tests.support.helpers import images, tiny_vit
-from tests.training.together_program import Breaking, prepared
+from tests.training.together_program import Breaking, failing, prepared
 
 
 IMPORTANCES = ("activation", "magnitude", "random")
@@ -71,6 +72,21 @@ def watched(model: nn.Module) -> list[int]:
         if isinstance(module, nn.Linear):
             module.register_forward_hook(note)
     return found
+
+
+def descend(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Three steps; the mean over both processes is the mean over all examples."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(3):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(model: Any, examples: slice) -> None:
+    pixels, labels = pixels_and_labels()
+    descend(model, lambda: model(pixel_values=pixels[examples], labels=labels[examples]).loss)
 
 
 def outcome(action: Any) -> str | None:
@@ -122,13 +138,7 @@ def live(folder: Path, rank: int) -> None:
     model = sharded(adapted())
     outputs(model)  # leaves what the outermost module holds as a whole
     model.calibrate(shares()[rank], progress=False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, (pixels, labels) = torch.optim.SGD(trained, lr=0.1), pixels_and_labels()
-    for _ in range(3):
-        mine = slice(4 * rank, 4 * rank + 4)
-        model.train()(pixel_values=pixels[mine], labels=labels[mine]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, slice(4 * rank, 4 * rank + 4))
     before = outputs(model)
     save_adapter(model, folder / "adapter", is_main_process=rank == 0)
     gathered = whole_state(model)  # the same in both processes
@@ -154,7 +164,7 @@ def live(folder: Path, rank: int) -> None:
 
 def refuse(folder: Path, rank: int) -> None:
     data = shares()[rank]
-    after = sharded_base()
+    after = fully_shard(tiny_vit(), mesh=init_device_mesh("cpu", (2,)))
     cases = {
         "attach": lambda: get_peft_model(after, FPSConfig(budget=0.05)),
         "gradient": lambda: sharded(adapted(importance="gradient")).calibrate(data, progress=False),
@@ -168,11 +178,6 @@ def refuse(folder: Path, rank: int) -> None:
     (folder / f"refused{rank}.json").write_text(json.dumps({name: outcome(case) for name, case in cases.items()}))
 
 
-def sharded_base() -> Any:
-    base = tiny_vit()
-    return fully_shard(base, mesh=init_device_mesh("cpu", (2,)))
-
-
 class Choosing(nn.Module):
     """Runs the one layer or the other, as experts are chosen by the input."""
 
@@ -184,43 +189,27 @@ class Choosing(nn.Module):
         return self.one(x) if x.mean() > 0 else self.other(x)
 
 
-def failing(model: Any, calls: int) -> None:
-    """Let the second block fail after so many calls."""
-    left = [calls]
-
-    def fail(*_: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("the model has had enough")
-
-    model.base_model.model.vit.layers[1].register_forward_pre_hook(fail)
-
-
 def fail(folder: Path, rank: int) -> None:
     first, second = shares()
     wrong = {"pixel_values": torch.full((2, 3, 16, 16), torch.nan)}
     cases: dict[str, Any] = {
-        "all is well": (lambda _: None, [first, second]),
-        "one without data": (lambda _: None, [first, iter([])]),
-        "none has data": (lambda _: None, [[], []]),
-        "model fails": (lambda model: failing(model, 1) if rank == 0 else None, [first, second]),
-        "model fails where it runs for the other": (
-            lambda model: failing(model, 1) if rank == 1 else None,
-            [first, second],
-        ),
-        "reader cannot read": (lambda _: None, [prepared(Breaking(5), rank, dispatch=True)] * 2),
-        "model fails where one reads for all": (
-            lambda model: failing(model, 1) if rank == 1 else None,
-            [prepared(Breaking(16), rank, dispatch=True)] * 2,
-        ),
-        "wrong batch": (lambda _: None, [first, ["text"]]),
-        "not a number": (lambda _: None, [first, [wrong]]),
-        "cannot be sent": (lambda _: None, [[first[0] | {"unsent": lambda: None}], []]),
+        # data of both processes, and the one whose model fails in the second call of its second block
+        "all is well": ([first, second], None),
+        "one without data": ([first, iter([])], None),
+        "none has data": ([[], []], None),
+        "model fails": ([first, second], 0),
+        "model fails where it runs for the other": ([first, second], 1),
+        "reader cannot read": ([prepared(Breaking(5), rank, dispatch=True)] * 2, None),
+        "model fails where one reads for all": ([prepared(Breaking(16), rank, dispatch=True)] * 2, 1),
+        "wrong batch": ([first, ["text"]], None),
+        "not a number": ([first, [wrong]], None),
+        "cannot be sent": ([[first[0] | {"unsent": lambda: None}], []], None),
     }
     ended = {}
-    for name, (prepare, data) in cases.items():
+    for name, (data, fails) in cases.items():
         model = sharded(adapted())
-        prepare(model)
+        if rank == fails:
+            failing(model.base_model.model.vit.layers[1], 1)
         before = parts(model), [list(module._forward_pre_hooks.values()) for module in model.modules()]
         ended[name] = outcome(partial(model.calibrate, data[rank], progress=False))
         if ended[name] is not None:

@@ -19,11 +19,13 @@ from transformers.training_args import ParallelMode
 
 from peft_fps import FPSCallback, FPSConfig, Selection
 from peft_fps.training import callback as module
-from tests.support.helpers import adapted, images, layers_of, selected_columns, tiny_vit
+from tests.calibration.naive_fps import Rows, selection_of
+from tests.support.helpers import adapted, images, layers_of, tiny_vit
 from tests.training.trainers import EXAMPLES, arguments, dropping, trained_state, trainer
 
 
 BATCHES = [{"pixel_values": torch.stack([e["pixel_values"] for e in EXAMPLES[i : i + 4]])} for i in (0, 4, 8)]
+FOURS: dict[str, Any] = {"collator": default_data_collator, "batch_size": 4}
 
 
 small_vit = partial(tiny_vit, layers=1)
@@ -33,8 +35,11 @@ def uncalibrated(**options: Any) -> PeftModel:
     return get_peft_model(dropping(small_vit()), FPSConfig(**{"per_neuron": 2, **options}))
 
 
-def selections(model: nn.Module) -> dict[str, list[list[int]]]:
-    return {path: selected_columns(layer) for path, layer in layers_of(model).items()}
+def selected_by_hand(data: Any = BATCHES, config: dict[str, Any] | None = None, **options: Any) -> dict[str, Rows]:
+    """What a calibration without a Trainer selects."""
+    model = uncalibrated(**(config or {}))
+    model.calibrate(data, progress=False, **options)
+    return selection_of(model)
 
 
 @pytest.fixture
@@ -51,17 +56,35 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def seen_in_training(model: nn.Module) -> list[float]:
+def seen_in_training(model: PeftModel) -> list[float]:
     """Starts a list of a number per training batch that tells which examples it held, in order."""
     seen: list[float] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+        if model.get_base_model().training:  # not where a calibration runs it
             weights = torch.arange(1.0, kwargs["pixel_values"].shape[0] + 1)
             seen.append(float(kwargs["pixel_values"].sum((1, 2, 3)) @ weights))
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
     return seen
+
+
+def trained_as_by_hand(folder: Path, callback: FPSCallback, config: dict[str, Any], **options: Any) -> PeftModel:
+    """A model that was trained with the callback, which has the bits of one that was calibrated by hand before."""
+    by_hand, by_callback = uncalibrated(**config), uncalibrated(**config)
+    first = trainer(by_callback, folder, [callback], **options)
+    again, data = seen_in_training(by_callback), first.get_train_dataloader()
+    expected = seen_in_training(by_hand)
+    first.train()
+
+    by_hand.calibrate(data, num_batches=callback.num_batches, progress=False)
+    trainer(by_hand, folder, **options).train()
+
+    assert selection_of(by_callback) == selection_of(by_hand)
+    assert again == expected
+    assert again
+    assert trained_state(by_callback) == trained_state(by_hand)
+    return by_callback
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -78,36 +101,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("granularity", ["neuron", "model"])
 def test_equals_calibration_by_hand(granularity: str, options: str, tmp_path: Path) -> None:
     """Bit for bit: order of the data and dropout are those of a run without the callback."""
-    by_hand, by_callback = uncalibrated(granularity=granularity), uncalibrated(granularity=granularity)
-    first = trainer(by_callback, tmp_path, [FPSCallback(centred=False)], **OPTIONS[options])
-    again, data = seen_in_training(by_callback), first.get_train_dataloader()
-    expected = seen_in_training(by_hand)
-    first.train()
-
-    by_hand.calibrate([{"pixel_values": batch["pixel_values"]} for batch in data], progress=False)
-    trainer(by_hand, tmp_path, **OPTIONS[options]).train()
-
-    assert selections(by_callback) == selections(by_hand)
-    assert again == expected
-    assert trained_state(by_callback) == trained_state(by_hand)
+    trained_as_by_hand(tmp_path, FPSCallback(centred=False), {"granularity": granularity}, **OPTIONS[options])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_some_batches_only(accumulation: int, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     """A loader that was left in the middle starts anew, and accumulates as before."""
-    options = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
-    by_hand, by_callback = uncalibrated(), uncalibrated()
-    batch = next(iter(trainer(by_hand, tmp_path, **options).get_train_dataloader()))
-    again, expected = seen_in_training(by_callback), seen_in_training(by_hand)
-    trainer(by_callback, tmp_path, [FPSCallback(num_batches=1, centred=False)], **options).train()
+    callback = FPSCallback(num_batches=1, centred=False)
+    model = trained_as_by_hand(tmp_path, callback, {}, max_steps=4, gradient_accumulation_steps=accumulation)
     assert [call["num_batches"] for call in calls] == [1]
+    assert "4 examples" in str(model.selection_report())
 
-    by_hand.calibrate([{"pixel_values": batch["pixel_values"]}], progress=False)
-    trainer(by_hand, tmp_path, **options).train()
-    assert selections(by_callback) == selections(by_hand)
-    assert again == expected
-    assert trained_state(by_callback) == trained_state(by_hand)
-    assert "4 examples" in str(by_callback.selection_report())
+
+@pytest.mark.parametrize("accumulators", ["device", "cpu"])
+@pytest.mark.parametrize("importance", ["gradient", "sensitivity"])
+def test_backward_passes_equal_those_by_hand(importance: str, accumulators: Any, tmp_path: Path) -> None:
+    """Labels come with the Trainer's batches; the selection and all training are those of a run by hand."""
+    callback = FPSCallback(accumulators=accumulators, centred=False)
+    model = trained_as_by_hand(tmp_path, callback, {"importance": importance})
+    assert "gradients| over 12 examples" in model.selection_report().method
 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient"])
@@ -142,25 +154,22 @@ def test_the_trainer_runs_batches_that_the_model_does_not_take(tmp_path: Path) -
 
     examples = [{"picture": e["pixel_values"], "answer": e["labels"]} for e in EXAMPLES]
     for importance in ("activation", "gradient"):
-        model, other = uncalibrated(importance=importance), uncalibrated(importance=importance)
+        model = uncalibrated(importance=importance)
         options = arguments(tmp_path, max_steps=3, remove_unused_columns=False)
         run = Renaming(model, options, train_dataset=examples, callbacks=[FPSCallback()])
         run.train()
         assert run.steps == 3
-        other.calibrate(EXAMPLES, collator=default_data_collator, batch_size=4, progress=False)
-        assert selections(model) == selections(other)
+        assert selection_of(model) == selected_by_hand(EXAMPLES, {"importance": importance}, **FOURS)
         assert "12 examples" in str(model.selection_report())
 
 
 def test_label_smoothing_is_part_of_the_loss(tmp_path: Path) -> None:
-    model, other = uncalibrated(importance="gradient"), uncalibrated(importance="gradient")
-    trainer(model, tmp_path, [FPSCallback()], label_smoothing_factor=0.5).train()
-
     def smoothed(outputs: Any, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(outputs.logits, batch["labels"], label_smoothing=0.5)
 
-    other.calibrate(EXAMPLES, collator=default_data_collator, batch_size=4, progress=False, loss=smoothed)
-    assert selections(model) == selections(other)
+    model = uncalibrated(importance="gradient")
+    trainer(model, tmp_path, [FPSCallback()], label_smoothing_factor=0.5).train()
+    assert selection_of(model) == selected_by_hand(EXAMPLES, {"importance": "gradient"}, loss=smoothed, **FOURS)
 
 
 def test_a_run_of_ones_own_comes_before_the_trainers(tmp_path: Path) -> None:
@@ -170,43 +179,39 @@ def test_a_run_of_ones_own_comes_before_the_trainers(tmp_path: Path) -> None:
         seen.append(model)
         return model(pixel_values=batch["pixel_values"].flip(3))
 
-    model, other = uncalibrated(), uncalibrated()
+    model = uncalibrated()
     trainer(model, tmp_path, [FPSCallback(run=run)]).train()
     assert seen == [model.get_base_model()] * (3 + 3)  # to calibrate, and for the means
-    other.calibrate([{"pixel_values": batch["pixel_values"].flip(3)} for batch in BATCHES], progress=False)
-    assert selections(model) == selections(other)
+    assert selection_of(model) == selected_by_hand([{"pixel_values": b["pixel_values"].flip(3)} for b in BATCHES])
 
 
 def test_called_by_something_else_it_passes_batches_to_the_model(tmp_path: Path) -> None:
-    model, other = uncalibrated(), uncalibrated()
+    model = uncalibrated()
     own = trainer(uncalibrated(), tmp_path)
     FPSCallback().on_train_begin(own.args, own.state, own.control, model=model, train_dataloader=BATCHES)
-    other.calibrate(BATCHES, progress=False)
-    assert selections(model) == selections(other)
+    assert selection_of(model) == selected_by_hand()
 
 
-def test_once_at_the_start_on_all_training_data(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
-    model, other = uncalibrated(), uncalibrated()
-    run = trainer(model, tmp_path, [FPSCallback()], max_steps=8)
-    run.train()
+def test_once_before_the_first_step_on_all_training_data(
+    tmp_path: Path, calls: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the report is logged."""
+
+    class Watch(TrainerCallback):
+        found: dict[str, Rows] | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.found = self.found or selection_of(kwargs["model"])
+
+    watch, model = Watch(), uncalibrated()
+    run = trainer(model, tmp_path, [FPSCallback(), watch], max_steps=8)
+    with caplog.at_level("INFO", logger="peft_fps"):
+        run.train()
     run.train()
     assert len(calls) == 1
     assert "12 examples" in str(model.selection_report())
-    other.calibrate(BATCHES, progress=False)
-    assert selections(model) == selections(other)
-
-
-def test_before_the_first_step(tmp_path: Path) -> None:
-    class Watch(TrainerCallback):
-        found: dict[str, list[list[int]]] | None = None
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.found = self.found or selections(kwargs["model"])
-
-    watch, model, other = Watch(), uncalibrated(), uncalibrated()
-    trainer(model, tmp_path, [FPSCallback(), watch]).train()
-    other.calibrate(BATCHES, progress=False)
-    assert watch.found == selections(other)
+    assert "12 examples" in caplog.text
+    assert watch.found == selection_of(model) == selected_by_hand()
 
 
 @pytest.mark.parametrize("state", ["calibrated", "loaded", "trained", "by magnitude"])
@@ -221,10 +226,10 @@ def test_an_adapter_that_has_its_selection_keeps_it(state: str, tmp_path: Path, 
     if state == "loaded":
         model.save_pretrained(tmp_path / "adapter")
         model = PeftModel.from_pretrained(small_vit(), tmp_path / "adapter", is_trainable=True)
-    before = selections(model)
+    before = selection_of(model)
     trainer(model, tmp_path, [FPSCallback()]).train()
     assert calls == []
-    assert selections(model) == before
+    assert selection_of(model) == before
 
 
 def test_resuming_keeps_the_selection(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
@@ -233,7 +238,7 @@ def test_resuming_keeps_the_selection(tmp_path: Path, calls: list[dict[str, Any]
     trainer(model, tmp_path, [FPSCallback()], **options).train()
     trainer(again, tmp_path, [FPSCallback()], **options).train(resume_from_checkpoint=True)
     assert len(calls) == 1
-    assert selections(again) == selections(model)
+    assert selection_of(again) == selection_of(model)
 
 
 def test_one_callback_for_several_runs(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
@@ -246,10 +251,10 @@ def test_one_callback_for_several_runs(tmp_path: Path, calls: list[dict[str, Any
 def test_the_active_adapter_is_calibrated(tmp_path: Path) -> None:
     model = uncalibrated()
     model.add_adapter("other", FPSConfig(per_neuron=1, target_modules=["fc2"]))
-    before = selections(model)
+    before = selection_of(model)
     model.set_adapter("other")
     trainer(model, tmp_path, [FPSCallback()]).train()
-    assert selections(model) == before
+    assert selection_of(model) == before
     assert "12 examples" in str(model.selection_report("other"))
     assert "until calibrated" in str(model.selection_report("default"))
 
@@ -285,12 +290,6 @@ def test_the_progress_bar_follows_the_trainer(
     assert ("Calibrating" in capsys.readouterr().err) == shown
 
 
-def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="peft_fps"):
-        trainer(uncalibrated(), tmp_path, [FPSCallback()], max_steps=1).train()
-    assert "12 examples" in caplog.text
-
-
 def test_values_of_the_optimizer_are_the_calibrated_ones(tmp_path: Path) -> None:
     """The optimizer exists before the sizes are known where these depend on the calibration."""
     model = uncalibrated(granularity="model")
@@ -307,25 +306,6 @@ def test_values_of_the_optimizer_are_the_calibrated_ones(tmp_path: Path) -> None
             assert bool(values.any())
 
 
-# --- importances from backward passes -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulators", ["device", "cpu"])
-@pytest.mark.parametrize("importance", ["gradient", "sensitivity"])
-def test_backward_passes_equal_those_by_hand(importance: str, accumulators: Any, tmp_path: Path) -> None:
-    """Labels come with the Trainer's batches; the selection and all training are those of a run by hand."""
-    by_hand, by_callback = uncalibrated(importance=importance), uncalibrated(importance=importance)
-    first = trainer(by_callback, tmp_path, [FPSCallback(accumulators=accumulators, centred=False)])
-    data = first.get_train_dataloader()
-    first.train()
-
-    by_hand.calibrate(data, progress=False)
-    trainer(by_hand, tmp_path).train()
-    assert selections(by_callback) == selections(by_hand)
-    assert trained_state(by_callback) == trained_state(by_hand)
-    assert "gradients| over 12 examples" in by_callback.selection_report().method
-
-
 def test_options_are_passed_on(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     def loss(outputs: Any, batch: Any) -> Tensor:
         return outputs.logits.square().mean()
@@ -334,18 +314,15 @@ def test_options_are_passed_on(tmp_path: Path, calls: list[dict[str, Any]]) -> N
         return torch.cat([batch, batch.flip(3)])
 
     options: dict[str, Any] = {"loss": loss, "views": views, "accumulators": "cpu", "training_mode": True}
-    by_hand, by_callback = uncalibrated(importance="gradient"), uncalibrated(importance="gradient")
-    run = trainer(by_callback, tmp_path, [FPSCallback(2, **options)], max_steps=1)
-    run.train()
+    trainer(uncalibrated(importance="gradient"), tmp_path, [FPSCallback(2, **options)], max_steps=1).train()
     assert {name: calls[0][name] for name in options} == options
     assert calls[0]["num_batches"] == 2
     contrastive = uncalibrated(importance="gradient", loss="contrastive")
     trainer(contrastive, tmp_path, [FPSCallback(views=views)], max_steps=1).train()
     assert "contrastive loss over 12 examples" in contrastive.selection_report().method
-    by_hand.calibrate(BATCHES, progress=False, loss=loss)
     other = uncalibrated(importance="gradient")
     trainer(other, tmp_path, [FPSCallback(loss=loss)], max_steps=1).train()
-    assert selections(other) == selections(by_hand)
+    assert selection_of(other) == selected_by_hand(config={"importance": "gradient"}, loss=loss)
 
 
 @pytest.mark.parametrize("name", ["los", "data", "adapter_name", "discard_values"])

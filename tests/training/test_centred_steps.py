@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,15 +22,19 @@ from tests.support.helpers import (
     images,
     layers_of,
     normal,
+    output,
     tiny_conv,
     tiny_mlp,
     tiny_vit,
 )
-from tests.training.trainers import dropping, trained_state, trainer
+from tests.training.trainers import dropping, trained_by, trained_state, trainer
 
 
 BATCHES = [{"x": 1 + normal(8, 10, seed=seed)} for seed in range(3)]
 IMAGES = [{"x": 1 + normal(2, 3, 8, 8, seed=seed)} for seed in range(3)]
+
+
+CENTRED, NOTHING = "layers are trained with centred inputs", "nothing is trained with centred inputs"
 
 
 def unfilled(base: nn.Module, **options: Any) -> Any:
@@ -71,15 +76,18 @@ def written_centred(model: Any, batches: list[dict[str, Tensor]]) -> nn.Module:
     return written
 
 
+def centred(kind: Any = torch.optim.AdamW, lr: float = 0.03, **options: Any) -> tuple[Any, Any, CentredSteps]:
+    """A model, its optimizer, and the steps of this one, which are centred."""
+    model = unfilled(tiny_mlp(), **options)
+    optimizer = kind(trained_by(model), lr=lr)
+    return model, optimizer, centre_steps(model, optimizer, BATCHES)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
     for step in range(steps):
         optimizer.zero_grad()
         (model(1 + normal(8, 10, seed=100 + step)) - normal(8, 4, seed=step)).square().mean().backward()
         optimizer.step()
-
-
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @pytest.mark.parametrize(
@@ -102,13 +110,13 @@ def test_steps_are_those_of_a_model_with_centred_inputs(kind: Any, options: dict
     x = normal(6, 10, seed=50)
     torch.testing.assert_close(model(x), reference(x))
     uncentred = unfilled(tiny_mlp())
-    train(uncentred, kind(parameters(uncentred), lr=0.03))
+    train(uncentred, kind(trained_by(uncentred), lr=0.03))
     assert not torch.allclose(model(x), uncentred(x), atol=1e-2)
 
 
 def test_means_of_convolutions_are_those_of_their_patches() -> None:
     model = unfilled(tiny_conv())
-    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=1.0), IMAGES)
+    steps = centre_steps(model, torch.optim.SGD(trained_by(model), lr=1.0), IMAGES)
     path, centred = next(iter(steps.layers.items()))
     layer = layers_of(model)[path]
     seen: list[Tensor] = []
@@ -117,23 +125,15 @@ def test_means_of_convolutions_are_those_of_their_patches() -> None:
         for batch in IMAGES:
             model(**batch)
     convolution = layer.base_layer
-    patches = torch.cat(
-        [
-            nn.functional.unfold(
-                x, convolution.kernel_size, convolution.dilation, convolution.padding, convolution.stride
-            )
-            for x in seen
-        ]
-    )
+    geometry = convolution.kernel_size, convolution.dilation, convolution.padding, convolution.stride
+    patches = nn.functional.unfold(torch.cat(seen), *geometry)
     means = patches.mean((0, 2)).view(convolution.groups, -1)
     groups = centred.structure.rows.long() // (layer.neurons // convolution.groups)
     torch.testing.assert_close(centred.means, means[groups, layer.fps_columns["default"].long()])
 
 
 def test_between_steps_the_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
-    model = unfilled(tiny_mlp())
-    optimizer = torch.optim.AdamW(parameters(model), lr=0.03)
-    centre_steps(model, optimizer, BATCHES)
+    model, optimizer, _ = centred()
     train(model, optimizer)
     x = normal(6, 10)
     found = model.eval()(x)
@@ -144,23 +144,23 @@ def test_between_steps_the_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
 
 
 def test_removed_hooks_leave_the_optimizer_as_it_was() -> None:
-    first, second = unfilled(tiny_mlp()), unfilled(tiny_mlp())
-    optimizers = [torch.optim.AdamW(parameters(model), lr=0.03) for model in (first, second)]
-    centre_steps(first, optimizers[0], BATCHES).remove()
-    for model, optimizer in zip((first, second), optimizers, strict=True):
-        train(model, optimizer)
+    first, optimizer, steps = centred()
+    steps.remove()
+    train(first, optimizer)
+    second = unfilled(tiny_mlp())
+    train(second, torch.optim.AdamW(trained_by(second), lr=0.03))
     assert bits(first(normal(6, 10))) == bits(second(normal(6, 10)))
 
 
 def test_what_is_not_centred_is_named() -> None:
     model = unfilled(tiny_vit(layers=1))
     data = image_batches()
-    steps = centre_steps(model, torch.optim.SGD(parameters(model), lr=0.1), data)
+    steps = centre_steps(model, torch.optim.SGD(trained_by(model), lr=0.1), data)
     keys = [path for path in layers_of(model) if path.endswith("k_proj")]
     assert steps.left_out == dict.fromkeys(keys, "no bias delta")
-    assert str(steps) == f"{len(layers_of(model)) - 1} layers are trained with centred inputs; 1 not (no bias delta)"
+    assert str(steps) == f"{len(layers_of(model)) - 1} {CENTRED}; 1 not (no bias delta)"
     layers_of(model)[keys[0].replace("k_proj", "v_proj")].fps_bias["default"].requires_grad_(False)
-    again = centre_steps(model, torch.optim.SGD(parameters(model), lr=0.1), data)
+    again = centre_steps(model, torch.optim.SGD(trained_by(model), lr=0.1), data)
     assert again.left_out == {keys[0]: "no bias delta", keys[0].replace("k_proj", "v_proj"): "frozen"}
 
 
@@ -169,54 +169,44 @@ def test_a_second_adapter_is_not_touched() -> None:
     model.add_adapter("second", FPSConfig(per_neuron=1, importance="magnitude", modules_to_save=[]))
     fill(model, "second")
     before = {name: bits(p) for name, p in model.named_parameters() if ".second" in name}
-    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(trained_by(model), lr=0.1)
     centre_steps(model, optimizer, BATCHES)
     train(model, optimizer)
     assert {name: bits(p) for name, p in model.named_parameters() if ".second" in name} == before
 
 
 def test_a_step_without_gradients_changes_nothing() -> None:
-    model = unfilled(tiny_mlp())
-    optimizer = torch.optim.AdamW(parameters(model), lr=0.03)
-    centre_steps(model, optimizer, BATCHES)
+    model, optimizer, _ = centred()
     before = bits(model(normal(6, 10)))
     optimizer.step()
     assert bits(model(normal(6, 10))) == before
 
 
 def test_an_optimizer_of_accelerate_and_a_copy_of_it() -> None:
-    models = [unfilled(tiny_mlp()) for _ in range(2)]
-    optimizers = [torch.optim.AdamW(parameters(model), lr=0.03) for model in models]
-    wrapped = Accelerator(cpu=True).prepare_optimizer(optimizers[0])
-    centre_steps(models[0], wrapped, BATCHES)
-    centre_steps(models[1], optimizers[1], BATCHES)
-    for model, optimizer in zip(models, (wrapped, optimizers[1]), strict=True):
-        train(model, optimizer)
-    assert bits(models[0](normal(6, 10))) == bits(models[1](normal(6, 10)))
-    pickle.dumps(optimizers[1].state_dict())
+    model, (plain, optimizer, _) = unfilled(tiny_mlp()), centred()
+    wrapped = Accelerator(cpu=True).prepare_optimizer(torch.optim.AdamW(trained_by(model), lr=0.03))
+    centre_steps(model, wrapped, BATCHES)
+    train(model, wrapped)
+    train(plain, optimizer)
+    assert bits(model(normal(6, 10))) == bits(plain(normal(6, 10)))
+    pickle.dumps(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"bias": "none"},
-            r"adapter 'default': no layer can be centred \(no bias delta\), expected some with entries",
-        ),
-        ({"per_neuron": 0, "bias": "all"}, r"adapter 'default': no layer can be centred \(no entries\)"),
-    ],
+    ("options", "said"),
+    [({"bias": "none"}, r"\(no bias delta\), expected some with entries"), ({"per_neuron": 0}, r"\(no entries\)")],
 )
-def test_an_adapter_without_the_two_kinds_is_refused(options: dict[str, Any], message: str) -> None:
+def test_an_adapter_without_the_two_kinds_is_refused(options: dict[str, Any], said: str) -> None:
     model = unfilled(tiny_mlp(), **options)
-    optimizer = torch.optim.SGD(parameters(model) or [nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(ValueError, match=message):
+    optimizer = torch.optim.SGD(trained_by(model), lr=0.1)
+    with pytest.raises(ValueError, match=rf"adapter 'default': no layer can be centred {said}"):
         centre_steps(model, optimizer, BATCHES)
     assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_misuse_is_refused() -> None:
     model = unfilled(tiny_mlp())
-    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(trained_by(model), lr=0.1)
     with pytest.raises(TypeError, match="optimizer is a str, expected a torch.optim.Optimizer"):
         centre_steps(model, "adamw", BATCHES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="first: its input holds NaN or infinity in calibration batch 0"):
@@ -230,9 +220,7 @@ def test_misuse_is_refused() -> None:
 
 
 def test_entries_that_were_chosen_anew_are_noticed_and_the_same_ones_are_not() -> None:
-    model = unfilled(tiny_mlp(), importance="random")
-    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
-    steps = centre_steps(model, optimizer, BATCHES)
+    model, optimizer, steps = centred(torch.optim.SGD, 0.1, importance="random")
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     train(model, optimizer, 1)
     model.peft_config["default"].seed = 1
@@ -270,9 +258,8 @@ def test_a_callback_centres_after_it_has_calibrated(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO", "peft_fps"):
         made = trainer(by_callback, tmp_path, [callback])
         made.train()
-    centred = f"{len(layers_of(by_callback)) - 1} layers are trained with centred inputs; 1 not (no bias delta)"
-    assert centred in caplog.text
-    assert callback.centring == centred
+    assert callback.centring == f"{len(layers_of(by_callback)) - 1} {CENTRED}; 1 not (no bias delta)"
+    assert callback.centring in caplog.text
     assert not made.optimizer.optimizer._optimizer_step_pre_hooks
 
     for model in (by_hand, plain):
@@ -284,11 +271,9 @@ def test_a_callback_centres_after_it_has_calibrated(tmp_path: Path, caplog: pyte
     assert len(steps.layers) == len(layers_of(by_hand)) - 1
     other.train()
     trainer(plain, tmp_path).train()
-    pixels = images(4)
-    for model in (by_callback, by_hand, plain):
-        model.eval()
-    torch.testing.assert_close(by_callback(pixel_values=pixels).logits, by_hand(pixel_values=pixels).logits)
-    assert not torch.allclose(by_callback(pixel_values=pixels).logits, plain(pixel_values=pixels).logits, atol=1e-4)
+    found, expected, uncentred = (output(model.eval(), images(4)) for model in (by_callback, by_hand, plain))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, uncentred, atol=1e-4)
 
 
 def test_a_callback_that_need_not_centre_trains_as_always_and_says_why(
@@ -299,7 +284,7 @@ def test_a_callback_that_need_not_centre_trains_as_always_and_says_why(
     with caplog.at_level("INFO", "peft_fps"):
         for model, callback in zip(models, callbacks, strict=True):
             trainer(model, tmp_path, [callback]).train()
-    reason = "nothing is trained with centred inputs: no bias delta"
+    reason = f"{NOTHING}: no bias delta"
     assert callbacks[0].centring == reason
     assert caplog.text.count(reason) == 1
     assert callbacks[1].centring == ""
@@ -319,14 +304,13 @@ class WithoutParameters(torch.optim.SGD):
 
 
 def test_optimizers_that_may_keep_copies_of_parameters_are_centred_on_demand_alone(tmp_path: Path) -> None:
-    for centred, expected in ((None, "nothing is trained with centred inputs: Averaging may keep copies or averages"),
-                              (True, "layers are trained with centred inputs")):  # fmt: skip
+    for centred, expected in ((None, f"{NOTHING}: Averaging may keep copies or averages"), (True, CENTRED)):
         model, callback = calibrating(), FPSCallback(centred=centred)
         made = trainer(model, tmp_path, [callback], max_steps=1)
-        made.optimizer = Averaging(parameters(model), lr=0.1)
+        made.optimizer = Averaging(trained_by(model), lr=0.1)
         made.train()
         assert expected in callback.centring
-    optimizer = WithoutParameters(parameters(model))
+    optimizer = WithoutParameters(trained_by(model))
     with pytest.raises(ValueError, match=r"no layer can be centred \(no bias delta, not in the optimizer\)"):
         centre_steps(model, optimizer, BATCHES)
 
@@ -335,15 +319,10 @@ def test_optimizers_that_may_keep_copies_of_parameters_are_centred_on_demand_alo
 def test_a_callback_takes_the_means_over_no_more_batches_than_it_calibrates_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, expected: int
 ) -> None:
-    taken: list[int] = []
-
-    def watched(*args: Any, num_batches: int, **options: Any) -> CentredSteps:
-        taken.append(num_batches)
-        return centre_steps(*args, num_batches=num_batches, **options)
-
+    watched = Mock(wraps=centre_steps)
     monkeypatch.setattr("peft_fps.training.callback.centre_steps", watched)
     trainer(calibrating(), tmp_path, [FPSCallback(num_batches=given)], max_steps=1).train()
-    assert taken == [expected]
+    assert [call.kwargs["num_batches"] for call in watched.call_args_list] == [expected]
 
 
 def test_a_callback_that_cannot_centre_says_so_before_it_calibrates(tmp_path: Path) -> None:
@@ -354,11 +333,10 @@ def test_a_callback_that_cannot_centre_says_so_before_it_calibrates(tmp_path: Pa
 
 
 def test_a_resumed_training_goes_on_as_one_without_interruption(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = calibrating()
-    trainer(whole, tmp_path / "whole", [FPSCallback(centred=True)], **saving).train()
-    resumed = calibrating()
-    trainer(resumed, tmp_path / "whole", [FPSCallback(centred=True)], **saving).train(
-        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
-    )
-    assert trained_state(resumed) == trained_state(whole)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    states = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = calibrating()
+        trainer(model, tmp_path, [FPSCallback(centred=True)], **saving).train(resume_from_checkpoint=checkpoint)
+        states.append(trained_state(model))
+    assert states[0] == states[1]

@@ -16,7 +16,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
 )
 
@@ -25,7 +24,7 @@ from peft_fps.training import centre_steps
 from peft_fps.training.centring_choice import reason_against
 from tests.support.helpers import adapted, normal, tiny_mlp, tiny_vit
 from tests.support.language_models import tiny_masked
-from tests.training.trainers import EXAMPLES, arguments, trained_state, trainer
+from tests.training.trainers import EXAMPLES, arguments, noted, trained_by, trained_state, trainer
 
 
 NOTHING = "nothing is trained with centred inputs: "
@@ -34,6 +33,10 @@ NOTHING = "nothing is trained with centred inputs: "
 def chosen(base: nn.Module, **options: Any) -> Any:
     """An adapter that needs no calibration, so that a callback reads data for the means alone."""
     return get_peft_model(base, FPSConfig(**{"per_neuron": 2, "importance": "magnitude"} | options))
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trained_by(model), lr=0.1)
 
 
 def hooks(optimizer: Any) -> int:
@@ -80,9 +83,8 @@ def run_on_rows(model: Any, folder: Path, callback: FPSCallback) -> Trainer:
 @pytest.mark.filterwarnings("ignore:No data reached:UserWarning", "ignore:.*unreached.*:UserWarning")
 def test_layers_with_biases_that_no_data_reaches_end_nothing(tmp_path: Path) -> None:
     callback = FPSCallback()
-    made = run_on_rows(
-        get_peft_model(Half(), FPSConfig(per_neuron=2, target_modules="all-linear")), tmp_path, callback
-    )
+    model = get_peft_model(Half(), FPSConfig(per_neuron=2, target_modules="all-linear"))
+    made = run_on_rows(model, tmp_path, callback)
     assert callback.centring.startswith(f"{NOTHING}their mean inputs could not be taken: adapter 'default': no layer")
     assert made.state.global_step == 2
 
@@ -145,23 +147,20 @@ def test_streams_of_ones_own_are_read_by_the_training_alone(
 def test_streams_of_datasets_start_anew(tmp_path: Path) -> None:
     stream = datasets.Dataset.from_list(ROWS).with_format("torch").to_iterable_dataset()
     callback, model = FPSCallback(), chosen(tiny_vit(layers=1))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    assert reason_against(model, optimizer, "default", torch.utils.data.DataLoader(stream, batch_size=2)) == ""
+    assert reason_against(model, sgd(model), "default", torch.utils.data.DataLoader(stream, batch_size=2)) == ""
     assert callback.centring == ""
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
 def test_optimizers_of_torch_are_known(kind: Any) -> None:
     model = chosen(tiny_vit(layers=1))
-    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    assert reason_against(model, optimizer, "default", None) == ""
+    assert reason_against(model, kind(trained_by(model), lr=0.1), "default", None) == ""
 
 
 def test_transposed_convolutions_are_left_out() -> None:
     model = adapted(nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1)), filled=False, per_neuron=2,
                     target_modules=["0", "1"], modules_to_save=[])  # fmt: skip
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    steps = centre_steps(model, optimizer, [{"input": normal(2, 3, 6, 6)}])
+    steps = centre_steps(model, sgd(model), [{"input": normal(2, 3, 6, 6)}])
     assert steps.left_out == {"0": "transposed convolution"}
 
 
@@ -175,7 +174,7 @@ def test_data_that_reach_no_layer_are_an_error() -> None:
             return self.last(self.first(x)) if use else x
 
     model = adapted(Switched(), filled=False, per_neuron=2, modules_to_save=[], target_modules="all-linear")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"no layer can be centred \(no data reached it\)"):
         centre_steps(model, optimizer, [{"x": normal(2, 6)}])
     assert hooks(optimizer) == 0
@@ -234,24 +233,18 @@ def test_steps_that_the_user_centres_stay(tmp_path: Path) -> None:
 def test_a_seeded_collator_masks_the_same_words(tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(40))]))
-    seen: dict[int, list[Tensor]] = {0: [], 1: []}
-    for number, callback in enumerate((FPSCallback(), FPSCallback(centred=False))):
+    rows = [{"input_ids": [2, *range(5 + first, 25 + first), 3]} for first in range(8)]
+    seen: list[list[Tensor]] = []
+    for callback in (FPSCallback(), FPSCallback(centred=False)):
         collator = DataCollatorForLanguageModeling(BertTokenizerFast(str(vocabulary)), seed=3)
-        model = chosen(tiny_masked())
-        options = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
-                                    report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
-        rows = [{"input_ids": [2, *range(5 + first, 25 + first), 3]} for first in range(8)]
-        made = Trainer(model, options, train_dataset=rows, data_collator=collator, callbacks=[callback])
-        step = made.training_step
-
-        def watched(model: nn.Module, inputs: Any, *rest: Any, step: Any = step, number: int = number) -> Any:
-            seen[number].append(inputs["labels"])
-            return step(model, inputs, *rest)
-
-        made.training_step = watched  # type: ignore[method-assign]
+        options = arguments(tmp_path, max_steps=3, per_device_train_batch_size=2)
+        made = Trainer(
+            chosen(tiny_masked()), options, train_dataset=rows, data_collator=collator, callbacks=[callback]
+        )
+        seen.append(noted(made, "labels"))
         made.train()
     assert len(seen[0]) == 3
-    assert all(torch.equal(one, other) for one, other in zip(seen[0], seen[1], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
 class Noisy(torch.utils.data.Dataset[Any]):
@@ -266,22 +259,14 @@ class Noisy(torch.utils.data.Dataset[Any]):
 
 
 def test_persistent_workers_draw_as_before(tmp_path: Path) -> None:
-    states = []
+    seen: list[list[Tensor]] = []
     for callback in (FPSCallback(), FPSCallback(centred=False)):
         model = chosen(tiny_vit(layers=1), bias="all", target_modules=["fc1"])
         options = arguments(tmp_path, max_steps=2, dataloader_num_workers=1, dataloader_persistent_workers=True)
         made = Trainer(model, options, train_dataset=Noisy(), callbacks=[callback])
-        first: list[Tensor] = []
-        step = made.training_step
-
-        def watched(model: nn.Module, inputs: Any, *rest: Any, step: Any = step, first: Any = first) -> Any:
-            first.append(inputs["pixel_values"])
-            return step(model, inputs, *rest)
-
-        made.training_step = watched  # type: ignore[method-assign]
+        seen.append(noted(made, "pixel_values"))
         made.train()
-        states.append(first)
-    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
 def test_an_mlp_without_a_trainer_is_told_of_no_optimizer() -> None:

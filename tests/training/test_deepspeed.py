@@ -10,6 +10,7 @@ from tests.support.helpers import tiny_vit
 from tests.support.processes import run_together
 from tests.training import deepspeed_program
 from tests.training.ddp_program import Images
+from tests.training.trainers import assert_equal_tensors
 
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed (DS_BUILD_OPS=0)")
@@ -36,10 +37,8 @@ def test_processes_select_what_one_process_selects(stage, two):
 
 @pytest.mark.parametrize("stage", deepspeed_program.STAGES)
 def test_training_resumes_where_it_was(stage, two):
-    files = [load_file(two / str(stage) / name / "adapter_model.safetensors") for name in ("adapter", "resumed")]
-    assert files[0].keys() == files[1].keys()
-    for name, tensor in files[0].items():
-        assert torch.equal(tensor, files[1][name]), name
+    folder = two / str(stage)
+    assert_equal_tensors(*(load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "resumed")))
 
 
 @pytest.mark.parametrize("stage", deepspeed_program.STAGES)

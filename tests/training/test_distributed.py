@@ -13,7 +13,8 @@ from torch import nn
 from transformers import default_data_collator
 
 from peft_fps import FPSConfig, Selection
-from tests.support.helpers import bits, images, layers_of, selected_columns, tiny_vit
+from tests.calibration.naive_fps import selection_of
+from tests.support.helpers import bits, images, tiny_vit
 from tests.support.processes import run_together, variables_of_a_group
 from tests.training import ddp_program, together_program
 
@@ -83,7 +84,7 @@ def together(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(together):
     """How calibrations have ended in the first and in the second process."""
-    return [json.loads((together / f"{rank}.json").read_text()) for rank in range(2)]
+    return together_program.of_both(together, "")
 
 
 SAYS = {
@@ -126,7 +127,7 @@ def test_a_process_without_data_takes_part(case, importance, ended):
 
 @pytest.fixture(scope="module")
 def shares(together):
-    return [json.loads((together / f"shares{rank}.json").read_text()) for rank in range(2)]
+    return together_program.of_both(together, "shares")
 
 
 @pytest.mark.parametrize("importance", together_program.SHARED)
@@ -134,8 +135,8 @@ def test_two_processes_select_as_one_does(importance, shares):
     model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
     data = {"pixel_values": images(8), "labels": torch.arange(8) % 5}
     report = model.calibrate([data], progress=False)
-    columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
-    assert shares[0][importance] == shares[1][importance] == {"columns": columns, "report": str(report)}
+    expected = {"columns": selection_of(model), "report": str(report)}
+    assert shares[0][importance] == shares[1][importance] == expected
 
 
 @pytest.mark.parametrize("loader", together_program.LOADERS)
@@ -144,10 +145,8 @@ def test_loaders_that_share_out_examples_select_as_one_process_does(loader, toge
     examples = [together_program.Breaking(16)[index] for index in range(count)]
     model = together_program.model_for("activation")
     model.calibrate(default_data_collator(examples)["pixel_values"].split(2), progress=False)
-    columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
-    for rank in range(2):
-        found = json.loads((together / f"loaders{rank}.json").read_text())[loader]
-        assert found == {"columns": columns, "examples": count}
+    for found in together_program.of_both(together, "loaders"):
+        assert found[loader] == {"columns": selection_of(model), "examples": count}
 
 
 def test_no_process_waits_for_one_that_is_gone(tmp_path):

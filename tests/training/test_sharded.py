@@ -20,7 +20,8 @@ from tests.support.helpers import ROOT, tiny_vit
 from tests.support.processes import run_together, variables_of_a_group
 from tests.training import sharded_kinds_program, sharded_program
 from tests.training.sharded_program import IMPORTANCES, adapted, outputs, shares
-from tests.training.together_program import Breaking
+from tests.training.together_program import Breaking, of_both
+from tests.training.trainers import assert_equal_tensors
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,15 @@ def two(tmp_path_factory):
     return folder
 
 
+def calibrated_alone(**options):
+    """A model that one process has calibrated with the data of both, and the report."""
+    model = adapted(**options)
+    return model, model.calibrate([batch for share in shares() for batch in share], progress=False)
+
+
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_sharded_model_selects_what_one_process_selects(importance, two):
-    model = adapted(importance=importance)
-    report = model.calibrate([batch for share in shares() for batch in share], progress=False)
+    model, report = calibrated_alone(importance=importance)
     alone = Selection.of(model)
     for rank in range(2):
         selected = Selection.load(two / f"{importance}{rank}.safetensors")
@@ -62,8 +68,7 @@ def test_a_sharded_adapter_is_saved_as_a_whole_one(two):
     folders = ("adapter", "gathered0", "gathered1", "again")
     files = [two / name / "adapter_model.safetensors" for name in folders]
     assert len({file.read_bytes() for file in files}) == 1
-    alone = adapted()
-    alone.calibrate([batch for share in shares() for batch in share], progress=False)
+    alone, _ = calibrated_alone()
     alone.save_pretrained(two / "alone")
     expected, found = load_file(two / "alone" / "adapter_model.safetensors"), load_file(files[0])
     assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
@@ -79,14 +84,8 @@ def test_a_sharded_adapter_is_saved_as_a_whole_one(two):
 
 
 def test_training_sharded_gives_the_values_of_one_process(two):
-    model = adapted()
-    model.calibrate([batch for share in shares() for batch in share], progress=False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    pixels, labels = sharded_program.pixels_and_labels()
-    for _ in range(3):
-        model.train()(pixel_values=pixels, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model, _ = calibrated_alone()
+    sharded_program.train(model, slice(None))
     model.save_pretrained(two / "trained")
     trained = load_file(two / "trained" / "adapter_model.safetensors")
     for name, tensor in load_file(two / "adapter" / "adapter_model.safetensors").items():
@@ -99,9 +98,7 @@ def test_a_sharded_adapter_loads_and_merges_in_one_process_and_in_two(two):
     torch.testing.assert_close(outputs(model), found["outputs"])
     merged = model.merge_and_unload()
     torch.testing.assert_close(outputs(merged), found["merged"])
-    state = merged.state_dict()
-    assert state.keys() == found["state"].keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found["state"].items())
+    assert_equal_tensors(merged.state_dict(), found["state"])
 
 
 BEFORE = "before the model is sharded"
@@ -119,7 +116,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_sharded_models_cannot_do_is_refused_with_what_to_do(case, two):
-    first, second = (json.loads((two / f"refused{rank}.json").read_text())[case] for rank in range(2))
+    first, second = (found[case] for found in of_both(two, "refused"))
     assert first == second
     assert re.search(REFUSED[case], first, re.DOTALL), first
 
@@ -141,7 +138,7 @@ ENDED = {
 
 @pytest.mark.parametrize("case", ENDED)
 def test_a_process_that_fails_ends_all_of_a_sharded_calibration(case, two):
-    first, second = (json.loads((two / f"ended{rank}.json").read_text())[case] for rank in range(2))
+    first, second = (found[case] for found in of_both(two, "ended"))
     assert first == second
     assert first is None if ENDED[case] is None else re.search(ENDED[case], first), first
 
@@ -166,9 +163,7 @@ def test_embeddings_experts_and_attention_live_sharded_as_in_one_process(case, k
     torch.testing.assert_close(program.outputs(model), found["outputs"], rtol=1e-4, atol=1e-5)
     loaded = PeftModel.from_pretrained(program.base(tied), folder / "adapter")
     torch.testing.assert_close(program.outputs(loaded), found["outputs"])
-    state = loaded.merge_and_unload().state_dict()
-    assert state.keys() == found["state"].keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found["state"].items())
+    assert_equal_tensors(loaded.merge_and_unload().state_dict(), found["state"])
 
 
 # --- the guide ------------------------------------------------------------------------------------------------------
@@ -229,7 +224,4 @@ def test_the_guides_program_is_told_that_sharded_entries_are_trained_as_they_are
 
 def test_the_guides_program_resumes_where_it_was(guided):
     folder, _ = guided
-    files = [load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "resumed")]
-    assert files[0].keys() == files[1].keys()
-    for name, tensor in files[0].items():
-        assert torch.equal(tensor, files[1][name]), name
+    assert_equal_tensors(*(load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "resumed")))

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from peft_fps import FPSConfig, Selection
-from tests.support.helpers import bits, image_batches, images, layers_of, selected_columns, snapshot, tiny_vit
+from tests.calibration.naive_fps import selection_of
+from tests.support.helpers import bits, image_batches, images, snapshot, tiny_vit
 
 
 IMPORTANCES = ("activation", "gradient")
@@ -25,6 +26,11 @@ SHARED = ("activation", "gradient", "fisher", "sensitivity")
 
 def labelled(count: int, seed: int) -> list[dict[str, Tensor]]:
     return [batch | {"labels": torch.tensor([0, 1, 2, 3])} for batch in image_batches(count, seed=seed)]
+
+
+def of_both(folder: Path, name: str) -> list[Any]:
+    """What the first and the second process have written down under a name."""
+    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)]
 
 
 def own(rank: int) -> list[dict[str, Tensor]]:
@@ -36,16 +42,16 @@ def model_for(importance: str) -> Any:
     return get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance, modules_to_save=[]))
 
 
-def failing(model: Any, batch: int) -> None:
-    """Let the model fail at a batch."""
-    calls = [0]
+def failing(module: nn.Module, calls: int) -> None:
+    """Let a module fail after so many calls."""
+    left = [calls]
 
     def fail(*_: Any) -> None:
-        calls[0] += 1
-        if calls[0] > batch:
+        left[0] -= 1
+        if left[0] < 0:
             raise RuntimeError("the model has had enough")
 
-    model.base_model.model.vit.register_forward_pre_hook(fail)
+    module.register_forward_pre_hook(fail)
 
 
 def broken(batches: list[Any]) -> Iterator[Any]:
@@ -68,12 +74,7 @@ def trained(model: Any) -> None:
 
 def dispatched(rank: int) -> Any:
     """The first process reads for both."""
-    loader = DataLoader(
-        [{name: tensor[0] for name, tensor in batch.items()} for batch in labelled(8, 7)], batch_size=2
-    )
-    return prepare_data_loader(
-        loader, torch.device("cpu"), num_processes=2, process_index=rank, put_on_device=True, dispatch_batches=True
-    )
+    return prepared([{name: tensor[0] for name, tensor in batch.items()} for batch in labelled(8, 7)], rank, True)
 
 
 class Breaking(Dataset[dict[str, Tensor]]):
@@ -115,9 +116,7 @@ def prepared(data: Any, rank: int, dispatch: bool | None, **options: Any) -> Any
 
 def unlike(rank: int) -> Any:
     """The first process reads for both, and cannot join the batches that it has read."""
-    batches = iter(
-        [torch.ones(2, 3, 16, 16), torch.ones(2, 3, 16, 16), torch.ones(2, 3, 8, 8), torch.ones(2, 3, 16, 16)]
-    )
+    batches = iter([torch.ones(2, 3, size, size) for size in (16, 16, 8, 16)])
     return prepared(
         Breaking(16), rank, True, collate_fn=lambda _: {"pixel_values": next(batches), "labels": torch.tensor([0, 1])}
     )
@@ -135,11 +134,11 @@ CASES: dict[str, Case] = {
     "wrong batch": (lambda rank: own(0) if rank == 0 else [*own(0)[:1], "text"], 0, nothing),
     "not a number": (lambda rank: own(rank) if rank == 0 else with_nan(own(1)), 0, nothing),
     "data ends badly": (lambda rank: broken(own(0)) if rank == 0 else own(1), 0, nothing),
-    "model fails": (own, 0, lambda model: failing(model, 1)),
-    "model fails at once": (own, 1, lambda model: failing(model, 0)),
+    "model fails": (own, 0, lambda model: failing(model.base_model.model.vit, 1)),
+    "model fails at once": (own, 1, lambda model: failing(model.base_model.model.vit, 0)),
     "trained already": (own, 1, trained),
-    "model fails where one reads for all": (dispatched, 1, lambda model: failing(model, 1)),
-    "reader fails where it reads for all": (dispatched, 0, lambda model: failing(model, 0)),
+    "model fails where one reads for all": (dispatched, 1, lambda model: failing(model.base_model.model.vit, 1)),
+    "reader fails where it reads for all": (dispatched, 0, lambda model: failing(model.base_model.model.vit, 0)),
     "reader cannot read": (lambda rank: prepared(Breaking(5), rank, True), 0, nothing),
     "reader cannot read anything": (lambda rank: prepared(Breaking(0), rank, True), 0, nothing),
     "reader cannot join": (unlike, 0, nothing),
@@ -178,8 +177,7 @@ def run_shares(folder: Path, rank: int) -> None:
     for importance in SHARED:
         model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance=importance))
         report = model.calibrate(mine, progress=False)
-        columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
-        found[importance] = {"columns": columns, "report": str(report)}
+        found[importance] = {"columns": selection_of(model), "report": str(report)}
     try:
         model = get_peft_model(tiny_vit(), FPSConfig(per_neuron=2, importance="gradient"))
         model.calibrate(mine, progress=False, accumulators="streaming")
@@ -207,8 +205,8 @@ def run_loaders(folder: Path, rank: int) -> None:
     for name, load in LOADERS.items():
         model = model_for("activation")
         model.calibrate(load(rank), progress=False)
-        columns = {name: selected_columns(layer) for name, layer in layers_of(model).items()}
-        found[name] = {"columns": columns, "examples": Selection.of(model).method["calibration"]["examples"]}
+        examples = Selection.of(model).method["calibration"]["examples"]
+        found[name] = {"columns": selection_of(model), "examples": examples}
     (folder / f"loaders{rank}.json").write_text(json.dumps(found))
 
 

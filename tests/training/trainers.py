@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tests.support.helpers import bits, images
@@ -35,6 +36,24 @@ def trainer(model: nn.Module, folder: Path, callbacks: list[Any] | None = None, 
     )
 
 
+def trained_by(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer of the model is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def noted(made: Trainer, name: str) -> list[Any]:
+    """Starts a list of an input of every training step."""
+    seen: list[Any] = []
+    step = made.training_step
+
+    def watched(model: nn.Module, inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs[name])
+        return step(model, inputs, *rest)
+
+    made.training_step = watched  # type: ignore[method-assign]
+    return seen
+
+
 def dropping(model: nn.Module) -> nn.Module:
     """The same model with dropout, so that a disturbed generator shows in the result."""
     for module in model.modules():
@@ -47,3 +66,9 @@ def trained_state(model: nn.Module) -> dict[str, bytes]:
     """Values, columns, counts, bias deltas and head."""
     return {name: bits(tensor) for name, tensor in model.state_dict().items()
             if "fps_" in name or "modules_to_save" in name}  # fmt: skip
+
+
+def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

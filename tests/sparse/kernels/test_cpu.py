@@ -16,7 +16,9 @@ from torch import Tensor
 
 from peft_fps.sparse import Structure, build_structure, products, sparse_linear
 from peft_fps.sparse.kernels import cpu
-from tests.support.helpers import csr, normal, selections
+from tests.sparse import cases
+from tests.sparse.cases import STRIDES, Rows, Selection, at_entries, union
+from tests.support.helpers import normal, selections
 
 
 needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler that builds the kernel")
@@ -41,22 +43,21 @@ def unbuilt() -> Iterator[None]:
     cpu.library.cache_clear()
 
 
-def built(rows: list[list[int]] = ROWS, inputs: int = INPUTS) -> Structure:
-    return build_structure(*csr(rows), len(rows), inputs)
+def built(rows: Rows = ROWS, inputs: int = INPUTS) -> Structure:
+    return cases.built(rows, inputs)
 
 
 def operands(tokens: int, neurons: int = len(ROWS), inputs: int = INPUTS, dtype: torch.dtype = torch.float32):
     return normal(tokens, neurons).to(dtype), normal(tokens, inputs, seed=1).to(dtype)
 
 
-def assert_right(found: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, rows: list[list[int]]) -> None:
+def assert_right(found: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, rows: Rows) -> None:
     """`x` has all columns; errors are measured against the sizes that are summed, not against their sum."""
     assert [tensor.dtype for tensor in found] == [torch.float32] * 2
-    places = [(row, column) for row, columns in enumerate(rows) for column in columns]
-    dense, size = grad.double().t() @ x.double(), grad.double().abs().t() @ x.double().abs()
-    expected = [torch.tensor([part[place] for place in places], dtype=torch.float64) for part in (dense, size)]
-    assert found[0].shape == expected[0].shape
-    assert bool(((found[0] - expected[0]).abs() <= 1e-6 * expected[1] + 1e-30).all())
+    expected = at_entries(grad.double().t() @ x.double(), rows)
+    size = at_entries(grad.double().abs().t() @ x.double().abs(), rows)
+    assert found[0].shape == expected.shape
+    assert bool(((found[0] - expected).abs() <= 1e-6 * size + 1e-30).all())
     assert found[1].shape == grad.shape[1:]
     assert bool(((found[1] - grad.double().sum(0)).abs() <= 1e-6 * grad.double().abs().sum(0) + 1e-30).all())
 
@@ -66,13 +67,12 @@ def assert_right(found: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, rows: li
 
 @needs_kernel
 @given(selections(max_neurons=7, max_inputs=9), st.integers(0, 20), st.sampled_from(DTYPES), st.booleans())
-def test_any_selection(selection: tuple[int, list[list[int]]], tokens: int, dtype: torch.dtype, whole: bool):
+def test_any_selection(selection: Selection, tokens: int, dtype: torch.dtype, whole: bool):
     inputs, rows = selection
     grad, x = operands(tokens, len(rows), inputs, dtype)
     where = built(rows, inputs)
     assert cpu.fits(grad, x, where)
-    used = x[:, sorted({column for row in rows for column in row})]
-    assert_right(cpu.sampled_product(grad, x if whole else used, where), grad, x, rows)
+    assert_right(cpu.sampled_product(grad, x if whole else x[:, union(rows)], where), grad, x, rows)
 
 
 @needs_kernel
@@ -95,23 +95,12 @@ def test_more_neurons_than_are_laid_out_at_once(neurons: int, threads: int):
     assert_right(cpu.sampled_product(grad, x, built(rows, 31)), grad, x, rows)
 
 
-LAYOUTS = {
-    "transposed": lambda matrix: matrix.t().contiguous().t(),
-    "strided-columns": lambda matrix: matrix.repeat_interleave(2, 1)[:, ::2],
-    "strided-tokens": lambda matrix: matrix.repeat_interleave(3, 0)[::3],
-    "part-of-a-row": lambda matrix: torch.cat([matrix, matrix], 1)[:, matrix.shape[1] :],
-    "one-token": lambda matrix: matrix[:1].expand_as(matrix),
-    "one-column": lambda matrix: matrix[:, :1].expand_as(matrix),
-    "one-number": lambda matrix: matrix[:1, :1].expand_as(matrix),
-}
-
-
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["grad", "inputs", "both"])
-def test_any_layout(layout: str, which: tuple[int, ...], dtype: torch.dtype):
-    grad, x = (LAYOUTS[layout](m) if i in which else m for i, m in enumerate(operands(70, dtype=dtype)))
+def test_any_strides(strides: str, which: tuple[int, ...], dtype: torch.dtype):
+    grad, x = (STRIDES[strides](m) if i in which else m for i, m in enumerate(operands(70, dtype=dtype)))
     assert_right(cpu.sampled_product(grad, x, built()), grad, x, ROWS)
 
 
@@ -162,25 +151,9 @@ def test_the_switch(value: str, taken: bool, monkeypatch: pytest.MonkeyPatch):
 # --- building -------------------------------------------------------------------------------------------------------
 
 
-def broken_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("CXX", "/bin/false")
-
-
-def absent_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("CXX", "/no/such/compiler")
-
-
-def unreadable_command(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("CXX", "g++ 'no closing quote")
-
-
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
     patch.delenv("CXX", raising=False)
     patch.setattr(shutil, "which", lambda *args, **options: None)
-
-
-def a_compiler_that_builds_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("CXX", "/bin/true")
 
 
 def no_folder_for_it(patch: pytest.MonkeyPatch) -> None:
@@ -188,26 +161,25 @@ def no_folder_for_it(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cpu.tempfile, "TemporaryDirectory", in_vain)
 
 
+SPOILED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "broken compiler": lambda patch: patch.setenv("CXX", "/bin/false"),
+    "absent compiler": lambda patch: patch.setenv("CXX", "/no/such/compiler"),
+    "unreadable command": lambda patch: patch.setenv("CXX", "g++ 'no closing quote"),
+    "no compiler": no_compiler,
+    "a compiler that builds nothing": lambda patch: patch.setenv("CXX", "/bin/true"),
+    "no folder for it": no_folder_for_it,
+}
+
+
 @pytest.mark.usefixtures("unbuilt")
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        broken_compiler,
-        absent_compiler,
-        unreadable_command,
-        no_compiler,
-        a_compiler_that_builds_nothing,
-        no_folder_for_it,
-    ],
-    ids=lambda spoil: spoil.__name__,
-)
+@pytest.mark.parametrize("how", SPOILED)
 def test_without_a_kernel_one_line_is_logged_and_training_goes_on(
-    spoil: Callable[[pytest.MonkeyPatch], None],
+    how: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ):
-    spoil(monkeypatch)
+    SPOILED[how](monkeypatch)
     monkeypatch.setattr(products, "entries_are_few", lambda structure: True)
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     weight, x, values = normal(6, INPUTS), normal(70, INPUTS, seed=1), normal(21, seed=2).requires_grad_()
@@ -224,8 +196,7 @@ def test_without_a_kernel_one_line_is_logged_and_training_goes_on(
     assert cpu.library() is None
     assert capfd.readouterr() == ("", "")
     (x @ dense.t()).square().sum().backward()
-    expected = torch.cat([dense.grad[row, columns] for row, columns in enumerate(ROWS)])
-    torch.testing.assert_close(values.grad, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values.grad, at_entries(dense.grad, ROWS), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel

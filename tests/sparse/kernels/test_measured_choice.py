@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from peft_fps.sparse import build_structure
 from peft_fps.sparse.kernels import measured_choice
 from peft_fps.sparse.kernels.measured_choice import RUNS, fastest, size_class
 from peft_fps.sparse.products import measured_product
-from tests.support.helpers import csr, normal
+from tests.sparse.cases import at_entries, built
+from tests.support.helpers import normal
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_sizes_up_to_the_same_power_of_two_are_of_one_class() -> None:
 @pytest.mark.parametrize("all_columns", [True, False])
 def test_every_way_gives_the_product(way: int, all_columns: bool) -> None:
     rows = [[0, 3], [], [1, 2, 3], [4]]
-    structure, grad, x = build_structure(*csr(rows), 4, 6), normal(7, 4), normal(7, 6, seed=1)
+    structure, grad, x = built(rows, 6), normal(7, 4), normal(7, 6, seed=1)
     keys = []
 
     def choose(key: Any, found: Any) -> str:
@@ -63,7 +63,6 @@ def test_every_way_gives_the_product(way: int, all_columns: bool) -> None:
         return list(found)[way]
 
     values, sums = measured_product(grad, x if all_columns else x[:, :5], structure, choose)
-    expected = [grad[:, row] @ x[:, column] for row, columns in enumerate(rows) for column in columns]
-    torch.testing.assert_close(values, torch.stack(expected))
+    torch.testing.assert_close(values, at_entries(grad.t() @ x, rows))
     torch.testing.assert_close(sums, grad.sum(0))
     assert keys == [(grad.device, torch.float32, (3, 2, 3, 3))]
