@@ -1,6 +1,5 @@
 """Causal, masked and encoder-decoder language models, dense and of experts: calibration, training, tied embeddings."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-)
+from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from peft_fps import FPSCallback, FPSConfig
 from peft_fps.calibration import Observed, Pass, observe
+from tests.calibration.naive_fps import selection_of
 from tests.support.helpers import (
     base_bytes,
     bits,
     config,
     layers_of,
-    selected_columns,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -162,10 +158,9 @@ def test_calibration_from_token_batches_selects_as_from_unpadded_texts(kind: str
         model = get_peft_model(build(), FPSConfig(per_neuron=3))
         report = model.calibrate(data, progress=False)
         assert f"over {len(singles)} examples" in report.method
-        chosen.append({path: selected_columns(layer) for path, layer in layers_of(model).items()})
+        chosen.append(selection_of(model))
     assert chosen[0] == chosen[1]
-    plain = get_peft_model(build(), config(per_neuron=3))
-    assert {path: selected_columns(layer) for path, layer in layers_of(plain).items()} != chosen[0]
+    assert selection_of(get_peft_model(build(), config(per_neuron=3))) != chosen[0]
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -188,13 +183,7 @@ def collate(items: list[dict[str, Any]]) -> Batch:
     return batch | {"labels": padded([torch.tensor(item["labels"]) for item in items], -100)}
 
 
-TRAINED = {
-    "gpt2": tiny_gpt2,
-    "llama": tiny_llama,
-    "masked bert": tiny_masked,
-    "bert classifier": tiny_bert,
-    "t5": tiny_t5,
-}
+TRAINED = {kind: ONE_STACK[kind][0] for kind in ("gpt2", "llama", "masked bert", "bert classifier")} | {"t5": tiny_t5}
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -327,6 +316,4 @@ def test_experts_without_a_token_are_named_and_not_trained() -> None:
     assert f"will not be trained: {', '.join(idle)}." in message
     assert all(layers_of(model)[name].fps_values["default"].numel() == 0 for name in idle)
     assert len(idle) == 2 * 3 * 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**batch).loss.backward()
+    model(**batch).loss.backward()  # a warning would be an error

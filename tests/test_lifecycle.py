@@ -104,19 +104,15 @@ def test_a_new_adapter_changes_nothing() -> None:
     assert bits(logits(model)) == bits(logits(tiny_vit()))
 
 
-def test_low_cpu_mem_usage_makes_values_on_meta_and_touches_no_weight() -> None:
-    model = get_peft_model(tiny_vit(), config(), low_cpu_mem_usage=True)
+def test_low_cpu_mem_usage_makes_values_on_meta_which_cannot_be_used_and_touches_no_weight() -> None:
+    model = get_peft_model(tiny_vit(), config(), low_cpu_mem_usage=True).eval()
     layer = layers_of(model)[QUERY]
     assert {p.device.type for p in (layer.fps_values["default"], layer.fps_bias["default"])} == {"meta"}
     assert layer.base_layer.weight.device.type == "cpu"
-    model.disable_adapter_layers()
-    assert bits(logits(model)) == bits(logits(tiny_vit()))
-
-
-def test_using_values_on_meta_is_refused_by_name() -> None:
-    model = get_peft_model(tiny_vit(), config(), low_cpu_mem_usage=True).eval()
     with pytest.raises(ValueError, match=r"vit\..*meta"):
         logits(model)
+    model.disable_adapter_layers()
+    assert bits(logits(model)) == bits(logits(tiny_vit()))
 
 
 class TestHead:
@@ -142,21 +138,14 @@ class TestHead:
         assert not model.peft_config["default"].modules_to_save
         assert not [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
-    def test_none_on_request(self) -> None:
+    def test_none_or_more_on_request(self) -> None:
         model = adapted(tiny_vit(), modules_to_save=[])
         assert not [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
         assert not [n for n, p in model.named_parameters() if p.requires_grad and "fps_" not in n]
-
-    def test_and_more_on_request(self) -> None:
         model = adapted(tiny_vit(), modules_to_save=["classifier", "layernorm"])
         wrapped = {name for name, module in model.base_model.model.named_modules()
                    if isinstance(module, ModulesToSaveWrapper)}  # fmt: skip
         assert wrapped == {"classifier", "vit.layernorm"}
-
-    def test_of_the_base_model_stays(self) -> None:
-        model = two_adapters()
-        with model.disable_adapter():
-            assert bits(logits(model)) == bits(logits(tiny_vit()))
 
 
 # --- several --------------------------------------------------------------------------------------------------------
@@ -202,7 +191,7 @@ def test_disabling_gives_the_base_model_and_enabling_the_adapter() -> None:
     assert bits(logits(model)) == before
 
 
-def test_deleting_leaves_nothing_behind() -> None:
+def test_deleting_leaves_nothing_behind_and_the_name_can_be_used_again() -> None:
     model = two_adapters()
     model.set_adapter("first")
     model.delete_adapter("second")
@@ -212,11 +201,6 @@ def test_deleting_leaves_nothing_behind() -> None:
         for held in (layer.fps_values, layer.fps_bias, layer.fps_columns, layer.fps_row_counts, layer.fps_state):
             assert "second" not in held
     torch.testing.assert_close(logits(model), reference(model, "first"), atol=1e-5, rtol=1e-5)
-
-
-def test_a_deleted_name_can_be_used_again() -> None:
-    model = two_adapters()
-    model.delete_adapter("second")
     model.add_adapter("second", config(target_modules=["fc1"]))
     assert set(selections(model, "second")) == {"vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc1"}
 
@@ -300,11 +284,10 @@ class TestOneConfigForMany:
             "task_type",
             "revision",
         }
-        for field in fields(FPSConfig):
-            if field.name not in filled_in | by_peft:
-                assert getattr(ours, field.name) == chosen[field.name], field.name
+        for name in chosen.keys() - filled_in - by_peft:
+            assert getattr(ours, name) == chosen[name], name
 
-    def test_saving_changes_no_field(self, tmp_path: Path) -> None:
+    def test_saving_changes_no_field_and_binds_no_other_model(self, tmp_path: Path) -> None:
         ours = config()
         model = get_peft_model(tiny_vit(), ours)
         before = {f.name: copy.deepcopy(getattr(ours, f.name)) for f in fields(FPSConfig)}
@@ -312,10 +295,6 @@ class TestOneConfigForMany:
         assert {f.name: getattr(ours, f.name) for f in fields(FPSConfig)} == before
         assert ours.record is None
         assert FPSConfig.from_pretrained(str(tmp_path)).record is not None
-
-    def test_sizes_that_a_model_has_saved_do_not_bind_the_next(self, tmp_path: Path) -> None:
-        ours = config()
-        get_peft_model(tiny_vit(), ours).save_pretrained(tmp_path / "first")
         second = get_peft_model(tiny_gpt2(), ours)
         assert selections(second) == selections(get_peft_model(tiny_gpt2(), config()))
         ours.save_pretrained(str(tmp_path / "config"))  # of no adapter
@@ -356,14 +335,6 @@ def test_status() -> None:
     assert layers[QUERY].devices == {"first": ["cpu"], "second": ["cpu"]}
 
 
-def test_status_of_a_merged_model() -> None:
-    model = adapted(tiny_vit(), modules_to_save=[])
-    model.merge_adapter()
-    assert get_model_status(model).merged_adapters == ["default"]
-    model.unmerge_adapter()
-    assert get_model_status(model).merged_adapters == []
-
-
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted(tiny_vit(), per_neuron=2)
     # 2 entries per neuron, and a bias delta but for k: patches 32; per block q, k, v, o 32 each, fc1 64, fc2 32
@@ -398,14 +369,15 @@ def test_unload_gives_the_base_model_with_the_base_head() -> None:
     }
 
 
-def test_unload_after_a_merge_restores_the_base_weights() -> None:
+def test_a_merged_model_says_so_is_unloaded_with_the_base_weights_and_takes_a_new_adapter() -> None:
     model = adapted(tiny_vit(), modules_to_save=[])
     model.merge_adapter()
-    assert bits(logits(model.unload())) == bits(logits(tiny_vit()))
-
-
-def test_an_unloaded_model_takes_a_new_adapter() -> None:
-    plain = adapted(tiny_vit(), modules_to_save=[]).unload()
+    assert get_model_status(model).merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert get_model_status(model).merged_adapters == []
+    model.merge_adapter()
+    plain = model.unload()
+    assert bits(logits(plain)) == bits(logits(tiny_vit()))
     assert selections(adapted(plain)) == selections(adapted(tiny_vit()))
 
 
@@ -440,12 +412,12 @@ def test_a_pickled_model_is_the_model(tmp_path: Path) -> None:
         assert bits(logits(other)) == bits(logits(model))
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float64"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_casting_the_model_keeps_the_indices(cast: str) -> None:
     model = adapted(tiny_mlp(3000, 5, 4), target_modules=["first"], per_neuron=2)
     layer = model.base_model.model.first
     layer.fps_columns["default"] = torch.tensor([853, 2761] * 5, dtype=torch.int32)  # 2761 is no bfloat16 number
-    model = model.half() if cast == "half" else model.bfloat16() if cast == "bfloat16" else model.double()
+    model = getattr(model, cast)()
     assert layer.fps_columns["default"].dtype == layer.fps_row_counts["default"].dtype == torch.int32
     assert layer.fps_columns["default"].tolist() == [853, 2761] * 5
     dtype = layer.base_layer.weight.dtype
@@ -599,27 +571,23 @@ class TestTargets:
             *(f"vit.layers.{number}.{name}" for number in (0, 1) for name in block),
         }
 
-    def test_exclude_modules(self) -> None:
+    def test_exclude_modules_by_names_or_expression(self) -> None:
         left = targets(adapted(tiny_vit(), exclude_modules=["fc1", "vit.layers.0.attention.q_proj", "projection"]))
         assert left == {
             path
             for path in targets(adapted(tiny_vit()))
             if not path.endswith(("fc1", "projection")) and path != "vit.layers.0.attention.q_proj"
         }
-
-    def test_exclude_by_expression(self) -> None:
         left = targets(adapted(tiny_vit(), exclude_modules=r".*layers\.0\..*"))
         assert left == {path for path in targets(adapted(tiny_vit())) if "layers.0." not in path}
 
-    @pytest.mark.parametrize("indices", [1, [1], (1,)], ids=repr)
-    def test_layers_to_transform(self, indices: Any) -> None:
-        model = adapted(tiny_vit(), target_modules=["q_proj", "fc2"], layers_to_transform=indices)
-        assert targets(model) == {"vit.layers.1.attention.q_proj", "vit.layers.1.mlp.fc2"}
-
-    @pytest.mark.parametrize("pattern", ["layers", ["layers", "blocks"]], ids=repr)
-    def test_layers_pattern(self, pattern: Any) -> None:
-        options = {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": pattern}
-        assert targets(adapted(tiny_vit(), **options)) == {"vit.layers.0.attention.q_proj"}
+    @pytest.mark.parametrize(
+        "options", [{}, {"layers_pattern": "layers"}, {"layers_pattern": ["layers", "blocks"]}], ids=repr
+    )
+    @pytest.mark.parametrize(("indices", "layer"), [(0, 0), (1, 1), ([1], 1), ((1,), 1)], ids=repr)
+    def test_layers_to_transform(self, indices: Any, layer: int, options: dict[str, Any]) -> None:
+        model = adapted(tiny_vit(), target_modules=["q_proj", "fc2"], layers_to_transform=indices, **options)
+        assert targets(model) == {f"vit.layers.{layer}.attention.q_proj", f"vit.layers.{layer}.mlp.fc2"}
 
     def test_targets_of_a_saved_adapter_are_those_it_was_made_for(self, tmp_path: Path) -> None:
         options = {"target_modules": ["q_proj", "fc2"], "layers_to_transform": [1], "exclude_modules": ["fc2"]}
@@ -656,17 +624,13 @@ class TestBudget:
         with unchanged(model), pytest.raises(ValueError, match="biases") as error:
             get_peft_model(model, FPSConfig(budget=0.001))
         message = str(error.value)
+        share = float(message.split("at least ")[1].split(",")[0])
+        get_peft_model(tiny_vit(), config(budget=share))  # is enough
         assert "budget=0.001" in message
         assert f"{int(0.001 * base)} of {base:,} base parameters" in message
         assert f"alone are {neurons - 2 * 32}" in message  # without those of keys
         assert "bias='none'" in message
         assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == set()
-
-    def test_the_share_that_the_message_names_is_enough(self) -> None:
-        with pytest.raises(ValueError, match="at least") as error:
-            get_peft_model(tiny_vit(), config(budget=0.001))
-        share = float(str(error.value).split("at least ")[1].split(",")[0])
-        get_peft_model(tiny_vit(), config(budget=share))
 
     def test_without_biases_it_fits(self) -> None:
         model = adapted(tiny_vit(), budget=0.001, bias="none")
@@ -744,27 +708,18 @@ def batch_norm_model() -> _WithNorm:
 class TestBatchNorm:
     """Running statistics are buffers of the base model: they stay, unless the norm is trained whole."""
 
-    def train(self, model: nn.Module) -> None:
-        model.train()
+    @pytest.mark.parametrize("whole", [None, ["norm"]], ids=["adapted", "whole"])
+    def test_they_are_trained_and_saved_with_a_norm_that_is_named_alone(self, whole: Any, tmp_path: Path) -> None:
+        model = adapted(batch_norm_model(), modules_to_save=whole).train()
+        before = bits(model.base_model.model.norm.running_mean)
         for seed in range(3):
             model(3 * images(seed=seed) + 1).sum().backward()
-        model.eval()
-
-    def test_statistics_stay_unless_the_norm_is_named(self, tmp_path: Path) -> None:
-        model = adapted(batch_norm_model())
-        before = bits(model.base_model.model.norm.running_mean)
-        self.train(model)
-        assert bits(model.base_model.model.norm.running_mean) == before
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(batch_norm_model(), tmp_path)
-        with torch.no_grad():
-            assert bits(loaded(images())) == bits(model(images()))
-
-    def test_statistics_are_saved_with_the_layer(self, tmp_path: Path) -> None:
-        model = adapted(batch_norm_model(), modules_to_save=["norm"])
-        self.train(model)
-        model.save_pretrained(tmp_path)
-        assert int(load_file(tmp_path / "adapter_model.safetensors")["base_model.model.norm.num_batches_tracked"]) == 3
+        model.eval().save_pretrained(tmp_path)
+        if whole:
+            saved = load_file(tmp_path / "adapter_model.safetensors")
+            assert int(saved["base_model.model.norm.num_batches_tracked"]) == 3
+        else:
+            assert bits(model.base_model.model.norm.running_mean) == before
         loaded = PeftModel.from_pretrained(batch_norm_model(), tmp_path)
         with torch.no_grad():
             assert bits(loaded(images())) == bits(model(images()))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from peft_fps import FPSConfig
+from tests.calibration.naive_fps import selection_of
 from tests.support.forked import run_program
-from tests.support.helpers import fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
+from tests.support.helpers import fill, layers_of, tiny_gpt2, tiny_llama, tokens
 from tests.support.language_models import of_one_stack, of_two_stacks, texts, tiny_t5
 
 
@@ -27,39 +28,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 Placed = Callable[[], PreTrainedModel]
 
-KINDS: dict[str, tuple[Callable[[], PreTrainedModel], Any, dict[str, str]]] = {
+KINDS: dict[str, tuple[Callable[[], PreTrainedModel], Any, str, str]] = {
+    # model, its auto class, the block that lies on disk, and what lies in memory
     "llama": (
         tiny_llama,
         AutoModelForCausalLM,
-        {
-            "model.embed_tokens": "cpu",
-            "model.layers.0": "disk",
-            "model.layers.1": "cpu",
-            "model.norm": "cpu",
-            "model.rotary_emb": "cpu",
-            "lm_head": "cpu",
-        },
+        "model.layers.0",
+        "model.embed_tokens model.layers.1 model.norm model.rotary_emb lm_head",
     ),
     "gpt2": (
         tiny_gpt2,
         AutoModelForCausalLM,
-        {
-            "transformer.wte": "cpu",
-            "transformer.wpe": "cpu",
-            "transformer.drop": "cpu",
-            "transformer.h.0": "cpu",
-            "transformer.h.1": "disk",
-            "transformer.ln_f": "cpu",
-            "lm_head": "cpu",
-        },
+        "transformer.h.1",
+        "transformer.wte transformer.wpe transformer.drop transformer.h.0 transformer.ln_f lm_head",
     ),
     "t5": (
         tiny_t5,
         AutoModelForSeq2SeqLM,
-        {"shared": "cpu", "encoder": "cpu", "decoder.embed_tokens": "cpu", "decoder.block.0": "cpu",
-         "decoder.block.1": "disk", "decoder.final_layer_norm": "cpu", "decoder.dropout": "cpu", "lm_head": "cpu"},
+        "decoder.block.1",
+        "shared encoder decoder.embed_tokens decoder.block.0 decoder.final_layer_norm decoder.dropout lm_head",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -70,15 +59,15 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def placed(kind: str, tmp_path: Path) -> Placed:
     """Builds the base model, a block of it on disk."""
-    build, auto_class, device_map = KINDS[kind]
+    build, auto_class, block, others = KINDS[kind]
     build().save_pretrained(tmp_path / "base")
+    device_map = dict.fromkeys(others.split(), "cpu") | {block: "disk"}
 
     def load() -> PreTrainedModel:
         model = auto_class.from_pretrained(
             tmp_path / "base", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
         )
         away = {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
-        block = next(name for name, place in device_map.items() if place == "disk")
         assert away
         assert all(name.startswith(block) for name in away)
         return model
@@ -90,13 +79,13 @@ def batches(kind: str) -> list[dict[str, Tensor]]:
     return of_two_stacks("labels", tiny_t5(), texts(2, 6, 4, 3))[0] if kind == "t5" else of_one_stack()[0]
 
 
-def example(kind: str) -> dict[str, Tensor]:
+def example() -> dict[str, Tensor]:
     return {"input_ids": tokens(), "labels": tokens(seed=4)}
 
 
-def logits(model: nn.Module, kind: str) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model.eval()(**example(kind)).logits
+        return model.eval()(**example()).logits
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -119,7 +108,7 @@ def trained(base: nn.Module, kind: str) -> PeftModel:
     model = get_peft_model(base, FPSConfig(per_neuron=2))
     model.calibrate(batches(kind), progress=False)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.5)
-    model.eval()(**example(kind)).loss.backward()
+    model.eval()(**example()).loss.backward()
     optimizer.step()
     return model
 
@@ -139,15 +128,14 @@ def test_calibration_training_and_saving_are_those_of_a_model_in_memory(
     there, here = trained(placed(), kind), trained(build(), kind)
     assert places(there) == {"cpu"}
     assert any(layer.base_layer.weight.device.type == "meta" for layer in layers_of(there).values())
-    chosen = [{path: selected_columns(layer) for path, layer in layers_of(m).items()} for m in (there, here)]
-    assert chosen[0] == chosen[1]
+    assert selection_of(there) == selection_of(here)
     for path, layer in layers_of(there).items():
         close(layer.fps_values["default"], layers_of(here)[path].fps_values["default"])
         assert bool(layer.fps_values["default"].any())
-    close(logits(there, kind), logits(here, kind))
+    close(logits(there), logits(here))
 
     there.save_pretrained(tmp_path / "adapter")
-    close(logits(PeftModel.from_pretrained(build(), tmp_path / "adapter"), kind), logits(here, kind))
+    close(logits(PeftModel.from_pretrained(build(), tmp_path / "adapter")), logits(here))
 
 
 def test_accelerate_may_choose_the_places(tmp_path: Path) -> None:
@@ -158,7 +146,7 @@ def test_accelerate_may_choose_the_places(tmp_path: Path) -> None:
     assert set(base.hf_device_map.values()) == {"cpu", "disk"}
     there, here = trained(base, "llama"), trained(tiny_llama(), "llama")
     assert places(there) == {"cpu"}
-    close(logits(there, "llama"), logits(here, "llama"))
+    close(logits(there), logits(here))
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["", "low-memory"])
@@ -168,9 +156,9 @@ def test_an_adapter_is_loaded_onto_a_placed_model(kind: str, placed: Placed, low
     del base.hf_device_map  # else PEFT would take accelerate's hooks off
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low)
     assert places(loaded) == {"cpu"}
-    close(logits(loaded, kind), logits(model, kind))
+    close(logits(loaded), logits(model))
     with loaded.disable_adapter():
-        close(logits(loaded, kind), logits(KINDS[kind][0](), kind))
+        close(logits(loaded), logits(KINDS[kind][0]()))
 
 
 def test_a_further_adapter_is_loaded_onto_a_placed_model(kind: str, placed: Placed, tmp_path: Path) -> None:
@@ -179,7 +167,7 @@ def test_a_further_adapter_is_loaded_onto_a_placed_model(kind: str, placed: Plac
     there.load_adapter(tmp_path / "adapter", "second")
     there.set_adapter("second")
     assert places(there) == {"cpu"}
-    close(logits(there, kind), logits(model, kind))
+    close(logits(there), logits(model))
 
 
 def test_a_model_whose_hooks_peft_has_taken_off_is_refused_with_the_line_to_add(
@@ -187,8 +175,9 @@ def test_a_model_whose_hooks_peft_has_taken_off_is_refused_with_the_line_to_add(
 ) -> None:
     filled(KINDS[kind][0], tmp_path / "adapter")
     base = placed()
-    block = next(name for name, place in KINDS[kind][2].items() if place == "disk")
-    with pytest.raises(ValueError, match=rf"{block}\..*weight is offloaded to disk.*del model\.hf_device_map before"):
+    with pytest.raises(
+        ValueError, match=rf"{KINDS[kind][2]}\..*weight is offloaded to disk.*del model\.hf_device_map before"
+    ):
         PeftModel.from_pretrained(base, tmp_path / "adapter", offload_folder=str(tmp_path / "other"))
     assert layers_of(base) == {}
 
@@ -198,7 +187,7 @@ def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order() -> None
     model.calibrate(data, progress=False)
     cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"values on the meta device, .* offloads the model, .* before the adapter"):
-        logits(model, "gpt2")
+        logits(model)
     with pytest.raises(ValueError, match=r"is on the meta device, .* offloads the model, .* before the adapter"):
         model.calibrate(data, progress=False)
 
@@ -206,23 +195,22 @@ def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order() -> None
     cpu_offload(base, execution_device=torch.device("cpu"))
     found = trained(base, "gpt2")
     assert base.transformer.h[1].mlp.c_fc.base_layer.weight.device.type == "meta"
-    close(logits(found, "gpt2"), logits(trained(tiny_gpt2(), "gpt2"), "gpt2"))
+    close(logits(found), logits(trained(tiny_gpt2(), "gpt2")))
 
 
 def test_merging_a_placed_model_is_right_or_refused(kind: str, placed: Placed) -> None:
     model = trained(placed(), kind)
-    expected = logits(model, kind)
+    expected = logits(model)
     try:
         model.merge_adapter()
     except (ValueError, NotImplementedError) as error:
         assert str(error)  # noqa: PT017 - either is fine, a wrong result is not
-    close(logits(model, kind), expected)
+    close(logits(model), expected)
 
 
 def test_gradients_of_offloaded_weights_are_refused_by_name(kind: str, placed: Placed) -> None:
     model = get_peft_model(placed(), FPSConfig(per_neuron=2, importance="gradient"))
-    block = next(name for name, place in KINDS[kind][2].items() if place == "disk")
-    with pytest.raises(ValueError, match=rf"{block}\..*its weight is offloaded.*importance='activation'"):
+    with pytest.raises(ValueError, match=rf"{KINDS[kind][2]}\..*its weight is offloaded.*importance='activation'"):
         model.calibrate(batches(kind), progress=False)
 
 

@@ -62,6 +62,20 @@ def fresh(base: nn.Module, **options: Any) -> PeftModel:
     return adapted(base, filled=False, **options)
 
 
+def awaiting(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
+    """A model with an adapter whose saved tensors are not loaded."""
+    fresh(copy.deepcopy(base), **options).save_pretrained(folder)
+    return get_peft_model(base, FPSConfig.from_pretrained(str(folder)))
+
+
+def without_memory() -> nn.Module:
+    """A model with an adapter "lean" on the meta device."""
+    model = inject_adapter_in_model(config(), tiny_mlp(), "lean", low_cpu_mem_usage=True)
+    for layer in layers_of(model).values():
+        layer.fps_values["lean"].data = layer.fps_values["lean"].data.to("meta")
+    return model
+
+
 def rows_of(model: nn.Module, name: str = "default") -> dict[str, Rows]:
     return {
         path: selected_columns(layer, name) for path, layer in weighted_of(model).items() if name in layer.fps_values
@@ -83,7 +97,18 @@ def as_sets(rows: dict[str, Rows]) -> Entries:
 
 
 def of_rows(inputs: int, **modules: Rows) -> Selection:
-    return Selection({name.replace("_", "."): ModuleEntries(*csr(rows), inputs) for name, rows in modules.items()})
+    return Selection({name: ModuleEntries(*csr(rows), inputs) for name, rows in modules.items()})
+
+
+def first_entries(sizes: dict[str, tuple[int, int]], count: int) -> Selection:
+    """The first `count` entries in order of modules, neurons and columns, given the neurons and inputs of modules."""
+    held = {}
+    for path, (neurons, inputs) in sizes.items():
+        lengths = [max(0, min(inputs, count - i * inputs)) for i in range(neurons)]
+        count -= sum(lengths)
+        held[path] = ModuleEntries(*csr([list(range(length)) for length in lengths]), inputs)
+    assert count == 0
+    return Selection(held)
 
 
 def naive_jaccard(first: set[Any], second: set[Any]) -> float:
@@ -100,12 +125,6 @@ def modules(draw: st.DrawFn) -> dict[str, tuple[int, Rows]]:
     """Fan-in and columns per neuron of some modules, empty ones among them."""
     names = draw(st.lists(st.sampled_from(["stem", "a.0.x", "a.0.y", "a.1.x", "b.0.x", "größe"]), unique=True))
     return {name: draw(selections()) for name in names}
-
-
-def built(given_modules: dict[str, tuple[int, Rows]], **method: Any) -> Selection:
-    return Selection(
-        {name: ModuleEntries(*csr(rows), inputs) for name, (inputs, rows) in given_modules.items()}, method
-    )
 
 
 # --- taken from an adapter ------------------------------------------------------------------------------------------
@@ -184,19 +203,9 @@ def test_the_method_without_data(options: dict[str, Any], importance: str | None
     assert (method["calibration"] or {}).get("seed") == (None if importance is None else options.get("seed", 0))
 
 
-def test_an_adapter_that_awaits_loading_is_refused(tmp_path: Path):
-    fresh(tiny_mlp()).save_pretrained(tmp_path)
-    model = get_peft_model(tiny_mlp(), FPSConfig.from_pretrained(str(tmp_path)))
-    with pytest.raises(ValueError, match="first: the tensors of adapter 'default' are not loaded, expected.*Load an "):
-        Selection.of(model)
-
-
 def test_an_adapter_on_the_meta_device_is_refused():
-    model = inject_adapter_in_model(config(), tiny_mlp(), "lean", low_cpu_mem_usage=True)
-    for layer in layers_of(model).values():
-        layer.fps_values["lean"].data = layer.fps_values["lean"].data.to("meta")
     with pytest.raises(ValueError, match="first: the tensors of adapter 'lean' are not loaded"):
-        Selection.of(model, "lean")
+        Selection.of(without_memory(), "lean")
 
 
 def test_a_damaged_adapter_is_refused():
@@ -215,7 +224,7 @@ def test_an_unknown_adapter_is_refused():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_applied_selection_is_the_adapters(name: str):
+def test_an_applied_selection_is_the_adapters_from_a_file_too(name: str, tmp_path: Path):
     source = fresh(MODELS[name](), importance="activation", granularity="model", per_neuron=1.3)
     source.calibrate(BATCHES[name](0), progress=False)
     model = fresh(MODELS[name](), per_neuron=3)
@@ -228,6 +237,10 @@ def test_an_applied_selection_is_the_adapters(name: str):
     assert str(report) == str(model.selection_report())
     assert Selection.of(model) == selection
     assert base_bytes(model) == before
+    selection.save(tmp_path / "sub" / "s.safetensors")
+    other = fresh(MODELS[name]())
+    Selection.load(tmp_path / "sub" / "s.safetensors").apply(other)
+    assert rows_of(other) == rows_of(source)
 
 
 def test_an_applied_selection_trains_from_zero():
@@ -278,9 +291,10 @@ def test_a_selection_reaches_the_named_adapter_alone():
     assert rows_of(model, "other") == as_rows(selection)
 
 
-def test_a_selection_for_an_adapter_that_awaits_loading(tmp_path: Path):
-    fresh(tiny_mlp()).save_pretrained(tmp_path)
-    model = get_peft_model(tiny_mlp(), FPSConfig.from_pretrained(str(tmp_path)))
+def test_an_adapter_that_awaits_loading_has_no_selection_and_takes_one(tmp_path: Path):
+    model = awaiting(tiny_mlp(), tmp_path)
+    with pytest.raises(ValueError, match="first: the tensors of adapter 'default' are not loaded, expected.*Load an "):
+        Selection.of(model)
     selection = Selection.of(fresh(tiny_mlp(), importance="random"))
     selection.apply(model)
     assert rows_of(model) == as_rows(selection)
@@ -322,28 +336,16 @@ def test_modules_and_neurons_without_entries_are_applied():
 @pytest.mark.parametrize("bias", ["all", "none"])
 @pytest.mark.parametrize("budget", [0.3, 0.29, 1.0])
 def test_the_budget_is_kept_to_the_entry(budget: float, bias: str):
-    base = tiny_mlp()
-    weights = {"first": (12, 10), "last": (4, 12)}
-    parameters = 12 * 10 + 12 + 4 * 12 + 4
+    sizes, parameters = {"first": (12, 10), "last": (4, 12)}, 12 * 10 + 12 + 4 * 12 + 4
     biases = 16 if bias == "all" else 0
     limit = min(int(Fraction(str(budget)) * parameters), biases + 168) - biases
-
-    def first(count: int) -> Selection:
-        """The first `count` entries in order of modules, neurons and columns."""
-        held = {}
-        for path, (neurons, inputs) in weights.items():
-            lengths = [max(0, min(inputs, count - i * inputs)) for i in range(neurons)]
-            count -= sum(lengths)
-            held[path] = ModuleEntries(*csr([list(range(length)) for length in lengths]), inputs)
-        return Selection(held)
-
-    model = fresh(base, budget=budget, bias=bias)
-    report = first(limit).apply(model)
+    model = fresh(tiny_mlp(), budget=budget, bias=bias)
+    report = first_entries(sizes, limit).apply(model)
     assert report.trained == limit + biases
     if limit < 168:
         state = copy.deepcopy(layers_of(model)["first"].fps_state["default"])
         with unchanged(model), pytest.raises(ValueError) as error:  # noqa: PT011 - the message is looked at below
-            first(limit + 1).apply(model)
+            first_entries(sizes, limit + 1).apply(model)
         says = f"adapter 'default': the selection has {limit + 1} entries, which with {biases} bias deltas train "
         assert says in str(error.value)
         assert f"expected at most {limit + biases} by budget={budget} of 184. Add" in str(error.value)
@@ -364,41 +366,33 @@ def test_bitfit_takes_no_entry():
     assert Selection.of(fresh(tiny_mlp(), budget=0)).apply(model).entries == 0
 
 
-def _without_last(selection: Selection) -> Selection:
-    return Selection({"first": selection.modules["first"]})
-
-
-def _with_another(selection: Selection) -> Selection:
-    return Selection(selection.modules | {"middle": selection.modules["last"]})
-
-
-def _fewer_neurons(selection: Selection) -> Selection:
-    return Selection(selection.modules | {"last": ModuleEntries(*csr([[0]] * 3), 12)})
-
-
-def _other_fan_in(selection: Selection) -> Selection:
-    return Selection(selection.modules | {"last": ModuleEntries(*csr([[0]] * 4), 11)})
-
-
-MISMATCHES: dict[str, tuple[Callable[[Selection], Selection], str]] = {
-    "missing": (_without_last, "last: not in {given}, expected all 2 modules of {whose}."),
-    "unknown": (_with_another, "middle: in {given}, expected the 2 modules of {whose} alone."),
+Modules = dict[str, ModuleEntries]
+MISMATCHES: dict[str, tuple[Callable[[Modules], Modules], str]] = {
+    "missing": (
+        lambda modules: {"first": modules["first"]},
+        "last: not in {given}, expected all 2 modules of {whose}.",
+    ),
+    "unknown": (
+        lambda modules: modules | {"middle": modules["last"]},
+        "middle: in {given}, expected the 2 modules of {whose} alone.",
+    ),
     "neurons": (
-        _fewer_neurons,
+        lambda modules: modules | {"last": ModuleEntries(*csr([[0]] * 3), 12)},
         "last: found 3 neurons with 12 inputs in {given}, expected 4 with 12 as in {whose}.",
     ),
     "fan-in": (
-        _other_fan_in,
+        lambda modules: modules | {"last": ModuleEntries(*csr([[0]] * 4), 11)},
         "last: found 4 neurons with 11 inputs in {given}, expected 4 with 12 as in {whose}.",
     ),
 }
+"""How a selection's modules change, and what is said of it."""
 
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_a_selection_of_other_modules_is_refused_and_nothing_changes(name: str):
     change, says = MISMATCHES[name]
     model = fresh(tiny_mlp())
-    selection = change(Selection.of(fresh(tiny_mlp(), importance="random")))
+    selection = Selection(change(Selection.of(fresh(tiny_mlp(), importance="random")).modules))
     with unchanged(model), pytest.raises(ValueError) as error:  # noqa: PT011 - the message is looked at below
         selection.apply(model)
     assert says.format(given="the selection", whose="adapter 'default'") in str(error.value)
@@ -438,11 +432,8 @@ def test_taking_and_giving_in_inference_mode():
 
 
 def test_an_adapter_to_be_loaded_without_memory_is_refused():
-    model = inject_adapter_in_model(config(), tiny_mlp(), "lean", low_cpu_mem_usage=True)
-    for layer in layers_of(model).values():
-        layer.fps_values["lean"].data = layer.fps_values["lean"].data.to("meta")
     with pytest.raises(ValueError, match="first: adapter 'lean' is on the meta device"):
-        Selection.of(fresh(tiny_mlp())).apply(model, "lean")
+        Selection.of(fresh(tiny_mlp())).apply(without_memory(), "lean")
 
 
 # --- norms, which train a bias alone --------------------------------------------------------------------------------
@@ -457,11 +448,13 @@ def bias_deltas(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("budget", [0.1, 0])
-def test_norms_are_left_out(budget: float):
-    model = fresh(tiny_vit(), bias="with_norms", budget=budget)
+def test_norms_are_left_out_of_models_and_of_saved_adapters(budget: float, tmp_path: Path):
+    model = adapted(tiny_vit(), bias="with_norms", budget=budget)
     found = Selection.of(model)
     assert set(layers_of(model)) - set(found.modules) == NORMS
     assert as_rows(found) == rows_of(model)
+    model.save_pretrained(tmp_path)
+    assert Selection.from_adapter(tmp_path) == found
 
 
 def test_a_selection_of_norms_alone_is_empty():
@@ -515,8 +508,7 @@ def test_a_norm_s_trained_bias_alone_is_kept_unless_given_up():
 
 
 def test_a_selection_for_an_adapter_with_norms_that_awaits_loading(tmp_path: Path):
-    fresh(tiny_vit(), bias="with_norms").save_pretrained(tmp_path)
-    model = get_peft_model(tiny_vit(), FPSConfig.from_pretrained(str(tmp_path)))
+    model = awaiting(tiny_vit(), tmp_path, bias="with_norms")
     with pytest.raises(ValueError, match="the tensors of adapter 'default' are not loaded"):
         Selection.of(model)
     Selection.of(fresh(tiny_vit(), importance="random")).apply(model)
@@ -528,14 +520,10 @@ def test_biases_of_norms_count_in_the_budget():
     parameters = sum(p.numel() for name, p in base.named_parameters() if not name.startswith("classifier."))
     biases = sum(delta.numel() for delta in bias_deltas(model).values())
     assert biases > 5 * 32 == sum(bias_deltas(model)[path].numel() for path in NORMS)
-    left = parameters // 5 - biases
-    full, found = Selection.of(fresh(base, per_neuron=1000)).modules, {}
-    for path, module in full.items():
-        count, left = min(left, module.entries), left - min(left, module.entries)
-        lengths = [max(0, min(module.inputs, count - i * module.inputs)) for i in range(module.neurons)]
-        found[path] = ModuleEntries(*csr([list(range(length)) for length in lengths]), module.inputs)
-    assert left == 0
-    assert Selection(found).apply(model).trained == parameters // 5
+    full = Selection.of(fresh(base, per_neuron=1000)).modules
+    selection = first_entries({p: (m.neurons, m.inputs) for p, m in full.items()}, parameters // 5 - biases)
+    assert selection.apply(model).trained == parameters // 5
+    found = dict(selection.modules)
     path, last = list(found.items())[-1]
     assert last.entries == 0
     found[path] = ModuleEntries(*csr([[0]] + [[]] * (last.neurons - 1)), last.inputs)
@@ -603,23 +591,15 @@ def test_loading_a_saved_selection_gives_it_back(
     tmp_path_factory: pytest.TempPathFactory, given_modules: dict[str, tuple[int, Rows]], method: dict[str, Any]
 ):
     path = tmp_path_factory.mktemp("selection") / "one.safetensors"
-    selection = built(given_modules, **method)
+    selection = Selection(
+        {n: ModuleEntries(*csr(rows), inputs) for n, (inputs, rows) in given_modules.items()}, method
+    )
     selection.save(path)
     loaded = Selection.load(path)
     assert loaded == selection
     assert list(loaded.modules) == list(given_modules)
     assert as_rows(loaded) == {name: rows for name, (_, rows) in given_modules.items()}
     assert loaded.method == method
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_file_carries_a_selection_from_model_to_model(name: str, tmp_path: Path):
-    source = fresh(MODELS[name](), importance="activation")
-    source.calibrate(BATCHES[name](1), progress=False)
-    Selection.of(source).save(tmp_path / "sub" / "s.safetensors")
-    model = fresh(MODELS[name]())
-    Selection.load(tmp_path / "sub" / "s.safetensors").apply(model)
-    assert rows_of(model) == rows_of(source)
 
 
 def test_equal_selections_give_equal_bytes(tmp_path: Path):
@@ -655,15 +635,6 @@ def test_a_saved_adapter_gives_the_selection_of_the_model(name: str, granularity
     model.save_pretrained(tmp_path)
     assert Selection.from_adapter(tmp_path) == Selection.of(model)
     assert Selection.from_adapter(str(tmp_path)).entries == model.selection_report().entries
-
-
-@pytest.mark.parametrize("budget", [0.1, 0])
-def test_norms_of_a_saved_adapter_are_left_out(budget: float, tmp_path: Path):
-    model = adapted(tiny_vit(), bias="with_norms", budget=budget)
-    model.save_pretrained(tmp_path)
-    found = Selection.from_adapter(tmp_path)
-    assert found == Selection.of(model)
-    assert not NORMS & set(found.modules)
 
 
 def test_an_adapter_saved_uncalibrated_does_not_tell_its_importance(tmp_path: Path):
@@ -739,7 +710,7 @@ def test_selections_of_different_modules_are_not_compared(name: str):
     change, says = MISMATCHES[name]
     selection = Selection.of(fresh(tiny_mlp()))
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is looked at below
-        selection.overlap(change(selection))
+        selection.overlap(Selection(change(selection.modules)))
     assert says.format(given="the other selection", whose="this selection") in str(error.value)
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from peft_fps import FPSCallback, FPSConfig, Selection
+from tests.calibration.naive_fps import selection_of
 from tests.support.helpers import base_bytes, fill, layers_of, selected_columns, tiny_gpt2, tiny_llama, tokens
 from tests.support.words import LINES, tokenizer
 from tests.training.trainers import QUIET
@@ -20,20 +21,45 @@ trl = pytest.importorskip("trl", reason="trl is not installed; pip install trl")
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # renamed in transformers
 
 
-def trainer(folder: Path, base: Any, config: FPSConfig, callbacks: list[Any], **options: Any) -> Any:
-    defaults = QUIET | {"bf16": False, "max_steps": 8, "learning_rate": 0.05}
-    return trl.SFTTrainer(
-        base,
-        trl.SFTConfig(str(folder), **(defaults | options)),
-        train_dataset=Dataset.from_list([{"text": line} for line in LINES]),
+def pairs() -> list[dict[str, str]]:
+    """A prompt with a completion that is preferred and one that is not."""
+    return [
+        {"prompt": line, "chosen": f" {LINES[(i + 1) % 12]}", "rejected": f" {LINES[(i + 2) % 12]}"}
+        for i, line in enumerate(LINES)
+    ]
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
+GENERATING: dict[str, Any] = {"num_generations": 2, "max_completion_length": 5}
+TRAINERS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "sft": ("SFT", [{"text": line} for line in LINES], {}),
+    "dpo": ("DPO", pairs(), {}),
+    "kto": ("KTO", [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0}
+                    for i, p in enumerate(pairs())], {}),
+    "reward": ("Reward", [{"chosen": p["prompt"], "rejected": p["chosen"]} for p in pairs()], {}),
+    "grpo": ("GRPO", [{"prompt": line} for line in LINES], GENERATING),
+    "rloo": ("RLOO", [{"prompt": line} for line in LINES], GENERATING),
+}  # fmt: skip
+
+
+def trainer(kind: str, folder: Path, model: Any, callbacks: list[Any], config: Any = None, **options: Any) -> Any:
+    """A trainer of TRL on a `PeftModel`, or on a model with the config of its adapter."""
+    name, examples, own = TRAINERS[kind]
+    defaults = QUIET | {"bf16": False, "max_steps": 2, "learning_rate": 0.05}
+    defaults |= {"logging_strategy": "steps", "logging_steps": 1}
+    rewards = {"reward_funcs": variety} if own else {}
+    return getattr(trl, f"{name}Trainer")(
+        model,
+        args=getattr(trl, f"{name}Config")(str(folder), **(defaults | own | options)),
+        train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer(),
         peft_config=config,
         callbacks=callbacks,
+        **rewards,
     )
-
-
-def selections(model: Any) -> dict[str, list[list[int]]]:
-    return {path: selected_columns(layer) for path, layer in layers_of(model).items()}
 
 
 def lines_of(*numbers: int) -> list[torch.Tensor]:
@@ -56,13 +82,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_trains_the_selected_entries_alone_and_saves_and_loads_them(build: Any, way: str, tmp_path: Path) -> None:
     options = dict(OPTIONS[way])
     chosen = {name: options.pop(name) for name in ("importance", "granularity") if name in options}
-    run = trainer(tmp_path, build(), FPSConfig(per_neuron=2, **chosen), [FPSCallback()], **options)
+    run = trainer("sft", tmp_path, build(), [FPSCallback()], FPSConfig(per_neuron=2, **chosen), max_steps=8, **options)
     model = run.model
     assert isinstance(model, PeftModel)
-    before, by_magnitude = base_bytes(model), selections(model)
+    before, by_magnitude = base_bytes(model), selection_of(model)
     run.train()
     assert "examples" in model.selection_report().method
-    assert selections(model) != by_magnitude
+    assert selection_of(model) != by_magnitude
     assert base_bytes(model) == before
     learned = [layer.fps_values["default"] for layer in layers_of(model).values()]
     assert all(bool(values.any()) for values in learned if values.numel())
@@ -75,45 +101,34 @@ def test_trains_the_selected_entries_alone_and_saves_and_loads_them(build: Any, 
 
 
 def test_the_callback_calibrates_on_the_trainers_own_texts_without_padding(tmp_path: Path) -> None:
-    run = trainer(tmp_path, tiny_llama(), FPSConfig(per_neuron=3), [FPSCallback()], max_steps=1)
+    run = trainer("sft", tmp_path, tiny_llama(), [FPSCallback()], FPSConfig(per_neuron=3), max_steps=1)
     run.train()
-    other = trainer(tmp_path, tiny_llama(), FPSConfig(per_neuron=3), []).model
+    other = trainer("sft", tmp_path, tiny_llama(), [], FPSConfig(per_neuron=3)).model
     other.calibrate([{"input_ids": ids} for ids in lines_of(*range(12))], progress=False)
-    assert selections(run.model) == selections(other)
+    assert selection_of(run.model) == selection_of(other)
 
 
 def test_calibration_by_hand_before_training_is_as_good(tmp_path: Path) -> None:
     by_hand, by_callback = (
-        trainer(tmp_path, tiny_llama(), FPSConfig(per_neuron=2), callbacks) for callbacks in ([], [FPSCallback()])
+        trainer("sft", tmp_path, tiny_llama(), callbacks, FPSConfig(per_neuron=2), max_steps=8)
+        for callbacks in ([], [FPSCallback()])
     )
     by_hand.model.calibrate(by_hand.get_train_dataloader(), progress=False)
-    chosen = selections(by_hand.model)
+    chosen = selection_of(by_hand.model)
     for run in (by_hand, by_callback):
         run.train()
-        assert selections(run.model) == chosen
+        assert selection_of(run.model) == chosen
     for path, layer in layers_of(by_hand.model).items():
         assert torch.equal(layer.fps_values["default"], layers_of(by_callback.model)[path].fps_values["default"])
 
 
 def test_without_calibration_it_says_which_line_to_add(tmp_path: Path) -> None:
-    run = trainer(tmp_path, tiny_llama(), FPSConfig(per_neuron=2), [], max_steps=1)
+    run = trainer("sft", tmp_path, tiny_llama(), [], FPSConfig(per_neuron=2), max_steps=1)
     with pytest.warns(UserWarning, match=r"model\.calibrate\(train_dataloader\).*callbacks=\[FPSCallback\(\)\]"):
         run.train()
 
 
 # --- further trainers -----------------------------------------------------------------------------------------------
-
-
-def pairs() -> list[dict[str, str]]:
-    """A prompt with a completion that is preferred and one that is not."""
-    return [
-        {"prompt": line, "chosen": f" {LINES[(i + 1) % 12]}", "rejected": f" {LINES[(i + 2) % 12]}"}
-        for i, line in enumerate(LINES)
-    ]
-
-
-def variety(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(completion.split()))) for completion in completions]
 
 
 def tiny_reward_model() -> Any:
@@ -122,41 +137,6 @@ def tiny_reward_model() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForSequenceClassification(config).eval()
-
-
-GENERATING: dict[str, Any] = {"num_generations": 2, "max_completion_length": 5}
-TRAINERS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
-    "sft": ("SFT", [{"text": line} for line in LINES], {}),
-    "dpo": ("DPO", pairs(), {}),
-    "kto": ("KTO", [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0}
-                    for i, p in enumerate(pairs())], {}),
-    "reward": ("Reward", [{"chosen": p["prompt"], "rejected": p["chosen"]} for p in pairs()], {}),
-    "grpo": ("GRPO", [{"prompt": line} for line in LINES], GENERATING),
-    "rloo": ("RLOO", [{"prompt": line} for line in LINES], GENERATING),
-}  # fmt: skip
-
-
-def any_trainer(kind: str, folder: Path, model: Any, callbacks: list[Any], **options: Any) -> Any:
-    """A trainer of TRL on a model, which may be a `PeftModel` or come with a `peft_config` among the options."""
-    name, examples, own = TRAINERS[kind]
-    config = options.pop("peft_config", None)
-    defaults = QUIET | {
-        "bf16": False,
-        "max_steps": 2,
-        "learning_rate": 0.05,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-    }
-    rewards = {"reward_funcs": variety} if own else {}
-    return getattr(trl, f"{name}Trainer")(
-        model,
-        args=getattr(trl, f"{name}Config")(str(folder), **(defaults | own | options)),
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer(),
-        peft_config=config,
-        callbacks=callbacks,
-        **rewards,
-    )
 
 
 def fresh(kind: str, **options: Any) -> PeftModel:
@@ -178,16 +158,16 @@ def logged(run: Any) -> list[dict[str, Any]]:
 def test_every_trainer_is_calibrated_and_not_disturbed(kind: str, importance: str, tmp_path: Path) -> None:
     """Training, and all that is logged, are those of a run that starts with the same selection."""
     model = fresh(kind, importance=importance)
-    before, by_magnitude = base_bytes(model), selections(model)
-    run = any_trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
+    before, by_magnitude = base_bytes(model), selection_of(model)
+    run = trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
     run.train()
     assert "over 8 examples" in model.selection_report().method or kind in ("dpo", "reward")
-    assert selections(model) != by_magnitude
+    assert selection_of(model) != by_magnitude
     assert base_bytes(model) == before
 
     other = fresh(kind, importance=importance)
     Selection.of(model).apply(other)
-    again = any_trainer(kind, tmp_path, other, [FPSCallback(num_batches=2)])
+    again = trainer(kind, tmp_path, other, [FPSCallback(num_batches=2)])
     again.train()
     assert logged(run) == logged(again)
     for path, layer in layers_of(other).items():
@@ -199,7 +179,7 @@ def test_every_trainer_is_calibrated_and_not_disturbed(kind: str, importance: st
 def test_gradients_are_those_of_the_trainers_loss(tmp_path: Path) -> None:
     """DPO starts at its reference, where the loss of a pair is -log σ(β · 0) and its gradient -β/2 of the margin's."""
     model = fresh("dpo", importance="gradient", bias="none")
-    run = any_trainer("dpo", tmp_path, model, [FPSCallback()], beta=0.5)
+    run = trainer("dpo", tmp_path, model, [FPSCallback()], beta=0.5)
     batches = list(run.get_train_dataloader())
     run.train()
 
@@ -218,7 +198,7 @@ def test_gradients_are_those_of_the_trainers_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_inputs_are_those_of_prompts_and_completions_without_padding(kind: str, tmp_path: Path) -> None:
     model = fresh(kind)
-    run = any_trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
+    run = trainer(kind, tmp_path, model, [FPSCallback(num_batches=2)])
     seen, loss = [], run.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -237,12 +217,12 @@ def test_inputs_are_those_of_prompts_and_completions_without_padding(kind: str, 
     assert len(texts) == 8
     other = fresh(kind)
     other.calibrate([{"input_ids": ids} for ids in texts], progress=False)
-    assert selections(model) == selections(other)
+    assert selection_of(model) == selection_of(other)
 
 
 def test_by_hand_such_batches_are_refused_with_the_remedy(tmp_path: Path) -> None:
     model = fresh("grpo")
-    run = any_trainer("grpo", tmp_path, model, [])
+    run = trainer("grpo", tmp_path, model, [])
     with pytest.raises(TypeError, match=r"holds 'prompt', but the forward of LlamaForCausalLM takes input_ids.*run="):
         model.calibrate(run.get_train_dataloader(), progress=False)
 
@@ -267,11 +247,11 @@ def test_the_reference_is_the_adapter_as_at_the_start(kind: str, state: str, tmp
     if state == "loaded":
         model.save_pretrained(tmp_path / "adapter")
         model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
-    chosen, start, base = selections(model), outputs(model), tiny_llama()(input_ids=tokens()).logits
-    run = any_trainer(kind, tmp_path, model, [FPSCallback()], **({"beta": 0.1} if kind != "dpo" else {}))
+    chosen, start, base = selection_of(model), outputs(model), tiny_llama()(input_ids=tokens()).logits
+    run = trainer(kind, tmp_path, model, [FPSCallback()], **({"beta": 0.1} if kind != "dpo" else {}))
     assert torch.equal(outputs(model, "ref"), start)
     run.train()
-    assert selections(model) == chosen
+    assert selection_of(model) == chosen
     assert torch.equal(outputs(model, "ref"), start)
     assert not torch.allclose(outputs(model), start, atol=1e-3)
     assert not torch.allclose(start, base, atol=1e-3)
@@ -283,9 +263,8 @@ def test_the_reference_is_the_adapter_as_at_the_start(kind: str, state: str, tmp
 @pytest.mark.parametrize("importance", ["activation", "gradient"])
 def test_the_reference_of_a_new_adapter_is_the_base_model(importance: str, tmp_path: Path) -> None:
     model = fresh("dpo", importance=importance)
-    any_trainer("dpo", tmp_path, model, [FPSCallback()]).train()
-    assert (
-        "12 examples" in model.selection_report("default").method or "24" in model.selection_report("default").method
-    )
+    trainer("dpo", tmp_path, model, [FPSCallback()]).train()
+    method = model.selection_report("default").method
+    assert "12 examples" in method or "24" in method
     torch.testing.assert_close(outputs(model, "ref"), tiny_llama()(input_ids=tokens()).logits.detach())
     assert not torch.allclose(outputs(model), outputs(model, "ref"), atol=1e-4)

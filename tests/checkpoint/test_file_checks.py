@@ -33,8 +33,11 @@ def valid() -> Modules:
     }
 
 
-def test_a_valid_adapter_passes() -> None:
+def test_a_valid_adapter_and_an_empty_module_pass() -> None:
     check_adapter_tensors(valid(), EXPECTED)
+    empty = {"fps_values": torch.zeros(0), "fps_columns": torch.zeros(0, dtype=torch.uint16)}
+    empty["fps_row_counts"] = torch.zeros(2, dtype=torch.uint8)
+    check_adapter_tensors({"layer": empty}, {"layer": Expected(2, 5, 0, bias=False)})
 
 
 @given(selections(), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
@@ -175,12 +178,6 @@ def test_counts_that_overflow_when_summed_narrowly() -> None:
     }
     with pytest.raises(ValueError, match="fps_columns has 0 elements, expected .* 256"):
         check_adapter_tensors(modules, {"layer": Expected(2, 200, 0, bias=False)})
-
-
-def test_an_empty_module_passes() -> None:
-    empty = {"fps_values": torch.zeros(0), "fps_columns": torch.zeros(0, dtype=torch.uint16)}
-    empty["fps_row_counts"] = torch.zeros(2, dtype=torch.uint8)
-    check_adapter_tensors({"layer": empty}, {"layer": Expected(2, 5, 0, bias=False)})
 
 
 # --- modules saved whole --------------------------------------------------------------------------------------------

@@ -16,25 +16,18 @@ def check(folder: Path, *whole_tensors: str) -> None:
     check_folder(folder, whole_tensors, pickled=False)
 
 
-def test_a_good_file_passes(tmp_path: Path) -> None:
+def test_a_config_passes_alone_and_with_a_good_file(tmp_path: Path) -> None:
+    check(tmp_path, "head.weight")
     save_file(GOOD, tmp_path / WEIGHTS)
     check(tmp_path)
     check(tmp_path, "head.weight")
 
 
-def test_a_config_alone_passes(tmp_path: Path) -> None:
-    check(tmp_path, "head.weight")
-
-
-def test_a_pickled_adapter_is_refused_unread(tmp_path: Path) -> None:
+def test_a_pickled_adapter_is_never_read_and_refused_unless_its_owner_said_so(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"never opened")
     assert is_pickled(tmp_path)
     with pytest.raises(ValueError, match="adapter_model.bin is a pickled adapter.*expected adapter_model.saf"):
         check(tmp_path)
-
-
-def test_a_pickled_adapter_passes_unread_where_its_owner_said_so(tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.bin").write_bytes(b"never opened")
     check_folder(tmp_path, ["head.weight"], pickled=True)
 
 

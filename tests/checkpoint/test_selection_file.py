@@ -114,21 +114,32 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 METADATA = "peft_fps_selection"
 
 
-def _edit(tensors: Callable[[dict[str, Tensor]], Any], record: Callable[[dict[str, Any]], Any]) -> Any:
+def _edit(
+    tensors: Callable[[dict[str, Tensor]], Any] | None = None, record: Callable[[Any], Any] | None = None
+) -> Any:
+    """Change what a file holds, or the record in its metadata."""
+
     def change(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()[METADATA])
         held = load_file(path)
         path.unlink()
-        tensors(held)
-        record(metadata)
+        if tensors:
+            tensors(held)
+        if record:
+            record(metadata)
         save_file(held, path, {METADATA: json.dumps(metadata)})
 
     return change
 
 
 def _tensor(name: str, edit: Callable[[Tensor], Tensor]) -> Any:
-    return _edit(lambda held: held.update({name: edit(held[name]).contiguous()}), lambda record: None)
+    return _edit(lambda held: held.update({name: edit(held[name]).contiguous()}))
+
+
+def _cast(name: str, dtype: torch.dtype, expected: str) -> tuple[Any, str]:
+    says = f"last: {name} has dtype {dtype}, expected {expected}"
+    return _tensor(f"last.{name}", lambda tensor: tensor.to(torch.float32).to(dtype)), says
 
 
 def _put(name: str, place: int, element: int) -> Any:
@@ -140,12 +151,8 @@ def _put(name: str, place: int, element: int) -> Any:
     return _tensor(name, edit)
 
 
-def _record(edit: Callable[[dict[str, Any]], Any]) -> Any:
-    return _edit(lambda held: None, edit)
-
-
 def _sizes(**sizes: Any) -> Any:
-    return _record(lambda record: record["allocation"]["last"].update(sizes))
+    return _edit(record=lambda record: record["allocation"]["last"].update(sizes))
 
 
 def _metadata(**metadata: str) -> Any:
@@ -183,40 +190,19 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         _tensor("last.fps_row_counts", lambda t: t[0].clone()),
         r"last: fps_row_counts has shape \(\), expected one dimension",
     ),
-    "float columns": (
-        _tensor("last.fps_columns", lambda t: t.to(torch.float32)),
-        "last: fps_columns has dtype torch.float32, expected an integer",
-    ),
-    "eight-bit float columns": (
-        _tensor("last.fps_columns", lambda t: t.to(torch.float32).to(torch.float8_e4m3fn)),
-        "last: fps_columns has dtype torch.float8_e4m3fn, expected an integer",
-    ),
-    "bool counts": (
-        _tensor("last.fps_row_counts", lambda t: t.bool()),
-        "last: fps_row_counts has dtype torch.bool, expected an integer",
-    ),
-    "wide columns": (
-        _tensor("last.fps_columns", lambda t: t.to(torch.int64)),
-        "last: fps_columns has dtype torch.int64, expected torch.uint16",
-    ),
-    "wide counts": (
-        _tensor("last.fps_row_counts", lambda t: t.to(torch.uint16)),
-        "last: fps_row_counts has dtype torch.uint16, expected torch.uint8",
-    ),
-    "no columns": (
-        _edit(lambda held: held.pop("last.fps_columns"), lambda record: None),
-        r"lacks the tensors \['last.fps_columns'\]",
-    ),
-    "no counts": (
-        _edit(lambda held: held.pop("last.fps_row_counts"), lambda record: None),
-        r"lacks the tensors \['last.fps_row_counts'\]",
-    ),
+    "float columns": _cast("fps_columns", torch.float32, "an integer"),
+    "eight-bit float columns": _cast("fps_columns", torch.float8_e4m3fn, "an integer"),
+    "bool counts": _cast("fps_row_counts", torch.bool, "an integer"),
+    "wide columns": _cast("fps_columns", torch.int64, "torch.uint16"),
+    "wide counts": _cast("fps_row_counts", torch.uint16, "torch.uint8"),
+    "no columns": (_edit(lambda held: held.pop("last.fps_columns")), r"lacks the tensors \['last.fps_columns'\]"),
+    "no counts": (_edit(lambda held: held.pop("last.fps_row_counts")), r"lacks the tensors \['last.fps_row_counts'\]"),
     "another tensor": (
-        _edit(lambda held: held.update(extra=torch.zeros(1)), lambda record: None),
+        _edit(lambda held: held.update(extra=torch.zeros(1))),
         r"holds \['extra'\] besides, expected fps_columns and fps_row_counts of each of 2 modules",
     ),
     "another module": (
-        _record(lambda record: record["allocation"].pop("last")),
+        _edit(record=lambda record: record["allocation"].pop("last")),
         r"holds \['last.fps_columns', 'last.fps_row_counts'\] besides",
     ),
     "other fan-in": (_sizes(inputs=9), r"last: fps_columns ranges over .* expected \[0, 8\]"),
@@ -227,22 +213,34 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative neurons": (_sizes(neurons=-1), "allocation.*expected integers of at least 0"),
     "float fan-in": (_sizes(inputs=12.0), "allocation.*expected integers of at least 0"),
     "size missing": (
-        _record(lambda record: record["allocation"]["last"].pop("inputs")),
+        _edit(record=lambda record: record["allocation"]["last"].pop("inputs")),
         "allocation.*expected the integers 'neurons', 'inputs' and 'entries'",
     ),
-    "no allocation": (_record(lambda record: record.pop("allocation")), "expected the objects 'allocation' and 'meth"),
-    "allocation null": (_record(lambda record: record.update(allocation=None)), "expected the objects 'allocation'"),
-    "no method": (_record(lambda record: record.pop("method")), "expected the objects 'allocation' and 'method'"),
+    "no allocation": (
+        _edit(record=lambda record: record.pop("allocation")),
+        "expected the objects 'allocation' and 'meth",
+    ),
+    "allocation null": (
+        _edit(record=lambda record: record.update(allocation=None)),
+        "expected the objects 'allocation'",
+    ),
+    "no method": (_edit(record=lambda record: record.pop("method")), "expected the objects 'allocation' and 'method'"),
     "newer version": (
-        _record(lambda record: record.update(format_version=2)),
+        _edit(record=lambda record: record.update(format_version=2)),
         "format_version is 2, expected at most 1: .* newer peft_fps. Upgrade with `pip install -U peft-fps`",
     ),
     "no version": (
-        _record(lambda record: record.pop("format_version")),
+        _edit(record=lambda record: record.pop("format_version")),
         "format_version is None, expected an integer",
     ),
-    "version true": (_record(lambda record: record.update(format_version=True)), "format_version is True, expected"),
-    "version 0": (_record(lambda record: record.update(format_version=0)), "format_version is 0, expected an integer"),
+    "version true": (
+        _edit(record=lambda record: record.update(format_version=True)),
+        "format_version is True, expected",
+    ),
+    "version 0": (
+        _edit(record=lambda record: record.update(format_version=0)),
+        "format_version is 0, expected an integer",
+    ),
     "record a list": (_metadata(**{METADATA: "[]"}), "format_version is None"),
     "record no JSON": (_metadata(**{METADATA: "{"}), "its record is not valid JSON .*, expected an object"),
     "record too deep": (_metadata(**{METADATA: "[" * 100_000}), "its record is not valid JSON"),

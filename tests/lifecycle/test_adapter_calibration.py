@@ -479,29 +479,20 @@ def test_report_of_a_vit(granularity: str):
 
 
 @pytest.mark.parametrize(
-    ("options", "method"),
+    ("options", "calibrate", "method"),
     [
-        ({}, "weight magnitude until calibrated, granularity neuron"),
-        ({"importance": "magnitude"}, "weight magnitude, granularity neuron"),
-        ({"importance": "random", "seed": 4}, "chance (seed 4), granularity neuron"),
+        ({}, False, "weight magnitude until calibrated"),
+        ({"importance": "magnitude"}, False, "weight magnitude"),
+        ({"importance": "random", "seed": 4}, False, "chance (seed 4)"),
+        ({"norm": "l2"}, True, "weight magnitude x root mean square of the input over 2 examples"),
+        ({"weight_magnitude": False}, True, "mean |input| over 2 examples"),
     ],
-    ids=["uncalibrated", "magnitude", "random"],
+    ids=["uncalibrated", "magnitude", "random", "l2", "activation-alone"],
 )
-def test_report_before_calibration(options: dict[str, Any], method: str):
-    assert fresh(tiny_mlp(), **options).selection_report().method == method
-
-
-@pytest.mark.parametrize(
-    ("options", "method"),
-    [
-        ({"norm": "l2"}, "weight magnitude x root mean square of the input over 2 examples"),
-        ({"weight_magnitude": False}, "mean |input| over 2 examples"),
-    ],
-    ids=["l2", "activation-alone"],
-)
-def test_report_says_how(options: dict[str, Any], method: str):
+def test_report_says_how(options: dict[str, Any], calibrate: bool, method: str):
     model = fresh(tiny_mlp(), **options)
-    assert model.calibrate([normal(2, 10)], progress=False).method == f"{method}, granularity neuron"
+    report = model.calibrate([normal(2, 10)], progress=False) if calibrate else model.selection_report()
+    assert report.method == f"{method}, granularity neuron"
 
 
 def saved_config(model: peft.PeftModel, folder: Path) -> dict[str, Any]:

@@ -232,22 +232,11 @@ def test_loading_through_transformers(door: str, dtype: torch.dtype, stored: Sto
         assert bits(logits(loaded)) == bits(logits(model))
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "layer", "model"])
-@pytest.mark.parametrize("door", SOME_DOORS)
-def test_every_granularity(door: str, granularity: str, stored: Stored) -> None:
-    """Rows may be empty, and the split over modules may be anything."""
-    model, folder = stored(granularity=granularity, per_neuron=1.4)
-    counts = [layer.fps_row_counts["default"] for layer in weighted_of(model).values()]
-    assert (granularity == "neuron") == all(int(count.min()) >= 1 for count in counts)
-    loaded = DOORS[door](tiny_vit(), folder, "default")
-    assert_equal(contents(loaded), contents(model))
-    assert bits(logits(loaded)) == bits(logits(model))
-
-
 @pytest.mark.parametrize("door", SOME_DOORS)
 @pytest.mark.parametrize(
     "options",
     [
+        *({"granularity": granularity, "per_neuron": 1.4} for granularity in ("neuron", "layer", "model")),
         {"bias": "none"},
         {"bias": "all"},
         {"modules_to_save": []},
@@ -256,10 +245,25 @@ def test_every_granularity(door: str, granularity: str, stored: Stored) -> None:
         {"per_neuron": 1000},
         {"target_modules": None},
     ],
-    ids=["no bias", "no norm", "no head", "head and norm", "biases alone", "every entry", "all layers"],
+    ids=[
+        "neuron",
+        "layer",
+        "model",
+        "no bias",
+        "no norm",
+        "no head",
+        "head and norm",
+        "biases alone",
+        "every entry",
+        "all layers",
+    ],
 )
 def test_every_shape_of_an_adapter(door: str, options: dict[str, Any], stored: Stored) -> None:
+    """Rows may be empty, and the split over modules may be anything."""
     model, folder = stored(**options)
+    if "granularity" in options:
+        counts = [layer.fps_row_counts["default"] for layer in weighted_of(model).values()]
+        assert (options["granularity"] == "neuron") == all(int(count.min()) >= 1 for count in counts)
     loaded = DOORS[door](tiny_vit(), folder, "default")
     assert_equal(contents(loaded), contents(model))
     assert bits(logits(loaded)) == bits(logits(model))
@@ -529,10 +533,11 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_saving_over_another_adapter_replaces_it(tmp_path: Path) -> None:
-    saved(trained_vit(seed=1), tmp_path)
+def test_saving_over_another_adapter_replaces_it_and_its_folder_can_be_moved(tmp_path: Path) -> None:
+    saved(trained_vit(seed=1), tmp_path / "here")
     model = trained_vit(seed=2, per_neuron=1)
-    loaded = PeftModel.from_pretrained(tiny_vit(), saved(model, tmp_path))
+    shutil.move(saved(model, tmp_path / "here"), tmp_path / "there")
+    loaded = PeftModel.from_pretrained(tiny_vit(), os.fspath(tmp_path / "there"))
     assert_equal(contents(loaded), contents(model))
 
 
@@ -588,7 +593,7 @@ class TestGolden:
         (folder / CONFIG).write_text(json.dumps({**minimal, "record": {"allocation": self.ALLOCATION}, **fields}))
         return folder
 
-    def test_loads(self, tmp_path: Path) -> None:
+    def test_loads_and_is_written(self, tmp_path: Path) -> None:
         base = tiny_mlp(4, 3, 2)
         loaded = PeftModel.from_pretrained(tiny_mlp(4, 3, 2), self.write(tmp_path / "golden"))
         with torch.no_grad():
@@ -596,9 +601,6 @@ class TestGolden:
             base.first.bias += torch.tensor([0.25, 0, -1])
             x = normal(7, 4)
             torch.testing.assert_close(loaded(x), base(x), atol=1e-6, rtol=0)
-
-    def test_is_written(self, tmp_path: Path) -> None:
-        loaded = PeftModel.from_pretrained(tiny_mlp(4, 3, 2), self.write(tmp_path / "golden"))
         assert (saved(loaded, tmp_path / "again") / WEIGHTS).read_bytes() == self.golden_bytes()
 
     def test_files_by_hand_are_accepted_in_every_allowed_dtype(self, tmp_path: Path) -> None:
@@ -757,10 +759,3 @@ def test_a_fresh_process_needs_the_import_and_nothing_else(tmp_path: Path) -> No
         if name == CONFIG:  # the other process knows where its base came from
             again = again.replace(json.dumps(str(tmp_path / "base")).encode(), b"null")
         assert again == text
-
-
-def test_a_folder_can_be_moved(tmp_path: Path) -> None:
-    model = trained_vit()
-    shutil.move(saved(model, tmp_path / "here"), tmp_path / "there")
-    loaded = PeftModel.from_pretrained(tiny_vit(), os.fspath(tmp_path / "there"))
-    assert_equal(contents(loaded), contents(model))
