@@ -157,7 +157,7 @@ LAST = {"vit.layers.1.layernorm_before", "vit.layers.1.layernorm_after"}
         ({"target_modules": "all-linear", "layers_to_transform": 1}, LAST),
         ({"modules_to_save": ["vit.layernorm", "classifier"]}, VIT - {"vit.layernorm"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",  # sets have no order,
 )
 def test_norms_are_adapted_only_on_request_and_only_where_asked(options: dict[str, Any], expected: set[str]) -> None:
     assert norms_of(with_norms(tiny_vit(), **options)) == expected
