@@ -416,7 +416,8 @@ def test_a_pickled_model_is_the_model(tmp_path: Path) -> None:
 def test_casting_the_model_keeps_the_indices(cast: str) -> None:
     model = adapted(tiny_mlp(3000, 5, 4), target_modules=["first"], per_neuron=2)
     layer = model.base_model.model.first
-    layer.fps_columns["default"] = torch.tensor([853, 2761] * 5, dtype=torch.int32)  # 2761 is no bfloat16 number
+    columns = torch.tensor([853, 2761] * 5)  # 2761 is no bfloat16 number
+    layer.set_selection("default", columns, layer.fps_row_counts["default"])
     model = getattr(model, cast)()
     assert layer.fps_columns["default"].dtype == layer.fps_row_counts["default"].dtype == torch.int32
     assert layer.fps_columns["default"].tolist() == [853, 2761] * 5

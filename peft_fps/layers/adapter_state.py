@@ -41,6 +41,7 @@ class AdapterState:
             needs no data.
         warned: whether the warning about training without calibration was given.
         warned_of_write: whether the warning about a base weight that something writes to was given.
+        warned_of_indices: whether the warning about index tensors that something writes to was given.
         calibration: how its entries were chosen; None if they were chosen without data, or that is unknown.
         base_fingerprint: of the base weights; None if they could not be read.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
@@ -61,6 +62,7 @@ class AdapterState:
     selected: bool = False
     warned: bool = False
     warned_of_write: bool = False
+    warned_of_indices: bool = False
     calibration: CalibrationRecord | None = None
     base_fingerprint: Mapping[str, str] | None = None
     saved_inputs: str = "rebuild"

@@ -8,7 +8,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from peft_fps.layers.adapter_state import AdapterState
-from peft_fps.layers.entry_structures import Derived, StructuredLayer
+from peft_fps.layers.entry_structures import Derived, StructuredLayer, checksum_of
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.merge_record import MergeRecord, merge_entries
 from peft_fps.selection import LayerShape
@@ -76,7 +76,10 @@ class EntryLayer(StructuredLayer, FPSLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # what is derived stays behind: a copy, or another process, checks the tensors anew
-        return super().__getstate__() | {"_derived": {name: Derived() for name in self._derived}, "_united": {}}
+        return super().__getstate__() | {
+            "_derived": {name: Derived(checksum=each.checksum) for name, each in self._derived.items()},
+            "_united": {},
+        }
 
     def sizes(self, adapter_name: str) -> ModuleSizes:
         """Return how large the adapter's part of this layer is, as a saved config records it."""
@@ -123,8 +126,10 @@ class EntryLayer(StructuredLayer, FPSLayer):
         self.start_from_zero(adapter_name)
         if self.is_sharded(adapter_name):
             self.forget(adapter_name)
-        elif self.is_prepared(adapter_name):  # else the first use derives it
+        elif self.is_prepared(adapter_name):
             self.renew(adapter_name)
+        else:  # the first use derives it
+            self._derived[adapter_name].checksum = checksum_of(columns, row_counts)
 
     def resize(self, adapter_name: str, entries: int) -> None:
         """Make room for another number of entries, whose columns and values are to be set next."""
@@ -148,6 +153,7 @@ class EntryLayer(StructuredLayer, FPSLayer):
         """Let the adapter hold nothing here, neither entries nor a bias delta, until it gets a selection."""
         self.resize(adapter_name, 0)
         self.fps_row_counts[adapter_name] = torch.zeros_like(self.fps_row_counts[adapter_name])
+        self._derived[adapter_name].checksum = None
         super().leave_out(adapter_name)
 
     def _resized(self, adapter_name: str, tensors: Mapping[str, Tensor | None]) -> bool | None:

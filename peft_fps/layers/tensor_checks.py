@@ -20,6 +20,11 @@ DIVERGED = (
     "damaged: load an intact one."
 )
 """Why an adapter may hold NaN or infinity, and what to do, as the end of a message."""
+ONLY_PARAMETERS = (
+    "Where models are averaged, average parameters alone, with `use_buffers=False`: buffers hold indices, which an "
+    "average rounds."
+)
+"""What averaging an adapter takes, as the end of a message."""
 
 
 class CheckedLayer(PlacedLayer):
@@ -76,7 +81,7 @@ class CheckedLayer(PlacedLayer):
         try:
             self._check_form(adapter_name)
         except StructureError as error:
-            damaged = "Its tensors are damaged or incomplete; load an intact file."
+            damaged = f"Its tensors are damaged or incomplete; load an intact file. {ONLY_PARAMETERS}"
             raise ValueError(f"{where}: {error}. {damaged if self.is_finite(adapter_name) else DIVERGED}") from error
 
     def _check_form(self, adapter_name: str) -> None:
@@ -147,3 +152,5 @@ def renew_after_loading(layer: CheckedLayer, incompatible_keys: Any) -> None:
             layer.forget(name)  # to look at it now might wait for processes that load nothing
         elif layer.is_prepared(name) or name in layer.active_adapters:
             layer.renew(name)
+        else:
+            layer.forget(name)

@@ -219,7 +219,7 @@ def _put(
         target.copy_(tensor)
     for layer in layers.values():
         # a compiled forward reads what is derived here and does not look whether it is up to date
-        layer.prepare(adapter_name)
+        layer.renew(adapter_name)
         names = [name for name in layer.active_adapters if name in layer.fps_state]
         if len(names) > 1 and isinstance(layer, EntryLayer):
             layer.united_structure(names)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_fps.base.buffers import buffer_digests
@@ -15,9 +16,11 @@ from peft_fps.checkpoint.expected_contents import state_dict_path, whole_keys
 from peft_fps.checkpoint.record import AdapterRecord
 from peft_fps.config import FPSConfig
 from peft_fps.layers.adapter_state import AdapterState
+from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, fps_layers, place_of
 from peft_fps.layers.norm import Norm
+from peft_fps.layers.tensor_checks import ONLY_PARAMETERS
 from peft_fps.lifecycle.plan import fingerprint_of
 from peft_fps.selection.module_sizes import ModuleSizes
 from peft_fps.sparse import StructureError, check_entries
@@ -121,6 +124,19 @@ def _check_gathered(key: str, parameter: Any, state_dict: Mapping[str, Tensor]) 
         )
 
 
+def _check_indices(layer: EntryLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a state dict has other entries than the layer itself, to which its values cannot belong."""
+    for name in layer.index_names:
+        own, found = getattr(layer, name)[adapter_name], tensors[name]
+        if own.device.type == "meta":  # offloaded; the state dict alone holds them
+            continue
+        if found.shape != own.shape or not torch.equal(found.to(own), own):
+            raise ValueError(
+                f"{layer.module_path}: adapter {adapter_name!r} has other {name} in the state dict than in the model, "
+                f"expected the same. {ONLY_PARAMETERS} Nothing was saved."
+            )
+
+
 def _check_tensors(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless a layer's tensors are valid.
 
@@ -132,6 +148,9 @@ def _check_tensors(layer: FPSLayer, adapter_name: str, tensors: Mapping[str, Ten
     """
     if not layer.is_sharded(adapter_name):
         layer.check_tensors(adapter_name)
+        if isinstance(layer, EntryLayer):
+            layer.check_computed(adapter_name)
+            _check_indices(layer, adapter_name, tensors)
         return
     where = f"{layer.module_path}: adapter {adapter_name!r}"
     values, columns, counts = (tensors[name] for name in ("fps_values", "fps_columns", "fps_row_counts"))

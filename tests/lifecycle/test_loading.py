@@ -504,7 +504,10 @@ def test_names_dtypes_and_shapes_are_those_of_the_table(bias: str, tmp_path: Pat
 
 def test_a_fan_in_above_65536_and_more_than_255_entries(tmp_path: Path) -> None:
     model = adapted(tiny_mlp(65_537, 2, 3), target_modules=["first"], per_neuron=300, importance="random")
-    model.base_model.model.first.fps_columns["default"][-1] = 65_536  # the last column there is
+    layer = model.base_model.model.first
+    columns, row_counts = layer.fps_columns["default"].clone(), layer.fps_row_counts["default"]
+    columns[-1] = 65_536  # the last column there is
+    layer.set_selection("default", columns, row_counts)
     found = load_file(saved(model, tmp_path) / WEIGHTS)
     assert found["base_model.model.first.fps_columns"].dtype == torch.int32
     assert found["base_model.model.first.fps_row_counts"].dtype == torch.uint16
@@ -517,7 +520,7 @@ def test_large_columns_survive_a_half_precision_base(dtype: torch.dtype, tmp_pat
     """2761 is no bfloat16 number, and 70,000 is no float16 one."""
     model = adapted(tiny_mlp(70_001, 2, 3).to(dtype), target_modules=["first"], per_neuron=2)
     layer = model.base_model.model.first
-    layer.fps_columns["default"] = torch.tensor([853, 2761, 69_999, 70_000], dtype=torch.int32)
+    layer.set_selection("default", torch.tensor([853, 2761, 69_999, 70_000]), layer.fps_row_counts["default"])
     for low_memory in (False, True):
         loaded = PeftModel.from_pretrained(
             tiny_mlp(70_001, 2, 3).to(dtype), saved(model, tmp_path), low_cpu_mem_usage=low_memory
