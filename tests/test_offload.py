@@ -182,9 +182,12 @@ def test_a_model_whose_hooks_peft_has_taken_off_is_refused_with_the_line_to_add(
     assert layers_of(base) == {}
 
 
-def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order() -> None:
+@pytest.mark.parametrize("ran", [True, False], ids=["used before", "not used before"])
+def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order(ran: bool) -> None:
     model, data = get_peft_model(tiny_gpt2(), FPSConfig(per_neuron=2)), batches("gpt2")
     model.calibrate(data, progress=False)
+    if ran:
+        logits(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"values on the meta device, .* offloads the model, .* before the adapter"):
         logits(model)

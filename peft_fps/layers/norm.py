@@ -79,7 +79,7 @@ class Norm(FPSLayer):
         return ModuleSizes(self.neurons, inputs=0, entries=0)
 
     def _prepare(self, adapter_name: str) -> None:
-        if adapter_name not in self._checked:
+        if adapter_name not in self._checked or self.is_away(adapter_name):
             self._refuse_tracing(adapter_name, self.fps_bias[adapter_name])
             self.check_tensors(adapter_name)
             self._checked.add(adapter_name)

@@ -55,6 +55,10 @@ class CheckedLayer(PlacedLayer):
             return True
         return self.carries(adapter_name) and self._is_blank(adapter_name)
 
+    def is_away(self, adapter_name: str) -> bool:
+        """Whether a parameter of the adapter is on the meta device, as after offloading."""
+        return any(parameter.device.type == "meta" for parameter in self.adapter_parameters(adapter_name))
+
     def _is_blank(self, adapter_name: str) -> bool:
         """Whether the tensors hold what no valid adapter holds."""
         bias = self.fps_bias.get(adapter_name)
@@ -65,7 +69,7 @@ class CheckedLayer(PlacedLayer):
     def check_tensors(self, adapter_name: str) -> None:
         """Raise ValueError unless the adapter's tensors are loaded, well-formed and finite."""
         where = f"{self.module_path}: adapter {adapter_name!r}"
-        if any(parameter.device.type == "meta" for parameter in self.adapter_parameters(adapter_name)):
+        if self.is_away(adapter_name):
             raise ValueError(
                 f"{where} has its values on the meta device, expected loaded tensors. Load an adapter file, build "
                 "the adapter without low_cpu_mem_usage, or, if accelerate offloads the model, let it do so before the "
