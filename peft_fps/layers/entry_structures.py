@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from peft_fps.layers.tensor_checks import ONLY_PARAMETERS, CheckedLayer
@@ -46,12 +46,14 @@ class StructuredLayer(CheckedLayer):
     Attributes:
         shape: of the weight seen as `(neurons, inputs)`.
         layout: how the weight is stored.
+        fps_values: per adapter `(nnz,)`, the change at each entry.
         fps_columns: per adapter `(nnz,)` int32, the input of each entry.
         fps_row_counts: per adapter `(neurons,)` int32, the number of entries of each neuron.
     """
 
     shape: LayerShape
     layout: Layout
+    fps_values: nn.ParameterDict
     fps_columns: BufferDict
     fps_row_counts: BufferDict
     _derived: dict[str, Derived]
