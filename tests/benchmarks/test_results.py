@@ -15,7 +15,7 @@ from peft_fps.benchmarks.transfer.arms import ARMS
 from peft_fps.benchmarks.transfer.campaign import table_rows
 from peft_fps.benchmarks.transfer.cells import Setting
 from peft_fps.benchmarks.transfer.plan import pending, trials
-from peft_fps.benchmarks.transfer.retired_arms import LAST_COMMIT
+from peft_fps.benchmarks.transfer.retired_arms import LAST_COMMIT, RETIRED
 from peft_fps.benchmarks.transfer.store import read
 from peft_fps.benchmarks.transfer.transfer_tables import Results
 from peft_fps.cli.app import app
@@ -221,6 +221,44 @@ def test_the_page_on_how_to_train_is_that_of_its_cells(tmp_path: Path) -> None:
         assert text.format(losses[method, task]) in page.replace("\n", " "), text
 
 
+ADDED = {
+    "by block": "block",
+    "the lowest scores": "bottom",
+    "output scales": "scales",
+    "weight decay 0.1": "weight decay 0.1",
+    "one entry per neuron, the rest by layer": "neuron-then-layer",
+    "LIFT": "lift",
+    "LIFT × mean size of the input": "lift-activation",
+    "RIA": "ria",
+    "OWL": "owl",
+    "AlphaPruning": "alpha",
+    "FPS's score × mean size of the output's gradient": "output-gradient",
+}
+
+
+def test_the_page_on_candidates_is_that_of_its_cells(tmp_path: Path) -> None:
+    kept = RESULTS / "transfer_candidates"
+    page = (kept / "README.md").read_text(encoding="utf-8")
+    tables = reported(kept, tmp_path)
+    header, records = read(kept / "cells.jsonl")
+    rates = {(method, task): rate for method, task, rate in header["rates"]}
+    by_seed = Results(records, Setting(tasks="", **header["setting"]), rates, split="validation")
+    default = by_seed.accuracies(("fps-default", 0.0077))
+    names = {label.rpartition("low rates, ")[2]: name for name, (label, _) in RETIRED.items()}
+    shown = {line[0]: line for line in rows(page) if len(line) == 4}
+    for text, label in ADDED.items():
+        found = by_seed.accuracies((names[label], 0.0077))
+        differences = [100 * (seeds[0] - default[task][0]) for task, seeds in found.items()]
+        count, points = len(differences), mean(differences)
+        half = stdev(differences) / count**0.5 * {4: 3.182446, 6: 2.570582, 8: 2.364624}[count]  # Student's t, 97.5 %
+        assert abs(points) < half  # noise, as the page says of all
+        assert shown[text] == [text, str(count), f"{points:+.2f}", f"{points - half:+.1f} … {points + half:+.1f}"]
+    alpha = by_seed.accuracies((names["alpha"], 0.0077))
+    second = 100 * mean(seeds[1] - default[task][1] for task, seeds in alpha.items())
+    ((_, both, interval, *_),) = (line for line in rows(tables) if line[0].endswith(" alpha") and "…" in line[2])
+    assert f"ahead by {second:.2f}: {both} with both, {interval} over tasks." in page.replace("\n", " ")
+
+
 def test_the_page_on_the_default_is_that_of_its_cells(tmp_path: Path) -> None:
     kept = RESULTS / "transfer_default"
     page = (kept / "README.md").read_text(encoding="utf-8")
@@ -233,7 +271,7 @@ def test_the_page_on_the_default_is_that_of_its_cells(tmp_path: Path) -> None:
         compared = differences.get(name, ("", "", "", "", "", ""))
         shown = (name, trained, seeds, mean_accuracy, *compared[1:4], compared[5])
         assert f"| {' | '.join(shown)} |".replace("|  |", "| |") in page.replace("|  |", "| |"), shown
-    default, full, _, gps, _ = (accuracies[name][-1].split()[0] for name in DEFAULT_AND_OTHERS)
+    default, full, _, gps, *_ = (accuracies[name][-1].split()[0] for name in DEFAULT_AND_OTHERS)
     summary = f"it reaches {default}, full fine-tuning {full} and GPS with biases {gps} (three seeds)"
     assert summary in (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
 
@@ -290,7 +328,10 @@ def test_the_page_on_other_tasks_is_that_of_its_cells(tmp_path: Path) -> None:
     assert "README.md) {}, {} and {} (one seed)".format(*(accuracies[name][-1] for name in names)) in readme
 
 
-DEFAULT_AND_OTHERS = ("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases", "LoRA")
+DEFAULT_AND_OTHERS = (
+    *("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases"),
+    *("magnitude, with biases", "BitFit", "LoRA"),
+)
 
 
 def test_the_page_on_texts_is_that_of_its_cells() -> None:
