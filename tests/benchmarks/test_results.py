@@ -43,6 +43,15 @@ def test_the_ratios_with_the_systems_malloc_are_measured() -> None:
     assert f"{installed:.2f} of LoRA's as installed and {alone:.2f} with PyTorch alone" in README
 
 
+def test_the_ratios_of_the_default_are_measured() -> None:
+    measured = json.loads((RESULTS / "recipe.json").read_text(encoding="utf-8"))
+    step, peak, means = (figure["value"] for figure in measured["rows"]["recipe"]["figures"])
+    assert measured["evidence"]
+    assert f"({step:.2f} of it in five rounds, which is noise) in the same memory" in README
+    assert peak == 1
+    assert f"{means:.2f} of bare forward passes over their 8 batches" in README.replace("\n", " ")
+
+
 def test_the_language_models_table_is_the_measured_one() -> None:
     rows = json.loads((RESULTS / "decoder.json").read_text(encoding="utf-8"))["rows"]
     methods = ("full", "supertuning", "lora", "fps", "floor")
