@@ -339,7 +339,7 @@ def test_the_page_on_other_tasks_is_that_of_its_cells(tmp_path: Path) -> None:
 
 DEFAULT_AND_OTHERS = (
     *("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases"),
-    *("magnitude, with biases", "BitFit", "LoRA"),
+    *("magnitude, with biases", "BitFit", "Super-Tuning (PEFT)", "LoRA"),
 )
 
 
