@@ -262,6 +262,13 @@ def test_the_page_on_candidates_is_that_of_its_cells(tmp_path: Path) -> None:
         half = stdev(differences) / count**0.5 * {4: 3.182446, 6: 2.570582, 8: 2.364624}[count]  # Student's t, 97.5 %
         assert abs(points) < half  # noise, as the page says of all
         assert shown[text] == [text, str(count), f"{points:+.2f}", f"{points - half:+.1f} … {points + half:+.1f}"]
+    printed = {  # by the tasks that they name
+        tuple(sorted(words[words.index("--only") + 1].split(",")))
+        for words in (line.split() for line in page.splitlines())
+        if "--only" in words
+    }
+    assert {tuple(sorted(by_seed.accuracies((name, 0.0077)))) for name in names.values()} - {()} == printed
+    assert f"git checkout {LAST_COMMIT}" in page
     alpha = by_seed.accuracies((names["alpha"], 0.0077))
     second = 100 * mean(seeds[1] - default[task][1] for task, seeds in alpha.items())
     ((_, both, interval, *_),) = (line for line in rows(tables) if line[0].endswith(" alpha") and "…" in line[2])

@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from peft_fps.benchmarks.cost import recipe_costs
 from peft_fps.benchmarks.cost.recipe_costs import DefaultTraining, measure_recipe
-from peft_fps.benchmarks.cost.training_step import Training
 from peft_fps.benchmarks.cost.workload import Workload
 from peft_fps.vision.default_training import LOW_RATE
 
@@ -46,5 +45,7 @@ def test_means_can_be_taken_again(base: PreTrainedModel, workload: Workload) -> 
     first = training.steps
     training.gather_means()
     assert training.steps is not first
-    assert isinstance(training, Training)
+    assert training.steps.layers.keys() == first.layers.keys()
+    for path, layer in training.steps.layers.items():
+        torch.testing.assert_close(layer.means, first.layers[path].means)
     training.step()
