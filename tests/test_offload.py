@@ -201,14 +201,17 @@ def test_a_model_that_is_offloaded_after_its_adapter_is_told_the_order(ran: bool
     close(logits(found), logits(trained(tiny_gpt2(), "gpt2")))
 
 
-def test_merging_a_placed_model_is_right_or_refused(kind: str, placed: Placed) -> None:
+def test_a_placed_model_merges_and_unmerges(kind: str, placed: Placed) -> None:
     model = trained(placed(), kind)
     expected = logits(model)
-    try:
-        model.merge_adapter()
-    except (ValueError, NotImplementedError) as error:
-        assert str(error)  # noqa: PT017 - either is fine, a wrong result is not
+    with model.disable_adapter():
+        of_base = logits(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in layers_of(model).values())
     close(logits(model), expected)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), of_base)
 
 
 def test_gradients_of_offloaded_weights_are_refused_by_name(kind: str, placed: Placed) -> None:

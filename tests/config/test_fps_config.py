@@ -209,7 +209,7 @@ WRONG_BY_RULE: list[tuple[str, str, list[Any]]] = [
     ("token_gate_penalty", "a number of at least 0", [None]),
     ("saved_inputs", "'rebuild', 'columns', 'bfloat16'", ["all", None]),
     ("check_base", "'error', 'warn'", ["ignore", None]),
-    ("plugin", "", [3, None]),
+    ("plugin", "a package name", [3, None]),
     ("inference_mode", "True or False", ["no"]),
     ("task_type", "SEQ_CLS", ["GUESSING"]),
     ("order", "'top', 'bottom'", ["first"]),
