@@ -78,6 +78,19 @@ ARMS: dict[str, Arm] = {
     ),
     "fps-biases": Arm("FPS, with biases", selecting(bias="all"), tuned_as="fps"),
     "fps-default": Arm("FPS, the default", selecting(bias="all"), training=DEFAULT),
+    "fps-default-one-rate": Arm(
+        "FPS, the default, 0.01 on all tasks",
+        selecting(bias="all"),
+        learning_rates=(1e-2,),
+        varies=True,
+        training=DEFAULT,
+    ),
+    "magnitude-default": Arm(
+        "magnitude, trained as the default",
+        selecting(importance="magnitude", bias="all"),
+        tuned_as="fps-default",
+        training=DEFAULT,
+    ),
     "fps-biases-lora": Arm(
         "FPS, with biases, and LoRA", biases_beside_lora, beside=lora_queries_values, tuned_as="fps"
     ),

@@ -56,7 +56,11 @@ def test_rates_are_those_of_the_kinds(tmp_path):
     assert ArmTraining().optimizers(model, arguments) == (None, None)
 
 
-@pytest.mark.parametrize("method", ["fps-biases", "try-low-rates", "try-centred", "fps-default"])
+AS_DEFAULT = ("fps-default", "magnitude-default", "fps-default-one-rate")
+"""Methods that are trained as the default."""
+
+
+@pytest.mark.parametrize("method", ["fps-biases", "try-low-rates", "try-centred", *AS_DEFAULT])
 def test_a_cell_is_trained_as_its_arm_says(method, setting, monkeypatch):
     seen = {}
 
@@ -66,11 +70,11 @@ def test_a_cell_is_trained_as_its_arm_says(method, setting, monkeypatch):
 
     monkeypatch.setattr(cell_run, "train", train)
     cell_run.run_cell(Cell("bright", method, 0.2, 0, 1e-2), replace(setting, epochs=1))
-    low, centred = method in ("try-low-rates", "fps-default"), method in ("try-centred", "fps-default")
+    low, centred = method in ("try-low-rates", *AS_DEFAULT), method in ("try-centred", *AS_DEFAULT)
     assert seen["arguments"].adam_beta2 == (LOW_RATES.recipe["adam_beta2"] if low else 0.999)
     assert (seen["optimizers"][0] is not None) == low
     assert [type(callback) for callback in seen["callbacks"]] == ([FPSCallback] if centred else [])
     assert [callback.centred for callback in seen["callbacks"]] == {
         "try-centred": [True],
-        "fps-default": [None],
+        **dict.fromkeys(AS_DEFAULT, [None]),
     }.get(method, [])

@@ -22,7 +22,10 @@ RANK_ONE = {
     "queries and values": LAYERS * 2 * 2 * WIDTH,
 }
 BUDGETED = [name for name, arm in ARMS.items() if arm.budgeted and arm.build]
-WITH_BIASES = {"fps-default", "try-low-rates", "try-centred"} | {name for name in ARMS if name.endswith("-biases")}
+TRAINED_AS_DEFAULT = {"fps-default", "fps-default-one-rate", "magnitude-default"}
+WITH_BIASES = (
+    {"try-low-rates", "try-centred"} | TRAINED_AS_DEFAULT | {name for name in ARMS if name.endswith("-biases")}
+)
 
 
 def vit() -> ViTForImageClassification:
@@ -133,7 +136,7 @@ def test_what_the_names_say(method, options):
 def test_variants_are_methods_with_something_changed():
     assert all(arm.is_variant for arm in ARMS.values() if arm.tuned_as)
     tuned_alone = {name for name, arm in ARMS.items() if arm.is_variant and not arm.tuned_as}
-    assert tuned_alone == {"fps-input-rates", "fps-model", "gps-task-biases", "try-low-rates"}
+    assert tuned_alone == {"fps-default-one-rate", "fps-input-rates", "fps-model", "gps-task-biases", "try-low-rates"}
 
 
 def test_variants_are_tuned_as_methods_that_tune_themselves():
@@ -142,7 +145,9 @@ def test_variants_are_tuned_as_methods_that_tune_themselves():
             tuner = ARMS[arm.tuned_as]
             assert tuner.tuned_as is None, name
             assert (tuner.budgeted, tuner.learning_rates) == (arm.budgeted, arm.learning_rates), name
-        assert len(arm.learning_rates) == {"linear": 0, "try-low-rates": 1}.get(name, 3), name
+        assert len(arm.learning_rates) == {"linear": 0, "try-low-rates": 1, "fps-default-one-rate": 1}.get(name, 3), (
+            name
+        )
         assert list(arm.learning_rates) == sorted(set(arm.learning_rates)), name
     labels = [arm.label for arm in ARMS.values()]
     assert len(set(labels)) == len(labels)

@@ -40,7 +40,7 @@ def naive_trials(method: str, task: str, share: float = 0.05) -> list[Cell]:
     if method == "linear":
         return []
     others = {"full": (0.0001, 0.0003, 0.001), "fish-mask": (0.001, 0.003, 0.01), "fps-model": (0.001, 0.003, 0.01)}
-    others["try-low-rates"] = (0.01,)
+    others["try-low-rates"] = others["fps-default-one-rate"] = (0.01,)
     rates = others.get(method, RATES)
     return [Cell(task, method, None if method in ("full", "bitfit") else share, 0, rate) for rate in rates]
 
@@ -58,7 +58,7 @@ def naive_rate(method: str, task: str, validation: Callable[[Cell], float]) -> f
 def test_trials_are_the_cells_of_the_method_that_tunes_on_that_task(method, share):
     found = trials(method, "b", Setting("vit", "tasks", tuned_share=share))
     assert found == naive_trials(method, "b", share)
-    assert len(found) == {"linear": 0, "try-low-rates": 1}.get(method, 3)
+    assert len(found) == {"linear": 0, "try-low-rates": 1, "fps-default-one-rate": 1}.get(method, 3)
 
 
 @pytest.mark.parametrize(("method", "tuner"), [("fps-l2", "fps"), ("gps-task", "gps"), ("try-class-spread", "fps")])
