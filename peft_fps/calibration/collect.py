@@ -16,7 +16,14 @@ from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forwa
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import Rows, watch_packed
 from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens, padding_of
-from peft_fps.calibration.statistics import InputStatistics, add_rows, check_dense, column_sums, token_counts
+from peft_fps.calibration.statistics import (
+    InputStatistics,
+    Unmasked,
+    add_rows,
+    check_dense,
+    column_sums,
+    token_counts,
+)
 from peft_fps.calibration.tap_sums import convolution_sums
 
 
@@ -198,7 +205,7 @@ class Collector:
             mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
         found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
         if mask is None and is_padding_unknown(x, self._padding, path):
-            found.unmasked = tuple(x.shape)
+            found.unmasked = Unmasked(tuple(x.shape), self._padding.telling)
         add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
         self._touched[path] = None
 
@@ -218,7 +225,7 @@ class Collector:
         if path not in self.statistics:
             self.statistics[path] = InputStatistics(torch.zeros_like(sums))
         if unmasked:
-            self.statistics[path].unmasked = tuple(x.shape)
+            self.statistics[path].unmasked = Unmasked(tuple(x.shape), self._padding.telling)
         self.statistics[path].sums += sums
         self.statistics[path].positions += positions
         self._touched[path] = None
@@ -238,7 +245,7 @@ class Collector:
             sums, positions = convolution_sums(x.detach(), base, self._norm, mask)
             # a convolution that gives another number of positions than it gets counts all
             told = mask is not None and positions == int((mask != 0).sum())
-            return sums, positions, not told and steps is not None and is_padding_unknown(steps, self._padding, path)
+            return sums, positions, not told and is_padding_unknown(x if steps is None else steps, self._padding, path)
         if isinstance(base, nn.Embedding):
             mask = mask_of_tokens(x, self._padding, path)
             counts, positions = token_counts(x, base.num_embeddings, mask)

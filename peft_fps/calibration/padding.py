@@ -9,6 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_fps.calibration.batch_masks import (
+    CROSS_ATTENTION,
+    FOREIGN,
+    PATCHES,
+    mask_named,
+    mask_of_inputs,
+    mask_of_patches,
+    unread_masks,
+)
 from peft_fps.calibration.positions import Positions, fitted, positions_of
 from peft_fps.layers.embedding import looks_up_distances
 
@@ -18,12 +27,7 @@ IGNORED = -100
 
 
 DECODER = re.compile(r"(^|[._])decoder\.")
-CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
-"""Paths of the modules of a decoder, and of its modules that read the states of the encoder."""
-
-
-FOREIGN = re.compile(r"(^|[._])(vision|visual|image|pixel|audio|speech)", re.IGNORECASE)
-"""Paths of the modules that read images or sound beside texts, whose positions a mask of texts does not tell."""
+"""Paths of the modules of a decoder."""
 
 UNPADDED = re.compile(r"(_global|\.relative_k_proj|\.linear_pos)$")
 """Paths of the layers that read selected positions, or relative ones: no padding is among them."""
@@ -38,7 +42,10 @@ class Padding:
         decoder: mask of the decoder's positions.
         separate: whether the model is an encoder-decoder, so that one mask does not replace the other.
         positions: how the model arranges the positions within.
-        foreign: whether the batch has inputs whose positions no mask tells, such as images beside texts.
+        foreign: whether the batch has inputs beside texts with positions of their own, such as images.
+        of_foreign: mask of their positions.
+        name: name of the mask of the model's inputs.
+        unread: names of other masks, and the paths of the modules that they concern; None for all modules.
     """
 
     inputs: Tensor | None = None
@@ -46,6 +53,9 @@ class Padding:
     separate: bool = False
     positions: Positions = field(default=Positions(), compare=False)
     foreign: bool = False
+    of_foreign: Tensor | None = None
+    name: str = field(default="attention_mask", compare=False)
+    unread: Mapping[str, re.Pattern[str] | None] = field(default_factory=dict)
     _fitted: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -58,10 +68,21 @@ class Padding:
         """Whether any position of the decoder is padding."""
         return self.decoder is not None and bool((self.decoder == 0).any())
 
+    @cached_property
+    def foreign_is_padded(self) -> bool:
+        """Whether any position of the inputs beside texts is padding."""
+        return self.of_foreign is not None and bool((self.of_foreign == 0).any())
+
+    @property
+    def telling(self) -> tuple[str, ...]:
+        """Names of masks that are not read, or that of the mask which is."""
+        return tuple(self.unread) or (self.name,)
+
     def fitting(self, mask: Tensor, shape: torch.Size, path: str) -> Tensor | None:
         """Return one of the masks in the form of a layer's input, each time the same tensor; see `fitted`."""
         first = self.positions.sequence_first
-        key = (mask is self.decoder, shape, first is not None and first.search(path) is not None)
+        is_first = first is not None and first.search(path) is not None
+        key = (mask is self.decoder, mask is self.of_foreign, shape, is_first)
         if key not in self._fitted:
             self._fitted[key] = fitted(mask, shape, path, self.positions)
         return self._fitted[key]
@@ -81,14 +102,26 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
     """
     if not isinstance(batch, Mapping):
         return Padding()
-    inputs, decoder = _matrix(batch, "attention_mask"), _matrix(batch, "decoder_attention_mask")
+    name, inputs = mask_of_inputs(batch)
+    decoder, separate = mask_named(batch, "decoder_attention_mask"), False
+    of_foreign = None if name == PATCHES else mask_of_patches(batch)
+    masks = {"decoder_attention_mask": decoder, PATCHES: of_foreign, name: inputs}
+    unread = unread_masks(batch, {name for name, mask in masks.items() if mask is not None})
     config = getattr(model, "config", None)
-    positions, foreign = positions_of(model, batch, inputs), _has_foreign(batch, inputs)
-    if not getattr(config, "is_encoder_decoder", False):
-        return Padding(inputs, decoder, positions=positions, foreign=foreign)
-    if decoder is None:
-        decoder = _of_decoder_inputs(batch, inputs, getattr(config, "pad_token_id", None))
-    return Padding(inputs, decoder, separate=True, positions=positions, foreign=foreign)
+    if getattr(config, "is_encoder_decoder", False):
+        separate = True
+        if decoder is None:
+            decoder = _of_decoder_inputs(batch, inputs, getattr(config, "pad_token_id", None))
+    return Padding(
+        inputs,
+        decoder,
+        separate,
+        positions_of(model, batch, inputs),
+        foreign=of_foreign is not None or _has_foreign(batch, inputs if name == "attention_mask" else None),
+        of_foreign=of_foreign,
+        name=name,
+        unread=unread,
+    )
 
 
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
@@ -155,7 +188,7 @@ def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
         path: module path of the layer that reads the input.
     """
     if padding.foreign and FOREIGN.search(path):
-        return None
+        return None if padding.of_foreign is None else padding.fitting(padding.of_foreign, x.shape[:-1], path)
     for mask in _masks(padding, path):
         fitting = padding.fitting(mask, x.shape[:-1], path)
         if fitting is not None:
@@ -167,13 +200,17 @@ def is_padding_unknown(x: Tensor, padding: Padding, path: str) -> bool:
     """Return whether padding may be among the positions of an input that no mask fits.
 
     Args:
-        x: the input, `(..., inputs)`.
+        x: the input, `(..., inputs)`, or images `(batch, channels, height, width)`.
         padding: masks of the batch.
         path: module path of the layer that reads the input.
     """
     positions = (x.dim() > 2 and x.shape[:-1].numel() > max(x.shape[:-1])) or "expert" in path.lower()
-    if not positions or padding.foreign or UNPADDED.search(path):
+    if not positions or UNPADDED.search(path):
         return False
+    if any(concerned is None or concerned.search(path) for concerned in padding.unread.values()):
+        return True
+    if padding.foreign:
+        return padding.foreign_is_padded and bool(FOREIGN.search(path))
     padded = {id(padding.inputs): padding.inputs_are_padded, id(padding.decoder): padding.decoder_is_padded}
     return any(padded[id(mask)] for mask in _masks(padding, path))
 

@@ -10,6 +10,19 @@ RUN_ELEMENTS = 1 << 18
 """Elements of one float32 sum: few enough for its precision and for the cache, many enough for speed."""
 
 
+@dataclass(frozen=True)
+class Unmasked:
+    """An input with padding that no mask of its batch fits.
+
+    Attributes:
+        shape: its shape.
+        masks: names of the masks.
+    """
+
+    shape: tuple[int, ...]
+    masks: tuple[str, ...]
+
+
 @dataclass
 class InputStatistics:
     """Running sums over the positions (tokens, patches) of a layer's input.
@@ -19,12 +32,12 @@ class InputStatistics:
             (float32 on Apple's GPUs). Only grouped convolutions, whose neurons read different channels, and stacked
             weights have several groups.
         positions: number of summed positions; `(groups,)` int64 if the groups read different positions, as experts do.
-        unmasked: shape of an input with padding that no mask fits, so that its padding counts. None if there was none.
+        unmasked: an input whose padding counts, because no mask fits it. None if there was none.
     """
 
     sums: Tensor
     positions: int | Tensor = 0
-    unmasked: tuple[int, ...] | None = None
+    unmasked: "Unmasked | None" = None
 
     @classmethod
     def of_groups(cls, groups: int, x: Tensor) -> "InputStatistics":

@@ -49,7 +49,7 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
     counted = (found.positions for found in statistics.values())
     if statistics and not any(bool((each > 0).any()) if isinstance(each, Tensor) else each > 0 for each in counted):
         raise ValueError(
-            f"{next(iter(statistics))}: every position of every batch is padding by its attention_mask, expected some "
+            f"{next(iter(statistics))}: every position of every batch is padding by its mask, expected some "
             "that count. Check the masks of the calibration data. Nothing was changed."
         )
     _warn_of_padding(statistics)
@@ -58,13 +58,14 @@ def _gather(request: Request) -> tuple[Evidence, dict[str, int]]:
 
 def _warn_of_padding(statistics: Mapping[str, InputStatistics]) -> None:
     """Name the modules whose statistics may hold padding because no mask fits their inputs."""
-    shapes = {path: found.unmasked for path, found in statistics.items() if found.unmasked is not None}
-    if shapes:
-        path, shape = next(iter(shapes.items()))
+    unmasked = {path: found.unmasked for path, found in statistics.items() if found.unmasked is not None}
+    if unmasked:
+        path, first = next(iter(unmasked.items()))
+        masks = ", ".join(dict.fromkeys(name for each in unmasked.values() for name in each.masks))
         warnings.warn(
-            f"The inputs of {len(shapes)} modules have other positions than the attention_mask, {shape} in {path}, so "
-            f"that padding among them counts like everything else: {', '.join(shapes)}. Calibrate with batches "
-            "without padding, of examples of one length, to leave it out.",
+            f"The inputs of {len(unmasked)} modules have other positions than the {masks}, {first.shape} in {path}, "
+            f"so that padding among them counts like everything else: {', '.join(unmasked)}. Calibrate with batches "
+            "without padding, of examples of one length or size, to leave it out.",
             stacklevel=3,
         )
 

@@ -75,9 +75,11 @@ def calibrate(
     A short training (importance `"movement"` and `"l0"`) works on copies of the weights. Weights, buffers, training
     modes, random states, what requires grad and hooks are as before, bit for bit, whatever happens.
 
-    Input statistics leave out padded positions where a batch has an `attention_mask` of two dimensions. The padding of
-    a decoder is read off its own mask, the labels or the padding tokens. Behind the convolutions of speech models the
-    frames of padded sound do not count. A warning names modules whose inputs have other positions than the mask.
+    Input statistics leave out padded positions where a batch has an `attention_mask`, for images of different sizes a
+    `pixel_attention_mask` of patches, or PyTorch's `src_key_padding_mask` or `key_padding_mask`. The padding of a
+    decoder is read off its own mask, the labels or the padding tokens. Behind the convolutions of speech models the
+    frames of padded sound do not count. A warning names modules whose inputs have other positions than the mask, or
+    whose mask has another form, such as the `pixel_mask` of detectors.
 
     In a distributed run every process brings its own share of the data, which may be empty. All processes get the same
     selection, or the error of the one that failed, with its rank. What accelerate's loaders repeat in the last batches

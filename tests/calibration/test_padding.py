@@ -47,7 +47,7 @@ def test_given_masks_are_taken_as_they_are(model: nn.Module | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(2, 1, 4, 4), torch.ones(4), [[1, 1]], None], ids=["4d", "1d", "list", "none"]
+    "mask", [torch.ones(2, 1, 3, 4), torch.ones(4), [[1, 1]], None], ids=["not square", "1d", "list", "none"]
 )
 def test_masks_of_other_forms_are_left_aside(mask: Any) -> None:
     assert padding_of({"attention_mask": mask, "decoder_attention_mask": mask}, None) == Padding()
