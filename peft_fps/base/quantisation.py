@@ -21,6 +21,7 @@ from peft.utils.quantization_utils import (
     TorchaoBackend,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 
@@ -82,6 +83,14 @@ def quantisation(module: Any) -> Quantisation | None:
 def is_of_torchao(tensor: object) -> bool:
     """Return whether torchao has quantised a tensor."""
     return "torchao.TorchAOBaseTensor" in _lineage(tensor)
+
+
+def is_made_of_others(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that keeps its numbers in other tensors, quantised ones say.
+
+    What is written into such a tensor in place may be lost without an error. Sharded tensors do not count.
+    """
+    return hasattr(type(tensor), "__tensor_flatten__") and not isinstance(tensor, DTensor)
 
 
 def _lineage(thing: object) -> frozenset[str]:

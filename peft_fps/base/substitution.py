@@ -8,11 +8,12 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from peft_fps.base.quantisation import quantisation
+from peft_fps.base.quantisation import is_made_of_others, quantisation
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -73,11 +74,13 @@ def follows_its_weight(base: Any) -> bool | None:
     """Whether a layer's own forward with another weight in place is what it is with that weight written into it.
 
     That is tried with small inputs. It does not hold for a forward that reads a copy of its weight made before, or
-    does not read its weight at all.
+    does not read its weight at all. A weight into which nothing can be written is to be multiplied with the input.
 
     Returns:
         None where the forward cannot be tried: it takes other arguments than an input, say.
     """
+    if is_made_of_others(base.weight):
+        return _is_product(base)
     with _undrawn(base), torch.no_grad():
         try:
             plain, written = (copy.deepcopy(_bare(base)).eval() for _ in range(2))
@@ -96,6 +99,16 @@ def follows_its_weight(base: Any) -> bool | None:
         except Exception:  # whatever a stranger's forward raises on these inputs
             return None
     return True
+
+
+def _is_product(base: Any) -> bool | None:
+    """Whether a linear layer multiplies an input with its weight, within a rounding. None if that cannot be tried."""
+    with _undrawn(base), torch.no_grad():
+        try:
+            x = _ramp(torch.empty(3, base.in_features, dtype=base.weight.dtype, device=base.weight.device))
+            return torch.allclose(base(x), F.linear(x, base.weight, base.bias), rtol=0.02, atol=0.02)
+        except Exception:  # whatever a stranger's forward raises on this input
+            return None
 
 
 def _bare(base: Any) -> Any:

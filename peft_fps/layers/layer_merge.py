@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from peft_fps.base.quantisation import SUPPORTED, is_made_of_others
 from peft_fps.layers.merge_record import MergeRecord, is_finite, restore_entries
 from peft_fps.layers.placement import PlacedLayer
 from peft_fps.layers.tensor_checks import DIVERGED
@@ -24,6 +25,9 @@ class MergingLayer(PlacedLayer):
     """
 
     merge_records: dict[str, MergeRecord]
+
+    writes_in_place = True
+    """Whether merging writes into the weight's own numbers; else the weight is made anew."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' changes to the base layer in place, and keep the originals of the entries they touch.
@@ -76,12 +80,23 @@ class MergingLayer(PlacedLayer):
         raise NotImplementedError
 
     def check_mergeable(self, adapter_name: str) -> None:
-        """Raise ValueError if the adapter has a gate here, whose change depends on the input."""
+        """Raise ValueError if the adapter has a gate here, whose change depends on the input.
+
+        Or if the weight is of a class that keeps its numbers elsewhere, where the change would be lost.
+        """
         if self.threshold(adapter_name) is not None:
             raise ValueError(
                 f"{self.module_path}: adapter {adapter_name!r} has a gate (token_gate), expected one without: "
                 "at which positions its change counts depends on the input, so no weight can hold it. Keep the "
                 "adapter unmerged. Nothing was merged."
+            )
+        weight = self.weight_tensor
+        if self.writes_in_place and is_made_of_others(weight):
+            raise ValueError(
+                f"{self.module_path}: its weight is a {type(weight).__name__}, expected a plain tensor to merge into, "
+                f"or one that the adapter found quantised by {SUPPORTED}: what is written into this one may be lost. "
+                "Keep the adapter unmerged, or merge into the unquantised base and quantise what comes out. Nothing "
+                "was merged."
             )
 
     def check_finite(self, adapter_name: str) -> None:

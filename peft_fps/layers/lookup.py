@@ -42,6 +42,11 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     return {path: layer for path, layer in target_layers(model, adapter_name).items() if layer.carries(adapter_name)}
 
 
+def places_of(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the full names of an adapter's layers in a model, which may hold the base model in a part of it."""
+    return [place_of(model, name) for name, layer in fps_layers(model).items() if layer.carries(adapter_name)]
+
+
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     """Return all layers that the adapter targets, by path in the base model, those that no data reached included."""
     layers = fps_layers(model).values()

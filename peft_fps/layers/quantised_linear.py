@@ -8,7 +8,6 @@ from peft.utils.quantization_utils import TorchaoBackend, get_quantization_kwarg
 from torch import Tensor, nn
 
 from peft_fps.base.quantisation import dense_weight, held_by, put, quantisation, requantised, stored_weight
-from peft_fps.layers.changed_layer import Change
 from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.merge_record import MergeRecord, add_to_bias
@@ -29,6 +28,8 @@ class QuantisedLinear(ProductLayer):
         quantization_backend: PEFT's, which reads and writes the weight.
     """
 
+    writes_in_place = False
+
     quantization_backend: Any
 
     def __init__(self, base_layer: Any, module_path: str) -> None:
@@ -48,15 +49,6 @@ class QuantisedLinear(ProductLayer):
 
     def _owns_forward(self, base: Any) -> bool:
         return False
-
-    def _beside_base(self, change: Change, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
-            raise ValueError(
-                f"{self.module_path}: the quantised base layer ({type(stored_weight(self.base_layer)).__name__}) "
-                "gives no gradient to its input, expected one: layers before it would get wrong gradients. "
-                "Quantise the weights alone, not activations, or run inference under torch.no_grad()."
-            )
-        return super()._beside_base(change, result, x)
 
     # --- reading --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_fps.base.quantisation import is_made_of_others, stored_weight
 from peft_fps.base.substitution import call_with, overrides_forward
 from peft_fps.layers.changed_layer import Change, ChangedLayer
 from peft_fps.layers.rebuilt_inputs import keep_input
@@ -27,7 +28,7 @@ class ProductLayer(ChangedLayer):
     def __init__(self, base_layer: Any, module_path: str) -> None:
         super().__init__(base_layer, module_path)
         self.in_features, self.out_features = self._features()
-        self._overridden = overrides_forward(base_layer)
+        self._known_base: tuple[type, bool] = (type(base_layer), overrides_forward(base_layer))
 
     def _forward_with(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
@@ -79,12 +80,21 @@ class ProductLayer(ChangedLayer):
 
     # --- base layers with a forward of their own --------------------------------------------------------------------
 
+    @property
+    def _overridden(self) -> bool:
+        """Whether the base layer's class has a forward of its own."""
+        kind, overridden = self._known_base
+        if type(self.base_layer) is not kind:  # optimum-quanto replaces the base layer, adapter or not
+            overridden = overrides_forward(self.base_layer)
+            self._known_base = type(self.base_layer), overridden
+        return overridden
+
     def _owns_forward(self, base: Any) -> bool:
         """Whether the base layer does nothing but its class's product: no hooks, no forward put over its own."""
-        return not self._overridden and self._is_bare(base)
+        return not self._overridden and self._is_bare(base) and not is_made_of_others(base.weight)
 
     def _forward_around(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._overridden:
+        if self._overridden and not is_made_of_others(self.base_layer.weight):
             return self._changed_base(change, x, *args, **kwargs)
         return self._beside_base(change, self.base_layer(x, *args, **kwargs), x, *args, **kwargs)
 
@@ -101,6 +111,12 @@ class ProductLayer(ChangedLayer):
 
     def _beside_base(self, change: Change, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the change's own product to what the base layer, run as it is with its hooks, made of `x`."""
+        if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
+            raise ValueError(
+                f"{self.module_path}: the quantised base layer ({type(stored_weight(self.base_layer)).__name__}) "
+                "gives no gradient to its input, expected one: layers before it would get wrong gradients. "
+                "Quantise the weights alone, not activations, or run inference under torch.no_grad()."
+            )
         return result + self._added(change, x, *args, **kwargs).to(result.dtype)
 
     def _added(self, change: Change, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from peft_fps.layers.lookup import (
     adapter_state,
     base_model,
     entry_layers,
+    places_of,
     whole_parameters,
 )
 from peft_fps.lifecycle.change_probe import probe_changes
@@ -77,7 +78,7 @@ def selection_report(model: nn.Module, adapter_name: str | None = None, *, probe
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
         budget=config.budget,
         method=describe(config, state),
-        left_out={weight.name: weight.share for weight in left_out(base, [*layers, *wholes])},
+        left_out={weight.name: weight.share for weight in left_out(base, [*places_of(base, adapter_name), *wholes])},
         unreached=() if state.calibration is None else state.calibration.unreached,
         tied={path: tuple(layer.sharing) for path, layer in entry_layers(layers).items() if layer.sharing},
         inert_biases=inert,
