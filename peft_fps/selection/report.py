@@ -173,6 +173,8 @@ class SelectionReport:
             "the papers' convention)",
             f"adapter file:           {self.bytes:,} bytes, of these {self.head_bytes:,} for the head",
         ]
+        if not self.head_parameters:
+            summary.append("no module is trained whole: a new output head has to be named in modules_to_save")
         if self.token_keep_rate is not None:
             blocks = ", ".join(map(str, self.token_blocks))
             summary.append(

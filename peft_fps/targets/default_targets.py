@@ -15,7 +15,10 @@ from peft_fps.targets.base_parameters import named_base_modules
 from peft_fps.targets.obstacle import is_offloaded, obstacle
 
 
-READ_UNCALLED = "an attention reads it without calling it that is offloaded, or has a forward or tensors of its own"
+READ_UNCALLED = (
+    "read without being called by an attention (nn.MultiheadAttention) of which no projection can be adapted: it is "
+    "offloaded, has a forward of its own, or a tensor for each projection (kdim, vdim)"
+)
 
 
 def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]:

@@ -40,6 +40,7 @@ def test_table():
     assert "1,225 of 50,000 (2.4500%, budget 3.000%)" in text
     assert "3,225 (6.4500%, the papers' convention)" in text
     assert "15,344 bytes, of these 8,000 for the head" in text
+    assert "trained whole" not in text
 
 
 def test_table_without_a_budget_and_without_layers():
@@ -47,6 +48,7 @@ def test_table_without_a_budget_and_without_layers():
     empty = SelectionReport((), base_parameters=7, head_parameters=0, head_bytes=0, budget=0.1, method="nothing")
     assert "total" in str(empty)
     assert "0 of 7" in str(empty)
+    assert "no module is trained whole: a new output head has to be named in modules_to_save" in str(empty)
 
 
 def test_to_dict_is_plain_data_with_the_derived_figures():

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from peft_fps import FPSConfig
+from peft_fps import FPSConfig, selection_report
 from peft_fps.targets.left_out import left_out
 from tests.support.helpers import tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit
 from tests.support.language_models import tiny_mixtral
@@ -132,6 +132,29 @@ def test_a_head_that_is_left_out_is_no_odd_kind() -> None:
 def test_modules_trained_whole_are_not_left_out() -> None:
     whole = ["bert.embeddings", "classifier"]
     assert not any("embeddings" in text for text in said(tiny_bert(), modules_to_save=whole))
+
+
+class Around(nn.Module):
+    """A model in a part of another one, as sentence-transformers and SetFit hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_bert()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.inner(**batch)
+
+
+def test_of_an_adapter_in_a_part_of_the_model_the_report_names_what_lies_outside_of_its_layers() -> None:
+    alone, outer = tiny_bert(), Around()
+    for model in (alone, outer.inner):
+        inject_adapter_in_model(FPSConfig(per_neuron=2, importance="magnitude"), model)
+    expected = selection_report(alone).left_out
+    assert expected
+    total = sum(parameter.numel() for parameter in tiny_bert().parameters())
+    shares = {f"inner.{name}": share * total / (total + 20) for name, share in expected.items()}
+    assert selection_report(outer).left_out == pytest.approx(shares)
 
 
 def test_the_last_line_of_the_report_names_them(tmp_path: Any) -> None:
