@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+import pytest
 from typer.testing import CliRunner
 
 from peft_fps.benchmarks.transfer.arms import ARMS
@@ -350,26 +351,46 @@ DEFAULT_AND_OTHERS = (
 )
 
 
-def test_the_page_on_texts_is_that_of_its_cells() -> None:
+def test_the_page_on_texts_is_that_of_its_cells(tmp_path: Path) -> None:
     kept = RESULTS / "transfer_text"
     page = (kept / "README.md").read_text(encoding="utf-8")
-    header, records = read(kept / "cells.jsonl")
-    assert (header["setting"]["precision"], header["setting"]["epochs"]) == ("fp32", 5)
-    assert f", {len(records)} cells |" in README
-    first_seed = [record for record in records if record.cell.seed == 0]
-    found = {(each.cell.method, each.cell.learning_rate, each.cell.task): each for each in first_seed}
-    labels = {"fps": "FPS without biases", "fps-default": "FPS with biases, centred inputs, low rates"}
-    for method, label in labels.items():
-        for rate, first in ((0.003, f" {label}"), (0.01, ""), (0.03, "")):
-            accuracies = (f"{100 * found[method, rate, task].validation:.1f}" for task in ("trec6", "subj"))
-            assert f"|{first} | {rate:g} | {' | '.join(accuracies)} |" in page
-    seeds = {
-        (task, rate): [
-            f"{100 * record.validation:.1f}"
-            for record in sorted(records, key=lambda record: record.cell.seed)
-            if (record.cell.method, record.cell.task, record.cell.learning_rate) == ("fps-default", task, rate)
-        ]
-        for task, rate in (("trec6", 0.01), ("subj", 0.003))
+    tables = reported(kept, tmp_path)
+    names = ("FPS, the default", "full fine-tuning", "LoRA", "FPS, with biases", "FPS")
+    lines = [line for line in rows(tables) if line[0] in names]
+    accuracies = {line[0]: line for line in lines if len(line) == 7 and line[2] in ("1", "3")}
+    differences = {line[0]: line for line in lines if len(line) == 6}
+    for name in names:
+        _, trained, seeds, subj, trec, _, both = accuracies[name]
+        _, points, interval, _, _, verdict = differences.get(name, [""] * 6)
+        shown = " | ".join((name, trained, seeds, trec, subj, both, points, interval, verdict))
+        assert f"| {shown} |".replace("|  |", "| |") in page.replace("|  |", "| |")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    default, full, lora = (accuracies[name][-1].split()[0] for name in names[:3])
+    assert f"transfer_text/README.md) {default}, {full} and LoRA {lora}, level as well." in readme
+    _, records = read(kept / "cells.jsonl")
+    tests = {
+        (each.cell.method, each.cell.task, each.cell.seed, each.cell.learning_rate): each.test for each in records
     }
-    shown = ", ".join(f"{task} {', '.join(accuracies)}" for (task, _), accuracies in seeds.items())
-    assert f"chosen rates: {shown} with seeds 0 to 2." in page
+    assert min(tests[key] for key in tests if key[3] != 0.03 and key[0] != "full") > 0.88
+    shown = [f"{100 * tests[method, task, 0, 0.03]:.1f}" for method, task in AT_THE_HIGHEST_RATE]
+    sentence = (
+        "with {}, and LoRA on both, with {} and {}; half of Subj's texts belong to each class. The default loses far"
+    )
+    assert sentence.format(*shown) in page.replace("\n ", "")
+    assert "there: {} and {}. At".format(*shown[3:]) in page
+    header, earlier = read(kept / "float32" / "cells.jsonl")
+    assert (header["setting"]["precision"], len(earlier)) == ("fp32", 16)
+    pairs = [
+        (100 * each.test, 100 * tests[key])
+        for each in earlier
+        if (key := (each.cell.method, each.cell.task, each.cell.seed, each.cell.learning_rate)) in tests
+        and each.cell.learning_rate != 0.03
+    ]
+    assert max(abs(one - other) for one, other in pairs) == pytest.approx(1.8, abs=0.05)
+    assert min(one - other for one, other in pairs) < 0 < max(one - other for one, other in pairs)
+
+
+AT_THE_HIGHEST_RATE = (
+    *(("fps", "trec6"), ("lora", "trec6"), ("lora", "subj")),
+    *(("fps-default", "trec6"), ("fps-default", "subj")),
+)
