@@ -20,7 +20,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from transformers import activations
 
 from peft_fps.layers.entry_structures import tensor_version
-from peft_fps.sparse import Kept, Reading, Structure, keep_columns, keep_whole, needs_operators
+from peft_fps.sparse import Kept, Reading, Structure, is_jit_tracing, keep_columns, keep_whole, needs_operators
 
 
 PRODUCERS = (
@@ -155,14 +155,14 @@ def keep_input(x: Tensor, product_dtype: torch.dtype, structure: Structure, save
 def note_producer(output: Tensor, form: Callable[..., Tensor], tensors: list[Tensor]) -> None:
     """Note that `output` is `form(*tensors)`, where the graph holds the tensors for the backward of that call.
 
-    Nothing is noted under `torch.compile`, or if the output has no gradient function.
+    Nothing is noted under `torch.compile`, in a trace of `torch.jit`, or if the output has no gradient function.
 
     Args:
         output: what the call gave.
         form: gives `output` again from the tensors, bit for bit.
         tensors: its arguments, as they were in the call.
     """
-    if torch.compiler.is_compiling() or output.grad_fn is None:
+    if torch.compiler.is_compiling() or is_jit_tracing() or output.grad_fn is None:
         return
     kind = output.device.type
     enabled = torch.is_autocast_enabled(kind)
@@ -173,7 +173,9 @@ def note_producer(output: Tensor, form: Callable[..., Tensor], tensors: list[Ten
 
 def _note_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: note the call, if calling the class's own forward again gives that output again."""
-    if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.grad_fn is not None):
+    if torch.compiler.is_compiling() or is_jit_tracing():
+        return
+    if not (isinstance(output, Tensor) and output.grad_fn is not None):
         return
     hooks = (module._forward_pre_hooks, _global_forward_pre_hooks, _global_forward_hooks)
     alone = len(module._forward_hooks) == 1 and not any(hooks) and "forward" not in vars(module)

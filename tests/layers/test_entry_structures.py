@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -255,6 +256,17 @@ def test_traced_models_compute_the_same(tracer: Callable[[nn.Module, Tensor], An
     x = normal(2, 3, 8, 8)
     model(x)
     torch.testing.assert_close(tracer(model, x)(2 * x), model(2 * x))
+
+
+@pytest.mark.parametrize("producer", [nn.LayerNorm(8), nn.GELU()], ids=repr)
+def test_a_trace_with_gradients_is_the_same_twice(producer: nn.Module) -> None:
+    """What produces a layer's input is noted for backward, which a trace has not. Torch traces twice and compares."""
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(first=nn.Linear(4, 8), producer=producer, second=nn.Linear(8, 3)))
+    model = adapted(net, per_neuron=2, modules_to_save=[])
+    x = normal(2, 4).requires_grad_()
+    model(x)
+    torch.testing.assert_close(trace(model, x)(2 * x), model(2 * x))
 
 
 @pytest.mark.parametrize("tracer", [trace, export, export_strictly], ids=lambda tracer: tracer.__name__)
