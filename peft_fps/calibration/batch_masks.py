@@ -17,10 +17,16 @@ PATCHES = "pixel_attention_mask"
 INVERTED = ("src_key_padding_mask", "key_padding_mask")
 """Masks in PyTorch's form, which are True at padding."""
 
+OF_TARGETS = ("tgt_key_padding_mask", "memory_key_padding_mask")
+"""The same of the decoder of `nn.Transformer`, whose layers read both sequences."""
+
 CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
 """Paths of the modules of a decoder that read the states of the encoder."""
 
-FOREIGN = re.compile(r"(^|[._])(vision|visual|image|pixel|audio|speech)", re.IGNORECASE)
+FOREIGN = re.compile(
+    r"(^|[._])(vision|visual|visn|image|pixel|audio|speech|connector|(multi_?modal_)?projector|r_layers)",
+    re.IGNORECASE,
+)
 """Paths of the modules that read images or sound beside texts, whose positions a mask of texts does not tell."""
 
 READERS = {
@@ -28,7 +34,7 @@ READERS = {
     "decoder_attention_mask": None,
     "encoder_attention_mask": CROSS_ATTENTION,
     "qformer_attention_mask": re.compile("qformer", re.IGNORECASE),
-    **dict.fromkeys(("padding_mask", "observed_mask", "past_observed_mask", *INVERTED)),
+    **dict.fromkeys(("padding_mask", "entity_attention_mask", *INVERTED, *OF_TARGETS)),
     **dict.fromkeys(
         (
             "pixel_mask",
@@ -39,6 +45,7 @@ READERS = {
             "input_features_mask",
             "input_values_mask",
             "padding_mask_videos",
+            "aspect_ratio_mask",
         ),
         FOREIGN,
     ),
@@ -47,33 +54,51 @@ READERS = {
 
 `FOREIGN` holds where there are texts besides.
 
-Others tell something else: what attention reads further away, what a loss counts, what is to be predicted.
+Others tell something else: what attention reads further away, what a loss counts, what is missing or to be predicted.
 """
 
 
 def mask_named(batch: Mapping[str, Any], name: str) -> Tensor | None:
     """Return a mask as `(sequences, positions)`, zero at padding, or None if the batch has none of such a form.
 
-    Several texts per example, `(batch, texts, positions)`, go through the model as so many sequences. Of a mask of
-    pairs, `(batch, positions, positions)` or `(batch, heads, positions, positions)`, a position counts that any other
-    reads.
+    Ones and True allow a position to be read, as everywhere in transformers; numbers below zero are added to the
+    scores of attention. Several texts per example, `(batch, texts, positions)`, go through the model as so many
+    sequences. Of a mask of pairs, `(batch, positions, positions)` or `(batch, heads, positions, positions)`, a
+    position counts that any other reads, or that reads itself and any other.
 
     Args:
         batch: inputs of the model.
         name: name of the mask.
     """
-    mask, tokens = batch.get(name), batch.get("input_ids")
+    mask = batch.get(name)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
         return None
+    added = mask.is_floating_point() and bool((mask < 0).any())
     if mask.dim() == 2:
-        return mask
-    if isinstance(tokens, Tensor) and tokens.shape == mask.shape:
+        return mask > MASKED if added else mask
+    if mask.shape in _text_shapes(batch):
         return mask.flatten(0, -2)
     if mask.shape[-2] != mask.shape[-1]:
         return None
-    added = mask.is_floating_point() and not bool((mask > 0).any())
-    is_read = mask > MASKED if added else mask != 0
-    return is_read.any(tuple(range(1, mask.dim() - 1)))
+    added = added or (mask.is_floating_point() and not bool((mask > 0).any()))
+    return _members(mask > MASKED if added else mask != 0)
+
+
+def _members(is_read: Tensor) -> Tensor:
+    """Return which positions count, `(batch, positions)`, from the pairs in which the first reads the second."""
+    pairs = is_read.any(1) if is_read.dim() == 4 else is_read
+    alone = torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
+    if pairs.shape[-1] == 1:
+        return pairs[..., 0]
+    others = pairs & ~alone  # padding often reads itself, so that softmax gives numbers
+    return others.any(1) | (others.any(2) & (pairs & alone).any(2))
+
+
+def _text_shapes(batch: Mapping[str, Any]) -> list[torch.Size]:
+    """Return the shapes of the texts of a batch, as tokens and as embeddings without their last dimension."""
+    tokens, embedded = batch.get("input_ids"), batch.get("inputs_embeds")
+    shapes = [tokens.shape] if isinstance(tokens, Tensor) else []
+    return shapes + ([embedded.shape[:-1]] if isinstance(embedded, Tensor) else [])
 
 
 def mask_of_inputs(batch: Mapping[str, Any]) -> tuple[str, Tensor | None]:
@@ -85,7 +110,7 @@ def mask_of_inputs(batch: Mapping[str, Any]) -> tuple[str, Tensor | None]:
     mask = mask_named(batch, "attention_mask")
     if mask is not None or batch.get("attention_mask") is not None:
         return "attention_mask", mask
-    for name in INVERTED:
+    for name in () if batch.keys() & {"tgt", *OF_TARGETS} else INVERTED:
         padding = batch.get(name)
         if isinstance(padding, Tensor) and padding.dim() == 2:
             return name, padding > MASKED if padding.is_floating_point() else padding == 0

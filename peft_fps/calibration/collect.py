@@ -80,9 +80,13 @@ class Collector:
 
     def __enter__(self) -> "Collector":
         packed = {path: layer.base for path, layer in self._layers.items() if isinstance(layer.base, PackedWeight)}
+        named = [] if self._model is None else self._model.named_modules()
+        # the adapted model may be a part of this one, whose name tells what the layer reads
+        places = {id(module): name.removesuffix(".base_layer") for name, module in named}
         self._handles += watch_packed(packed, self._add_matrix)
         for path, layer in ((path, layer) for path, layer in self._layers.items() if path not in packed):
-            self._observe(path, path, layer.module, layer.base, layer.own_forward)
+            place = places.get(id(layer.module), path)
+            self._observe(path, place, layer.module, layer.base, layer.own_forward)
             for place, module in layer.sharing.items():
                 self._observe(path, place, module, module, overrides_forward(module))
         if self._model is not None:
@@ -204,7 +208,7 @@ class Collector:
         if mask is not None:
             mask = mask.reshape(-1) if rows is None else mask.reshape(-1)[rows.index]
         found = self.statistics.setdefault(path, InputStatistics.of_groups(weight.matrices, x))
-        if mask is None and is_padding_unknown(x, self._padding, path):
+        if mask is None and is_padding_unknown(x, self._padding, path, flat=True):
             found.unmasked = Unmasked(tuple(x.shape), self._padding.telling)
         add_rows(found, matrix, x, self._norm, mask, gated=weight.gated)
         self._touched[path] = None

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_fps.calibration.batch_masks import (
     CROSS_ATTENTION,
     FOREIGN,
     PATCHES,
+    READERS,
     mask_named,
     mask_of_inputs,
     mask_of_patches,
@@ -44,6 +46,7 @@ class Padding:
         positions: how the model arranges the positions within.
         foreign: whether the batch has inputs beside texts with positions of their own, such as images.
         of_foreign: mask of their positions.
+        sequences: number of sequences that the masks tell of.
         name: name of the mask of the model's inputs.
         unread: names of other masks, and the paths of the modules that they concern; None for all modules.
     """
@@ -54,6 +57,7 @@ class Padding:
     positions: Positions = field(default=Positions(), compare=False)
     foreign: bool = False
     of_foreign: Tensor | None = None
+    sequences: int = field(default=0, compare=False)
     name: str = field(default="attention_mask", compare=False)
     unread: Mapping[str, re.Pattern[str] | None] = field(default_factory=dict)
     _fitted: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
@@ -72,6 +76,15 @@ class Padding:
     def foreign_is_padded(self) -> bool:
         """Whether any position of the inputs beside texts is padding."""
         return self.of_foreign is not None and bool((self.of_foreign == 0).any())
+
+    def is_shorter_than(self, x: Tensor) -> bool:
+        """Whether the mask of the inputs has fewer positions than `x`, as where texts and images are one sequence.
+
+        Args:
+            x: input of a layer, `(batch, positions, inputs)`.
+        """
+        mask = self.inputs
+        return mask is not None and x.dim() == 3 and x.shape[0] == mask.shape[0] and x.shape[1] > mask.shape[1]
 
     @property
     def telling(self) -> tuple[str, ...]:
@@ -107,7 +120,7 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
     of_foreign = None if name == PATCHES else mask_of_patches(batch)
     masks = {"decoder_attention_mask": decoder, PATCHES: of_foreign, name: inputs}
     unread = unread_masks(batch, {name for name, mask in masks.items() if mask is not None})
-    config = getattr(model, "config", None)
+    config = _config(model)
     if getattr(config, "is_encoder_decoder", False):
         separate = True
         if decoder is None:
@@ -119,9 +132,19 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
         positions_of(model, batch, inputs),
         foreign=of_foreign is not None or _has_foreign(batch, inputs if name == "attention_mask" else None),
         of_foreign=of_foreign,
+        sequences=max(
+            (len(mask) for key in READERS if isinstance(mask := batch.get(key), Tensor) and mask.dim()), default=0
+        ),
         name=name,
         unread=unread,
     )
+
+
+def _config(model: nn.Module | None) -> Any:
+    """Return the config of a model, or that of the first model of transformers inside."""
+    if model is None or hasattr(model, "config"):
+        return getattr(model, "config", None)
+    return next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:
@@ -196,21 +219,28 @@ def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
     return None
 
 
-def is_padding_unknown(x: Tensor, padding: Padding, path: str) -> bool:
+def is_padding_unknown(x: Tensor, padding: Padding, path: str, *, flat: bool = False) -> bool:
     """Return whether padding may be among the positions of an input that no mask fits.
 
     Args:
         x: the input, `(..., inputs)`, or images `(batch, channels, height, width)`.
         padding: masks of the batch.
         path: module path of the layer that reads the input.
+        flat: whether the input is `(rows, inputs)` whose rows are the positions of all sequences.
     """
     positions = (x.dim() > 2 and x.shape[:-1].numel() > max(x.shape[:-1])) or "expert" in path.lower()
+    positions = positions or (flat and x.shape[0] > padding.sequences)
     if not positions or UNPADDED.search(path):
         return False
-    if any(concerned is None or concerned.search(path) for concerned in padding.unread.values()):
+    reads_foreign = FOREIGN.search(path) is not None
+    joint = padding.foreign and not reads_foreign and padding.is_shorter_than(x)
+    if any(
+        concerned is None or concerned.search(path) or (joint and concerned is FOREIGN)
+        for concerned in padding.unread.values()
+    ):
         return True
     if padding.foreign:
-        return padding.foreign_is_padded and bool(FOREIGN.search(path))
+        return (joint and padding.inputs_are_padded) or ((joint or reads_foreign) and padding.foreign_is_padded)
     padded = {id(padding.inputs): padding.inputs_are_padded, id(padding.decoder): padding.decoder_is_padded}
     return any(padded[id(mask)] for mask in _masks(padding, path))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
 from peft_fps.base.quantisation import SUPPORTED, is_made_of_others
 from peft_fps.layers.merge_record import MergeRecord, is_finite, restore_entries
@@ -82,7 +83,7 @@ class MergingLayer(PlacedLayer):
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter has a gate here, whose change depends on the input.
 
-        Or if the weight is of a class that keeps its numbers elsewhere, where the change would be lost.
+        Or if the weight's numbers are kept elsewhere, so that the change would be lost.
         """
         if self.threshold(adapter_name) is not None:
             raise ValueError(
@@ -90,14 +91,7 @@ class MergingLayer(PlacedLayer):
                 "at which positions its change counts depends on the input, so no weight can hold it. Keep the "
                 "adapter unmerged. Nothing was merged."
             )
-        weight = self.weight_tensor
-        if self.writes_in_place and is_made_of_others(weight):
-            raise ValueError(
-                f"{self.module_path}: its weight is a {type(weight).__name__}, expected a plain tensor to merge into, "
-                f"or one that the adapter found quantised by {SUPPORTED}: what is written into this one may be lost. "
-                "Keep the adapter unmerged, or merge into the unquantised base and quantise what comes out. Nothing "
-                "was merged."
-            )
+        self._check_kept("Nothing was merged.")
 
     def check_finite(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter's values or bias deltas hold NaN or infinity."""
@@ -126,6 +120,7 @@ class MergingLayer(PlacedLayer):
         try:
             for name in self.merged_adapters[: -count - 1 : -1] if count else ():
                 self._check_at_hand("unmerge")
+                self._check_kept("Nothing was unmerged.")
                 record = self.merge_records[name]
                 undone.append((name, record, restore_entries(self.base_layer, record)))
                 self.merged_adapters.pop()
@@ -141,6 +136,31 @@ class MergingLayer(PlacedLayer):
             restore_entries(self.base_layer, merged)
             self.merge_records[name] = record
             self.merged_adapters.append(name)
+
+    def _check_kept(self, outcome: str) -> None:
+        """Raise ValueError if what is written into the weight is lost, because its numbers are kept elsewhere.
+
+        Others may have changed the base layer so since it was adapted.
+
+        Args:
+            outcome: what has happened, for the message.
+        """
+        if not self.writes_in_place:
+            return
+        weight = self.weight_tensor
+        if is_made_of_others(weight):
+            raise ValueError(
+                f"{self.module_path}: its weight is a {type(weight).__name__}, expected a plain tensor to write into, "
+                f"or one that the adapter found quantised by {SUPPORTED}: what is written into this one may be lost. "
+                f"Merge into the unquantised base and quantise what comes out, or keep the adapter unmerged. {outcome}"
+            )
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{self.module_path}: its weight is computed from other tensors since the adapter was attached (by "
+                "pruning, weight normalisation or a parametrization), expected a parameter: what is written into it "
+                "is lost when it is computed again. Make it a parameter (torch.nn.utils.prune.remove, "
+                f"remove_weight_norm, parametrize.remove_parametrizations), or keep the adapter unmerged. {outcome}"
+            )
 
     def _check_at_hand(self, verb: str) -> None:
         """Raise ValueError if the base weight is on the meta device, where nothing that is written stays."""

@@ -48,9 +48,20 @@ def places_of(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
-    """Return all layers that the adapter targets, by path in the base model, those that no data reached included."""
-    layers = fps_layers(model).values()
-    return {layer.module_path: layer for layer in layers if adapter_name in layer.fps_state}
+    """Return all layers that the adapter targets, by path in the base model, those that no data reached included.
+
+    Raises:
+        ValueError: parts of the model have adapters of this name each.
+    """
+    layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_state}
+    first = {id(layer.fps_state[adapter_name]): name for name, layer in reversed(layers.items())}
+    if len(first) > 1:
+        raise ValueError(
+            f"Several parts of this model have an adapter {adapter_name!r} each, of which {', '.join(first.values())} "
+            "are layers, expected one adapter of a name. Pass the part, or give the adapters different names and "
+            "choose one with adapter_name=..."
+        )
+    return {layer.module_path: layer for layer in layers.values()}
 
 
 def adapter_state(layers: Mapping[str, FPSLayer], adapter_name: str) -> AdapterState:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -21,10 +21,11 @@ from transformers import (
     Siglip2VisionConfig,
 )
 
-from peft_fps import FPSConfig
+from peft_fps import FPSConfig, calibrate
 from peft_fps.calibration.batch_masks import mask_named, mask_of_inputs, unread_masks
 from tests.calibration.naive_fps import selection_of
 from tests.support.helpers import normal
+from tests.support.language_models import tiny_t5
 
 
 REAL, LENGTH = 4, 9
@@ -47,6 +48,9 @@ FORMS = {
     "causal": (pairs(MASK) * CAUSAL)[:, None],
     "added": (1.0 - pairs(MASK)[:, None] * CAUSAL) * LARGE,
     "added, the old way": (1.0 - pairs(MASK)[:, None].float()) * -10000,
+    "padding that reads itself": pairs(MASK) * MASK[..., None] | torch.eye(LENGTH, dtype=torch.long),
+    "added to positions": torch.where(MASK == 0, LARGE, 0.0),
+    "added with a bias of both signs": torch.where(pairs(MASK)[:, None] == 1, CAUSAL - 0.5, LARGE),
     "added with a bias by distance": torch.where(pairs(MASK)[:, None] == 1, CAUSAL - 8, -torch.inf),
 }
 
@@ -63,9 +67,21 @@ def test_without_padding_all_positions_of_pairs_count(mask: Tensor) -> None:
     assert found.int().tolist() == [[1] * 5] * len(mask)
 
 
-def test_several_texts_per_example_are_so_many_sequences() -> None:
-    batch = {"input_ids": MASK.view(1, 2, LENGTH), "attention_mask": MASK.view(1, 2, LENGTH)}
-    assert mask_named(batch, "attention_mask").tolist() == KEPT
+@pytest.mark.parametrize(
+    "texts", [{"input_ids": torch.ones(1, 2, LENGTH)}, {"inputs_embeds": torch.ones(1, 2, LENGTH, 4)}]
+)
+def test_several_texts_per_example_are_so_many_sequences(texts: dict[str, Tensor]) -> None:
+    assert mask_named(texts | {"attention_mask": MASK.view(1, 2, LENGTH)}, "attention_mask").tolist() == KEPT
+
+
+def test_as_many_texts_as_tokens_are_no_pairs() -> None:
+    mask = torch.ones(2, 3, 3).tril()
+    found = mask_named({"inputs_embeds": torch.ones(2, 3, 3, 4), "attention_mask": mask}, "attention_mask")
+    assert torch.equal(found, mask.view(6, 3))
+
+
+def test_one_position_that_reads_itself_counts() -> None:
+    assert mask_named({"attention_mask": torch.ones(2, 1, 1, 1)}, "attention_mask").tolist() == [[True], [True]]
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 3, 5), torch.ones(5), torch.ones(1, 1, 1, 5, 5), "no tensor", None])
@@ -84,6 +100,7 @@ def test_other_forms_are_no_mask(mask: Any) -> None:
         ({"pixel_attention_mask": MASK, "input_ids": MASK}, "attention_mask", None),
         ({"pixel_attention_mask": MASK.view(2, 1, 3, 3)}, "pixel_attention_mask", None),
         ({}, "pixel_attention_mask", None),
+        ({"src_key_padding_mask": MASK == 0, "tgt": torch.ones(2, 3, 4)}, "pixel_attention_mask", None),
     ],
 )
 def test_the_mask_of_the_inputs(batch: dict[str, Any], name: str, kept: list[list[int]] | None) -> None:
@@ -99,7 +116,8 @@ def test_the_mask_of_the_inputs(batch: dict[str, Any], name: str, kept: list[lis
         ({"pixel_mask": torch.ones(2, 4, 4)}, set(), set()),
         ({"pixel_mask": torch.eye(4).expand(2, 4, 4)}, set(), {"pixel_mask"}),
         ({"padding_mask": MASK, "attention_mask": MASK}, {"attention_mask"}, {"padding_mask"}),
-        ({"global_attention_mask": MASK, "cross_attention_mask": MASK, "bool_masked_pos": MASK}, set(), set()),
+        ({"global_attention_mask": MASK, "past_observed_mask": MASK, "bool_masked_pos": MASK}, set(), set()),
+        ({"tgt_key_padding_mask": MASK == 0}, set(), {"tgt_key_padding_mask"}),
         ({"padding_mask": torch.ones(0, 3), "pixel_mask": None, "input_features_mask": "no"}, set(), set()),
     ],
 )
@@ -196,6 +214,79 @@ def test_a_mask_in_torchs_form_is_read(batch_first: bool) -> None:
         model.calibrate([{"src": part, "src_key_padding_mask": mask[:, :length]}], progress=False)
         found.append(selection_of(model))
     assert found[0] == found[1]
+
+
+class Translation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+        self.model.encoder.enable_nested_tensor = False
+
+    def forward(self, src: Tensor, tgt: Tensor, **masks: Tensor) -> Tensor:
+        return self.model(src, tgt, **masks).mean()
+
+
+def test_masks_of_two_sequences_in_torchs_form_are_named() -> None:
+    padding = (torch.arange(LENGTH) >= REAL).expand(3, LENGTH)
+    names = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+    batch = {"src": normal(3, LENGTH, 8), "tgt": normal(3, LENGTH, 8, seed=1)}
+    model = get_peft_model(Translation(), FPSConfig(per_neuron=2, modules_to_save=[]))
+    with pytest.warns(UserWarning, match=f"of 10 modules have other positions than the {', '.join(names)}, "):
+        model.calibrate([batch | dict.fromkeys(names, padding)], progress=False)
+
+
+def t5(inside: str) -> tuple[nn.Module, nn.Module]:
+    """A model whose decoder has an adapter: the whole, and the part that was adapted."""
+    model = tiny_t5()
+    inject_adapter_in_model(
+        FPSConfig(per_neuron=2, target_modules=["wi", "wo", "q", "v"]), model.get_submodule(inside)
+    )
+    return model, model.get_submodule(inside)
+
+
+def test_of_an_adapter_in_a_part_the_whole_model_says_what_its_layers_read() -> None:
+    """The decoder's own mask counts there, also where both masks have one shape."""
+    tokens = torch.randint(2, 40, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    lengths = [(9, 4), (5, 9), (7, 6)]
+    masks = [torch.arange(LENGTH) < torch.tensor([pair[side] for pair in lengths])[:, None] for side in (0, 1)]
+    both = [tokens * mask for mask in masks]
+    batch = {"input_ids": both[0], "attention_mask": masks[0].long()}
+    batch |= {"decoder_input_ids": both[1], "decoder_attention_mask": masks[1].long()}
+    alone = [
+        {"input_ids": both[0][row : row + 1, :long], "decoder_input_ids": both[1][row : row + 1, :short]}
+        for row, (long, short) in enumerate(lengths)
+    ]
+    found = []
+    for data in ([batch], alone):
+        whole, part = t5("decoder")
+        calibrate(whole, data, progress=False)
+        found.append(selection_of(part))
+    assert found[0] == found[1]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = (nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_adapters_of_one_name_in_two_parts_are_refused_and_of_two_names_are_calibrated() -> None:
+    same, apart = Pair(), Pair()
+    for part in ("left", "right"):
+        options = FPSConfig(per_neuron=2, target_modules=["0"])
+        inject_adapter_in_model(options, getattr(same, part))
+        inject_adapter_in_model(options, getattr(apart, part), adapter_name=part)
+    x = normal(4, 8)
+    with pytest.raises(ValueError, match=r"Several parts .* adapter 'default' each, .*left\.0.* adapter_name="):
+        calibrate(same, [x], progress=False)
+    for part in ("left", "right"):
+        report = calibrate(apart, [x], adapter_name=part, progress=False)
+        assert report.entries == 16
 
 
 def detr() -> PreTrainedModel:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_fps.calibration.padding import Padding, mask_of, mask_of_tokens, padding_of
+from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens, padding_of
+from tests.support.language_models import tiny_t5
 
 
 class Model(nn.Module):
@@ -95,6 +96,37 @@ def test_exactly_the_closing_run_of_ignored_labels_is_padding(rows: list[list[in
     labels = torch.tensor(rows)
     assert listed(padding_of({"labels": labels}, SEQ2SEQ).decoder) == expected
     assert labels.tolist() == rows
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_model_of_transformers_inside_says_whether_there_is_a_decoder() -> None:
+    assert padding_of({"labels": LABELS}, Outer(tiny_t5())).separate
+    assert not padding_of({"labels": LABELS}, Outer(nn.Linear(2, 2))).separate
+
+
+TEXTS = {"input_ids": MASK, "attention_mask": MASK}
+PICTURES = {"pixel_values": torch.ones(2, 3, 4, 4), "pixel_mask": torch.eye(4).expand(2, 4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "path", "length", "unknown"),
+    [
+        (TEXTS | PICTURES, "encoder.query", 9, True),  # texts and images as one sequence
+        (TEXTS | PICTURES, "vision_model.query", 3, True),
+        (TEXTS | PICTURES, "encoder.query", 3, False),  # of the images, and none of the texts
+        (TEXTS | {"pixel_values": PICTURES["pixel_values"]}, "encoder.query", 9, True),
+        (TEXTS | {"pixel_values": PICTURES["pixel_values"]}, "vision_model.query", 9, False),
+        ({**TEXTS, **PICTURES, "attention_mask": torch.ones(2, 4)}, "encoder.query", 9, True),
+        ({"input_ids": MASK, "attention_mask": torch.ones(2, 4)}, "encoder.query", 9, False),
+    ],
+)
+def test_where_padding_is_unknown_beside_images(batch: Any, path: str, length: int, unknown: bool) -> None:
+    assert is_padding_unknown(torch.ones(2, length, 8), padding_of(batch, None), path) == unknown
 
 
 # --- which mask an input has ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -176,6 +177,37 @@ def test_a_packed_weight_with_which_the_input_is_not_multiplied_is_refused() -> 
     base.first.__class__ = Twice
     with pytest.raises(ValueError, match="first.*the forward of Twice does not follow its weight"):
         get_peft_model(base, FPSConfig(per_neuron=2, target_modules=["first"]))
+
+
+def pruned(layer: Any) -> None:
+    prune.l1_unstructured(layer.base_layer, "weight", amount=3)
+
+
+def normalised(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer.base_layer)
+
+
+@pytest.mark.parametrize("change", [pruned, normalised])
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_nothing_is_merged_into_a_weight_that_is_computed_since(change: Callable[[Any], None], verb: str) -> None:
+    model, x = adapter(Net()), normal(4, 8)
+    change(layers_of(model)["second"])
+    before = model(x)
+    with pytest.raises(ValueError, match=r"^second: its weight is computed from other tensors .* Nothing was merged"):
+        getattr(model, verb)()
+    assert torch.equal(model(x), before)
+
+
+def test_what_was_merged_before_the_weight_was_packed_is_not_taken_out() -> None:
+    model, x = adapter(Net()), normal(4, 8)
+    model.merge_adapter()
+    for layer in layers_of(model).values():
+        layer_replaced(layer, "base_layer")
+    before = model(x)
+    with pytest.raises(ValueError, match=r"its weight is a Packed, .* Nothing was unmerged"):
+        model.unmerge_adapter()
+    assert all(layer.merged for layer in layers_of(model).values())
+    assert torch.equal(model(x), before)
 
 
 class NoGradient(PackedLinear):
