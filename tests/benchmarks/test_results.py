@@ -281,7 +281,7 @@ def test_the_page_on_the_default_is_that_of_its_cells(tmp_path: Path) -> None:
     page = (kept / "README.md").read_text(encoding="utf-8")
     tables = reported(kept, tmp_path)
     lines = [line for line in rows(tables) if line[0] in DEFAULT_AND_OTHERS]
-    accuracies = {line[0]: line for line in lines if len(line) == 15 and line[2] in ("1", "3")}
+    accuracies = {line[0]: line for line in lines if len(line) == 15 and line[2] in ("1", "2", "3")}
     differences = {line[0]: line for line in lines if len(line) == 6}
     assert accuracies.keys() == set(DEFAULT_AND_OTHERS)
     for name, (_, trained, seeds, *_, mean_accuracy) in accuracies.items():
@@ -307,6 +307,37 @@ def test_every_seed_of_the_default_is_ahead() -> None:
     default, full, plain, gps = ("{:.1f}, {:.1f} and {:.1f}".format(*values) for values in means.values())
     assert f"it has {default}, full fine-tuning {full}, FPS with biases {plain}, GPS {gps}." in page
     assert all(min(means["fps-default"]) > max(means[other]) for other in ("full", "fps-biases", "gps-biases"))
+
+
+def test_what_the_page_on_the_default_says_of_its_parts() -> None:
+    kept = RESULTS / "transfer_default"
+    page = (kept / "README.md").read_text(encoding="utf-8").replace("\n  ", " ")
+    records = read(kept / "cells.jsonl")[1]
+    tests = {(each.cell.method, each.cell.task, each.cell.seed): 100 * each.test for each in records}
+    rates = {each.cell.task: each.cell.learning_rate for each in records if each.cell.method == "fps-default"}
+
+    def mean_of(method: str, *seeds: int) -> float:
+        return mean(value for (name, _, seed), value in tests.items() if name == method and seed in seeds)
+
+    centred, default = mean_of("try-centred", 0), mean_of("fps-default", 0)
+    assert f"centring alone does as well as both parts ({centred:.1f} and {default:.1f})" in page
+    magnitude, fps, drawn = (mean_of(f"{name}-biases", 0, 1) for name in ("magnitude", "fps", "random"))
+    assert f"({magnitude:.1f} and {fps:.1f} with two seeds), and random entries are {fps - drawn:.1f} behind" in page
+    behind = (
+        tests["fps-default", task, 0] - tests["magnitude-default", task, 0]
+        for task in ("eth80_azimuth", "omniglot100")
+    )
+    whole = default - mean_of("magnitude-default", 0)
+    text = "magnitude is {:.1f} behind, on `eth80_azimuth` by {:.1f} and on `omniglot100` by {:.1f}."
+    assert text.format(whole, *behind) in page
+    one_rate = {
+        (each.cell.task, each.cell.seed): 100 * each.test for each in read(kept / "one_rate" / "cells.jsonl")[1]
+    }
+    assert {task for task, _ in one_rate} == {task for task, rate in rates.items() if rate != 0.01}
+    found = mean(
+        one_rate.get((task, seed), value) for (name, task, seed), value in tests.items() if name == "fps-default"
+    )
+    assert f"the default has {found:.1f} with three seeds" in page
 
 
 def test_the_page_on_other_tasks_is_that_of_its_cells(tmp_path: Path) -> None:
@@ -347,7 +378,8 @@ def test_the_page_on_other_tasks_is_that_of_its_cells(tmp_path: Path) -> None:
 
 DEFAULT_AND_OTHERS = (
     *("FPS, the default", "full fine-tuning", "FPS, with biases", "GPS, with biases"),
-    *("magnitude, with biases", "BitFit", "Super-Tuning (PEFT)", "LoRA"),
+    *("magnitude, with biases", "random, with biases", "BitFit", "Super-Tuning (PEFT)", "LoRA"),
+    *("try: centred inputs", "try: low rates", "magnitude, trained as the default"),
 )
 
 
