@@ -9,7 +9,8 @@
 | `passes`, `shares` | passes with a progress bar, and the share of the data that a process reads |
 | `collect` | hooks on layers that add inputs to statistics |
 | `statistics`, `tap_sums` | sums of inputs by column; those of convolutions |
-| `padding`, `positions` | masks of the positions that are padding, in the order and number that a layer has |
+| `batch_masks`, `batch_padding` | the masks of a batch by name and form, and the padding that they and labels tell |
+| `padding`, `positions` | which positions of a layer's input are padding, in the order and number that the layer has |
 | `own_forward` | the input of the product, where a layer overrides forward |
 | `packed_inputs`, `attention_inputs` | inputs of stacked weights, and of `nn.MultiheadAttention` |
 | `preserve` | runs of a model that change nothing in it |

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
+from peft_fps.calibration.batch_padding import padding_of
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import Rows, watch_packed
-from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens, padding_of
+from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens
 from peft_fps.calibration.statistics import (
     InputStatistics,
     Unmasked,

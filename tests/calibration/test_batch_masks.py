@@ -221,7 +221,7 @@ class Translation(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
-        self.model.encoder.enable_nested_tensor = False
+        self.model.encoder.use_nested_tensor = False
 
     def forward(self, src: Tensor, tgt: Tensor, **masks: Tensor) -> Tensor:
         return self.model(src, tgt, **masks).mean()

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens, padding_of
+from peft_fps.calibration.batch_padding import padding_of
+from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens
 from tests.support.language_models import tiny_t5
 
 
