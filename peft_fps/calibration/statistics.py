@@ -37,7 +37,7 @@ class InputStatistics:
 
     sums: Tensor
     positions: int | Tensor = 0
-    unmasked: "Unmasked | None" = None
+    unmasked: Unmasked | None = None
 
     @classmethod
     def of_groups(cls, groups: int, x: Tensor) -> "InputStatistics":

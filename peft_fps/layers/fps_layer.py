@@ -115,6 +115,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
 
     def _unmerged(self) -> Any:
         """Return a copy of the base layer as it was before adapters were merged into it."""
+        self._check_kept("Nothing was computed.")
         return unmerged_copy(self.base_layer, [self.merge_records[name] for name in reversed(self.merged_adapters)])
 
     def _bias_deltas(self, names: list[str]) -> list[Tensor]:

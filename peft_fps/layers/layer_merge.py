@@ -140,7 +140,8 @@ class MergingLayer(PlacedLayer):
     def _check_kept(self, outcome: str) -> None:
         """Raise ValueError if what is written into the weight is lost, because its numbers are kept elsewhere.
 
-        Others may have changed the base layer so since it was adapted.
+        What was merged cannot be taken out of it then, nor out of a copy. Others may have changed the base layer so
+        since it was adapted.
 
         Args:
             outcome: what has happened, for the message.
@@ -154,7 +155,8 @@ class MergingLayer(PlacedLayer):
                 f"or one that the adapter found quantised by {SUPPORTED}: what is written into this one may be lost. "
                 f"Merge into the unquantised base and quantise what comes out, or keep the adapter unmerged. {outcome}"
             )
-        if not isinstance(weight, nn.Parameter):
+        held = getattr(self.base_layer, "_parameters", {}).values()  # plain tensors too, under torch.func
+        if not isinstance(weight, nn.Parameter) and all(weight is not each for each in held):
             raise ValueError(
                 f"{self.module_path}: its weight is computed from other tensors since the adapter was attached (by "
                 "pruning, weight normalisation or a parametrization), expected a parameter: what is written into it "

@@ -56,9 +56,10 @@ def target_layers(model: nn.Module, adapter_name: str) -> dict[str, FPSLayer]:
     layers = {name: layer for name, layer in fps_layers(model).items() if adapter_name in layer.fps_state}
     first = {id(layer.fps_state[adapter_name]): name for name, layer in reversed(layers.items())}
     if len(first) > 1:
+        places = ", ".join(reversed(first.values()))
         raise ValueError(
-            f"Several parts of this model have an adapter {adapter_name!r} each, of which {', '.join(first.values())} "
-            "are layers, expected one adapter of a name. Pass the part, or give the adapters different names and "
+            f"Several parts of this model have an adapter {adapter_name!r} each, of which {places} are layers, "
+            "expected one adapter of a name. Pass the part, or give the adapters different names and "
             "choose one with adapter_name=..."
         )
     return {layer.module_path: layer for layer in layers.values()}

@@ -208,6 +208,8 @@ def test_what_was_merged_before_the_weight_was_packed_is_not_taken_out() -> None
         model.unmerge_adapter()
     assert all(layer.merged for layer in layers_of(model).values())
     assert torch.equal(model(x), before)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"its weight is a Packed, .* Nothing was computed"):
+        model(x)  # the base model is not to be had any more
 
 
 class NoGradient(PackedLinear):
