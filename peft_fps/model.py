@@ -20,8 +20,10 @@ from peft_fps.lifecycle.adapter_calibration import calibrate
 from peft_fps.lifecycle.combination import Combination
 from peft_fps.lifecycle.injection_hooks import InjectionHooks
 from peft_fps.lifecycle.loading import load_state
+from peft_fps.lifecycle.lora_checks import check_one_whole
 from peft_fps.lifecycle.merge_whole import merge_whole, unmerge_whole
 from peft_fps.lifecycle.model_hooks import release_hooks
+from peft_fps.lifecycle.other_methods import check_alone
 from peft_fps.lifecycle.saved_state import saved_state
 from peft_fps.lifecycle.selection_report import selection_report
 from peft_fps.lifecycle.weighted_adapter import add_weighted_adapter
@@ -117,9 +119,11 @@ class FPSModel(InjectionHooks):
         """Set the active adapters; see PEFT. Merged adapters are unmerged first.
 
         Raises:
-            ValueError: a name is there twice. Nothing is changed then.
+            ValueError: a name is there twice, or several of the adapters train the same module whole. Nothing is
+                changed then.
         """
         check_distinct(adapter_name)
+        check_one_whole(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         if any(layer.merged for layer in fps_layers(self.model).values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -176,6 +180,7 @@ class FPSModel(InjectionHooks):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        check_alone(self.model, merge)
         # all layers are merged before the first is taken out of the model, so that a failure leaves it as it was
         if merge:
             self.merge_adapter(adapter_names, safe_merge)

@@ -20,14 +20,22 @@ INVERTED = ("src_key_padding_mask", "key_padding_mask")
 OF_TARGETS = ("tgt_key_padding_mask", "memory_key_padding_mask")
 """The same of the decoder of `nn.Transformer`, whose layers read both sequences."""
 
-CROSS_ATTENTION = re.compile(r"(cross|encdec|encoder_?attn)([^.]*|.*\.(k|v|key|value)(_proj)?)$", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(
+    r"(cross|encdec|encoder_?attn|encoder_decoder)([^.]*|.*\.(c_attn|(k|v|kv|key|value)(_proj)?))$", re.IGNORECASE
+)
 """Paths of the modules of a decoder that read the states of the encoder."""
 
 FOREIGN = re.compile(
-    r"(^|[._])(vision|visual|visn|image|pixel|audio|speech|connector|(multi_?modal_)?projector|r_layers)",
+    r"(^|[._])(vision(?!_language)|visual(?!_attention)|visn|image|pixel|audio|speech|connector|(multi_?modal_)?projector|r_layers)",
     re.IGNORECASE,
 )
 """Paths of the modules that read images or sound beside texts, whose positions a mask of texts does not tell."""
+
+LIKELY = re.compile(
+    r"((input|inputs|text|tokens?|query|doc|document|passage|src|source|seq|sequence|words?)_)?masks?"
+    r"|(attention|attn|padding|pad)_masks?_\w+|(?!global_|cross_|local_)\w+_(attention|attn|padding|pad)_masks?"
+)
+"""Names that masks of padding have in models that nobody here has written. What they hold is not known."""
 
 READERS = {
     "attention_mask": None,
@@ -134,11 +142,22 @@ def unread_masks(batch: Mapping[str, Any], read: set[str]) -> dict[str, re.Patte
         batch: inputs of the model.
         read: names of the masks that are.
     """
-    return {
+    unread = {
         name: paths if paths is not FOREIGN or _has_texts(batch) else None
         for name, paths in READERS.items()
         if name not in read and isinstance(mask := batch.get(name), Tensor) and _varies(mask)
     }
+    for name, mask in batch.items() if not read else ():
+        if name not in READERS and LIKELY.fullmatch(name) and isinstance(mask, Tensor) and _is_likely(mask):
+            unread[name] = None
+    return unread
+
+
+def _is_likely(mask: Tensor) -> bool:
+    """Return whether a tensor may be a mask `(sequences, positions)` of padding; one of pairs is square."""
+    if mask.dim() != 2 or mask.shape[0] == mask.shape[1] or not _varies(mask):
+        return False
+    return bool(((mask == 0) | (mask == 1)).all())
 
 
 def _varies(mask: Tensor) -> bool:

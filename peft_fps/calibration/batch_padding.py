@@ -58,14 +58,19 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
         ),
         name=name,
         unread=unread,
+        root=getattr(_transformers_model(model), "base_model_prefix", ""),
     )
 
 
 def _config(model: nn.Module | None) -> Any:
     """Return the config of a model, or that of the first model of transformers inside."""
-    if model is None or hasattr(model, "config"):
-        return getattr(model, "config", None)
-    return next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    return getattr(model if hasattr(model, "config") else _transformers_model(model), "config", None)
+
+
+def _transformers_model(model: nn.Module | None) -> PreTrainedModel | None:
+    """Return the model itself, or the first model of transformers inside."""
+    parts = () if model is None else model.modules()
+    return next((part for part in parts if isinstance(part, PreTrainedModel)), None)
 
 
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:

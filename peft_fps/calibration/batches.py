@@ -65,6 +65,23 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any] | list[Mapping[str, Any]
     return inputs
 
 
+def mask_beside(batch: Any) -> Tensor | None:
+    """Return the mask of padding in a batch `(tokens, mask, ...)` of tensors, or None if the second is none.
+
+    It is one if it holds ones and zeros, one for each token, and the zeros are where one token is that is nowhere
+    else: the padding token. Labels of tokens are not so.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        return None
+    tokens, mask = batch[:2]
+    if not (isinstance(tokens, Tensor) and isinstance(mask, Tensor)) or tokens.is_floating_point():
+        return None
+    if mask.shape != tokens.shape or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    padding = tokens[mask == 0].unique()
+    return mask if padding.numel() == 1 and not bool((tokens[mask == 1] == padding).any()) else None
+
+
 def _are_columns(parts: Any) -> bool:
     """Whether a tuple or list consists of several mappings with the same names."""
     several = isinstance(parts, (tuple, list)) and len(parts) > 1

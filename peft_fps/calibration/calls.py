@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_fps.calibration.batches import count_examples, inputs_of
+from peft_fps.calibration.batches import count_examples, inputs_of, mask_beside
 
 
 Run = Callable[[nn.Module, Any], Any]
@@ -94,7 +94,7 @@ def feed(model: nn.Module, batch: Any, device: torch.device, run: Run | None = N
     Raises:
         TypeError: the default cannot run the model on the batch.
     """
-    inputs = send_to_device(inputs_of(batch) if run is None else batch, device)
+    inputs = send_to_device(_inputs_for(model, batch) if run is None else batch, device)
     (run or run_model)(model, inputs)
     return count_examples(inputs)
 
@@ -108,7 +108,8 @@ def run_model(model: nn.Module, batch: Any) -> Any:
     Args:
         model: model to run.
         batch: batch on the model's device. In a tuple or list only the first element counts, because the rest are
-            labels. Several mappings with the same names are one call each. So are several columns in one mapping
+            labels; but of tensors `(tokens, mask, ...)`, the mask goes to an argument `attention_mask`. Several
+            mappings with the same names are one call each. So are several columns in one mapping
             (`anchor_input_ids`, `positive_input_ids`).
 
     Returns:
@@ -117,11 +118,18 @@ def run_model(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: the model's forward takes none of the batch's items, or the batch is of another kind.
     """
-    inputs = inputs_of(batch)
+    inputs = _inputs_for(model, batch)
     if isinstance(inputs, Tensor):
         return model(inputs)
     outputs = [model(*args, **kwargs) for args, kwargs in _calls(model, inputs)]
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _inputs_for(model: nn.Module, batch: Any) -> Any:
+    """Return the part of a batch that goes to the model, with the mask that a tuple of tensors may have second."""
+    inputs, mask = inputs_of(batch), mask_beside(batch)
+    names = [] if mask is None else list(inspect.signature(model.forward).parameters)
+    return {names[0]: inputs, "attention_mask": mask} if "attention_mask" in names[1:] else inputs
 
 
 def fits(model: nn.Module, batch: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
@@ -71,7 +72,7 @@ class Collector:
     def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._layers, self._norm, self._model = layers, norm, model
-        self._forward: Callable[..., Any] | None = None
+        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._within = False
         self._batch: Mapping[str, Any] = {}
         self._padding = Padding()
@@ -90,10 +91,10 @@ class Collector:
             self._observe(path, place, layer.module, layer.base, layer.own_forward)
             for place, module in layer.sharing.items():
                 self._observe(path, place, module, module, overrides_forward(module))
-        if self._model is not None:
+        for model in () if self._model is None else (self._model, *_inner_models(self._model)):
             # not a hook, because PEFT calls the forward of the base model without its hooks
-            self._forward = vars(self._model).get("forward")
-            self._model.forward = self._watched(self._model, self._model.forward)
+            self._forwards.append((model, vars(model).get("forward")))
+            model.forward = self._watched(model, model.forward)
         return self
 
     def __exit__(
@@ -102,10 +103,11 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._reduced.clear()
-        if self._model is not None:
-            vars(self._model).pop("forward", None)
-            if self._forward is not None:
-                self._model.forward = self._forward
+        for model, forward in self._forwards:
+            vars(model).pop("forward", None)
+            if forward is not None:
+                model.forward = forward
+        self._forwards.clear()
 
     def start_batch(self, batch: Any, model: nn.Module | None = None) -> None:
         """Count the calls from now on, and find out which positions of the batch are padding.
@@ -133,8 +135,9 @@ class Collector:
 
         @wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            alone = args[0] if args and isinstance(args[0], Mapping) else {}
-            self._start_call({**dict(zip(names, args, strict=False)), **kwargs, **alone}, model)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            nested = [value for value in given.values() if isinstance(value, Mapping)]
+            self._start_call({**given, **(nested[0] if len(nested) == 1 else {})}, model)
             return forward(*args, **kwargs)
 
         return watched
@@ -266,3 +269,14 @@ class Collector:
         # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions, unmasked
+
+
+def _inner_models(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost models of transformers in a model of another kind, which may make their masks itself."""
+    if isinstance(model, PreTrainedModel):
+        return []
+    found: dict[str, nn.Module] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = part
+    return list(found.values())

@@ -21,6 +21,10 @@ UNPADDED = re.compile(r"(_global|\.relative_k_proj|\.linear_pos)$")
 """Paths of the layers that read selected positions, or relative ones: no padding is among them."""
 
 
+QUERIES = re.compile(r"(^|[._])(intermediate_query|output_query)(\.|$)|qformer\..*crossattention")
+"""Paths of the layers that read the learned queries of a Q-Former, or images by them, and never its texts."""
+
+
 @dataclass(frozen=True)
 class Padding:
     """Masks `(batch, positions)` that are zero at padding. A mask is None if every position counts.
@@ -35,6 +39,8 @@ class Padding:
         sequences: number of sequences that the masks tell of.
         name: name of the mask of the model's inputs.
         unread: names of other masks, and the paths of the modules that they concern; None for all modules.
+        root: name of the attribute under which a model of transformers has its body (`speecht5`, `visual_bert`); it
+            tells nothing of what the modules read.
     """
 
     inputs: Tensor | None = None
@@ -46,6 +52,7 @@ class Padding:
     sequences: int = field(default=0, compare=False)
     name: str = field(default="attention_mask", compare=False)
     unread: Mapping[str, re.Pattern[str] | None] = field(default_factory=dict)
+    root: str = field(default="", compare=False)
     _fitted: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -72,6 +79,11 @@ class Padding:
         mask = self.inputs
         return mask is not None and x.dim() == 3 and x.shape[0] == mask.shape[0] and x.shape[1] > mask.shape[1]
 
+    def reads_foreign(self, path: str) -> bool:
+        """Whether the module at a path reads inputs beside texts."""
+        parts = [part for part in path.split(".") if part != self.root]
+        return FOREIGN.search(".".join(parts)) is not None
+
     @property
     def telling(self) -> tuple[str, ...]:
         """Names of masks that are not read, or that of the mask which is."""
@@ -97,7 +109,9 @@ def mask_of(x: Tensor, padding: Padding, path: str) -> Tensor | None:
         padding: masks of the batch.
         path: module path of the layer that reads the input.
     """
-    if padding.foreign and FOREIGN.search(path):
+    if QUERIES.search(path):
+        return None
+    if padding.foreign and padding.reads_foreign(path):
         return None if padding.of_foreign is None else padding.fitting(padding.of_foreign, x.shape[:-1], path)
     for mask in _masks(padding, path):
         fitting = padding.fitting(mask, x.shape[:-1], path)
@@ -117,12 +131,12 @@ def is_padding_unknown(x: Tensor, padding: Padding, path: str, *, flat: bool = F
     """
     positions = (x.dim() > 2 and x.shape[:-1].numel() > max(x.shape[:-1])) or "expert" in path.lower()
     positions = positions or (flat and x.shape[0] > padding.sequences)
-    if not positions or UNPADDED.search(path):
+    if not positions or UNPADDED.search(path) or QUERIES.search(path):
         return False
-    reads_foreign = FOREIGN.search(path) is not None
+    reads_foreign = padding.reads_foreign(path)
     joint = padding.foreign and not reads_foreign and padding.is_shorter_than(x)
     if any(
-        concerned is None or concerned.search(path) or (joint and concerned is FOREIGN)
+        concerned is None or (reads_foreign or joint if concerned is FOREIGN else concerned.search(path))
         for concerned in padding.unread.values()
     ):
         return True

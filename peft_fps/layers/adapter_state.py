@@ -42,6 +42,7 @@ class AdapterState:
         warned: whether the warning about training without calibration was given.
         warned_of_write: whether the warning about a base weight that something writes to was given.
         warned_of_indices: whether the warning about index tensors that something writes to was given.
+        warned_of_change_while_merged: whether the warning about a merged weight that something has changed was given.
         calibration: how its entries were chosen; None if they were chosen without data, or that is unknown.
         base_fingerprint: of the base weights; None if they could not be read.
         saved_inputs: what the layers keep of their inputs for backward, see `FPSConfig`.
@@ -63,6 +64,7 @@ class AdapterState:
     warned: bool = False
     warned_of_write: bool = False
     warned_of_indices: bool = False
+    warned_of_change_while_merged: bool = False
     calibration: CalibrationRecord | None = None
     base_fingerprint: Mapping[str, str] | None = None
     saved_inputs: str = "rebuild"

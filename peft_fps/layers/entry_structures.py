@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from peft_fps.layers.tensor_checks import ONLY_PARAMETERS, CheckedLayer
 from peft_fps.selection import LayerShape
 from peft_fps.sparse import Layout, Structure, build_structure, unite_structures
+from peft_fps.sparse.transforms import outside_transforms
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,13 @@ class StructuredLayer(CheckedLayer):
             if not away:
                 return known.structure
         self._refuse_tracing(adapter_name, columns)
-        self.check_tensors(adapter_name)
-        checksum = checksum_of(columns, row_counts)
+        with outside_transforms(columns):
+            self.check_tensors(adapter_name)
+            checksum = checksum_of(columns, row_counts)
         if derived.checksum not in (None, checksum):
             self._warn_of_writing(adapter_name)
-        with torch.inference_mode(False):  # what is derived during inference must serve training later
+        # what is derived during inference, or within torch.func, must serve training later
+        with torch.inference_mode(False), outside_transforms(columns):
             structure = build_structure(columns, row_counts, self.shape.neurons, self.shape.inputs, self.layout)
         if columns.dtype != torch.int32 or row_counts.dtype != torch.int32:  # as a foreign loader left them
             columns, row_counts = columns.to(torch.int32), row_counts.to(torch.int32)
@@ -166,7 +169,7 @@ class StructuredLayer(CheckedLayer):
     def _unite(self, names: list[str], structures: list[Structure]) -> tuple[Structure, Tensor]:
         known = self._united.get(tuple(names))
         if known is None or any(old is not new for old, new in zip(known[0], structures, strict=True)):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), outside_transforms(structures[0].positions):
                 known = (structures, *unite_structures(structures))
             self._united[tuple(names)] = known
         return known[1:]

@@ -8,7 +8,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from peft_fps.layers.adapter_state import AdapterState
-from peft_fps.layers.layer_merge import MergingLayer, check_distinct
+from peft_fps.layers.layer_merge import MergingLayer, check_distinct, warn_of_loss
 from peft_fps.layers.merge_record import MergeRecord, unmerged_copy
 from peft_fps.layers.sample_names import BASE, by_adapter, check_samples, named_calls, names_for
 from peft_fps.layers.scale import ScaledLayer
@@ -53,6 +53,7 @@ class FPSLayer(nn.Module, ScaledLayer, CheckedLayer, MergingLayer):
         self.merged_adapters: list[str] = []
         self.merge_records: dict[str, MergeRecord] = {}
         self.register_load_state_dict_post_hook(renew_after_loading)
+        self.register_load_state_dict_post_hook(warn_of_loss)
 
     @classmethod
     def neurons_of(cls, base_layer: Any) -> int:

@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from peft_fps.base.quantisation import SUPPORTED, is_made_of_others
-from peft_fps.layers.merge_record import MergeRecord, is_finite, restore_entries
+from peft_fps.base.sharded import has_shards
+from peft_fps.layers.merge_record import MergeRecord, changed_since, is_finite, present, restore_entries
 from peft_fps.layers.placement import PlacedLayer
 from peft_fps.layers.tensor_checks import DIVERGED
 
@@ -105,10 +106,13 @@ class MergingLayer(PlacedLayer):
         )
 
     def unmerge(self) -> None:
-        """Put the originals back, bit for bit, latest merge first. If anything is raised, nothing is changed."""
+        """Put the originals back, bit for bit, latest merge first. If anything is raised, nothing is changed.
+
+        Warns of numbers that something else has changed since; of these the adapter's change is subtracted.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        self.take_out(len(self.merged_adapters))
+        self.warn_of_changes(self.take_out(len(self.merged_adapters)))
 
     def take_out(self, count: int) -> list[Undone]:
         """Undo the latest `count` merges, all or none.
@@ -129,6 +133,27 @@ class MergingLayer(PlacedLayer):
             self.put_back(undone)
             raise
         return undone
+
+    def warn_of_changes(self, undone: Iterable[Undone]) -> None:
+        """Warn, once per adapter, if something else has changed what the merges wrote.
+
+        Args:
+            undone: from `take_out`.
+        """
+        for name, record, merged in undone:
+            state = self.fps_state[name]
+            changed = 0 if state.warned_of_change_while_merged else changed_since(record, merged)
+            if changed:
+                state.warned_of_change_while_merged = True
+                warnings.warn(
+                    f"{self.module_path}: {changed:,} of the numbers that merging {name!r} wrote into this layer have "
+                    "changed since (by another method's adapter, an optimizer, a state dict or a cast), expected the "
+                    "same. Those that are not the originals again had the adapter's change subtracted: they keep "
+                    "what is new, and are exact to rounding. All others are restored bit for bit. To have them all "
+                    "so, unmerge before anything else changes; with LoRA adapters, share a PeftMixedModel "
+                    "(get_peft_model(..., mixed=True)). This warning comes once, other layers may have changed too.",
+                    stacklevel=3,
+                )
 
     def put_back(self, undone: list[Undone]) -> None:
         """Redo, bit for bit, the merges that `take_out` has undone. What the adapters hold by now does not matter."""
@@ -172,6 +197,24 @@ class MergingLayer(PlacedLayer):
                 "base model's weights first, or let the whole model do it (model.merge_adapter() and "
                 "model.unmerge_adapter() bring weights that accelerate offloads). Nothing was changed."
             )
+
+
+def warn_of_loss(layer: Any, incompatible_keys: Any) -> None:
+    """Hook on `load_state_dict`: warn, once per adapter, if the new base weight lacks what counts as merged."""
+    name = layer.merged_adapters[-1] if layer.merged else ""
+    if not name or has_shards(layer) or layer.weight_tensor.device.type == "meta":
+        return
+    state, record = layer.fps_state[name], layer.merge_records[name]
+    if state.warned_of_change_while_merged or not changed_since(record, present(layer.base_layer, record)):
+        return
+    state.warned_of_change_while_merged = True
+    warnings.warn(
+        f"{layer.module_path}: adapter {name!r} is merged, and load_state_dict has brought a base weight without "
+        "what was merged, expected one with it: the model computes with the loaded weight alone. Call "
+        "model.unmerge_adapter() before you load, or now if the base weights are those from before the merge. This "
+        "warning comes once, other layers may have been loaded so too.",
+        stacklevel=2,
+    )
 
 
 def check_distinct(names: str | Iterable[str]) -> None:

@@ -20,18 +20,22 @@ class MergeRecord:
     Attributes:
         positions: `(nnz,)` positions in the flattened weight.
         weight: `(nnz,)` original entries.
+        written: `(nnz,)` what the merge has made of them.
         bias: `(neurons,)` original bias, None if the adapter has no bias delta here.
+        written_bias: what the merge has made of it.
         changes: number of changes that are not zero, bias deltas included. It is counted only where the weight has
             less precision than the sum, and 0 elsewhere.
         lost: number of these that did not change the stored number; of a quantised weight, those that changed it by
             less than half of the change.
         held: attributes that held a quantised weight, whose entries cannot be restored one by one. None for other
-            weights; `positions` and `weight` are empty if it is not None.
+            weights; `weight` is empty if it is not None.
     """
 
     positions: Tensor
     weight: Tensor
+    written: Tensor
     bias: Tensor | None
+    written_bias: Tensor | None
     changes: int
     lost: int
     held: Mapping[str, Any] | None = None
@@ -51,20 +55,19 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
     """
     positions, changes, lost = structure.positions, 0, 0
     if base.weight.dtype == values.dtype == torch.float32 and base.weight.is_contiguous():
-        before, after = base.weight.reshape(-1).index_select(0, positions), None
+        before = base.weight.reshape(-1).index_select(0, positions)
+        after = before + values
     else:
         before, after = merged_entries(base.weight, values, positions)
+        changes, lost = _lost_changes(before, after, values)
     try:
-        if after is None:
-            base.weight.view(-1).index_add_(0, positions, values)
-        else:
-            _write(base.weight, positions, after)
-            changes, lost = _lost_changes(before, after, values)
+        _write(base.weight, positions, after)
         bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
     except BaseException:
         _write(base.weight, positions, before)
         raise
-    return MergeRecord(positions, before, bias, changes + changes_of_bias, lost + lost_of_bias)
+    written = None if bias is None else base.bias.detach().clone()
+    return MergeRecord(positions, before, after, bias, written, changes + changes_of_bias, lost + lost_of_bias)
 
 
 @torch.no_grad()
@@ -95,23 +98,63 @@ def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, in
 def restore_entries(base: Any, record: MergeRecord) -> MergeRecord:
     """Undo a merge in place. The layer may have another device or dtype by now.
 
-    If anything is raised, the layer is as it was.
+    Entries that something else has changed since the merge keep that change: what the merge added is subtracted from
+    them, unless they are the originals again. All others get their originals back, bit for bit. If anything is raised,
+    the layer is as it was.
 
     Returns:
         The record of what was overwritten. Restoring it merges again, bit for bit.
     """
-    merged = replace(
+    merged = present(base, record)
+    weight = record.weight if record.held is not None else _without(merged.weight, record.written, record.weight)
+    bias = None if record.bias is None else _without(merged.bias, record.written_bias, record.bias)
+    try:
+        _overwrite(base, replace(record, weight=weight, bias=bias))
+    except BaseException:
+        _overwrite(base, merged)
+        raise
+    return replace(merged, written=record.written if record.held is not None else weight, written_bias=bias)
+
+
+def present(base: Any, record: MergeRecord) -> MergeRecord:
+    """Return a record of what undoing a merge would overwrite now."""
+    return replace(
         record,
         weight=record.weight if record.held is not None else _read(base.weight, record.positions),
         bias=None if record.bias is None else base.bias.detach().clone(),
         held=None if record.held is None else held_by(base),
     )
-    try:
-        _overwrite(base, record)
-    except BaseException:
-        _overwrite(base, merged)
-        raise
-    return merged
+
+
+def changed_since(record: MergeRecord, merged: MergeRecord) -> int:
+    """Return how many of the numbers that a merge wrote something else has changed since.
+
+    Args:
+        record: of the merge.
+        merged: what undoing it overwrites, see `present` and `restore_entries`.
+    """
+    weight = 0 if record.held is not None else int((~_is_same(merged.weight, record.written)).sum())
+    return weight + (0 if record.bias is None else int((~_is_same(merged.bias, record.written_bias)).sum()))
+
+
+def _is_same(now: Any, written: Any) -> Tensor:
+    """Return which numbers are those that were written, as a weight that was cast since then has them."""
+    written = written.to(now)
+    same: Tensor = (now == written) | (now.isnan() & written.isnan())
+    return same
+
+
+def _without(now: Any, written: Any, before: Any) -> Tensor:
+    """Return the numbers from before a merge, and where others have changed them since, those without what it added.
+
+    Numbers that are back already, as a state dict brings them, stay.
+    """
+    same = _is_same(now, written) | _is_same(now, before)
+    if bool(same.all()):
+        return before
+    exact = torch.promote_types(now.dtype, torch.float32)
+    now, written, before = (tensor.to(now.device, exact) for tensor in (now, written.to(now), before.to(now)))
+    return torch.where(same, before, now - (written - before))
 
 
 def _overwrite(base: Any, record: MergeRecord) -> None:

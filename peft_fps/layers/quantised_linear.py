@@ -120,9 +120,23 @@ class QuantisedLinear(ProductLayer):
             put(base, held)
             raise
         changes = int((values != 0).sum()) + changes_of_bias
-        return MergeRecord(
-            positions[:0], before[:0], original, changes=changes, lost=int(lost.sum()) + lost_of_bias, held=held
-        )
+        written = None if original is None else base.bias.detach().clone()
+        lost_in_all = int(lost.sum()) + lost_of_bias
+        return MergeRecord(positions, before[:0], stored, original, written, changes, lost_in_all, held)
+
+    def _check_kept(self, outcome: str) -> None:
+        if not self.merged_adapters:
+            return
+        record = self.merge_records[self.merged_adapters[-1]]
+        dense = dense_weight(self.base_layer).reshape(-1)
+        now = dense[record.positions.to(dense.device)].float()
+        if not torch.allclose(now, record.written.to(now), rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"{self.module_path}: its quantised weight is not the one that merging {self.merged_adapters[-1]!r} "
+                "has made, expected the same: putting back the weight from before would lose what has changed it "
+                "since (another adapter's merge, as of a LoRA adapter around this layer). Load the base model "
+                f"anew, and keep one of the adapters unmerged. {outcome}"
+            )
 
 
 def check_writable(model: nn.Module, layers: Iterable[FPSLayer]) -> None:

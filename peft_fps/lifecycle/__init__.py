@@ -27,6 +27,7 @@ Most steps begin in `peft_fps.model.FPSModel`.
 | `loading`, `withdrawal` | loading a file, and taking out an adapter whose file is refused |
 | `hotswap` | replacing a loaded adapter in place |
 | `merge_whole` | merging and unmerging all layers or none |
+| `other_methods` | what PEFT would lose of adapters of other methods in the same model |
 | `lora_layers`, `lora_checks`, `lora_merge` | LoRA adapters in the same model |
 | `weighted_adapter`, `combination` | combining adapters into a new one |
 | `reference_copy` | a copy of an adapter, as TRL wants it for its reference |

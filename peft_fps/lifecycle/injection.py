@@ -22,6 +22,7 @@ from peft_fps.lifecycle.plan import Plan, plan
 from peft_fps.lifecycle.token_choice import check_token_choice, given_token_blocks
 from peft_fps.targets.default_targets import biased_norms, default_targets, in_wanted_block
 from peft_fps.targets.left_out import warn_of_left_out
+from peft_fps.targets.past_adapters import warn_of_asked, warn_of_held_aside
 from peft_fps.targets.supported_kinds import check_kinds
 from peft_fps.targets.target_checks import check_gated
 from peft_fps.targets.target_parameters import default_parameters
@@ -126,6 +127,8 @@ def prepare_injection(model: nn.Module, config: FPSConfig, stored: Collection[st
     warn_of_untrained_head(head, config, names, injection.whole)
     warn_of_shared_weights(model, config, injection.whole)
     warn_of_left_out(model, config, head, injection.whole)
+    warn_of_asked(model, names)
+    warn_of_held_aside(model, names)
     return replace(injection, plan=planned)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from peft_fps.layers.layer_types import layer_class
 from peft_fps.lifecycle.initial_entries import select_without_data
 from peft_fps.lifecycle.injection import Injection, config_withdrawn_on_failure, new_state, prepare_injection
 from peft_fps.lifecycle.model_hooks import attach_hooks
+from peft_fps.lifecycle.other_methods import check_name_is_free, guard_configs
 from peft_fps.lifecycle.reference_copy import config_of_copy, copy_adapter, reference_of
 from peft_fps.targets.base_parameters import base_parameters
 from peft_fps.targets.target_checks import check_adapter_name
@@ -75,6 +77,7 @@ class InjectionHooks(BaseTuner):
         try:
             with config_withdrawn_on_failure(model, self.peft_config, adapter_name), compiled_in_place(self):
                 check_adapter_name(self.model, adapter_name)
+                check_name_is_free(self.model, adapter_name)
                 config.to_save = None  # left by an earlier save
                 self._state = new_state(self.model, config)
                 self._stored = None if state_dict is None else _modules_of(state_dict)
@@ -97,6 +100,9 @@ class InjectionHooks(BaseTuner):
         elif config.record is None:
             select_without_data(self.model, config, adapter_name)
         place_token_selection(self.model)
+        if "peft_config" not in vars(self.model):  # the first adapter's; all others enter theirs here
+            by_client = getattr(self.model, "_hf_peft_config_loaded", False)
+            self.peft_config = guard_configs(self.peft_config, warns=not (by_client or isinstance(self, MixedModel)))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -87,7 +87,7 @@ def unmerge_all(model: nn.Module, originals: Mapping[str, KeptTensors]) -> None:
         model: base model with the adapters.
         originals: from `merge_in_order`.
     """
-    unmerge_whole(model)
+    unmerge_whole(model, others_restored=True)
     layers = lora_layers(model)
     for path, original in originals.items():
         _put_back(layers[path], original)

@@ -63,8 +63,14 @@ def _unmerged(layer: FPSLayer, adapter_names: Sequence[str] | None) -> list[str]
     return [name for name in check_adapters_to_merge(layer, names) if name in layer.fps_state]
 
 
-def unmerge_whole(model: nn.Module) -> None:
-    """Put the originals back in all layers. If one fails, those before it are merged again, bit for bit."""
+def unmerge_whole(model: nn.Module, *, others_restored: bool = False) -> None:
+    """Put the originals back in all layers. If one fails, those before it are merged again, bit for bit.
+
+    Args:
+        model: has the adapters.
+        others_restored: whether what others have changed since the merge is put back by the caller; else a warning
+            tells of it.
+    """
     reshard(model)
     merged: list[FPSLayer] = [module for module in model.modules() if isinstance(module, FPSLayer) and module.merged]
     undone: list[tuple[FPSLayer, list[Undone]]] = []
@@ -75,6 +81,8 @@ def unmerge_whole(model: nn.Module) -> None:
         for layer, taken in undone:
             _at_hand(layer, partial(layer.put_back, taken))
         raise
+    for layer, taken in undone if not others_restored else ():
+        layer.warn_of_changes(taken)
 
 
 def check_before_merge(

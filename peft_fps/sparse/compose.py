@@ -43,7 +43,7 @@ def compose_weight(weight: Tensor, values: Tensor, structure: Structure, dtype: 
     """
     composed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if weight.dtype == values.dtype == dtype == torch.float32:
-        composed.view(-1).index_add_(0, structure.positions, values)
+        composed.view(-1).index_add_(0, _exported(structure.positions), values)
     else:
         exact = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
         before = weight.reshape(-1).index_select(0, structure.positions)
@@ -69,6 +69,11 @@ def changed_weight(weight: Tensor, values: Tensor, structure: Structure) -> Tens
     return flat.index_copy(0, positions, after).view(weight.shape)
 
 
+def _exported(positions: Tensor) -> Tensor:
+    """Return positions as int64 while a model is exported, since ONNX scatters by no other integers."""
+    return positions.to(torch.int64) if torch.compiler.is_exporting() else positions
+
+
 def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tensor:
     """Return ΔW as a dense tensor.
 
@@ -80,7 +85,7 @@ def dense_delta(values: Tensor, structure: Structure, shape: torch.Size) -> Tens
     Returns:
         A tensor of that shape in the dtype of `values`, zero at all other entries.
     """
-    return values.new_zeros(shape.numel()).index_add(0, structure.positions, values).view(shape)
+    return values.new_zeros(shape.numel()).index_add(0, _exported(structure.positions), values).view(shape)
 
 
 def compact_delta(values: Tensor, structure: Structure, dtype: torch.dtype) -> Tensor:

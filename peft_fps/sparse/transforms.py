@@ -4,6 +4,7 @@ These are torch.func (`grad`, `jvp`, `vmap`, `hessian`, ...), forward-mode deriv
 derivatives. W + ΔW is a dense tensor of the graph then, and so is its gradient.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def is_transformed() -> bool:
     """Whether a transform of torch.func, a forward-mode derivative or `torch.jit.trace` is at work."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or is_jit_tracing()
+
+
+def outside_transforms(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Let what is made of a tensor within the block outlive a transform of torch.func, unless the tensor is its own.
+
+    A transform wraps every tensor that is made while it runs, and the wrappers are empty when it has ended.
+    """
+    active = torch._C._are_functorch_transforms_active()
+    own = active and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._DisableFuncTorch() if active and not own else nullcontext()
 
 
 def is_jit_tracing() -> bool:

@@ -8,6 +8,7 @@
 | `target_parameters` | the parameters that are adapted although no layer owns them, such as all experts of a block |
 | `target_checks` | what is checked of an adapter's name and of its targets |
 | `obstacle` | what keeps a module or a weight from being adapted |
+| `past_adapters` | targets that a model may use past an adapter |
 | `tied_weights` | modules that share the weight of a targeted embedding |
 | `inert_biases` | biases that cannot change the output |
 | `left_out` | large weights that an adapter leaves as they are, and why |

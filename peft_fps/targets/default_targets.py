@@ -13,11 +13,17 @@ from peft_fps.layers.layer_types import entry_layer_class
 from peft_fps.layers.norm import is_biased_norm
 from peft_fps.targets.base_parameters import named_base_modules
 from peft_fps.targets.obstacle import is_offloaded, obstacle
+from peft_fps.targets.past_adapters import asking_owner
 
 
 READ_UNCALLED = (
     "read without being called by an attention (nn.MultiheadAttention) of which no projection can be adapted: it is "
     "offloaded, has a forward of its own, or a tensor for each projection (kdim, vdim)"
+)
+
+ASKED = (
+    "the forward of {} asks with isinstance for its class, expected a model that computes the same with an adapter, "
+    "whose layers are of another class"
 )
 
 
@@ -65,6 +71,8 @@ def default_targets(model: nn.Module, config: FPSConfig, head: Head) -> set[str]
         for own in PROJECTIONS
         if in_wanted_block(f"{name}.{own}", config)
     }
+    asking = {name: owner for name in found if (owner := asking_owner(model, name)) is not None}
+    reasons |= {name: reasons[name] or ASKED.format(type(owner).__name__) for name, owner in asking.items()}
     unfit = {name: why for name, why in reasons.items() if why and name not in projections}
     kinds = "; ".join(f"{name}: {why}" for name, why in _first_of_each(unfit).items())
     if unfit and len(unfit) == len(found) and not projections:

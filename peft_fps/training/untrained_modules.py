@@ -60,7 +60,7 @@ class UntrainedModules:
             self._waiting = {
                 path: parameters
                 for path, parameters in self._waiting.items()
-                if all(parameter.grad is None for parameter in parameters)
+                if not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
             }
 
     def warn(self) -> None:
@@ -74,9 +74,9 @@ class UntrainedModules:
         steps = "the one step" if self._steps == 1 else f"all {self._steps:,} steps"
         warnings.warn(
             f"{len(waiting)} of {trained} modules of adapter {self._adapter_name!r} got no gradient in {steps} of "
-            f"this training, and were not trained: {named}. Either the loss depends on them in no way that has a "
-            "gradient (the model does not use their output, or only through a top-k or a detach), or no token came to "
-            "them (experts). Leave them out with "
-            "FPSConfig(exclude_modules=...), so that their part of the budget goes to the others.",
+            f"this training, or only zeros, and were not trained: {named}. Either the loss depends on them in no way "
+            "that has a gradient (the model does not use their output, or only through a top-k or a detach), or no "
+            "token came to them (experts). Leave them out with FPSConfig(exclude_modules=...), so that their part of "
+            "the budget goes to the others.",
             stacklevel=3,
         )

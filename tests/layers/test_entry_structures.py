@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
 
 import peft_fps
 from peft_fps import FPSConfig
@@ -274,6 +275,39 @@ def test_a_model_just_loaded_can_be_traced(tracer: Callable[[nn.Module, Tensor],
     adapted(tiny_mlp(), importance="random").save_pretrained(tmp_path)
     model, x = PeftModel.from_pretrained(tiny_mlp(), tmp_path), normal(3, 10)
     torch.testing.assert_close(tracer(model, x)(2 * x), model(2 * x))
+
+
+def test_exported_models_of_several_adapters_write_to_places_that_onnx_takes() -> None:
+    """ONNX scatters by int64 alone; an exporter passes the dtype of indices on."""
+    each = {name: {"per_neuron": 3} for name in ("default", "other")}
+    model = several_adapters(tiny_mlp(), each, modules_to_save=[])
+    activate(model, *each)
+    x = normal(3, 10)
+    model(x)
+    program = torch.export.export(model, (x,), strict=False)
+    dtypes = [node.args[2].meta["val"].dtype for node in program.graph.nodes if "index_add" in str(node.target)]
+    assert dtypes
+    assert set(dtypes) == {torch.int64}
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]], ids=len)
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_model_that_torch_func_uses_first_can_be_trained_afterwards(names: list[str], batched: bool) -> None:
+    def loss(values: Any, x: Tensor) -> Tensor:
+        return functional_call(model, values, (x,)).square().sum()
+
+    model = several_adapters(tiny_mlp(), dict.fromkeys(names, {"per_neuron": 3}), modules_to_save=[]).eval()
+    activate(model, *names)
+    twin, x = copy.deepcopy(model), normal(3, 10)
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if "fps_" in name}
+    found = vmap(grad(loss), (None, 0))(trained, x[:, None]) if batched else grad(loss)(trained, x)
+    for each in (model, twin):
+        each(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            expected = twin.get_parameter(name).grad
+            assert torch.equal(parameter.grad, expected)
+            torch.testing.assert_close(found[name].sum(0) if batched else found[name], expected)
 
 
 @pytest.mark.parametrize("tracer", [trace, export], ids=lambda tracer: tracer.__name__)

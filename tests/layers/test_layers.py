@@ -593,7 +593,8 @@ def test_tied_output_embeddings_are_refused():
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_layers_of_another_method_are_refused():
-    base = get_peft_model(tiny_mlp(), peft.LoraConfig(target_modules=["first"])).base_model.model
+    low = peft.LoraConfig(target_modules=["first"])
+    base = get_peft_model(tiny_mlp(), low, adapter_name="low").base_model.model
     with pytest.raises(ValueError, match="first already carries an adapter of another method"):
         get_peft_model(base, config(target_modules=["first"]))
 

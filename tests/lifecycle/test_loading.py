@@ -762,3 +762,38 @@ def test_a_fresh_process_needs_the_import_and_nothing_else(tmp_path: Path) -> No
         if name == CONFIG:  # the other process knows where its base came from
             again = again.replace(json.dumps(str(tmp_path / "base")).encode(), b"null")
         assert again == text
+
+
+def test_loading_into_a_merged_adapter_is_refused(tmp_path: Path) -> None:
+    """The model would go on with what was merged, and save what was loaded."""
+    first = adapted(tiny_mlp(), modules_to_save=[]).eval()
+    first.save_pretrained(tmp_path / "first")
+    fill(first, seed=5)
+    first.save_pretrained(tmp_path / "second")
+    model = PeftModel.from_pretrained(tiny_mlp(), tmp_path / "first").eval()
+    model.merge_adapter()
+    expected = model(normal(3, 10))
+    tensors = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"first: adapter 'default' is merged into .*unmerge_adapter\(\) first"):
+        model.load_adapter(tmp_path / "second", "default")
+    assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == tensors
+    assert torch.equal(model(normal(3, 10)), expected)
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path / "second", "default")
+    torch.testing.assert_close(model(normal(3, 10)), first(normal(3, 10)))
+
+
+def test_a_state_dict_without_what_is_merged_is_named_once_and_can_be_unmerged() -> None:
+    model = adapted(tiny_mlp(), modules_to_save=[]).eval()
+    unmerged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(normal(3, 10))
+    model.merge_adapter()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    with pytest.warns(UserWarning, match=r"^first: .*'default' is merged, and load_state_dict has brought") as caught:
+        model.load_state_dict(unmerged)
+    assert len(caught) == 1
+    model.unmerge_adapter()
+    assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == {
+        name: bits(tensor) for name, tensor in unmerged.items()
+    }
+    assert torch.equal(model(normal(3, 10)), expected)

@@ -141,3 +141,25 @@ def test_a_merged_adapter_is_not_trained(tmp_path: Path) -> None:
     model.unmerge_adapter()
     trainer(model, tmp_path, [FPSCallback()], max_steps=1).train()
     assert base_bytes(model) == before
+
+
+class Zeroed(nn.Module):
+    """Multiplies what `dead` gives by zero, so that it gets a gradient of zeros in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.dead, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.first(x)
+        x = self.last(x + 0 * self.dead(x))
+        return {"loss": (x.sum(-1) - labels).square().mean(), "logits": x}
+
+
+def test_modules_whose_gradients_are_all_zero_are_named(tmp_path: Path) -> None:
+    model = adapted(Zeroed(), filled=False)
+    with pytest.warns(
+        UserWarning, match=r"^1 of 3 modules .* in all 2 steps of this training, or only zeros, .*: dead\."
+    ):
+        run(model, tmp_path, FPSCallback(centred=False), max_steps=2)
