@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from peft_fps import FPSConfig, Selection
+from peft_fps.base.quantisation import put, requantised
 from peft_fps.layers import quantised_linear
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.quantised_linear import QuantisedLinear
@@ -351,6 +352,22 @@ def test_any_adapters_in_any_order_are_unmerged_bit_for_bit(kind: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         model.unmerge_adapter()
         assert all_bytes(model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_others_have_changed_while_merged_is_not_put_back(kind: str) -> None:
+    """As LoRA around the layer does: it adds its product, quantises again, and subtracts it later."""
+    model = mergeable(kind)
+    path, layer = next(iter(layers_of(model).items()))
+    assert isinstance(layer, QuantisedLinear)
+    model.merge_adapter()
+    base = layer.base_layer
+    put(base, requantised(base, quantised_linear.dense_weight(base) * 3, layer.quantization_backend))
+    changed = all_bytes(model)
+    with pytest.raises(ValueError, match=rf"{path}: its quantised weight is not the one .*Nothing was unmerged"):
+        model.unmerge_adapter()
+    assert all_bytes(model) == changed
+    assert all(each.merged for each in layers_of(model).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,10 @@ from tests.support.helpers import config
 
 
 # weight norm of the positional convolution in models of speech
-pytestmark = pytest.mark.filterwarnings("ignore:.*pos_conv_embed.conv. its weight is computed:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pos_conv_embed.conv. its weight is computed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* asks with isinstance for its class:UserWarning"),  # Parakeet
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
