@@ -7,7 +7,7 @@
 | `observe` | the passes as a whole, in all processes |
 | `batches`, `calls` | batches of data, and calls of a model on them |
 | `passes`, `shares` | passes with a progress bar, and the share of the data that a process reads |
-| `collect` | hooks on layers that add inputs to statistics |
+| `collect`, `noted_calls` | hooks on layers that add inputs to statistics; calls that tell padding |
 | `statistics`, `tap_sums` | sums of inputs by column; those of convolutions |
 | `batch_masks`, `batch_padding` | the masks of a batch by name and form, and the padding that they and labels tell |
 | `padding`, `positions` | which positions of a layer's input are padding, in the order and number that the layer has |

@@ -1,20 +1,18 @@
 """Hooks that gather input statistics while a model runs."""
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import wraps
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
 from peft_fps.calibration.batch_padding import padding_of
+from peft_fps.calibration.noted_calls import note_calls
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import Rows, watch_packed
 from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of, mask_of_tokens
@@ -72,7 +70,7 @@ class Collector:
     def __init__(self, layers: Mapping[str, Observed], norm: str, model: nn.Module | None = None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._layers, self._norm, self._model = layers, norm, model
-        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._end_noting: Callable[[], None] | None = None
         self._within = False
         self._batch: Mapping[str, Any] = {}
         self._padding = Padding()
@@ -91,10 +89,8 @@ class Collector:
             self._observe(path, place, layer.module, layer.base, layer.own_forward)
             for place, module in layer.sharing.items():
                 self._observe(path, place, module, module, overrides_forward(module))
-        for model in () if self._model is None else (self._model, *_inner_models(self._model)):
-            # not a hook, because PEFT calls the forward of the base model without its hooks
-            self._forwards.append((model, vars(model).get("forward")))
-            model.forward = self._watched(model, model.forward)
+        if self._model is not None:
+            self._end_noting = note_calls(self._model, self._start_call)
         return self
 
     def __exit__(
@@ -103,11 +99,9 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._reduced.clear()
-        for model, forward in self._forwards:
-            vars(model).pop("forward", None)
-            if forward is not None:
-                model.forward = forward
-        self._forwards.clear()
+        if self._end_noting is not None:
+            self._end_noting()
+            self._end_noting = None
 
     def start_batch(self, batch: Any, model: nn.Module | None = None) -> None:
         """Count the calls from now on, and find out which positions of the batch are padding.
@@ -128,19 +122,6 @@ class Collector:
         self._reduced.clear()
         # the batch too, because the call may leave out the batch's masks
         self._padding = padding_of({**self._batch, **inputs}, model)
-
-    def _watched(self, model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a forward that finds out which positions are padding before it runs the given one."""
-        names = list(inspect.signature(forward).parameters)
-
-        @wraps(forward)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            nested = [value for value in given.values() if isinstance(value, Mapping)]
-            self._start_call({**given, **(nested[0] if len(nested) == 1 else {})}, model)
-            return forward(*args, **kwargs)
-
-        return watched
 
     def check_batch(self, index: int) -> None:
         """End a batch.
@@ -269,14 +250,3 @@ class Collector:
         # a weak reference tells whether `x` is the same tensor, because a new one may have the id of a freed one
         self._reduced[key] = (weakref.ref(x), version, (sums[None], positions))
         return sums[None], positions, unmasked
-
-
-def _inner_models(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost models of transformers in a model of another kind, which may make their masks itself."""
-    if isinstance(model, PreTrainedModel):
-        return []
-    found: dict[str, nn.Module] = {}
-    for name, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and not name.startswith(tuple(f"{outer}." for outer in found)):
-            found[name] = part
-    return list(found.values())
