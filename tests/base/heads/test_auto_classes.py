@@ -173,7 +173,10 @@ def test_what_is_new_is_trained_whole_and_nothing_else(task: str) -> None:
 
 
 def neither_target_nor_head(model: PreTrainedModel, head: Head) -> list[str]:
-    """Layers that are not either a target or the head; what odd attentions read themselves is to be neither."""
+    """Layers that are not either a target or the head.
+
+    What odd attentions read themselves is to be neither, nor what Parakeet's subsampling asks for its class.
+    """
     targets, name = default_targets(model, config(), head), type(model).__name__
     if not name.startswith("PPDocLayout"):  # ties layers within the backbone
         check_untied(model, sorted(targets))
@@ -183,7 +186,11 @@ def neither_target_nor_head(model: PreTrainedModel, head: Head) -> list[str]:
         if isinstance(part, nn.MultiheadAttention)
         and (type(part).forward is not nn.MultiheadAttention.forward or part.in_proj_weight is None)
     ]
-    outside = [*head.modules, *head.output_embeddings, *attentions]
+    asking = [
+        path for path, part in model.named_modules() if type(part).__name__ == "ParakeetEncoderSubsamplingConv2D"
+    ]
+    inner = [f"{path}.layers" for path in asking]
+    outside = [*head.modules, *head.output_embeddings, *attentions, *inner]
     layers = [path for path, part in model.named_modules() if type(part) in (nn.Linear, nn.Conv2d, Conv1D)]
     return [
         f"{name}: {path} is {'a target' if path in targets else 'no target'}"
