@@ -58,7 +58,7 @@ def padding_of(batch: Any, model: nn.Module | None) -> Padding:
         ),
         name=name,
         unread=unread,
-        root=getattr(_transformers_model(model), "base_model_prefix", ""),
+        root=_root_of_texts(model),
     )
 
 
@@ -71,6 +71,27 @@ def _transformers_model(model: nn.Module | None) -> PreTrainedModel | None:
     """Return the model itself, or the first model of transformers inside."""
     parts = () if model is None else model.modules()
     return next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+
+
+def _root_of_texts(model: nn.Module | None) -> str:
+    """Return the name before the paths of a model of transformers that reads texts first, else an empty one."""
+    found = _transformers_model(model)
+    # a tower of images that is called within another model says by its name, vision_model, what it reads
+    return found.base_model_prefix if found is not None and found.main_input_name == "input_ids" else ""
+
+
+def reads_beside_texts(part: Any, inputs: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Return whether a model of transformers inside another one reads images or sound, and the whole texts besides.
+
+    No mask of the texts is one of its positions then, even if it fits.
+
+    Args:
+        part: the model inside.
+        inputs: of its call.
+        whole: of the call of the whole.
+    """
+    texts, own = {"input_ids", "inputs_embeds"}, part.main_input_name
+    return own not in texts and inputs.get(own) is not None and bool(texts & whole.keys() - inputs.keys())
 
 
 def _has_foreign(batch: Mapping[str, Any], mask: Tensor | None) -> bool:

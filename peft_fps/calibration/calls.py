@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fps.calibration.batch_masks import LIKELY
 from peft_fps.calibration.batches import count_examples, inputs_of, mask_beside
 
 
@@ -108,7 +109,7 @@ def run_model(model: nn.Module, batch: Any) -> Any:
     Args:
         model: model to run.
         batch: batch on the model's device. In a tuple or list only the first element counts, because the rest are
-            labels; but of tensors `(tokens, mask, ...)`, the mask goes to an argument `attention_mask`. Several
+            labels; but of tensors `(tokens, mask, ...)`, the mask goes to the model's argument for it. Several
             mappings with the same names are one call each. So are several columns in one mapping
             (`anchor_input_ids`, `positive_input_ids`).
 
@@ -126,10 +127,16 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _inputs_for(model: nn.Module, batch: Any) -> Any:
-    """Return the part of a batch that goes to the model, with the mask that a tuple of tensors may have second."""
+    """Return the part of a batch that goes to the model, with the mask that a tuple of tensors may have second.
+
+    The mask goes to an argument `attention_mask`, or to the second one if its name is that of a mask.
+    """
     inputs, mask = inputs_of(batch), mask_beside(batch)
-    names = [] if mask is None else list(inspect.signature(model.forward).parameters)
-    return {names[0]: inputs, "attention_mask": mask} if "attention_mask" in names[1:] else inputs
+    if mask is None:
+        return inputs
+    first, *others = inspect.signature(model.forward).parameters
+    named = [name for name in others if name == "attention_mask"] or [n for n in others[:1] if LIKELY.fullmatch(n)]
+    return {first: inputs, named[0]: mask} if named else inputs
 
 
 def fits(model: nn.Module, batch: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_fps.base.packed_weight import PackedWeight
 from peft_fps.base.substitution import CONVOLUTIONS, TRANSPOSED, overrides_forward
-from peft_fps.calibration.batch_padding import padding_of
+from peft_fps.calibration.batch_padding import padding_of, reads_beside_texts
 from peft_fps.calibration.noted_calls import note_calls
 from peft_fps.calibration.own_forward import WatchedProduct
 from peft_fps.calibration.packed_inputs import Rows, watch_packed
@@ -73,6 +73,7 @@ class Collector:
         self._end_noting: Callable[[], None] | None = None
         self._within = False
         self._batch: Mapping[str, Any] = {}
+        self._known: Mapping[str, Any] = {}
         self._padding = Padding()
         self._reduced: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, tuple[Tensor, int]]] = {}
         self._touched: dict[str, None] = {}
@@ -90,7 +91,7 @@ class Collector:
             for place, module in layer.sharing.items():
                 self._observe(path, place, module, module, overrides_forward(module))
         if self._model is not None:
-            self._end_noting = note_calls(self._model, self._start_call)
+            self._end_noting = note_calls(self._model, self._note)
         return self
 
     def __exit__(
@@ -117,11 +118,22 @@ class Collector:
         self._start_call({}, model)
         self._within = True
 
+    def _note(self, inputs: Mapping[str, Any], model: nn.Module) -> Callable[[], None]:
+        """Start a call of the model, or of a model inside it, and return what ends it."""
+        before = self._padding
+        if model is self._model or not reads_beside_texts(model, inputs, self._known):
+            self._start_call(inputs, model)
+            return lambda: None
+        self._reduced.clear()
+        self._padding = padding_of(inputs, model)
+        return lambda: setattr(self, "_padding", before)
+
     def _start_call(self, inputs: Mapping[str, Any], model: nn.Module | None) -> None:
         """Find out which positions are padding in a call of the model with `inputs` by name."""
         self._reduced.clear()
         # the batch too, because the call may leave out the batch's masks
-        self._padding = padding_of({**self._batch, **inputs}, model)
+        self._known = {**self._batch, **inputs}
+        self._padding = padding_of(self._known, model)
 
     def check_batch(self, index: int) -> None:
         """End a batch.

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-Note = Callable[[Mapping[str, Any], nn.Module], None]
-"""Takes the arguments of a call by name, and the model that is called."""
+Note = Callable[[Mapping[str, Any], nn.Module], Callable[[], None]]
+"""Takes the arguments of a call by name, and the model that is called. Returns what is to be done after the call."""
 
 
 def note_calls(model: nn.Module, note: Note) -> Callable[[], None]:
@@ -40,14 +40,19 @@ def note_calls(model: nn.Module, note: Note) -> Callable[[], None]:
 
 
 def _noting(model: nn.Module, forward: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    """Return a forward that notes its arguments, with the items of a mapping that is the first or the only one."""
     names = list(inspect.signature(forward).parameters)
 
     @wraps(forward)
     def noting(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         nested = [value for value in given.values() if isinstance(value, Mapping)]
-        note({**given, **(nested[0] if len(nested) == 1 else {})}, model)
-        return forward(*args, **kwargs)
+        alone = args[0] if args and isinstance(args[0], Mapping) else nested[0] if len(nested) == 1 else {}
+        after = note({**given, **alone}, model)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            after()
 
     return noting
 

@@ -39,8 +39,8 @@ class Padding:
         sequences: number of sequences that the masks tell of.
         name: name of the mask of the model's inputs.
         unread: names of other masks, and the paths of the modules that they concern; None for all modules.
-        root: name of the attribute under which a model of transformers has its body (`speecht5`, `visual_bert`); it
-            tells nothing of what the modules read.
+        root: name of the attribute under which a model of transformers for texts has its body (`speecht5`,
+            `visual_bert`); it tells nothing of what the modules read.
     """
 
     inputs: Tensor | None = None

@@ -62,16 +62,15 @@ def merge_entries(base: Any, structure: Structure, values: Tensor, bias_delta: T
         changes, lost = _lost_changes(before, after, values)
     try:
         _write(base.weight, positions, after)
-        bias, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
+        bias, written, changes_of_bias, lost_of_bias = add_to_bias(base, bias_delta)
     except BaseException:
         _write(base.weight, positions, before)
         raise
-    written = None if bias is None else base.bias.detach().clone()
     return MergeRecord(positions, before, after, bias, written, changes + changes_of_bias, lost + lost_of_bias)
 
 
 @torch.no_grad()
-def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, int]:
+def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     """Add a delta to a layer's bias in place.
 
     Args:
@@ -79,19 +78,19 @@ def add_to_bias(base: Any, delta: Tensor | None) -> tuple[Tensor | None, int, in
         delta: `(neurons,)`, None if there is none.
 
     Returns:
-        The original bias, and the numbers of changes and of lost changes as in `MergeRecord`.
+        The original bias, the new one, and the numbers of changes and of lost changes as in `MergeRecord`.
     """
     if delta is None:
-        return None, 0, 0
+        return None, None, 0, 0
     delta = delta.view_as(base.bias)  # a norm's bias may have several dimensions
     if base.bias.dtype == delta.dtype == torch.float32:
         before = base.bias.detach().clone()
         base.bias.add_(delta)
-        return before, 0, 0
+        return before, base.bias.detach().clone(), 0, 0
     before, after = sums(base.bias.detach().clone(), delta)
     counts = _lost_changes(before, after, delta)
     base.bias.copy_(after)
-    return before, *counts
+    return before, after, *counts
 
 
 @torch.no_grad()

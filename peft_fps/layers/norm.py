@@ -112,10 +112,9 @@ class Norm(FPSLayer):
 
     def _merge_into(self, base: Any, name: str) -> MergeRecord:
         bias = self.bias_delta(name)
-        before, changes, lost = add_to_bias(base, None if bias is None else self.scaled(bias.data, name))
+        before, written, changes, lost = add_to_bias(base, None if bias is None else self.scaled(bias.data, name))
         nowhere = torch.zeros(0, dtype=torch.int64, device=base.weight.device)
         nothing = base.weight.detach().new_zeros(0)
-        written = None if before is None else base.bias.detach().clone()
         return MergeRecord(nowhere, nothing, nothing, before, written, changes, lost)
 
 

@@ -115,12 +115,11 @@ class QuantisedLinear(ProductLayer):
             stored = dense_weight(base, self.quantization_backend).contiguous().view(-1)[positions]
             # a scale that moves with the merge lets every entry move a little, so what counts is most of the change
             lost = ((stored.float() - before.float()).abs() < values.abs() / 2) & (values != 0)
-            original, changes_of_bias, lost_of_bias = add_to_bias(base, delta)
+            original, written, changes_of_bias, lost_of_bias = add_to_bias(base, delta)
         except BaseException:
             put(base, held)
             raise
         changes = int((values != 0).sum()) + changes_of_bias
-        written = None if original is None else base.bias.detach().clone()
         lost_in_all = int(lost.sum()) + lost_of_bias
         return MergeRecord(positions, before[:0], stored, original, written, changes, lost_in_all, held)
 

@@ -96,7 +96,8 @@ def calibrate(
     Args:
         model: a model with an FPS adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         data: a `DataLoader` or another iterable of batches, or examples: a dataset, or with a `collator` any sequence.
-            A batch is a mapping, a tuple whose first element is the input, or a tensor. A mapping is passed by name,
+            A batch is a mapping, a tuple whose first element is the input (a second one that is its
+            mask of padding goes to the model as well), or a tensor. A mapping is passed by name,
             or whole to a model that takes one mapping, as sentence-transformers do. Columns of texts (several
             mappings, or names with a prefix such as `anchor_input_ids`) go through the model one after the other.
             Labels stand under `labels`, or second in a tuple. Not needed if the importance uses no data.

@@ -22,6 +22,7 @@ from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import adapter_state, base_model, target_layers
 from peft_fps.lifecycle.injection import adopt_config, prepare_injection
 from peft_fps.lifecycle.lora_layers import lora_layers_out
+from peft_fps.lifecycle.merge_whole import check_unmerged
 from peft_fps.tokens.token_placement import place_token_selection
 
 
@@ -81,12 +82,8 @@ def _swap(model: nn.Module, path: str, adapter_name: str, device: str | None, op
 
 def _check_present(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
     """Raise ValueError if the adapter to replace is merged or not loaded."""
+    check_unmerged(layers, adapter_name, "replace")
     for path, layer in layers.items():
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"{path}: adapter {adapter_name!r} is merged into the base weights, expected an unmerged adapter to "
-                "replace. Call model.unmerge_adapter() first. Nothing was changed."
-            )
         if any(parameter.device.type == "meta" for parameter in layer.adapter_parameters(adapter_name)):
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} is on the meta device, expected loaded tensors to replace. Load an "

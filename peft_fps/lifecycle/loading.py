@@ -16,6 +16,7 @@ from peft_fps.layers.entry_layer import EntryLayer
 from peft_fps.layers.fps_layer import FPSLayer
 from peft_fps.layers.lookup import base_model, fps_layers, target_layers
 from peft_fps.lifecycle.entry_allocation import entries_of_reached
+from peft_fps.lifecycle.merge_whole import check_unmerged
 from peft_fps.lifecycle.withdrawal import withdraw_adapter
 
 
@@ -43,7 +44,7 @@ def load_state(
     layers = target_layers(model, adapter_name)
     wholes = whole_keys(model, adapter_name)
     names = {key: name for name, key in wholes.items()}
-    _check_unmerged(layers, adapter_name)
+    check_unmerged(layers, adapter_name, "load a file into")
     _check_token_blocks(config, layers, adapter_name)
     try:
         contents = Contents.of((names.get(key, key), tensor) for key, tensor in state_dict.items())
@@ -89,17 +90,6 @@ def _check_room(
                 f"{path}: the adapter file has {entries:,} entries in {trained or 'no dtype'}, expected the {found:,} "
                 f"in {dtype} with which the model was sharded, and bias deltas in the same modules. Load the adapter "
                 "before the model is sharded. Nothing was changed."
-            )
-
-
-def _check_unmerged(layers: Mapping[str, FPSLayer], adapter_name: str) -> None:
-    """Raise ValueError if the adapter is merged: the model would go on computing with what was merged."""
-    for path, layer in layers.items():
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"{path}: adapter {adapter_name!r} is merged into the base weights, expected an unmerged adapter to "
-                "load a file into: the model would compute with what was merged, and save what was loaded. Call "
-                "model.unmerge_adapter() first. Nothing was loaded."
             )
 
 

@@ -1,7 +1,7 @@
 """The merge of adapters in all layers of a model, or in none."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -83,6 +83,23 @@ def unmerge_whole(model: nn.Module, *, others_restored: bool = False) -> None:
         raise
     for layer, taken in undone if not others_restored else ():
         layer.warn_of_changes(taken)
+
+
+def check_unmerged(layers: Mapping[str, FPSLayer], adapter_name: str, purpose: str) -> None:
+    """Raise ValueError if an adapter is merged that is to get other tensors.
+
+    Args:
+        layers: of the adapter, by path.
+        adapter_name: its name.
+        purpose: what an unmerged adapter is expected for, as a verb.
+    """
+    for path, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} is merged into the base weights, expected an unmerged adapter to "
+                f"{purpose}: the model would compute with what was merged, and save what is new. Call "
+                "model.unmerge_adapter() first. Nothing was changed."
+            )
 
 
 def check_before_merge(

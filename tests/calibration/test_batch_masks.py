@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peft_fps import FPSConfig, calibrate
-from peft_fps.calibration.batch_masks import mask_named, mask_of_inputs, unread_masks
+from peft_fps.calibration.batch_masks import CROSS_ATTENTION, FOREIGN, mask_named, mask_of_inputs, unread_masks
 from tests.calibration.naive_fps import selection_of
 from tests.support.helpers import normal
 from tests.support.language_models import tiny_t5
@@ -323,3 +323,31 @@ def test_a_mask_of_pixels_is_named() -> None:
     assert "modules have other positions than the pixel_mask, (2, " in text
     assert "model.encoder.layers.0." in text
     assert "of one length or size" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("decoder.transformer.h.0.crossattention.c_attn", True),
+        ("decoder.transformer.h.0.crossattention.q_attn", False),
+        ("decoder.transformer.h.0.crossattention.c_proj", False),
+        ("decoder.layer.0.encoder_decoder_attention.attention.key", True),
+        ("decoder.layer.0.encoder_decoder_attention.attention.query", False),
+        ("decoder.layer.0.self_attention.attention.key", False),
+    ],
+)
+def test_which_modules_of_a_decoder_read_the_encoders_states(path: str, expected: bool) -> None:
+    assert (CROSS_ATTENTION.search(path) is not None) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("vision_language_model.encoder.layer.0.attention", False),
+        ("vision_language_model.vision_tower.layer.0", True),
+        ("lxmert.encoder.x_layers.0.visual_attention.att.query", False),
+        ("vision_model.layers.0", True),
+    ],
+)
+def test_which_modules_read_images(path: str, expected: bool) -> None:
+    assert (FOREIGN.search(path) is not None) == expected

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import BatchEncoding, BatchFeature
 
 from peft_fps.calibration import batches, feed, run_model, single_examples
-from peft_fps.calibration.batches import count_examples
-from tests.support.helpers import tiny_llama, tokens
+from peft_fps.calibration.batches import count_examples, mask_beside
+from tests.support.helpers import normal, tiny_llama, tokens
 
 
 CPU = torch.device("cpu")
@@ -336,3 +336,22 @@ def test_a_single_example_is_itself():
 
 def test_examples_share_memory_with_their_batch():
     assert [example.data_ptr() for example in single_examples(X)] == [row.data_ptr() for row in X]
+
+
+@pytest.mark.parametrize(
+    ("batch", "is_mask"),
+    [
+        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]])), True),
+        ((torch.tensor([[5, 0, 0], [7, 8, 9]]), torch.tensor([[True, False, False], [True, True, True]])), True),
+        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 0, 1], [0, 1, 1]])), False),  # labels of tokens
+        ((torch.tensor([[5, 6, 0], [7, 0, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]])), False),
+        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.ones(2, 3)), False),
+        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, -100, 0], [1, 1, 1]])), False),
+        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([1, 0])), False),
+        ((normal(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])), False),
+        (torch.tensor([[5, 6, 0], [7, 8, 9]]), False),
+        ([torch.tensor([[5, 6, 0]])], False),
+    ],
+)
+def test_what_is_a_mask_beside_tokens(batch: Any, is_mask: bool) -> None:
+    assert (mask_beside(batch) is not None) == is_mask

@@ -155,3 +155,14 @@ def test_masks_of_tokens(shape: tuple[int, ...], path: str, padding: Padding, ex
     assert mask_of_tokens(torch.zeros(shape, dtype=torch.int64), padding, path) is expected
     if len(shape) == 2 and shape[0] > 1 and "relative" not in path:
         assert mask_of(torch.zeros(*shape, 3), padding, path) is expected
+
+
+@pytest.mark.parametrize(
+    "path", ["qformer.encoder.layer.0.crossattention.attention.query", "x.0.intermediate_query.dense"]
+)
+def test_learned_queries_have_no_padding(path: str) -> None:
+    """Also where they are as many as a text has tokens."""
+    padding, states = Padding(MASK, foreign=True), torch.ones(*MASK.shape, 16)
+    assert mask_of(states, padding, path) is None
+    assert not is_padding_unknown(states, padding, path)
+    assert mask_of(states, padding, "qformer.encoder.layer.0.attention.attention.query") is not None

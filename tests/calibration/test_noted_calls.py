@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,10 +24,8 @@ from transformers import (
 )
 
 from peft_fps import FPSConfig
-from peft_fps.calibration.batch_masks import CROSS_ATTENTION, FOREIGN
 from peft_fps.calibration.batch_padding import padding_of
-from peft_fps.calibration.batches import mask_beside
-from peft_fps.calibration.padding import Padding, is_padding_unknown, mask_of
+from peft_fps.calibration.padding import Padding
 from tests.calibration.naive_fps import selection_of
 from tests.support.helpers import normal
 
@@ -106,6 +106,7 @@ class Plain(nn.Module):
 
 CLIENTS: dict[str, tuple[Any, Any]] = {
     "a tuple": (bert, lambda ids: (ids, MASK, torch.zeros(4))),
+    "a tuple for a model of one's own": (Wrapper, lambda ids: (ids, MASK, torch.zeros(4))),
     "a mask of another name": (Wrapper, lambda ids: {"ids": ids, "mask": MASK}),
     "two texts": (
         Towers,
@@ -119,7 +120,7 @@ CLIENTS: dict[str, tuple[Any, Any]] = {
 def test_the_content_of_padding_does_not_count(client: str) -> None:
     build, batch_of = CLIENTS[client]
     both = [FIRST, SECOND]
-    if client == "a tuple":  # in which one token pads
+    if client.startswith("a tuple"):  # in which one token pads
         both = [torch.where(MASK == 1, FIRST.clamp(1, 48), token) for token in (0, 49)]
     found = [chosen(build, batch_of(ids)) for ids in both]
     assert found[0] == found[1]
@@ -144,25 +145,6 @@ def test_a_mask_of_another_name_that_nobody_reads_is_named() -> None:
     assert "have other positions than the mask, (4, 20, 16)" in text
     assert "first" in text
     assert chosen(Plain, {"ids": FIRST, "mask": torch.ones_like(MASK)})[1] == []
-
-
-@pytest.mark.parametrize(
-    ("batch", "is_mask"),
-    [
-        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]])), True),
-        ((torch.tensor([[5, 0, 0], [7, 8, 9]]), torch.tensor([[True, False, False], [True, True, True]])), True),
-        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 0, 1], [0, 1, 1]])), False),  # labels of tokens
-        ((torch.tensor([[5, 6, 0], [7, 0, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]])), False),
-        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.ones(2, 3)), False),
-        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, -100, 0], [1, 1, 1]])), False),
-        ((torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([1, 0])), False),
-        ((normal(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])), False),
-        (torch.tensor([[5, 6, 0], [7, 8, 9]]), False),
-        ([torch.tensor([[5, 6, 0]])], False),
-    ],
-)
-def test_what_is_a_mask_beside_tokens(batch: Any, is_mask: bool) -> None:
-    assert (mask_beside(batch) is not None) == is_mask
 
 
 def test_labels_of_tokens_do_not_go_to_the_model() -> None:
@@ -221,40 +203,27 @@ def test_a_decoder_that_projects_keys_and_values_together_reads_the_encoders_mas
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("decoder.transformer.h.0.crossattention.c_attn", True),
-        ("decoder.transformer.h.0.crossattention.q_attn", False),
-        ("decoder.transformer.h.0.crossattention.c_proj", False),
-        ("decoder.layer.0.encoder_decoder_attention.attention.key", True),
-        ("decoder.layer.0.encoder_decoder_attention.attention.query", False),
-        ("decoder.layer.0.self_attention.attention.key", False),
-    ],
-)
-def test_which_modules_of_a_decoder_read_the_encoders_states(path: str, expected: bool) -> None:
-    assert (CROSS_ATTENTION.search(path) is not None) == expected
+class TwoTowers(nn.Module):
+    """A tower of images, whose root is `vision_model`, beside texts of as many positions as it has patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+        self.body, self.out = bert(BertModel), nn.Linear(16, 2)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        texts = self.body(input_ids, attention_mask=attention_mask)[0][:, 0]
+        result: Tensor = self.out(texts + self.tower(pixel_values=pixel_values).pooler_output)
+        return result
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("vision_language_model.encoder.layer.0.attention", False),
-        ("vision_language_model.vision_tower.layer.0", True),
-        ("lxmert.encoder.x_layers.0.visual_attention.att.query", False),
-        ("vision_model.layers.0", True),
-    ],
-)
-def test_which_modules_read_images(path: str, expected: bool) -> None:
-    assert (FOREIGN.search(path) is not None) == expected
-
-
-@pytest.mark.parametrize(
-    "path", ["qformer.encoder.layer.0.crossattention.attention.query", "x.0.intermediate_query.dense"]
-)
-def test_learned_queries_have_no_padding(path: str) -> None:
-    """Also where they are as many as a text has tokens."""
-    padding, states = Padding(MASK, foreign=True), normal(4, LENGTH, 16)
-    assert mask_of(states, padding, path) is None
-    assert not is_padding_unknown(states, padding, path)
-    assert mask_of(states, padding, "qformer.encoder.layer.0.attention.attention.query") is not None
+def test_a_tower_of_images_has_no_padding_of_texts() -> None:
+    ids = FIRST[:, :5]  # as many as patches and class token
+    pixels, found = normal(4, 3, 16, 16), []
+    for mask in (torch.ones_like(ids), (torch.arange(5) < torch.tensor([[5], [2], [2], [2]])).long()):
+        selected, said = chosen(TwoTowers, {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask})
+        assert said == []
+        found.append({path: rows for path, rows in selected.items() if path.startswith("tower.")})
+    assert found[0]
+    assert found[0] == found[1]
